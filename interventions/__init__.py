@@ -1,0 +1,46 @@
+"""The mathematics: interventions on hidden states, free of any model, config or file."""
+
+from .base import NoiseIntervention, ReftIntervention
+from .noise import (
+    BernoulliNoiseIntervention,
+    GaussianNoiseIntervention,
+    NeftuneIntervention,
+    SymNoiseIntervention,
+)
+from .reft import (
+    ConsreftIntervention,
+    DireftIntervention,
+    LobireftIntervention,
+    LoreftIntervention,
+    NodireftIntervention,
+    NoreftIntervention,
+)
+from .registry import (
+    INTERVENTIONS,
+    intervention_class,
+    intervention_name,
+    register_intervention,
+)
+from .rotation import LowRankRotation, orthonormal_rows, shared_bases
+
+__all__ = [
+    "INTERVENTIONS",
+    "BernoulliNoiseIntervention",
+    "ConsreftIntervention",
+    "DireftIntervention",
+    "GaussianNoiseIntervention",
+    "LobireftIntervention",
+    "LoreftIntervention",
+    "LowRankRotation",
+    "NeftuneIntervention",
+    "NodireftIntervention",
+    "NoiseIntervention",
+    "NoreftIntervention",
+    "ReftIntervention",
+    "SymNoiseIntervention",
+    "intervention_class",
+    "intervention_name",
+    "orthonormal_rows",
+    "register_intervention",
+    "shared_bases",
+]

@@ -1,0 +1,214 @@
+"""What an intervention is: a pyvene module that maps hidden states to edited hidden states.
+
+Two kinds live here. A `ReftIntervention` is trained and edits chosen positions; a
+`NoiseIntervention` has no parameters and perturbs every position while training. Both are true
+pyvene interventions, so each also works inside a `pyvene.IntervenableModel`.
+"""
+
+import contextlib
+import difflib
+import inspect
+import io
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from typing_extensions import Unpack
+
+# pyvene announces on stdout that an optional backend is missing; importing us prints nothing.
+with contextlib.redirect_stdout(io.StringIO()):
+    from pyvene import (
+        DistributedRepresentationIntervention,
+        LocalistRepresentationIntervention,
+        SourcelessIntervention,
+        TrainableIntervention,
+    )
+
+
+class PyveneFields(TypedDict, total=False):
+    """The fields of pyvene's `RepresentationConfig`, which it passes to every class it builds."""
+
+    layer: Any
+    component: Any
+    unit: Any
+    max_number_of_units: Any
+    intervention_type: Any
+    intervention: Any
+    subspace_partition: Any
+    group_key: Any
+    intervention_link_key: Any
+    moe_key: Any
+    source_representation: Any
+    hidden_source_representation: Any
+    latent_dim: Any
+    low_rank_dimension: Any
+    embed_dim: Any
+    use_fast: Any
+
+
+def _reject_unknown(cls: type, fields: PyveneFields) -> None:
+    for name in fields:
+        if name not in PyveneFields.__annotations__:
+            known = constructor_arguments(cls)
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise TypeError(
+                f"{cls.__name__} got an unknown argument {name!r}{hint} It takes: "
+                f"{', '.join(known)}"
+            )
+
+
+def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of an intervention class by name, without pyvene's own fields.
+
+    A constructor that passes `**arguments` on has those of its parents too.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for owner in cls.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        _, *parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
+        variadic = [p.name for p in parameters if p.kind is p.VAR_KEYWORD]
+        found = {p.name: p for p in parameters if p.name not in variadic} | found
+        if not variadic or variadic == ["pyvene"]:
+            break
+    return found
+
+
+def _drop_pyvene_buffers_from_state(module: nn.Module) -> None:
+    # pyvene keeps the width as two buffers; they are configuration, not state to be saved.
+    for name in ("embed_dim", "interchange_dim"):
+        if isinstance(buffer := getattr(module, name), Tensor):
+            module.register_buffer(name, buffer, persistent=False)
+
+
+class ReftIntervention(
+    SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention, ABC
+):
+    r"""An edit of hidden states: $h \mapsto h + \mathrm{dropout}(\mathrm{edit}(h))$.
+
+    Subclasses give the formula in `edit`. The arithmetic runs in the wider of the parameters' and
+    the hidden states' dtypes, outside autocast; the output has the hidden states' dtype. Dropout
+    acts on the edit alone, so it never touches the residual stream.
+
+    Args:
+        embed_dim: width of the hidden states, $d$.
+        low_rank_dimension: rank of the edit, $1 \le r \le d$.
+        dropout: probability in [0, 1) that an element of the edit is zeroed while training.
+        act_fn: name of a transformers activation applied to the learned source, or None.
+        dtype: dtype of the parameters, as a `torch.dtype` or its name.
+        pyvene: fields that pyvene passes when it builds the class itself; not used.
+
+    Raises:
+        ValueError: a rank, dropout, activation or dtype that is out of range or unknown.
+        TypeError: an argument that no intervention has.
+
+    Paper: ReFT (arXiv:2404.03592), section 3.2.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        low_rank_dimension: int,
+        dropout: float = 0.0,
+        act_fn: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        **pyvene: Unpack[PyveneFields],
+    ) -> None:
+        _reject_unknown(type(self), pyvene)
+        if not isinstance(low_rank_dimension, int) or not 1 <= low_rank_dimension <= embed_dim:
+            raise ValueError(
+                f"low_rank_dimension {low_rank_dimension!r}: expected a rank from 1 to the width of "
+                f"the hidden states, {embed_dim}"
+            )
+        if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout {dropout!r}: expected a probability in [0, 1)")
+        if act_fn is not None and act_fn not in ACT2FN:
+            near = difflib.get_close_matches(act_fn, ACT2FN, n=3)
+            raise ValueError(
+                f"act_fn {act_fn!r} is not an activation of transformers"
+                + (f"; near: {', '.join(near)}" if near else "")
+            )
+        super().__init__(embed_dim=embed_dim, keep_last_dim=True)
+        _drop_pyvene_buffers_from_state(self)
+        self.hidden_size = int(embed_dim)
+        self.low_rank_dimension = low_rank_dimension
+        self.dropout = nn.Dropout(dropout)
+        self.act_fn_name = act_fn
+        self.act_fn: nn.Module | None = None if act_fn is None else ACT2FN[act_fn]
+        self.dtype = as_dtype(dtype)
+
+    @abstractmethod
+    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        """The change that the intervention makes to hidden states, without dropout."""
+
+    def delta(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        """`edit` as it acts: in the wider dtype, outside autocast, with dropout."""
+        dtypes = (p.dtype for p in self.parameters())
+        wide = hidden.to(torch.promote_types(hidden.dtype, next(dtypes, self.dtype)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            changed: Tensor = self.dropout(self.edit(wide))
+        return changed
+
+    def forward(
+        self,
+        base: Float[Tensor, "batch positions hidden"],
+        source: Tensor | None = None,
+        subspaces: list[Any] | None = None,
+        **module_inputs: object,
+    ) -> Float[Tensor, "batch positions hidden"]:
+        """Edit `base`; pyvene's other arguments are accepted and have no effect here."""
+        return (base + self.delta(base)).to(base.dtype)
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, without the width, as plain JSON values."""
+        values = {
+            "low_rank_dimension": self.low_rank_dimension,
+            "dropout": self.dropout.p,
+            "act_fn": self.act_fn_name,
+            "dtype": dtype_name(self.dtype),
+        }
+        names = [name for name in constructor_arguments(type(self)) if name != "embed_dim"]
+        return {name: values[name] if name in values else getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        given = ", ".join(f"{k}={v!r}" for k, v in self.arguments().items())
+        return f"embed_dim={self.hidden_size}, {given}"
+
+
+class NoiseIntervention(SourcelessIntervention, LocalistRepresentationIntervention, ABC):
+    """Noise on hidden states while training, nothing in evaluation: see `noise.py`."""
+
+    paired: ClassVar[bool] = False
+    """Whether the batch must hold every example twice, first all +δ rows, then all -δ rows."""
+
+    def __init__(self, **pyvene: Unpack[PyveneFields]) -> None:
+        _reject_unknown(type(self), pyvene)
+        super().__init__(embed_dim=pyvene.get("embed_dim"), keep_last_dim=True)
+        _drop_pyvene_buffers_from_state(self)
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        return {name: getattr(self, name) for name in constructor_arguments(type(self))}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.arguments().items())
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point `torch.dtype` from itself or its name (`"bfloat16"`)."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"dtype {dtype!r}: expected a floating-point dtype such as 'float32' or 'bfloat16'"
+        )
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` → `"bfloat16"`."""
+    return str(dtype).removeprefix("torch.")

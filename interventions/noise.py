@@ -1,0 +1,213 @@
+r"""Noise on embeddings (or any hidden states) while training: $x + \alpha/\sqrt{Ld}\,\varepsilon$.
+
+| class | $\varepsilon$, per element | paper |
+|---|---|---|
+| `NeftuneIntervention` | $U(-1, 1)$ | NEFTune (arXiv:2310.05914) |
+| `GaussianNoiseIntervention` | $N(0, 1)$ | NEFTune, ablation |
+| `BernoulliNoiseIntervention` | $\pm 1$, p = ½ | SymNoise (arXiv:2312.01523), ablation |
+| `SymNoiseIntervention` | $\pm 1$, each example at $x + \delta$ and $x - \delta$ | SymNoise |
+
+$L$ is a row's number of attended tokens (`length="attended"`, as in NEFTune's own training code,
+with no noise on padding) or the padded width (`length="padded"`, as in transformers, bit for bit
+under the same generator state). Every draw comes from torch's global generator.
+"""
+
+import math
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .base import NoiseIntervention, PyveneFields
+
+Length = Literal["attended", "padded"]
+Where = Literal["all", "prompt", "completion"]
+
+
+def uniform_noise(like: Tensor, bound: float) -> Tensor:
+    """Independent draws from U(-bound, bound), with the shape, dtype and device of `like`."""
+    return torch.zeros_like(like).uniform_(-bound, bound)
+
+
+def gaussian_noise(like: Tensor, bound: float) -> Tensor:
+    """Independent draws from N(0, bound²), with the shape, dtype and device of `like`."""
+    return torch.zeros_like(like).normal_(0.0, bound)
+
+
+def bernoulli_noise(like: Tensor, bound: float) -> Tensor:
+    """Independent draws of ±bound with equal probability, shaped and typed as `like`."""
+    return torch.zeros_like(like).bernoulli_(0.5).mul_(2).sub_(1).mul_(bound)
+
+
+class _ScaledNoise(NoiseIntervention):
+    r"""Noise of scale $\alpha/\sqrt{Ld}$.
+
+    Args:
+        alpha: $\alpha \ge 0$; the papers use 5, 10 and 15.
+        length: whether $L$ counts a row's attended tokens or the padded width.
+        unit_variance: whether an element of $\varepsilon$ has variance 1 or, like U(-1, 1), 1/3.
+            Set it alike to compare distributions at equal norm.
+        where: which tokens are perturbed; $L$ does not depend on it.
+        pyvene: fields that pyvene passes when it builds the class itself; not used.
+
+    Raises:
+        ValueError: an alpha, length or where out of range.
+        TypeError: an argument that no noise has.
+    """
+
+    natural_unit_variance: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 5.0,
+        length: Length = "attended",
+        unit_variance: bool = True,
+        where: Where = "all",
+        **pyvene: Unpack[PyveneFields],
+    ) -> None:
+        super().__init__(**pyvene)
+        if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"alpha {alpha!r}: expected a finite number of at least 0")
+        if length not in ("attended", "padded"):
+            raise ValueError(f"length {length!r}: expected 'attended' or 'padded'")
+        if where not in ("all", "prompt", "completion"):
+            raise ValueError(f"where {where!r}: expected 'all', 'prompt' or 'completion'")
+        self.alpha = alpha
+        self.length = length
+        self.unit_variance = unit_variance
+        self.where = where
+
+    @abstractmethod
+    def sample(self, like: Tensor, bound: float) -> Tensor:
+        r"""Draw $\varepsilon \cdot$ bound."""
+
+    def delta(
+        self,
+        hidden: Float[Tensor, "batch length hidden"],
+        attended: Bool[Tensor, "batch length"] | None = None,
+        prompt: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Draw the noise for `hidden`.
+
+        Args:
+            hidden: the states to be perturbed.
+            attended: which of them are tokens and not padding; all, if None.
+            prompt: which belong to the prompt; needed unless `where` is "all".
+        """
+        match = 1.0
+        if self.unit_variance != self.natural_unit_variance:
+            match = math.sqrt(3) if self.unit_variance else 1 / math.sqrt(3)
+        width, size = hidden.shape[-2:]
+        if self.length == "padded":
+            # The scale is rounded to fp32 as transformers rounds it: the draws are then the same.
+            bound = float(self.alpha * match / torch.sqrt(torch.tensor(width * size)))
+            noise = self.sample(hidden, bound)
+        else:
+            noise = self.sample(hidden, match)
+            if attended is None:
+                lengths: Tensor = torch.tensor([width], device=hidden.device)
+            else:
+                lengths = attended.sum(dim=1).clamp(min=1)
+                noise = noise.masked_fill(~attended[..., None], 0.0)
+            noise = noise * (self.alpha / torch.sqrt(lengths * size))[:, None, None].to(noise)
+        if self.where != "all":
+            if prompt is None:
+                raise ValueError(f"where {self.where!r} needs to know which tokens are the prompt")
+            chosen = prompt if self.where == "prompt" else ~prompt
+            noise = noise.masked_fill(~chosen[..., None], 0.0)
+        return noise
+
+    def forward(
+        self,
+        base: Float[Tensor, "batch length hidden"],
+        source: Tensor | None = None,
+        subspaces: list[Any] | None = None,
+        *,
+        attended: Bool[Tensor, "batch length"] | None = None,
+        prompt: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Perturb `base` in training mode, return it untouched otherwise."""
+        if not self.training:
+            return base
+        return base + self.delta(base, attended, prompt)
+
+
+class NeftuneIntervention(_ScaledNoise):
+    r"""NEFTune: $x + \alpha/\sqrt{Ld}\,\varepsilon$, $\varepsilon \sim U(-1, 1)$.
+
+    Arguments as in the table's other rows, except that `unit_variance` is False by default.
+    Paper: arXiv:2310.05914, algorithm 1.
+    """
+
+    natural_unit_variance = False
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 5.0,
+        length: Length = "attended",
+        unit_variance: bool = False,
+        where: Where = "all",
+        **pyvene: Unpack[PyveneFields],
+    ) -> None:
+        super().__init__(
+            alpha=alpha, length=length, unit_variance=unit_variance, where=where, **pyvene
+        )
+
+    def sample(self, like: Tensor, bound: float) -> Tensor:
+        return uniform_noise(like, bound)
+
+
+class GaussianNoiseIntervention(_ScaledNoise):
+    r"""$x + \alpha/\sqrt{Ld}\,\varepsilon$, $\varepsilon \sim N(0, 1)$ (NEFTune's ablation)."""
+
+    def sample(self, like: Tensor, bound: float) -> Tensor:
+        return gaussian_noise(like, bound)
+
+
+class BernoulliNoiseIntervention(_ScaledNoise):
+    r"""$x + \alpha/\sqrt{Ld}\,\varepsilon$, $\varepsilon = \pm 1$ with equal probability.
+
+    One-sided: unlike `SymNoiseIntervention`, each example is seen at one of the two signs.
+    """
+
+    def sample(self, like: Tensor, bound: float) -> Tensor:
+        return bernoulli_noise(like, bound)
+
+
+class SymNoiseIntervention(_ScaledNoise):
+    r"""SymNoise: every example at $x + \delta$ and $x - \delta$, $\delta = \alpha/\sqrt{Ld}(\pm 1)$.
+
+    The model doubles the batch and returns the mean loss over each pair, in which odd orders of
+    $\delta$ cancel: for a quadratic f it is exactly $f + \tfrac12\sigma^2\,\mathrm{tr}\nabla^2 f$.
+
+    Used alone, it expects a batch that holds all examples twice, [+δ rows, -δ rows].
+
+    Paper: arXiv:2312.01523; arXiv:2605.23171 uses ±1/√3, which is `unit_variance=False`. Which of
+    the two the first paper used could not be confirmed.
+    """
+
+    paired = True
+
+    def sample(self, like: Tensor, bound: float) -> Tensor:
+        return bernoulli_noise(like, bound)
+
+    def delta(
+        self,
+        hidden: Float[Tensor, "batch length hidden"],
+        attended: Bool[Tensor, "batch length"] | None = None,
+        prompt: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch length hidden"]:
+        pairs, odd = divmod(hidden.shape[0], 2)
+        if odd:
+            raise ValueError(
+                f"SymNoise got {hidden.shape[0]} rows: expected every example twice, all +δ rows "
+                "first, then all -δ rows"
+            )
+        half = [None if mask is None else mask[:pairs] for mask in (attended, prompt)]
+        noise = super().delta(hidden[:pairs], *half)
+        return torch.cat([noise, -noise])

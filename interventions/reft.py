@@ -1,0 +1,201 @@
+r"""The ReFT family: low-rank edits of hidden states.
+
+| class | formula | rows of the projection |
+|---|---|---|
+| `LoreftIntervention` | $h + R^\top(\sigma(Wh + b) - Rh)$ | orthonormal |
+| `NoreftIntervention` | $h + W_2^\top(\sigma(W_1h + b) - W_2h)$ | free |
+| `DireftIntervention` | $h + R^\top\sigma(Wh + b)$ | orthonormal |
+| `NodireftIntervention` | $h + W_2^\top\sigma(W_1h + b)$ | free |
+| `ConsreftIntervention` | $h + R^\top(b - Rh)$ | orthonormal |
+| `LobireftIntervention` | $h + R^\top b$ | orthonormal |
+
+$R, W, W_1, W_2 \in \mathbb{R}^{r \times d}$, $b \in \mathbb{R}^r$, and $\sigma$ is `act_fn`
+(the identity by default). Class names are pyreft's.
+
+Paper: ReFT (arXiv:2404.03592), section 3.2 and appendix. What the paper calls DiReFT is
+`NodireftIntervention`.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from .base import PyveneFields, ReftIntervention
+from .rotation import LowRankRotation
+
+
+class _Rotated(ReftIntervention):
+    """Edits in the span of R with the learned source $Wh + b$."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        low_rank_dimension: int,
+        dropout: float = 0.0,
+        act_fn: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        **pyvene: Unpack[PyveneFields],
+    ) -> None:
+        super().__init__(
+            embed_dim=embed_dim,
+            low_rank_dimension=low_rank_dimension,
+            dropout=dropout,
+            act_fn=act_fn,
+            dtype=dtype,
+            **pyvene,
+        )
+        self.rotate_layer = LowRankRotation(embed_dim, low_rank_dimension, self.dtype)
+        self.learned_source = nn.Linear(embed_dim, low_rank_dimension, dtype=self.dtype)
+
+
+class LoreftIntervention(_Rotated):
+    r"""LoReFT: $h + R^\top(\sigma(Wh + b) - Rh)$, R with orthonormal rows.
+
+    Arguments as in `ReftIntervention`. Parameters: $2rd + r$.
+    """
+
+    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        basis, source = self.rotate_layer().to(hidden), self.learned_source
+        weight, bias = source.weight.to(hidden), source.bias.to(hidden)
+        if self.act_fn is None:
+            return F.linear(hidden, weight - basis, bias) @ basis  # one product for Wh - Rh
+        return (self.act_fn(F.linear(hidden, weight, bias)) - F.linear(hidden, basis)) @ basis
+
+
+class DireftIntervention(_Rotated):
+    r"""DiReFT with orthonormal rows: $h + R^\top\sigma(Wh + b)$.
+
+    Arguments as in `ReftIntervention`. Parameters: $2rd + r$.
+    """
+
+    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        return _source(self, hidden) @ self.rotate_layer().to(hidden)
+
+
+class _Projected(ReftIntervention):
+    """Edits in the span of a free projection W₂ with the learned source $W_1h + b$."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        low_rank_dimension: int,
+        dropout: float = 0.0,
+        act_fn: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        add_bias: bool = False,
+        **pyvene: Unpack[PyveneFields],
+    ) -> None:
+        super().__init__(
+            embed_dim=embed_dim,
+            low_rank_dimension=low_rank_dimension,
+            dropout=dropout,
+            act_fn=act_fn,
+            dtype=dtype,
+            **pyvene,
+        )
+        self.add_bias = add_bias
+        self.proj_layer = nn.Linear(embed_dim, low_rank_dimension, bias=add_bias, dtype=self.dtype)
+        self.learned_source = nn.Linear(embed_dim, low_rank_dimension, dtype=self.dtype)
+
+
+class NoreftIntervention(_Projected):
+    r"""NoReFT: $h + W_2^\top(\sigma(W_1h + b) - W_2h)$, W₂ unconstrained.
+
+    Arguments as in `ReftIntervention`, and `add_bias`: give W₂h a bias of its own, as pyreft can.
+    Parameters: $2rd + r$.
+    """
+
+    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        projection = self.proj_layer.weight.to(hidden)
+        bias = self.proj_layer.bias.to(hidden) if self.add_bias else None
+        return (_source(self, hidden) - F.linear(hidden, projection, bias)) @ projection
+
+
+class NodireftIntervention(_Projected):
+    r"""NoDiReFT, the DiReFT of the paper: $h + W_2^\top\sigma(W_1h + b)$, W₂ unconstrained.
+
+    Arguments as in `ReftIntervention`. `add_bias` is accepted for pyreft's sake and must be False:
+    the formula has no place for a second bias. Parameters: $2rd + r$.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        low_rank_dimension: int,
+        dropout: float = 0.0,
+        act_fn: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        add_bias: bool = False,
+        **pyvene: Unpack[PyveneFields],
+    ) -> None:
+        if add_bias:
+            raise ValueError("add_bias True: NoDiReFT never reads W2's bias; leave it False")
+        super().__init__(
+            embed_dim=embed_dim,
+            low_rank_dimension=low_rank_dimension,
+            dropout=dropout,
+            act_fn=act_fn,
+            dtype=dtype,
+            **pyvene,
+        )
+
+    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        return _source(self, hidden) @ self.proj_layer.weight.to(hidden)
+
+
+class _Constant(ReftIntervention):
+    """Edits in the span of R with a constant source b, which starts uniform in [0, 1)."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        low_rank_dimension: int,
+        dropout: float = 0.0,
+        dtype: torch.dtype | str = torch.float32,
+        **pyvene: Unpack[PyveneFields],
+    ) -> None:
+        super().__init__(
+            embed_dim=embed_dim,
+            low_rank_dimension=low_rank_dimension,
+            dropout=dropout,
+            dtype=dtype,
+            **pyvene,
+        )
+        self.rotate_layer = LowRankRotation(embed_dim, low_rank_dimension, self.dtype)
+        self.learned_source = nn.Parameter(torch.rand(low_rank_dimension, dtype=self.dtype))
+
+
+class ConsreftIntervention(_Constant):
+    r"""ConsReFT: $h + R^\top(b - Rh)$, R with orthonormal rows.
+
+    Arguments as in `ReftIntervention`, without `act_fn`. Parameters: $rd + r$.
+    """
+
+    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        basis = self.rotate_layer().to(hidden)
+        return (self.learned_source.to(hidden) - F.linear(hidden, basis)) @ basis
+
+
+class LobireftIntervention(_Constant):
+    r"""LoBiReFT: $h + R^\top b$, R with orthonormal rows.
+
+    Arguments as in `ReftIntervention`, without `act_fn`. Parameters: $rd + r$.
+    """
+
+    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        moved = self.learned_source.to(hidden) @ self.rotate_layer().to(hidden)
+        return moved.expand_as(hidden)
+
+
+def _source(
+    unit: _Rotated | _Projected, hidden: Float[Tensor, "*rows hidden"]
+) -> Float[Tensor, "*rows rank"]:
+    layer = unit.learned_source
+    source = F.linear(hidden, layer.weight.to(hidden), layer.bias.to(hidden))
+    return source if unit.act_fn is None else unit.act_fn(source)

@@ -1,0 +1,67 @@
+"""Name → intervention class: the names that configurations and saved adapters use."""
+
+import difflib
+from collections.abc import Callable
+from typing import TypeVar
+
+from . import noise, reft
+from .base import NoiseIntervention, ReftIntervention
+
+Unit = ReftIntervention | NoiseIntervention
+UnitClass = TypeVar("UnitClass", bound=type)
+
+INTERVENTIONS: dict[str, type[Unit]] = {
+    "loreft": reft.LoreftIntervention,
+    "noreft": reft.NoreftIntervention,
+    "direft": reft.DireftIntervention,
+    "nodireft": reft.NodireftIntervention,
+    "consreft": reft.ConsreftIntervention,
+    "lobireft": reft.LobireftIntervention,
+    "neftune": noise.NeftuneIntervention,
+    "gaussian": noise.GaussianNoiseIntervention,
+    "bernoulli": noise.BernoulliNoiseIntervention,
+    "symnoise": noise.SymNoiseIntervention,
+}
+
+
+def register_intervention(name: str) -> Callable[[UnitClass], UnitClass]:
+    """Class decorator that makes an intervention available to configurations under `name`.
+
+    Raises:
+        ValueError: `name` belongs to another class already.
+        TypeError: the class is neither a `ReftIntervention` nor a `NoiseIntervention`.
+    """
+
+    def register(cls: UnitClass) -> UnitClass:
+        if not issubclass(cls, Unit):
+            raise TypeError(
+                f"{cls.__name__}: expected a subclass of ReftIntervention or NoiseIntervention"
+            )
+        holder = INTERVENTIONS.setdefault(name, cls)
+        if holder is not cls:
+            raise ValueError(f"intervention name {name!r} belongs to {holder.__name__} already")
+        return cls
+
+    return register
+
+
+def intervention_class(name: str) -> type[Unit]:
+    """The class registered under `name`; a ValueError lists what there is."""
+    if name not in INTERVENTIONS:
+        near = difflib.get_close_matches(name, INTERVENTIONS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"intervention {name!r} is not registered; {hint}known: {', '.join(INTERVENTIONS)}"
+        )
+    return INTERVENTIONS[name]
+
+
+def intervention_name(cls: type) -> str:
+    """The name under which a class is registered; a ValueError says how to register it."""
+    for name, registered in INTERVENTIONS.items():
+        if registered is cls:
+            return name
+    raise ValueError(
+        f"{cls.__name__} is not registered, so no configuration can name it: decorate the class "
+        'with @register_intervention("some_name")'
+    )

@@ -1,0 +1,119 @@
+"""Matrices with orthonormal rows, cheap to differentiate and computed once per step.
+
+pyreft orthonormalises with torch's Householder parametrisation, evaluated three times per call,
+whose backward pass dominates a training step from rank 8 on. Here R comes from a raw matrix X by
+Cholesky-QR, batched over all interventions of one shape; in evaluation it is computed once.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def orthonormal_rows(
+    raw: Float[Tensor, "*batch rank hidden"],
+) -> Float[Tensor, "*batch rank hidden"]:
+    r"""$R = L^{-1}X$ with $XX^\top = LL^\top$: orthonormal rows with the span of X's rows.
+
+    This is QR with a positive diagonal, so it is unique, smooth, and unchanged when a row of X is
+    scaled. It runs twice (CholeskyQR2, doi:10.1137/18M1218212), which keeps
+    $\|RR^\top - I\|$ at rounding level for any X that is not rank deficient in fp32; rows are
+    normalised first, so that neither growth nor weight decay of X costs precision.
+
+    Args:
+        raw: X, any floating dtype; 16-bit input is computed in fp32.
+
+    Returns:
+        R in at least fp32. All NaN where X has linearly dependent rows: a loud result that needs
+        no synchronisation with the device, unlike an exception.
+    """
+    rows = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    with torch.autocast(rows.device.type, enabled=False):
+        rows = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        for _ in range(2):
+            lower, info = torch.linalg.cholesky_ex(rows @ rows.mT)
+            lower = lower.masked_fill((info != 0)[..., None, None], float("nan"))
+            rows = torch.linalg.solve_triangular(lower, rows, upper=False)
+    return rows
+
+
+class LowRankRotation(nn.Module):
+    r"""$R \in \mathbb{R}^{r \times d}$ with orthonormal rows; call the module to get it.
+
+    The parameter `weight` is the raw X of `orthonormal_rows`, fp32 or wider. It starts at half an
+    orthonormal matrix: R moves then under Adam exactly as fast as pyreft's, whose coordinates
+    receive twice the gradient.
+
+    In evaluation, R is computed at the first call and kept until the weight changes, the module
+    moves, or `train()` is called.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        wide = torch.promote_types(dtype, torch.float32)
+        self.weight = nn.Parameter(torch.empty(rank, hidden_size, dtype=wide))
+        self._shared: Tensor | None = None
+        self._frozen: tuple[int, Tensor] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a new random R."""
+        nn.init.orthogonal_(self.weight)
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether R must be differentiable now, and so cannot come from the evaluation cache."""
+        return self.training or (torch.is_grad_enabled() and self.weight.requires_grad)
+
+    def forward(self) -> Float[Tensor, "rank hidden"]:
+        if self._shared is not None:
+            return self._shared
+        if self.is_trained:
+            return orthonormal_rows(self.weight)
+        version = 0 if self.weight.is_inference() else self.weight._version
+        if self._frozen is None or self._frozen[0] != version:
+            # Outside inference mode: the cached R may meet autograd later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._frozen = version, orthonormal_rows(self.weight)
+        return self._frozen[1]
+
+    def train(self, mode: bool = True) -> "LowRankRotation":
+        self._frozen = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LowRankRotation":
+        self._frozen = None
+        return super()._apply(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        rank, hidden_size = self.weight.shape
+        return f"hidden_size={hidden_size}, rank={rank}"
+
+
+@contextlib.contextmanager
+def shared_bases(rotations: Iterable[LowRankRotation]) -> Iterator[None]:
+    """Compute R of all trained rotations in one batched call per shape, for the block's duration.
+
+    A rotation that several sites share, or that is read several times, is computed once.
+    """
+    groups: dict[tuple[object, ...], list[LowRankRotation]] = defaultdict(list)
+    trained = [r for r in dict.fromkeys(rotations) if r.is_trained and r._shared is None]
+    for rotation in trained:
+        weight = rotation.weight
+        groups[weight.shape, weight.dtype, weight.device].append(rotation)
+    try:
+        for group in groups.values():
+            bases = orthonormal_rows(torch.stack([rotation.weight for rotation in group]))
+            for rotation, basis in zip(group, bases.unbind(), strict=True):
+                rotation._shared = basis
+        yield
+    finally:
+        for rotation in trained:
+            rotation._shared = None

@@ -1,0 +1,323 @@
+"""One config: a list of units, each an intervention or a noise at chosen layers and positions.
+
+The same list is the YAML of a recipe and the JSON of a saved adapter.
+"""
+
+import difflib
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .components import COMPONENTS, is_dotted
+from .interventions import (
+    NoiseIntervention,
+    ReftIntervention,
+    intervention_class,
+    intervention_name,
+)
+from .interventions.base import constructor_arguments, dtype_name
+from .positions import Positions
+
+Unit = ReftIntervention | NoiseIntervention
+_RANGE = re.compile(r"(\d+)-(\d+)")
+
+
+@dataclass
+class RepresentationConfig:
+    """One entry of `ReftConfig.representations`.
+
+    Everything is checked here that can be without a model; `ReftModel` checks the rest.
+    """
+
+    intervention: str | Unit
+    """A registered name, whose arguments stand beside it, or a ready module for one layer."""
+    layer: int | list[int] | str | None = None
+    """Layers from 0: one, a list, `"all"` or a range such as `"8-15"`. None for `embeddings`."""
+    component: str = "block_output"
+    """One of `COMPONENTS` or a dotted path such as `"model.layers[3].output"`."""
+    positions: str | list[int] = "l1"
+    """Edited positions (`Positions`); noise has none, it has `where`."""
+    tied: bool = True
+    """Whether a prefix and a suffix (`"f5+l5"`) share one set of weights."""
+    embed_dim: int | None = None
+    """Width of the hidden states, where a dotted path leads to another than the model's."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the intervention class, defaults filled in."""
+
+    @property
+    def unit_class(self) -> type[Unit]:
+        if isinstance(self.intervention, str):
+            return intervention_class(self.intervention)
+        return type(self.intervention)
+
+    @property
+    def is_noise(self) -> bool:
+        return issubclass(self.unit_class, NoiseIntervention)
+
+    def parts(self) -> list[Positions | None]:
+        """The positions of each set of weights; [None] for noise."""
+        if self.is_noise:
+            return [None]
+        positions = Positions.parse(self.positions)
+        return [positions] if self.tied else list(positions.split())
+
+    @property
+    def is_per_layer(self) -> bool:
+        """Whether `layer` says where the component is; a dotted path and embeddings do so alone."""
+        return self.component != "embeddings" and not is_dotted(self.component)
+
+    def layers(self, count: int) -> list[int]:
+        """The layers that `layer` means in a model that has `count` of them."""
+        match self.layer:
+            case "all":
+                layers = list(range(count))
+            case str(text):
+                first, last = text.split("-")
+                layers = list(range(int(first), int(last) + 1))
+            case int(layer):
+                layers = [layer]
+            case _:
+                layers = list(self.layer or ())
+        beyond = [layer for layer in layers if layer >= count]
+        if beyond:
+            raise ValueError(
+                f"layer {self.layer!r}: the model has layers 0 to {count - 1}, not {beyond[0]}"
+            )
+        return layers
+
+    def build(self, width: int | None, default: int) -> Unit:
+        """The unit for hidden states of `width`: a new one, or the ready module.
+
+        Where the site's width cannot be known before the model runs, it is what the entry or the
+        module says, or else `default`.
+        """
+        ready = None if isinstance(self.intervention, str) else self.intervention
+        own = getattr(ready, "hidden_size", None) if ready else self.embed_dim
+        if width is not None and own not in (None, width):
+            raise ValueError(
+                f"embed_dim {own}: the hidden states at {self.component!r} have width {width}"
+            )
+        if ready is not None:
+            return ready
+        return self.unit_class(embed_dim=own or width or default, **self.arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as plain JSON values; a ready module becomes its name and arguments."""
+        name = self.intervention
+        entry: dict[str, Any] = {
+            "layer": self.layer,
+            "component": self.component,
+            "intervention": name if isinstance(name, str) else intervention_name(type(name)),
+            "positions": self.positions,
+            "tied": self.tied,
+            "embed_dim": self.embed_dim,
+            **self.arguments,
+        }
+        absent = {"positions", "tied"} if self.is_noise else set()
+        absent |= {key for key in ("layer", "embed_dim") if getattr(self, key) is None}
+        return {key: value for key, value in entry.items() if key not in absent}
+
+    @classmethod
+    def from_dict(
+        cls, entry: Mapping[str, Any], where: str = "representation"
+    ) -> "RepresentationConfig":
+        """Read an entry; any mistake is a ValueError that begins with `where`."""
+        try:
+            return cls._from_dict(dict(entry))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    @classmethod
+    def _from_dict(cls, entry: dict[str, Any]) -> "RepresentationConfig":
+        unit = _pop_unit(entry)
+        unit_class = intervention_class(unit) if isinstance(unit, str) else type(unit)
+        known = {
+            name: parameter.default
+            for name, parameter in constructor_arguments(unit_class).items()
+            if name != "embed_dim"
+        }
+        is_noise = issubclass(unit_class, NoiseIntervention)
+        allowed = ["layer", "component", "embed_dim"]
+        if not is_noise:
+            allowed += ["positions", "tied"]
+        if unknown := [key for key in entry if key not in (*known, *allowed)]:
+            possible = [*allowed, "intervention", *known]
+            near = difflib.get_close_matches(unknown[0], possible, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"unknown key {unknown[0]!r} for {unit_class.__name__}; {hint}"
+                f"possible: {', '.join(possible)}"
+            )
+        given = {key: _plain(entry.pop(key)) for key in known if key in entry}
+        if isinstance(unit, str):
+            filled = known | given
+            if missing := [
+                key for key, value in filled.items() if value is inspect.Parameter.empty
+            ]:
+                raise ValueError(f"{unit_class.__name__} needs {missing[0]!r}")
+            arguments = {key: _plain(value) for key, value in filled.items()}
+        else:
+            arguments = {key: _plain(value) for key, value in unit.arguments().items()}
+            if wrong := [key for key, value in given.items() if arguments[key] != value]:
+                raise ValueError(
+                    f"{wrong[0]} {given[wrong[0]]!r} beside a ready {unit_class.__name__} whose "
+                    f"{wrong[0]} is {arguments[wrong[0]]!r}: set it in the module"
+                )
+        component = entry.pop("component", "embeddings" if is_noise else "block_output")
+        positions = Positions.parse(entry.pop("positions", "l1")).spec()
+        tied = entry.pop("tied", True)
+        if not isinstance(tied, bool):
+            raise ValueError(f"tied {tied!r}: expected true or false")
+        config = cls(
+            intervention=unit,
+            layer=_layer(entry.pop("layer", None), component),
+            component=component,
+            positions=positions,
+            tied=tied,
+            embed_dim=entry.pop("embed_dim", None),
+            arguments=arguments,
+        )
+        if not isinstance(unit, str) and len(config.parts()) > 1:
+            raise ValueError("tied False needs two sets of weights: name the intervention instead")
+        if not isinstance(unit, str) and not isinstance(config.layer, int | None):
+            raise ValueError(
+                f"layer {config.layer!r} with a ready {unit_class.__name__}: a module serves one "
+                "layer; name the intervention, or give one entry per layer"
+            )
+        return config
+
+
+@dataclass
+class ReftConfig:
+    """What is edited and perturbed: see the README's table of units.
+
+    Args:
+        representations: one entry or a list; mappings with the fields of `RepresentationConfig`
+            and the intervention's own arguments beside them.
+
+    Raises:
+        ValueError: an entry has an unknown key, name or value; the message says which and what
+            is possible.
+    """
+
+    representations: list[RepresentationConfig]
+
+    def __init__(
+        self,
+        representations: "Mapping[str, Any] | RepresentationConfig | Sequence[Mapping[str, Any] | RepresentationConfig]",  # noqa: E501  # one type
+    ) -> None:
+        if isinstance(representations, Mapping | RepresentationConfig):
+            representations = [representations]
+        if not isinstance(representations, Sequence) or not representations:
+            raise ValueError(
+                f"representations {representations!r}: expected an entry or a list of entries"
+            )
+        self.representations = []
+        for index, entry in enumerate(representations):
+            where = f"representations[{index}]"
+            if not isinstance(entry, Mapping | RepresentationConfig):
+                raise ValueError(f"{where}: expected a mapping, got {entry!r}")
+            if isinstance(entry, Mapping):
+                entry = RepresentationConfig.from_dict(entry, where)
+            self.representations.append(entry)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"representations": [entry.to_dict() for entry in self.representations]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ReftConfig":
+        if not isinstance(values, Mapping) or set(values) != {"representations"}:
+            raise ValueError(f"expected a mapping with 'representations' alone, got {values!r}")
+        return cls(representations=values["representations"])
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ReftConfig":
+        return cls.from_dict(json.loads(text))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "ReftConfig":
+        return cls.from_dict(yaml.safe_load(text))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ReftConfig":
+        """Read a `.json`, `.yaml` or `.yml` file."""
+        path = Path(path)
+        readers = {".json": cls.from_json, ".yaml": cls.from_yaml, ".yml": cls.from_yaml}
+        if path.suffix not in readers:
+            raise ValueError(f"{path}: expected one of {', '.join(readers)}")
+        return readers[path.suffix](path.read_text(encoding="utf-8"))
+
+
+def _pop_unit(entry: dict[str, Any]) -> str | Unit:
+    given = entry.pop("intervention", None)
+    given_type = entry.pop("intervention_type", None)
+    if (given is None) == (given_type is None):
+        raise ValueError(
+            "expected an 'intervention': a registered name such as 'loreft', or a ready module"
+        )
+    # pyvene's other fields have one meaning here, so they may be given but not varied.
+    for key, only in (("unit", "pos"), ("max_number_of_units", 1)):
+        if (value := entry.pop(key, only)) != only:
+            raise ValueError(f"{key} {value!r}: only {only!r} is supported; see 'positions'")
+    if given_type is not None:
+        return intervention_name(given_type)
+    if isinstance(given, type):
+        raise ValueError(f"intervention {given.__name__}: expected an instance or a name")
+    if not isinstance(given, str | Unit):
+        raise ValueError(
+            f"intervention {given!r}: expected a registered name, or a module derived from "
+            "ReftIntervention or NoiseIntervention"
+        )
+    if isinstance(given, str):
+        intervention_class(given)
+    return given
+
+
+def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
+    if not isinstance(component, str):
+        raise ValueError(f"component {component!r}: expected a string")
+    if component not in COMPONENTS and not is_dotted(component):
+        near = difflib.get_close_matches(component, COMPONENTS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"component {component!r}; {hint}possible: {', '.join(COMPONENTS)}, or a dotted path "
+            "that ends in .output or .input, such as 'model.layers[3].output'"
+        )
+    if component == "embeddings":
+        if layer is not None:
+            raise ValueError(f"layer {layer!r}: 'embeddings' has no layers, leave it out")
+        return None
+    if isinstance(layer, Sequence) and not isinstance(layer, str):
+        layers = list(layer)
+        if layers and all(type(i) is int and i >= 0 for i in layers):
+            if len(set(layers)) == len(layers):
+                return layers
+            raise ValueError(f"layer {layers}: every layer may occur once")
+    elif layer == "all" or (type(layer) is int and layer >= 0):
+        return layer  # type: ignore[no-any-return]  # "all" or an int
+    elif isinstance(layer, str) and (match := _RANGE.fullmatch(layer)):
+        if int(match[1]) <= int(match[2]):
+            return layer
+    elif layer is None and is_dotted(component):
+        return None
+    raise ValueError(
+        f"layer {layer!r}: expected an integer from 0, a list of them, 'all' or a range such as "
+        "'8-15'"
+    )
+
+
+def _plain(value: Any) -> Any:
+    return dtype_name(value) if isinstance(value, torch.dtype) else value

@@ -1,0 +1,278 @@
+"""Examples → token ids, labels and prompt lengths; examples → batches.
+
+An example is a prompt and a completion; the loss is on the completion alone. The prompt's tokens
+are exactly those that `tokenizer(prompt)` gives, so training edits the positions that generation
+will. A conversation becomes one example per assistant turn, with all that precedes it as prompt.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+Examples = datasets.Dataset | str | Path | Sequence[str]
+Messages = Sequence[Mapping[str, str]]
+
+
+def make_last_position_supervised_data_module(
+    tokenizer: Any,
+    model: Any,
+    prompts: Examples,
+    completions: Sequence[str] | None = None,
+    num_interventions: int | None = None,
+    nonstop: bool = False,
+    *,
+    eval_prompts: Examples | None = None,
+    eval_completions: Sequence[str] | None = None,
+    prompt_column: str = "prompt",
+    completion_column: str = "completion",
+    messages_column: str = "messages",
+    chat_template: bool = False,
+    max_length: int | None = None,
+) -> dict[str, Any]:
+    """Datasets and collator for supervised training, to be given to a trainer as `**module`.
+
+    Args:
+        tokenizer: of the base model; its `padding_side` is respected.
+        model: the base or the `ReftModel`; its context length bounds `max_length`.
+        prompts: texts; or, without `completions`, a `datasets.Dataset`, the path of a JSONL, JSON,
+            CSV or Parquet file, or the name of a hub dataset (its "train" split).
+        completions: texts, as many as prompts.
+        num_interventions: accepted for pyreft's sake; positions come from the config.
+        nonstop: leave out the end-of-text token after a completion.
+        eval_prompts: like `prompts`, for evaluation.
+        eval_completions: like `completions`, for evaluation.
+        prompt_column: column of prompts in a dataset.
+        completion_column: column of completions in a dataset.
+        messages_column: column of conversations, lists of `{"role", "content"}`; used, with the
+            tokenizer's chat template, where a dataset has it and not `prompt_column`.
+        chat_template: also render plain prompts as a user's turn of the chat template.
+        max_length: tokens of an example, by default what tokenizer and model allow. A longer
+            example loses the beginning of its prompt; how many did is logged.
+
+    Returns:
+        `train_dataset`, `eval_dataset` (or None) and `data_collator`.
+
+    Raises:
+        ValueError: no examples, unequal counts, missing columns, an empty prompt or completion.
+        FileNotFoundError: a path that does not exist.
+    """
+    limit = _max_length(tokenizer, model, max_length)
+
+    def tokenize(source: Examples, targets: Sequence[str] | None, name: str) -> datasets.Dataset:
+        return tokenize_examples(
+            load_examples(source, targets, prompt_column, completion_column),
+            tokenizer,
+            prompt_column=prompt_column,
+            completion_column=completion_column,
+            messages_column=messages_column,
+            chat_template=chat_template,
+            nonstop=nonstop,
+            max_length=limit,
+            name=name,
+        )
+
+    return {
+        "train_dataset": tokenize(prompts, completions, "training"),
+        "eval_dataset": None
+        if eval_prompts is None
+        else tokenize(eval_prompts, eval_completions, "evaluation"),
+        "data_collator": ReftDataCollator(tokenizer),
+    }
+
+
+def load_examples(
+    source: Examples,
+    completions: Sequence[str] | None = None,
+    prompt_column: str = "prompt",
+    completion_column: str = "completion",
+) -> datasets.Dataset:
+    """A dataset from texts, a file, a hub name, or one that is ready."""
+    if completions is not None:
+        if isinstance(source, str | Path | datasets.Dataset):
+            raise ValueError(
+                f"prompts: expected a list of texts beside completions, got {source!r}"
+            )
+        if len(source) != len(completions):
+            raise ValueError(f"{len(source)} prompts but {len(completions)} completions")
+        columns = {prompt_column: list(source), completion_column: list(completions)}
+        loaded = datasets.Dataset.from_dict(columns)
+    elif isinstance(source, datasets.Dataset):
+        loaded = source
+    elif isinstance(source, str | Path):
+        loaded = _load_file_or_hub(str(source))
+    else:
+        raise ValueError("completions are missing: a list of prompts needs as many of them")
+    if len(loaded) == 0:
+        raise ValueError("no examples: expected at least one prompt and completion")
+    return loaded
+
+
+def _load_file_or_hub(source: str) -> datasets.Dataset:
+    kind = _LOADERS.get(Path(source).suffix)
+    if kind is None and not Path(source).exists():
+        return datasets.load_dataset(source, split="train")
+    if kind is None:
+        raise ValueError(f"{source}: expected a file that ends in {', '.join(_LOADERS)}")
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: no such file")
+    return datasets.load_dataset(kind, data_files=source, split="train")
+
+
+def tokenize_examples(
+    examples: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    prompt_column: str = "prompt",
+    completion_column: str = "completion",
+    messages_column: str = "messages",
+    chat_template: bool = False,
+    nonstop: bool = False,
+    max_length: int | None = None,
+    name: str = "training",
+) -> datasets.Dataset:
+    """`input_ids`, `labels` and `prompt_lengths` for each example, or each assistant turn."""
+    columns = examples.column_names
+    if prompt_column in columns and completion_column in columns:
+        pairs: Iterable[tuple[Any, str]] = zip(
+            examples[prompt_column], examples[completion_column], strict=True
+        )
+        if chat_template:
+            pairs = (([{"role": "user", "content": p}], c) for p, c in pairs)
+    elif messages_column in columns:
+        pairs = (
+            (conversation[:turn], message["content"])
+            for conversation in examples[messages_column]
+            for turn, message in enumerate(conversation)
+            if message["role"] == "assistant"
+        )
+    else:
+        raise ValueError(
+            f"columns {', '.join(columns)}: expected {prompt_column!r} and {completion_column!r}, "
+            f"or {messages_column!r}; name yours with prompt_column, completion_column or "
+            "messages_column"
+        )
+    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "prompt_lengths": []}
+    truncated = 0
+    for index, (prompt, completion) in enumerate(pairs):
+        try:
+            prompt_ids, target_ids = _tokenize(tokenizer, prompt, completion, nonstop)
+        except ValueError as error:
+            raise ValueError(f"{name} example {index}: {error}") from None
+        if max_length is not None and len(prompt_ids) + len(target_ids) > max_length:
+            truncated += 1
+            prompt_ids, target_ids = _truncate(tokenizer, prompt_ids, target_ids, max_length)
+        rows["input_ids"].append(prompt_ids + target_ids)
+        rows["labels"].append([IGNORED_LABEL] * len(prompt_ids) + target_ids)
+        rows["prompt_lengths"].append(len(prompt_ids))
+    if not rows["labels"]:
+        raise ValueError(f"no {name} examples: no conversation has an assistant's turn")
+    if truncated:
+        logger.warning(
+            "%d of %d %s examples were longer than %d tokens and lost the beginning of their "
+            "prompts",
+            truncated,
+            len(rows["labels"]),
+            name,
+            max_length,
+        )
+    return datasets.Dataset.from_dict(rows)
+
+
+def _tokenize(
+    tokenizer: Any, prompt: str | Messages, completion: str, nonstop: bool
+) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and completion; the prompt's are those that generation will see."""
+    is_chat = not isinstance(prompt, str)
+    if not isinstance(completion, str):
+        raise ValueError(f"completion {completion!r}: expected a text")
+    ends_itself = False
+    if is_chat:
+        answer = {"role": "assistant", "content": completion}
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
+        if whole.startswith(text):
+            ends_itself = whole.removeprefix(text).strip() != completion.strip()
+            completion = whole.removeprefix(text)
+        prompt = text
+    prompt_ids: list[int] = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
+    if not prompt_ids:
+        raise ValueError("the prompt is empty, so there is no position to edit")
+    joint: list[int] = tokenizer(prompt + completion, add_special_tokens=not is_chat)["input_ids"]
+    if joint[: len(prompt_ids)] == prompt_ids:
+        target_ids = joint[len(prompt_ids) :]
+    else:  # a token would reach across the boundary
+        target_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    if not (nonstop or ends_itself or end is None or target_ids[-1:] == [end]):
+        target_ids = [*target_ids, end]
+    if not target_ids:
+        raise ValueError("the completion is empty, so there is nothing to learn")
+    return prompt_ids, target_ids
+
+
+def _truncate(
+    tokenizer: Any, prompt_ids: list[int], target_ids: list[int], max_length: int
+) -> tuple[list[int], list[int]]:
+    """Drop the prompt's beginning, but not a beginning-of-text token; then the completion's end."""
+    starts = prompt_ids[:1] == [tokenizer.bos_token_id]
+    target_ids = target_ids[: max_length - 1 - starts]
+    keep = max_length - len(target_ids) - starts
+    return prompt_ids[:1] * starts + prompt_ids[len(prompt_ids) - keep :], target_ids
+
+
+def _max_length(tokenizer: Any, model: Any, max_length: int | None) -> int | None:
+    """The smallest of what is asked for, what the tokenizer and what the model's context allow."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limits = [
+        max_length,
+        getattr(tokenizer, "model_max_length", None),
+        getattr(config, "max_position_embeddings", None),
+    ]
+    smallest = min((limit for limit in limits if limit), default=None)
+    if smallest is not None and smallest < 3:
+        raise ValueError(f"max_length {smallest}: expected at least 3 tokens")
+    return smallest
+
+
+@dataclass
+class ReftDataCollator:
+    """Pad examples to the longest of the batch, on the tokenizer's padding side.
+
+    The attention mask tells tokens from padding, so it does not matter which id pads, and a
+    tokenizer without a padding token is fine.
+    """
+
+    tokenizer: Any
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(feature["input_ids"]) for feature in features)
+        width += -width % self.pad_to_multiple_of
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = self.tokenizer.eos_token_id or 0
+        on_left = self.tokenizer.padding_side == "left"
+
+        def padded(values: Sequence[int], fill: int) -> list[int]:
+            padding = [fill] * (width - len(values))
+            return padding + list(values) if on_left else list(values) + padding
+
+        batch = {
+            "input_ids": [padded(f["input_ids"], pad) for f in features],
+            "attention_mask": [padded([1] * len(f["input_ids"]), 0) for f in features],
+            "labels": [padded(f["labels"], IGNORED_LABEL) for f in features],
+            "prompt_lengths": [f["prompt_lengths"] for f in features],
+        }
+        return {name: torch.tensor(rows) for name, rows in batch.items()}

@@ -1,0 +1,269 @@
+"""Run a base model's forward passes with units applied at their sites.
+
+Hooks stand on the base only while one of our passes runs, so a bare call of the base, other
+libraries' hooks and an exception are all unaffected. What a pass needs to know is computed once,
+as tensors, and shared by all layers: no loop over the batch, no synchronisation per layer.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from .components import Site, input_embeddings
+from .interventions import LowRankRotation, NoiseIntervention, ReftIntervention, shared_bases
+from .positions import Positions, PromptLayout, Selection
+
+Unit = ReftIntervention | NoiseIntervention
+
+
+@dataclass(frozen=True)
+class PlacedUnit:
+    """A unit at its site."""
+
+    key: str
+    unit: Unit
+    site: Site
+    positions: Positions | None = None
+    """None for noise."""
+    prefix: int = 0
+    """The largest prefix of any unit at this site, for the rule for short prompts."""
+    suffix: int = 0
+
+
+@dataclass
+class Pass:
+    """What one forward call, or one generation, edits: the batch's prompts and the selections."""
+
+    layout: PromptLayout
+    selections: dict[str, Selection | None]
+    """By unit key; None where the caller gave no location, so that nothing is edited."""
+
+
+@dataclass
+class Chunk:
+    """The columns of a pass that one call of the base sees: [offset, offset + length)."""
+
+    current: Pass
+    offset: int
+    length: int
+    batch: int
+    _rows: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+
+    @property
+    def _times(self) -> int:
+        return self.batch // self.current.layout.attended.shape[0]
+
+    def rows(self, selection: Selection) -> tuple[Int[Tensor, " n"] | None, Bool[Tensor, " n"]]:
+        """Flat row indices and their mask, computed once for all sites with one selection."""
+        if id(selection) not in self._rows:
+            repeated = selection.repeat(self._times)
+            self._rows[id(selection)] = repeated.within(self.offset, self.length)
+        return self._rows[id(selection)]
+
+    def columns(self, mask: Bool[Tensor, "batch width"]) -> Bool[Tensor, "batch length"]:
+        """This chunk's part of a mask over the pass's columns."""
+        part = mask[:, self.offset : self.offset + self.length]
+        return part.repeat_interleave(self._times, 0)
+
+
+class Engine:
+    """Applies placed units to the forward passes of a base model.
+
+    Args:
+        base: the model whose sites the units edit.
+        units: in the order in which they act where several share a site.
+    """
+
+    def __init__(self, base: nn.Module, units: Sequence[PlacedUnit]) -> None:
+        self.base = base
+        self.units = list(units)
+        self._by_site: dict[Site, list[PlacedUnit]] = defaultdict(list)
+        for placed in units:
+            self._by_site[placed.site].append(placed)
+        self._rotations = [
+            module
+            for placed in units
+            for module in placed.unit.modules()
+            if isinstance(module, LowRankRotation)
+        ]
+        self._at_embeddings = [p for p in units if p.site.module is input_embeddings(base)]
+        self._chunk: Chunk | None = None
+
+    @contextlib.contextmanager
+    def running(self, current: Pass, is_generation: bool = False) -> Iterator[None]:
+        """Apply `current` to every call of the base within the block.
+
+        In a generation, nothing of ours stays on the base once the prompt is in the cache, unless
+        a unit edits generated tokens.
+        """
+        checkpointed = [m for m in self.base.modules() if _checkpoints(m)]
+        with contextlib.ExitStack() as stack:
+            if not checkpointed:
+                stack.enter_context(shared_bases(self._rotations))
+            for module in checkpointed:
+                stack.enter_context(self._replayable(module))
+            hooks = stack.enter_context(contextlib.ExitStack())
+            start = self.base.register_forward_pre_hook(
+                partial(self._start_chunk, current), with_kwargs=True
+            )
+            hooks.callback(start.remove)
+            hooks.enter_context(self._hooked())
+            if is_generation and not any(p.positions and p.positions.decode for p in self.units):
+                end = self.base.register_forward_hook(
+                    partial(self._end_chunk, current, hooks), with_kwargs=True
+                )
+                hooks.callback(end.remove)
+            try:
+                yield
+            finally:
+                self._chunk = None
+
+    def _start_chunk(
+        self, current: Pass, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        embeds = kwargs.get("inputs_embeds")
+        batch, length = (embeds if tokens is None else tokens).shape[:2]
+        self._chunk = Chunk(current, cached_length(kwargs.get("past_key_values")), length, batch)
+        if embeds is not None and self._at_embeddings:  # the base will not call its embedding
+            kwargs = kwargs | {"inputs_embeds": self._apply(self._at_embeddings, embeds)}
+        return args, kwargs
+
+    def _end_chunk(
+        self,
+        current: Pass,
+        hooks: contextlib.ExitStack,
+        base: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        width = current.layout.attended.shape[1]
+        if cached_length(kwargs.get("past_key_values")) >= width:
+            hooks.close()
+
+    @contextlib.contextmanager
+    def _hooked(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for site, placed in self._by_site.items():
+                if site.is_input:
+                    handle = site.module.register_forward_pre_hook(
+                        partial(self._edit_input, placed), with_kwargs=True
+                    )
+                else:
+                    handle = site.module.register_forward_hook(partial(self._edit_output, placed))
+                stack.callback(handle.remove)
+            yield
+
+    @contextlib.contextmanager
+    def _replayable(self, module: nn.Module) -> Iterator[None]:
+        """Let gradient checkpointing recompute `module` in the backward pass as it ran.
+
+        The recomputation comes when our hooks have left the base, so the checkpoint function of
+        the module is wrapped to bring them back with the chunk of this very call.
+        """
+        checkpoint = module._gradient_checkpointing_func
+
+        def checkpoint_with_edits(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            chunk = self._chunk
+
+            def run(*inputs: Any, **named: Any) -> Any:
+                if self._chunk is chunk:
+                    return function(*inputs, **named)
+                self._chunk, outer = chunk, self._chunk
+                try:
+                    with self._hooked():
+                        return function(*inputs, **named)
+                finally:
+                    self._chunk = outer
+
+            return checkpoint(run, *args, **kwargs)  # type: ignore[operator]
+
+        module._gradient_checkpointing_func = checkpoint_with_edits  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            module._gradient_checkpointing_func = checkpoint
+
+    def _edit_output(
+        self, placed: list[PlacedUnit], module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
+        if isinstance(output, tuple):
+            return (self._apply(placed, output[0]), *output[1:])
+        return self._apply(placed, output)
+
+    def _edit_input(
+        self,
+        placed: list[PlacedUnit],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self._apply(placed, args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self._apply(placed, kwargs["hidden_states"])}
+
+    def _apply(
+        self, placed: list[PlacedUnit], hidden: Float[Tensor, "batch length hidden"]
+    ) -> Float[Tensor, "batch length hidden"]:
+        chunk = self._chunk
+        if chunk is None:
+            return hidden
+        for one in placed:
+            if isinstance(one.unit, NoiseIntervention):
+                if one.unit.training:
+                    layout = chunk.current.layout
+                    attended = chunk.columns(layout.attended).to(hidden.device)
+                    prompt = chunk.columns(layout.prompt).to(hidden.device)
+                    hidden = one.unit(hidden, attended=attended, prompt=prompt)
+            elif (selection := chunk.current.selections[one.key]) is not None:
+                if hidden.shape[-1] != one.unit.hidden_size:
+                    raise ValueError(
+                        f"{one.site} has width {hidden.shape[-1]}, but its "
+                        f"{type(one.unit).__name__} has embed_dim {one.unit.hidden_size}: pass "
+                        f"embed_dim={hidden.shape[-1]}"
+                    )
+                hidden = edit_rows(hidden, one.unit, *chunk.rows(selection))
+        return hidden
+
+
+def edit_rows(
+    hidden: Float[Tensor, "batch length hidden"],
+    unit: ReftIntervention,
+    rows: Int[Tensor, " n"] | None,
+    mask: Bool[Tensor, " n"],
+) -> Float[Tensor, "batch length hidden"]:
+    """Add the unit's edit to those of the flattened `rows` (all, if None) that `mask` holds.
+
+    Rows outside the mask are added exact zeros, which keeps every shape static: no
+    synchronisation with the device, and a NaN in padding stays where it is.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    mask = mask.to(hidden.device)[:, None]
+    if rows is None:
+        delta = unit.delta(flat.masked_fill(~mask, 0)).to(hidden.dtype)
+        return (flat + delta.masked_fill(~mask, 0)).view_as(hidden)
+    rows = rows.to(hidden.device)
+    delta = unit.delta(flat.index_select(0, rows)).to(hidden.dtype)
+    return flat.index_add(0, rows, delta.masked_fill(~mask, 0)).view_as(hidden)
+
+
+def cached_length(cache: Any) -> int:
+    """Tokens that a transformers cache holds; 0 for None."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return (
+        module.training
+        and torch.is_grad_enabled()
+        and getattr(module, "gradient_checkpointing", False)
+        and hasattr(module, "_gradient_checkpointing_func")
+    )

@@ -1,0 +1,351 @@
+"""`ReftModel`: a frozen base model with its units; called and generating like the base."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers.utils import PushToHubMixin
+
+from . import saving
+from .config import ReftConfig
+from .engine import Engine, Pass, cached_length
+from .pairs import first_of_pairs, in_pairs
+from .placement import place_units
+from .positions import (
+    PromptLayout,
+    UnitLocations,
+    explicit_selection,
+    parse_unit_locations,
+    prompt_lengths_from_labels,
+)
+
+
+class ReftModel(nn.Module, PushToHubMixin):  # type: ignore[misc]  # the mixin is untyped
+    """A base model whose hidden states are edited, and perturbed in training, by units.
+
+    It is called like the base and returns the base's output class; `generate` returns token ids.
+    Attributes that it does not have itself (`config`, `device`, `generation_config`,
+    `gradient_checkpointing_enable`, …) are the base's.
+
+    Args:
+        config: the units.
+        model: the base, a transformers model. Its weights are neither copied nor changed.
+
+    Raises:
+        ValueError: an entry does not fit the base: layer, width, rank or overlapping positions.
+    """
+
+    def __init__(self, config: ReftConfig, model: nn.Module) -> None:
+        super().__init__()
+        if isinstance(model, ReftModel):
+            raise ValueError("the model is a ReftModel already: put all units into one ReftConfig")
+        self.model = model
+        self.reft_config = config
+        placed = place_units(config, model)
+        self.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
+        self._engine = Engine(model, placed)
+        self._is_disabled = False
+        self.interventions.train(model.training)
+        self.training = model.training
+        self.set_device(None)
+        self.register_state_dict_post_hook(_keep_trained)
+        self.register_load_state_dict_post_hook(_expect_trained)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    # -- forward -----------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt_lengths: Int[Tensor, " batch"] | None = None,
+        unit_locations: UnitLocations | None = None,
+        output_original_output: bool = False,
+        **inputs: Any,
+    ) -> Any:
+        """One pass of the base with the units applied.
+
+        Args:
+            input_ids: token ids; or, in pyreft's form, a mapping of all inputs. The result is then
+                `(base_output or None, intervened_output)`.
+            attention_mask: 1 at tokens, 0 at padding, on either side.
+            labels: as the base takes them.
+            prompt_lengths: attended tokens in each row's prompt. By default the prompt ends before
+                the first label that is not -100, and is the whole input where there are no labels.
+                With a filled cache and no such information, all that is cached is the prompt.
+            unit_locations: `{"sources->base": (None, locations)}` with columns nested as
+                interventions × batch × positions, instead of the config's positions.
+            output_original_output: in pyreft's form, also run the bare base.
+            inputs: the base's other arguments.
+        """
+        if isinstance(input_ids, Mapping):
+            batch = dict(input_ids) | inputs | {"labels": labels}
+            original = None
+            if output_original_output:
+                with self.disabled():
+                    original = self(**batch)
+            return original, self(
+                **batch, prompt_lengths=prompt_lengths, unit_locations=unit_locations
+            )
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        inputs |= {name: value for name, value in given.items() if value is not None}
+        if self._is_disabled:
+            return self.model(**inputs)
+        width, batch_size = _width_and_batch(inputs)
+        doubled = self.training and any(
+            getattr(one.unit, "paired", False) for one in self._engine.units
+        )
+        if doubled:
+            inputs = in_pairs(inputs, batch_size)
+            prompt_lengths = None if prompt_lengths is None else prompt_lengths.repeat(2)
+        layout = self._layout(inputs, prompt_lengths)
+        current = self._pass(layout, unit_locations, batch_size, width)
+        with self._engine.running(current):
+            outputs = self.model(**inputs)
+        return first_of_pairs(outputs, batch_size) if doubled else outputs
+
+    def generate(
+        self,
+        inputs: Any = None,
+        unit_locations: UnitLocations | None = None,
+        intervene_on_prompt: bool = True,
+        output_original_output: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate with the base's own `generate`; the input is the prompt.
+
+        Args:
+            inputs: token ids; or, in pyreft's form, a mapping of all inputs. The result is then
+                `(base_output or None, intervened_output)`.
+            unit_locations: as in `forward`.
+            intervene_on_prompt: pyreft's flag; only True is meaningful here.
+            output_original_output: in pyreft's form, also generate with the bare base.
+            kwargs: as the base's `generate` takes them.
+        """
+        if not intervene_on_prompt:
+            raise ValueError(
+                "intervene_on_prompt False: to edit generated tokens, give the config "
+                "positions 'decode' or 'all+decode'"
+            )
+        if isinstance(inputs, Mapping):
+            batch = dict(inputs) | kwargs
+            original = None
+            if output_original_output:
+                with self.disabled():
+                    original = self.generate(**batch)
+            return original, self.generate(**batch, unit_locations=unit_locations)
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        if self._is_disabled:
+            return self.model.generate(**kwargs)
+        width, batch_size = _width_and_batch(kwargs)
+        if kwargs.get("attention_mask") is None and kwargs.get("input_ids") is not None:
+            mask = self._infer_attention_mask(kwargs)
+            if mask is not None:
+                kwargs["attention_mask"] = mask
+        attended = _attended(kwargs, width, batch_size)
+        current = self._pass(PromptLayout(attended), unit_locations, batch_size, width)
+        with self._engine.running(current, is_generation=True):
+            return self.model.generate(**kwargs)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator["ReftModel"]:
+        """Within the block, the model is its bare base."""
+        before, self._is_disabled = self._is_disabled, True
+        try:
+            yield self
+        finally:
+            self._is_disabled = before
+
+    def _layout(self, inputs: Mapping[str, Any], lengths: Tensor | None) -> PromptLayout:
+        width, batch_size = _width_and_batch(inputs)
+        past = cached_length(inputs.get("past_key_values"))
+        attended = _attended(inputs, past + width, batch_size)
+        labels = inputs.get("labels")
+        if lengths is None and labels is not None and labels.shape == attended.shape:
+            lengths = prompt_lengths_from_labels(labels, attended)
+        elif lengths is None and past:
+            lengths = attended[:, :past].sum(1)
+        return PromptLayout(attended, lengths)
+
+    def _pass(
+        self, layout: PromptLayout, unit_locations: UnitLocations | None, batch: int, width: int
+    ) -> Pass:
+        units = [one for one in self._engine.units if one.positions is not None]
+        if unit_locations is not None:
+            times = layout.attended.shape[0] // batch
+            found = parse_unit_locations(unit_locations, len(units), batch, width)
+            chosen = [
+                None if c is None else explicit_selection(c.to(self.device).repeat(times, 1))
+                for c in found
+            ]
+            return Pass(layout, {o.key: c for o, c in zip(units, chosen, strict=True)})
+        # Sites with equal positions share one selection, hence one computation of row indices.
+        select = functools.cache(layout.select)
+        return Pass(layout, {o.key: select(o.positions, o.prefix, o.suffix) for o in units})
+
+    def _infer_attention_mask(self, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The mask that `generate` would infer from padding, so that both see the same one."""
+        settings = kwargs.get("generation_config") or self.model.generation_config
+        pad, eos = (
+            kwargs.get(name, getattr(settings, name, None))
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        ends = eos if isinstance(eos, list) else [eos]
+        if pad is None or pad in ends or kwargs["input_ids"].is_floating_point():
+            return None
+        return kwargs["input_ids"].ne(pad).long()
+
+    # -- what the ecosystem asks a model for ---------------------------------------------------
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base takes `num_items_in_batch`, as transformers' Trainer determines it."""
+        accepts = getattr(self.model, "accepts_loss_kwargs", None)
+        if accepts is None:
+            parameters = inspect.signature(self.model.forward).parameters.values()
+            accepts = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return bool(accepts)
+
+    def set_device(self, device: torch.device | str | None, set_model: bool = True) -> None:
+        """Move everything to `device`; None puts each unit where its site is."""
+        if device is not None:
+            (self if set_model else self.interventions).to(device)
+            return
+        for one in self._engine.units:
+            found = next((p.device for p in one.site.module.parameters()), self.model.device)
+            one.unit.to(self.model.device if found.type == "meta" else found)
+
+    def disable_model_gradients(self) -> None:
+        """Freeze the base."""
+        self.model.requires_grad_(False)
+
+    def count_parameters(self) -> tuple[int, int, int]:
+        """Trainable parameters of the units and of the base, and all of the base."""
+        return (
+            sum(p.numel() for p in self.interventions.parameters() if p.requires_grad),
+            sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            sum(p.numel() for p in self.model.parameters()),
+        )
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, and their share of the base's."""
+        units, base, total = self.count_parameters()
+        print(
+            f"trainable intervention params: {units:,d} || trainable model params: {base:,d}\n"
+            f"model params: {total:,d} || trainable%: {100 * (units + base) / total:.4f}"
+        )
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        **unused: Any,
+    ) -> None:
+        """Write the adapter: the units and what is trained of the base (see `saving`)."""
+        if is_main_process:
+            saving.save_adapter(self, save_directory, state_dict)
+
+    def save(
+        self,
+        save_directory: str | Path,
+        save_to_hf_hub: bool = False,
+        hf_repo_name: str | None = None,
+    ) -> None:
+        """pyreft's name for `save_pretrained`, and `push_to_hub` if asked."""
+        self.save_pretrained(save_directory)
+        if save_to_hf_hub:
+            if hf_repo_name is None:
+                raise ValueError("save_to_hf_hub needs hf_repo_name, such as 'user/adapter'")
+            self.push_to_hub(hf_repo_name)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, directory: str | Path) -> "ReftModel":
+        """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode."""
+        return saving.load_adapter(model, directory)
+
+    @classmethod
+    def load(cls, load_directory: str | Path, model: nn.Module) -> "ReftModel":
+        """pyreft's name and order of arguments for `from_pretrained`."""
+        return cls.from_pretrained(model, load_directory)
+
+
+def get_reft_model(
+    model: nn.Module,
+    reft_config: ReftConfig,
+    set_device: bool = True,
+    disable_model_grads: bool = True,
+) -> ReftModel:
+    """Wrap a transformers model with the units of a config.
+
+    Args:
+        model: the base.
+        reft_config: the units.
+        set_device: put the units on the devices of their sites.
+        disable_model_grads: freeze the base.
+
+    Raises:
+        ValueError: the config does not fit the base.
+    """
+    reft_model = ReftModel(reft_config, model)
+    if set_device:
+        reft_model.set_device(None)
+    if disable_model_grads:
+        reft_model.disable_model_gradients()
+    return reft_model
+
+
+def _width_and_batch(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    tokens = inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        raise ValueError("expected input_ids or inputs_embeds")
+    return tokens.shape[1], tokens.shape[0]
+
+
+def _attended(inputs: Mapping[str, Any], width: int, batch: int) -> Bool[Tensor, "batch width"]:
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        tokens = inputs.get("input_ids")
+        device = (inputs["inputs_embeds"] if tokens is None else tokens).device
+        return torch.ones(batch, width, dtype=torch.bool, device=device)
+    if mask.shape != (batch, width):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: expected ({batch}, {width}), one entry "
+            "per token, cached ones included"
+        )
+    return mask.bool()
+
+
+def _keep_trained(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
+    trained = {f"{prefix}model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
+    for name in [n for n in state if n.startswith(f"{prefix}model.") and n not in trained]:
+        del state[name]
+
+
+def _expect_trained(module: nn.Module, keys: Any) -> None:
+    """Do not miss what `_keep_trained` leaves out."""
+    frozen = {f"model.{n}" for n, p in module.model.named_parameters() if not p.requires_grad}
+    frozen |= {f"model.{n}" for n, _ in module.model.named_buffers()}
+    tied = {f"model.{n}" for n in module.model.state_dict()} - {
+        f"model.{n}" for n, _ in module.model.named_parameters()
+    }
+    keys.missing_keys[:] = [k for k in keys.missing_keys if k not in frozen | tied]

@@ -1,0 +1,71 @@
+"""Put the units of a config at the sites of a model."""
+
+from dataclasses import replace
+from itertools import combinations
+
+from torch import nn
+
+from .components import Site, find_site, hidden_size, num_layers
+from .config import ReftConfig, RepresentationConfig
+from .engine import PlacedUnit
+from .positions import Positions
+
+
+def place_units(config: ReftConfig, model: nn.Module) -> list[PlacedUnit]:
+    """Build the units of a config at their sites in `model`.
+
+    The order is that of pyvene's `unit_locations`: entry by entry, and within an untied entry all
+    layers' prefixes before all layers' suffixes.
+
+    Raises:
+        ValueError: a layer out of range, a rank or width that does not fit, or two interventions
+            at one site whose positions can overlap.
+    """
+    placed: list[PlacedUnit] = []
+    taken: dict[str, int] = {}
+    for index, entry in enumerate(config.representations):
+        try:
+            layers = entry.layers(num_layers(model)) if entry.is_per_layer else [None]
+            for positions in entry.parts():
+                for layer in layers:
+                    site = find_site(model, entry.component, layer)
+                    unit = entry.build(site.width, default=hidden_size(model))
+                    name = _key(entry, layer)
+                    taken[name] = taken.get(name, -1) + 1
+                    placed.append(PlacedUnit(f"{name}#{taken[name]}", unit, site, positions))
+        except ValueError as error:
+            raise ValueError(f"representations[{index}]: {error}") from None
+    if len({id(one.unit) for one in placed}) < len(placed):
+        raise ValueError("one module serves two entries: give each entry a module of its own")
+    return _disjoint(placed)
+
+
+def _key(entry: RepresentationConfig, layer: int | None) -> str:
+    """pyvene's key for a unit, without the counter of units at one place."""
+    component = entry.component.replace(".", "_")
+    return f"layer_{layer or 0}_comp_{component}_unit_pos_nunit_1"
+
+
+def _disjoint(placed: list[PlacedUnit]) -> list[PlacedUnit]:
+    """Check that no token is edited twice at a site, and tell units of their neighbours."""
+    by_site: dict[Site, list[tuple[str, Positions]]] = {}
+    for one in placed:
+        if one.positions is not None:
+            by_site.setdefault(one.site, []).append((one.key, one.positions))
+    for site, units in by_site.items():
+        for (key, positions), (other_key, other) in combinations(units, 2):
+            if positions.overlaps(other):
+                raise ValueError(
+                    f"positions {positions.spec()!r} of {key} and {other.spec()!r} of {other_key} "
+                    f"can overlap at {site}: units at one site need disjoint positions"
+                )
+    return [
+        one
+        if one.positions is None
+        else replace(
+            one,
+            prefix=max(positions.first for _, positions in by_site[one.site]),
+            suffix=max(positions.last for _, positions in by_site[one.site]),
+        )
+        for one in placed
+    ]

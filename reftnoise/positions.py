@@ -1,0 +1,285 @@
+"""Where an intervention edits: `"f7+l7"` → columns and a mask.
+
+One resolver serves training, evaluation and generation. Positions count *attended* tokens, so
+the padding side, a padding token that equals end-of-text and a repeated beginning-of-text make no
+difference. Everything is vectorised over the batch and stays on the batch's device.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+UnitLocations = Mapping[str, Any]
+"""pyvene's form: `{"sources->base": (None, locations)}`."""
+
+_TERM = re.compile(r"(?P<kind>f|l)(?P<count>\d+)|(?P<word>all|decode)")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A set of positions of a prompt and, with `decode`, of what is generated after it.
+
+    Grammar: terms joined by `+`, each at most once.
+
+    | term | positions |
+    |---|---|
+    | `f{n}` | the first n attended prompt tokens |
+    | `l{n}` | the last n attended prompt tokens |
+    | `all` | all prompt tokens |
+    | `decode` | every token after the prompt |
+
+    or a list of explicit prompt positions, negative ones counted from the prompt's end.
+
+    A prompt of n tokens that is shorter than p + s, for f{p}+l{s}, is edited at its first
+    min(p, ⌊n/2⌋) and last min(s, ⌈n/2⌉) tokens (ReFT, arXiv:2404.03592, section 4.1).
+    """
+
+    first: int = 0
+    last: int = 0
+    all: bool = False
+    decode: bool = False
+    indices: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, spec: "str | Sequence[int] | Positions") -> "Positions":
+        """Read positions; a ValueError names what was expected and the column."""
+        if isinstance(spec, Positions):
+            return spec
+        if not isinstance(spec, str):
+            return cls._from_indices(spec)
+        found: dict[str, int | bool] = {}
+        column = 0
+        while True:
+            term = _TERM.match(spec, column)
+            if term is None:
+                raise _syntax_error(spec, column, "terms like 'f7', 'l7', 'all' or 'decode'")
+            field = {"f": "first", "l": "last"}.get(term["kind"]) or term["word"]
+            if field in found:
+                raise _syntax_error(spec, column, f"{term[0][0] if term['kind'] else field} once")
+            if term["kind"] and int(term["count"]) == 0:
+                raise _syntax_error(spec, column + 1, "a count of at least 1")
+            found[field] = int(term["count"]) if term["kind"] else True
+            column = term.end()
+            if column == len(spec):
+                break
+            if spec[column] != "+":
+                raise _syntax_error(spec, column, "terms like 'f7' or 'l7' joined by '+'")
+            column += 1
+        positions = cls(**found)  # type: ignore[arg-type]  # field names and types match
+        if positions.all and (positions.first or positions.last):
+            raise ValueError(f"positions {spec!r}: 'all' includes the first and last tokens")
+        return positions
+
+    @classmethod
+    def _from_indices(cls, spec: Sequence[int]) -> "Positions":
+        if not isinstance(spec, Sequence) or not all(type(i) is int for i in spec) or not spec:
+            raise ValueError(
+                f"positions {spec!r}: expected a string such as 'f7+l7' or a list of integers"
+            )
+        if len(set(spec)) < len(spec):
+            raise ValueError(f"positions {list(spec)}: every index may occur once")
+        return cls(indices=tuple(spec))
+
+    def spec(self) -> str | list[int]:
+        """What `parse` reads back: a string, or the list of indices."""
+        if self.indices:
+            return list(self.indices)
+        counts = [f"{c}{n}" for c, n in (("f", self.first), ("l", self.last)) if n]
+        return "+".join(counts + [w for w in ("all", "decode") if getattr(self, w)])
+
+    def split(self) -> "list[Positions]":
+        """Prefix and the rest, for interventions with weights of their own for each."""
+        if not (self.first and self.last):
+            return [self]
+        return [Positions(first=self.first), replace(self, first=0)]
+
+    def overlaps(self, other: "Positions") -> bool:
+        """Whether some prompt has a token that both positions contain."""
+        if self.decode and other.decode:
+            return True
+        if self.indices and other.indices:
+            same_end = {i < 0 for i in self.indices + other.indices}
+            return len(same_end) > 1 or bool(set(self.indices) & set(other.indices))
+        if self.all or other.all or self.indices or other.indices:
+            return self.edits_prompt and other.edits_prompt
+        return bool(self.first and other.first or self.last and other.last)
+
+    @property
+    def edits_prompt(self) -> bool:
+        return bool(self.first or self.last or self.all or self.indices)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the number of positions grows with the sequence."""
+        return self.all or self.decode
+
+
+def _syntax_error(spec: str, column: int, expected: str) -> ValueError:
+    got = repr(spec[column]) if column < len(spec) else "the end"
+    return ValueError(f"positions {spec!r}: expected {expected}, got {got} at column {column + 1}")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions of one batch: `columns` with the slots that count, or a mask over all columns."""
+
+    columns: Int[Tensor, "batch positions"] | None
+    mask: Bool[Tensor, "batch positions"]
+    decode: bool = False
+    """Whether columns beyond the mask's width, which generation appends, are selected."""
+
+    def repeat(self, times: int) -> "Selection":
+        """Each row `times` in succession, as beams and return sequences lay batches out."""
+        if times == 1:
+            return self
+        columns = None if self.columns is None else self.columns.repeat_interleave(times, 0)
+        return replace(self, columns=columns, mask=self.mask.repeat_interleave(times, 0))
+
+    def within(
+        self, offset: int, length: int
+    ) -> tuple[Int[Tensor, " rows"] | None, Bool[Tensor, " rows"]]:
+        """Flat row indices into a [batch · length] slab of columns from `offset`, and their mask.
+
+        None instead of indices stands for every row. Slots that do not count point at some row of
+        their own sequence.
+        """
+        batch = self.mask.shape[0]
+        if self.columns is None:
+            known = self.mask[:, offset : offset + length]
+            beyond = self.mask.new_full((batch, length - known.shape[1]), self.decode)
+            return None, torch.cat([known, beyond], dim=1).flatten()
+        relative = self.columns - offset
+        mask = self.mask & (relative >= 0) & (relative < length)
+        start = torch.arange(batch, device=relative.device)[:, None] * length
+        return (start + relative.clamp(0, length - 1)).flatten(), mask.flatten()
+
+
+class PromptLayout:
+    """Which columns of a batch hold attended tokens, and which of those the prompt.
+
+    Args:
+        attended: True at tokens, False at padding, on either side or in between.
+        prompt_lengths: attended tokens in each row's prompt; all of them, if None.
+    """
+
+    def __init__(
+        self,
+        attended: Bool[Tensor, "batch width"],
+        prompt_lengths: Int[Tensor, " batch"] | None = None,
+    ) -> None:
+        self.attended = attended
+        self.lengths = attended.sum(1) if prompt_lengths is None else prompt_lengths
+        rank = attended.cumsum(1) - 1
+        self.prompt: Bool[Tensor, "batch width"] = attended & (rank < self.lengths[:, None])
+        # order[b, k] is the column of row b's k-th attended token.
+        self._order = torch.argsort((~attended).to(torch.uint8), dim=1, stable=True)
+
+    def select(self, positions: Positions, first: int = 0, last: int = 0) -> Selection:
+        """Resolve `positions`.
+
+        Args:
+            positions: what to select.
+            first: the largest prefix of any unit at the same site, if larger than this one's.
+            last: likewise the largest suffix. The rule for short prompts then keeps them disjoint.
+        """
+        n = self.lengths[:, None]
+        short = n < max(positions.first, first) + max(positions.last, last)
+        device = self.attended.device
+        prefix = torch.arange(positions.first, device=device)[None]
+        suffix = torch.arange(positions.last, device=device)[None]
+        explicit = torch.tensor(positions.indices, dtype=torch.long, device=device)[None]
+        ranks = [
+            prefix.expand(len(n), -1),
+            n - positions.last + suffix,
+            torch.where(explicit < 0, n + explicit, explicit),
+        ]
+        counted = [
+            ~short & (prefix < n) | short & (prefix < n // 2),
+            ~short | (positions.last - suffix <= (n + 1) // 2),
+            ranks[2] < n,
+        ]
+        rank, mask = torch.cat(ranks, 1), torch.cat(counted, 1)
+        mask = _once(rank, mask & (rank >= 0))
+        # Slots that do not count point at a prompt token, whose hidden state is always finite.
+        columns = self._order.gather(1, torch.minimum(rank, n - 1).clamp(min=0))
+        if not positions.is_dense:
+            return Selection(columns, mask)
+        dense = torch.zeros_like(self.attended).scatter_reduce(1, columns, mask, "amax")
+        if positions.all:
+            dense = dense | self.prompt
+        if positions.decode:
+            dense = dense | (self.attended & ~self.prompt)
+        return Selection(None, dense, decode=positions.decode)
+
+
+def explicit_selection(columns: Int[Tensor, "batch positions"]) -> Selection:
+    """The selection of given columns; a column that a row repeats counts once."""
+    return Selection(columns, _once(columns, torch.ones_like(columns, dtype=torch.bool)))
+
+
+def _once(values: Int[Tensor, "batch n"], mask: Bool[Tensor, "batch n"]) -> Bool[Tensor, "batch n"]:
+    """The mask without those slots whose value an earlier slot of the mask holds already."""
+    same = (values[:, :, None] == values[:, None, :]) & mask[:, None, :]
+    return mask & ~same.tril(-1).any(-1)
+
+
+def prompt_lengths_from_labels(
+    labels: Int[Tensor, "batch width"], attended: Bool[Tensor, "batch width"]
+) -> Int[Tensor, " batch"]:
+    """Attended tokens before each row's first label that is not -100, at least 1.
+
+    The label of a row's first token is never predicted, so that token always is prompt. A row
+    without any label is all prompt.
+    """
+    before_first = (labels != -100).cumsum(1) == 0
+    return (attended & before_first).sum(1).clamp(min=1)
+
+
+def parse_unit_locations(
+    unit_locations: UnitLocations, interventions: int, batch: int, width: int
+) -> list[Int[Tensor, "batch positions"] | None]:
+    """Read pyvene's `{"sources->base": (None, locations)}`.
+
+    `locations` nests interventions × batch × positions; None instead of an intervention's part
+    leaves it out, and a single integer stands for that column everywhere.
+
+    Raises:
+        ValueError: another nesting, or a column outside the input.
+    """
+    expected = (
+        f"expected {{'sources->base': (None, locations)}} with locations nested as "
+        f"{interventions} interventions × {batch} rows × positions"
+    )
+    try:
+        _, locations = unit_locations["sources->base"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"unit_locations {unit_locations!r}: {expected}") from None
+    if isinstance(locations, int):
+        locations = [[[locations]] * batch] * interventions
+    if isinstance(locations, Tensor):
+        locations = list(locations)
+    if not isinstance(locations, list | tuple) or len(locations) != interventions:
+        raise ValueError(f"unit_locations {locations!r}: {expected}")
+    found: list[Tensor | None] = []
+    for index, part in enumerate(locations):
+        if part is None:
+            found.append(None)
+            continue
+        try:
+            columns = torch.as_tensor(part)
+        except (TypeError, ValueError):
+            columns = torch.empty(0)
+        if columns.dim() != 2 or columns.shape[0] != batch or columns.is_floating_point():
+            raise ValueError(f"unit_locations of intervention {index}, {part!r}: {expected}")
+        if ((columns < 0) | (columns >= width)).any():
+            raise ValueError(
+                f"unit_locations of intervention {index}, {part!r}: expected columns from 0 to "
+                f"{width - 1}, the input's last"
+            )
+        found.append(columns.long())
+    return found

@@ -1,0 +1,201 @@
+"""Adapter directories: `reft_config.json`, `reft_model.safetensors` and a model card.
+
+No pickles, and nothing is imported by a name that a file gives. Every file is written under a
+temporary name and renamed, so an interrupted save leaves what was there before.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .components import hidden_size, num_layers
+from .config import ReftConfig
+
+if TYPE_CHECKING:
+    from .model import ReftModel
+
+CONFIG_NAME = "reft_config.json"
+WEIGHTS_NAME = "reft_model.safetensors"
+CARD_NAME = "README.md"
+SCHEMA_VERSION = 1
+
+_CARD = """\
+---
+base_model: {base}
+library_name: reftnoise
+tags:
+- reft
+---
+# A reftnoise adapter
+
+Hidden-state edits (ReFT) for `{base}`; what they are stands in `{config}`.
+
+```python
+import reftnoise as rn
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+reft_model = rn.ReftModel.from_pretrained(model, "path/to/this/directory")
+```
+"""
+
+
+def save_adapter(
+    reft_model: "ReftModel",
+    directory: str | Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an adapter directory; other files in it are left alone.
+
+    Args:
+        reft_model: the model whose units, and whose trained base parameters, are written.
+        directory: created if needed. An adapter in it is replaced; a model card is kept.
+        state_dict: what to write instead of `reft_model.state_dict()`, when a sharded model's
+            owner gathered it.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: expected a directory, found a file")
+    description = {
+        "schema_version": SCHEMA_VERSION,
+        "base_model": {
+            "name_or_path": reft_model.model.config.name_or_path,
+            **fingerprint(reft_model.model),
+        },
+        **reft_model.reft_config.to_dict(),
+    }
+    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    state = reft_model.state_dict() if state_dict is None else state_dict
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / WEIGHTS_NAME, lambda path: safetensors.torch.save_file(tensors, path))
+    _replace(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    if not (directory / CARD_NAME).exists():
+        base = reft_model.model.config.name_or_path or "the base model"
+        card = _CARD.format(base=base, config=CONFIG_NAME)
+        _replace(directory / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> "ReftModel":
+    """Wrap `model` with a saved adapter, in evaluation mode.
+
+    Args:
+        model: the base that the adapter was trained on, or one of its shape.
+        directory: an adapter directory, or the name of a hub repository that is one.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        ValueError: the adapter is for another base or schema, or damaged; the message names both
+            sides.
+    """
+    from .model import ReftModel
+
+    directory = _local(directory)
+    config = read_config(directory, model)
+    reft_model = ReftModel(config, model)
+    reft_model.disable_model_gradients()
+    load_weights(reft_model, directory)
+    reft_model.set_device(None)
+    reft_model.eval()
+    return reft_model
+
+
+def read_config(directory: Path, model: nn.Module) -> ReftConfig:
+    """The config of an adapter directory, checked against the base."""
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory}: no {CONFIG_NAME} in it, so it is not an adapter directory"
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        schema, saved = description["schema_version"], description["base_model"]
+        representations = description["representations"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
+    if schema != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: schema version {schema}, but this reftnoise reads version {SCHEMA_VERSION}"
+        )
+    for name, mine in fingerprint(model).items():
+        if saved.get(name) != mine:
+            raise ValueError(
+                f"{path}: the adapter's base ({saved.get('name_or_path')}) has {name} "
+                f"{saved.get(name)!r}, the given model ({model.config.name_or_path}) {mine!r}"
+            )
+    return ReftConfig(representations=representations)
+
+
+def load_weights(reft_model: "ReftModel", directory: str | Path) -> None:
+    """Load an adapter directory's weights into a model with the same units."""
+    path = Path(directory) / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: no {WEIGHTS_NAME} in it")
+    try:
+        state = safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or damaged ({error})") from None
+    own = dict(reft_model.named_parameters())
+    expected = [name for name in reft_model.state_dict() if name.startswith("interventions.")]
+    if missing := [name for name in expected if name not in state]:
+        raise ValueError(f"{path}: the config names {missing[0]}, the file does not hold it")
+    if unknown := [name for name in state if name not in own]:
+        raise ValueError(f"{path}: holds {unknown[0]}, which neither the config nor the base has")
+    for name, tensor in state.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, the config says "
+                f"{tuple(own[name].shape)}"
+            )
+    reft_model.load_state_dict(state)
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What an adapter needs its base to be. The vocabulary may be resized, so it is not in it."""
+    return {
+        "model_type": model.config.model_type,
+        "hidden_size": hidden_size(model),
+        "num_hidden_layers": num_layers(model),
+    }
+
+
+def _local(directory: str | Path) -> Path:
+    if Path(directory).is_dir():
+        return Path(directory)
+    if isinstance(directory, Path) or directory.count("/") != 1 or directory.startswith("."):
+        raise FileNotFoundError(f"{directory}: no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(directory, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{directory}: no such directory, and not to be had from the hub ({error})"
+        ) from None
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name beside `path`, then rename it."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

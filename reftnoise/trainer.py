@@ -1,0 +1,96 @@
+"""transformers' Trainer, saving adapters and nothing else."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from . import saving
+from .model import ReftModel
+
+_STATE = "trainer_state.json"
+_ARGUMENTS = "training_args.bin"
+
+
+class ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """A `transformers.Trainer` whose checkpoints are adapter directories.
+
+    Everything else is the Trainer's: evaluation, best model, accumulation, devices, reporting.
+    A run that was killed resumes from its last complete checkpoint and ends with the same weights
+    as one that was not.
+
+    Args:
+        model: a `ReftModel`.
+        args: `transformers.TrainingArguments`.
+        tokenizer: the older name of `processing_class`.
+        trainer_arguments: as the Trainer takes them.
+    """
+
+    def __init__(
+        self,
+        model: ReftModel | None = None,
+        args: Any = None,
+        *,
+        tokenizer: Any = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        if tokenizer is not None:
+            if trainer_arguments.get("processing_class") is not None:
+                raise ValueError("tokenizer and processing_class are one argument: give one")
+            trainer_arguments["processing_class"] = tokenizer
+        super().__init__(model=model, args=args, **trainer_arguments)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` continues from the last complete checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        adapter = self.accelerator.unwrap_model(self.model)
+        adapter.save_pretrained(directory, state_dict=state_dict)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        torch.save(self.args, directory / _ARGUMENTS)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        saving.load_weights(model or self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        saving.load_weights(self.model, self.state.best_model_checkpoint)
+
+
+class ReftTrainerForCausalLM(ReftTrainer):
+    """pyreft's name for the trainer of causal language models."""
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint whose trainer state, the last file that is written, can be read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    skipped: list[str] = []
+    folder = Path(output_dir)
+    names = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    for checkpoint in reversed(names):
+        try:
+            json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            skipped.append(checkpoint.name)
+            continue
+        if skipped:
+            warnings.warn(
+                f"{output_dir}: {', '.join(skipped)} incomplete, resuming from {checkpoint.name}",
+                stacklevel=3,
+            )
+        return str(checkpoint)
+    raise ValueError(f"{output_dir}: no complete checkpoint to resume from")
