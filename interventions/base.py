@@ -10,6 +10,7 @@ import difflib
 import inspect
 import io
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -44,14 +45,18 @@ class PyveneFields(TypedDict, total=False):
     source_representation: Any
     hidden_source_representation: Any
     latent_dim: Any
-    low_rank_dimension: Any
-    embed_dim: Any
     use_fast: Any
 
 
-def _reject_unknown(cls: type, fields: PyveneFields) -> None:
+class NoiseFields(PyveneFields, total=False):
+    """The same fields for a class that has no rank."""
+
+    low_rank_dimension: Any
+
+
+def _reject_unknown(cls: type, fields: Mapping[str, Any]) -> None:
     for name in fields:
-        if name not in PyveneFields.__annotations__:
+        if name not in NoiseFields.__annotations__:
             known = constructor_arguments(cls)
             near = difflib.get_close_matches(name, known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
@@ -122,8 +127,8 @@ class ReftIntervention(
         _reject_unknown(type(self), pyvene)
         if not isinstance(low_rank_dimension, int) or not 1 <= low_rank_dimension <= embed_dim:
             raise ValueError(
-                f"low_rank_dimension {low_rank_dimension!r}: expected a rank from 1 to the width of "
-                f"the hidden states, {embed_dim}"
+                f"low_rank_dimension {low_rank_dimension!r}: expected a rank from 1 to the width "
+                f"of the hidden states, {embed_dim}"
             )
         if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout {dropout!r}: expected a probability in [0, 1)")
@@ -186,14 +191,15 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
     paired: ClassVar[bool] = False
     """Whether the batch must hold every example twice, first all +δ rows, then all -δ rows."""
 
-    def __init__(self, **pyvene: Unpack[PyveneFields]) -> None:
+    def __init__(self, *, embed_dim: int | None = None, **pyvene: Unpack[NoiseFields]) -> None:
         _reject_unknown(type(self), pyvene)
-        super().__init__(embed_dim=pyvene.get("embed_dim"), keep_last_dim=True)
+        super().__init__(embed_dim=embed_dim, keep_last_dim=True)
         _drop_pyvene_buffers_from_state(self)
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        return {name: getattr(self, name) for name in constructor_arguments(type(self))}
+        names = [name for name in constructor_arguments(type(self)) if name != "embed_dim"]
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.arguments().items())

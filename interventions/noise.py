@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import NoiseIntervention, PyveneFields
+from .base import NoiseFields, NoiseIntervention
 
 Length = Literal["attended", "padded"]
 Where = Literal["all", "prompt", "completion"]
@@ -51,6 +51,7 @@ class _ScaledNoise(NoiseIntervention):
         unit_variance: whether an element of $\varepsilon$ has variance 1 or, like U(-1, 1), 1/3.
             Set it alike to compare distributions at equal norm.
         where: which tokens are perturbed; $L$ does not depend on it.
+        embed_dim: width of the hidden states; not used.
         pyvene: fields that pyvene passes when it builds the class itself; not used.
 
     Raises:
@@ -67,9 +68,10 @@ class _ScaledNoise(NoiseIntervention):
         length: Length = "attended",
         unit_variance: bool = True,
         where: Where = "all",
-        **pyvene: Unpack[PyveneFields],
+        embed_dim: int | None = None,
+        **pyvene: Unpack[NoiseFields],
     ) -> None:
-        super().__init__(**pyvene)
+        super().__init__(embed_dim=embed_dim, **pyvene)
         if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"alpha {alpha!r}: expected a finite number of at least 0")
         if length not in ("attended", "padded"):
@@ -152,10 +154,16 @@ class NeftuneIntervention(_ScaledNoise):
         length: Length = "attended",
         unit_variance: bool = False,
         where: Where = "all",
-        **pyvene: Unpack[PyveneFields],
+        embed_dim: int | None = None,
+        **pyvene: Unpack[NoiseFields],
     ) -> None:
         super().__init__(
-            alpha=alpha, length=length, unit_variance=unit_variance, where=where, **pyvene
+            alpha=alpha,
+            length=length,
+            unit_variance=unit_variance,
+            where=where,
+            embed_dim=embed_dim,
+            **pyvene,
         )
 
     def sample(self, like: Tensor, bound: float) -> Tensor:
@@ -180,7 +188,7 @@ class BernoulliNoiseIntervention(_ScaledNoise):
 
 
 class SymNoiseIntervention(_ScaledNoise):
-    r"""SymNoise: every example at $x + \delta$ and $x - \delta$, $\delta = \alpha/\sqrt{Ld}(\pm 1)$.
+    r"""SymNoise: every example at $x \pm \delta$, with $\delta = \alpha/\sqrt{Ld}\,(\pm 1)$.
 
     The model doubles the batch and returns the mean loss over each pair, in which odd orders of
     $\delta$ cancel: for a quadratic f it is exactly $f + \tfrac12\sigma^2\,\mathrm{tr}\nabla^2 f$.

@@ -90,7 +90,7 @@ class LowRankRotation(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> "LowRankRotation":
         self._frozen = None
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # of torch
 
     def extra_repr(self) -> str:
         rank, hidden_size = self.weight.shape

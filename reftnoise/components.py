@@ -2,8 +2,10 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output", "embeddings")
 
@@ -34,7 +36,7 @@ def is_dotted(component: str) -> bool:
     return component.endswith((".output", ".input"))
 
 
-def find_site(model: nn.Module, component: str, layer: int | None = None) -> Site:
+def find_site(model: PreTrainedModel, component: str, layer: int | None = None) -> Site:
     """The site that a component name, or a dotted path, means in `model`.
 
     Raises:
@@ -61,7 +63,7 @@ def find_site(model: nn.Module, component: str, layer: int | None = None) -> Sit
     return Site(module, _name_of(model, module), component == "block_input", hidden_size(model))
 
 
-def find_layers(model: nn.Module) -> nn.ModuleList:
+def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of layers: the first list of as many modules as the config counts hidden layers."""
     count = _text_config(model).num_hidden_layers
     for module in model.modules():
@@ -73,23 +75,22 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     )
 
 
-def num_layers(model: nn.Module) -> int:
+def num_layers(model: PreTrainedModel) -> int:
     return len(find_layers(model))
 
 
-def hidden_size(model: nn.Module) -> int:
+def hidden_size(model: PreTrainedModel) -> int:
     return int(_text_config(model).hidden_size)
 
 
-def input_embeddings(model: nn.Module) -> nn.Module:
+def input_embeddings(model: PreTrainedModel) -> nn.Module:
     """The module that embeds token ids."""
-    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]  # of transformers
+    embeddings: nn.Module = model.get_input_embeddings()
     return embeddings
 
 
-def _text_config(model: nn.Module):  # type: ignore[no-untyped-def]  # a class per architecture
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def _text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config()
 
 
 def _child(layer: nn.Module, component: str) -> nn.Module:

@@ -222,11 +222,12 @@ class ReftConfig:
         self.representations = []
         for index, entry in enumerate(representations):
             where = f"representations[{index}]"
-            if not isinstance(entry, Mapping | RepresentationConfig):
+            if isinstance(entry, RepresentationConfig):
+                self.representations.append(entry)
+            elif isinstance(entry, Mapping):
+                self.representations.append(RepresentationConfig.from_dict(entry, where))
+            else:
                 raise ValueError(f"{where}: expected a mapping, got {entry!r}")
-            if isinstance(entry, Mapping):
-                entry = RepresentationConfig.from_dict(entry, where)
-            self.representations.append(entry)
 
     def to_dict(self) -> dict[str, Any]:
         return {"representations": [entry.to_dict() for entry in self.representations]}
@@ -307,7 +308,7 @@ def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
                 return layers
             raise ValueError(f"layer {layers}: every layer may occur once")
     elif layer == "all" or (type(layer) is int and layer >= 0):
-        return layer  # type: ignore[no-any-return]  # "all" or an int
+        return layer
     elif isinstance(layer, str) and (match := _RANGE.fullmatch(layer)):
         if int(match[1]) <= int(match[2]):
             return layer

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import torch
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 IGNORED_LABEL = -100
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-Examples = datasets.Dataset | str | Path | Sequence[str]
-Messages = Sequence[Mapping[str, str]]
+Examples: TypeAlias = datasets.Dataset | str | Path | Sequence[str]
+Messages: TypeAlias = Sequence[Mapping[str, str]]
 
 
 def make_last_position_supervised_data_module(
@@ -29,7 +29,7 @@ def make_last_position_supervised_data_module(
     model: Any,
     prompts: Examples,
     completions: Sequence[str] | None = None,
-    num_interventions: int | None = None,
+    num_interventions: int | None = None,  # noqa: ARG001  # pyreft's callers pass it
     nonstop: bool = False,
     *,
     eval_prompts: Examples | None = None,
@@ -193,22 +193,24 @@ def _tokenize(
     tokenizer: Any, prompt: str | Messages, completion: str, nonstop: bool
 ) -> tuple[list[int], list[int]]:
     """Token ids of prompt and completion; the prompt's are those that generation will see."""
-    is_chat = not isinstance(prompt, str)
     if not isinstance(completion, str):
         raise ValueError(f"completion {completion!r}: expected a text")
     ends_itself = False
-    if is_chat:
+    is_plain = isinstance(prompt, str)
+    if isinstance(prompt, str):
+        text = prompt
+    else:
         answer = {"role": "assistant", "content": completion}
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         whole = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
         if whole.startswith(text):
             ends_itself = whole.removeprefix(text).strip() != completion.strip()
             completion = whole.removeprefix(text)
-        prompt = text
-    prompt_ids: list[int] = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
+    # A chat template writes the special tokens itself.
+    prompt_ids: list[int] = tokenizer(text, add_special_tokens=is_plain)["input_ids"]
     if not prompt_ids:
         raise ValueError("the prompt is empty, so there is no position to edit")
-    joint: list[int] = tokenizer(prompt + completion, add_special_tokens=not is_chat)["input_ids"]
+    joint: list[int] = tokenizer(text + completion, add_special_tokens=is_plain)["input_ids"]
     if joint[: len(prompt_ids)] == prompt_ids:
         target_ids = joint[len(prompt_ids) :]
     else:  # a token would reach across the boundary
@@ -233,8 +235,9 @@ def _truncate(
 
 def _max_length(tokenizer: Any, model: Any, max_length: int | None) -> int | None:
     """The smallest of what is asked for, what the tokenizer and what the model's context allow."""
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     limits = [
         max_length,
         getattr(tokenizer, "model_max_length", None),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .components import Site, input_embeddings
 from .interventions import LowRankRotation, NoiseIntervention, ReftIntervention, shared_bases
@@ -81,7 +82,7 @@ class Engine:
         units: in the order in which they act where several share a site.
     """
 
-    def __init__(self, base: nn.Module, units: Sequence[PlacedUnit]) -> None:
+    def __init__(self, base: PreTrainedModel, units: Sequence[PlacedUnit]) -> None:
         self.base = base
         self.units = list(units)
         self._by_site: dict[Site, list[PlacedUnit]] = defaultdict(list)
@@ -128,9 +129,9 @@ class Engine:
     def _start_chunk(
         self, current: Pass, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        embeds = kwargs.get("inputs_embeds")
-        batch, length = (embeds if tokens is None else tokens).shape[:2]
+        tokens: Any = kwargs.get("input_ids", args[0] if args else None)
+        embeds: Any = kwargs.get("inputs_embeds")
+        batch, length = tokens.shape if embeds is None else embeds.shape[:2]
         self._chunk = Chunk(current, cached_length(kwargs.get("past_key_values")), length, batch)
         if embeds is not None and self._at_embeddings:  # the base will not call its embedding
             kwargs = kwargs | {"inputs_embeds": self._apply(self._at_embeddings, embeds)}

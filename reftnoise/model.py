@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
 from . import saving
@@ -26,7 +27,7 @@ from .positions import (
 )
 
 
-class ReftModel(nn.Module, PushToHubMixin):  # type: ignore[misc]  # the mixin is untyped
+class ReftModel(nn.Module, PushToHubMixin):
     """A base model whose hidden states are edited, and perturbed in training, by units.
 
     It is called like the base and returns the base's output class; `generate` returns token ids.
@@ -41,11 +42,11 @@ class ReftModel(nn.Module, PushToHubMixin):  # type: ignore[misc]  # the mixin i
         ValueError: an entry does not fit the base: layer, width, rank or overlapping positions.
     """
 
-    def __init__(self, config: ReftConfig, model: nn.Module) -> None:
+    def __init__(self, config: ReftConfig, model: PreTrainedModel) -> None:
         super().__init__()
         if isinstance(model, ReftModel):
             raise ValueError("the model is a ReftModel already: put all units into one ReftConfig")
-        self.model = model
+        self.model: PreTrainedModel = model
         self.reft_config = config
         placed = place_units(config, model)
         self.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
@@ -54,8 +55,8 @@ class ReftModel(nn.Module, PushToHubMixin):  # type: ignore[misc]  # the mixin i
         self.interventions.train(model.training)
         self.training = model.training
         self.set_device(None)
-        self.register_state_dict_post_hook(_keep_trained)
-        self.register_load_state_dict_post_hook(_expect_trained)
+        self.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_post_hook(_expect_trained)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -277,18 +278,18 @@ class ReftModel(nn.Module, PushToHubMixin):  # type: ignore[misc]  # the mixin i
             self.push_to_hub(hf_repo_name)
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, directory: str | Path) -> "ReftModel":
+    def from_pretrained(cls, model: PreTrainedModel, directory: str | Path) -> "ReftModel":
         """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode."""
         return saving.load_adapter(model, directory)
 
     @classmethod
-    def load(cls, load_directory: str | Path, model: nn.Module) -> "ReftModel":
+    def load(cls, load_directory: str | Path, model: PreTrainedModel) -> "ReftModel":
         """pyreft's name and order of arguments for `from_pretrained`."""
         return cls.from_pretrained(model, load_directory)
 
 
 def get_reft_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     reft_config: ReftConfig,
     set_device: bool = True,
     disable_model_grads: bool = True,
@@ -334,14 +335,14 @@ def _attended(inputs: Mapping[str, Any], width: int, batch: int) -> Bool[Tensor,
     return mask.bool()
 
 
-def _keep_trained(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _keep_trained(module: ReftModel, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
     trained = {f"{prefix}model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
     for name in [n for n in state if n.startswith(f"{prefix}model.") and n not in trained]:
         del state[name]
 
 
-def _expect_trained(module: nn.Module, keys: Any) -> None:
+def _expect_trained(module: ReftModel, keys: Any) -> None:
     """Do not miss what `_keep_trained` leaves out."""
     frozen = {f"model.{n}" for n, p in module.model.named_parameters() if not p.requires_grad}
     frozen |= {f"model.{n}" for n, _ in module.model.named_buffers()}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import combinations
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from .components import Site, find_site, hidden_size, num_layers
 from .config import ReftConfig, RepresentationConfig
@@ -11,7 +11,7 @@ from .engine import PlacedUnit
 from .positions import Positions
 
 
-def place_units(config: ReftConfig, model: nn.Module) -> list[PlacedUnit]:
+def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
     """Build the units of a config at their sites in `model`.
 
     The order is that of pyvene's `unit_locations`: entry by entry, and within an untied entry all

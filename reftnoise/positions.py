@@ -107,7 +107,7 @@ class Positions:
             return len(same_end) > 1 or bool(set(self.indices) & set(other.indices))
         if self.all or other.all or self.indices or other.indices:
             return self.edits_prompt and other.edits_prompt
-        return bool(self.first and other.first or self.last and other.last)
+        return bool((self.first and other.first) or (self.last and other.last))
 
     @property
     def edits_prompt(self) -> bool:

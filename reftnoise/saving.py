@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .components import hidden_size, num_layers
 from .config import ReftConfig
@@ -83,7 +84,7 @@ def save_adapter(
         _replace(directory / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> "ReftModel":
+def load_adapter(model: PreTrainedModel, directory: str | Path) -> "ReftModel":
     """Wrap `model` with a saved adapter, in evaluation mode.
 
     Args:
@@ -107,7 +108,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> "ReftModel":
     return reft_model
 
 
-def read_config(directory: Path, model: nn.Module) -> ReftConfig:
+def read_config(directory: Path, model: PreTrainedModel) -> ReftConfig:
     """The config of an adapter directory, checked against the base."""
     path = directory / CONFIG_NAME
     if not path.is_file():
@@ -157,7 +158,7 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> None:
     reft_model.load_state_dict(state)
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What an adapter needs its base to be. The vocabulary may be resized, so it is not in it."""
     return {
         "model_type": model.config.model_type,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Trainer
 
 from . import saving
@@ -16,7 +15,7 @@ _STATE = "trainer_state.json"
 _ARGUMENTS = "training_args.bin"
 
 
-class ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+class ReftTrainer(Trainer):
     """A `transformers.Trainer` whose checkpoints are adapter directories.
 
     Everything else is the Trainer's: evaluation, best model, accumulation, devices, reporting.
@@ -60,7 +59,7 @@ class ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         torch.save(self.args, directory / _ARGUMENTS)
 
     def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
+        self, resume_from_checkpoint: str, model: ReftModel | None = None
     ) -> None:
         saving.load_weights(model or self.model, resume_from_checkpoint)
 
