@@ -1,0 +1,302 @@
+"""The engine against the model itself: a row alone, without padding, without cache."""
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, EOS, PAD, tiny_model
+from torch import Tensor
+
+import reftnoise as rn
+
+LENGTHS = [12, 3, 7]
+POSITIONS: list[Any] = ["l1", "f2", "f2+l3", "f7+l7", "all", "decode", "all+decode", [0, -1]]
+
+
+def wrapped(model: Any, positions: Any = "f2+l3", **entry: Any) -> rn.ReftModel:
+    torch.manual_seed(1)
+    loreft = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
+    config = rn.ReftConfig(representations=loreft | {"positions": positions} | entry)
+    return rn.get_reft_model(model, config)
+
+
+def rows(pad: int = PAD) -> list[Tensor]:
+    torch.manual_seed(2)
+    made = [torch.randint(3, 101, (length,)) for length in LENGTHS]
+    made[0][3] = pad  # a padding id within a prompt is a token like any other
+    return made
+
+
+def padded(side: str, pad: int = PAD) -> dict[str, Tensor]:
+    width = max(LENGTHS)
+    ids = torch.full((len(LENGTHS), width), pad)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows(pad)):
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, columns], mask[index, columns] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def own_columns(side: str, length: int) -> slice:
+    return slice(-length, None) if side == "left" else slice(0, length)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_padded_batch_equals_each_row_alone(architecture: str, side: str) -> None:
+    batch = padded(side)
+    position_ids = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    base = tiny_model(architecture)
+    for positions in POSITIONS:
+        model = wrapped(base, positions)
+        logits = model(**batch, position_ids=position_ids).logits
+        for index, row in enumerate(rows()):
+            alone = model(input_ids=row[None]).logits[0]
+            mine = logits[index, own_columns(side, len(row))]
+            torch.testing.assert_close(mine, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_that_equals_end_of_text(side: str) -> None:
+    model, batch = wrapped(tiny_model(pad_token_id=EOS), "f2+l3"), padded(side, pad=EOS)
+    position_ids = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    logits = model(**batch, position_ids=position_ids).logits
+    for index, row in enumerate(rows(EOS)):
+        alone = model(input_ids=row[None]).logits[0]
+        mine = logits[index, own_columns(side, len(row))]
+        torch.testing.assert_close(mine, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@torch.no_grad()
+def test_only_the_selected_hidden_states_are_edited(positions: Any) -> None:
+    base = tiny_model()
+    model = wrapped(base, positions, layer=0)
+    unit = next(iter(model.interventions.values()))
+    row = rows()[0][None]
+    n, prompt = row.shape[1], 9
+    edited = {
+        "l1": [8], "f2": [0, 1], "f2+l3": [0, 1, 6, 7, 8], "all": range(9), "decode": range(9, 12),
+        # 9 < 14: the first min(7, 4) and the last min(7, 5)
+        "f7+l7": range(9), "all+decode": range(12), "[0, -1]": [0, 8],
+    }[str(positions)]  # fmt: skip
+    plain = base(input_ids=row, output_hidden_states=True).hidden_states[1][0]
+    expected = plain.clone()
+    for column in edited:
+        expected[column] = unit(plain[None, None, column])[0, 0]
+    seen: list[Tensor] = []
+    handle = base.model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(input_ids=row, prompt_lengths=torch.tensor([prompt]))
+    handle.remove()
+    assert seen[0].shape[1] == n
+    torch.testing.assert_close(seen[0][0], expected)
+
+
+def generated(model: Any, batch: dict[str, Tensor], **settings: Any) -> Tensor:
+    tokens = model.generate(
+        **batch, max_new_tokens=8, do_sample=False, eos_token_id=None, **settings
+    )
+    return tokens[:, batch["input_ids"].shape[1] :]
+
+
+def reference(model: rn.ReftModel, row: Tensor) -> Tensor:
+    """Greedy decoding by whole forward passes, without generate, cache or padding."""
+    ids = row[None]
+    for _ in range(8):
+        logits = model(input_ids=ids, prompt_lengths=torch.tensor([len(row)])).logits
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids[0, len(row) :]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_every_way_to_generate_gives_the_same_tokens(architecture: str) -> None:
+    base, batch = tiny_model(architecture), padded("left")
+    for positions in ("f2+l3", "all+decode"):
+        model = wrapped(base, positions)
+        expected = torch.stack([reference(model, row) for row in rows()])
+        assert not torch.equal(generated(base, batch), expected), "the edit changes nothing"
+        assert torch.equal(generated(model, batch), expected)
+        assert torch.equal(generated(model, batch, use_cache=False), expected)
+        assert torch.equal(generated(model, batch, cache_implementation="static"), expected)
+        assert torch.equal(generated(model, batch, prefill_chunk_size=5), expected)
+        beams = generated(model, batch, num_beams=3)
+        for index, row in enumerate(rows()):
+            alone = {"input_ids": row[None], "attention_mask": torch.ones(1, len(row))}
+            assert torch.equal(generated(model, alone, num_beams=3)[0], beams[index])
+
+
+@torch.no_grad()
+def test_several_return_sequences_are_edited_like_their_prompt() -> None:
+    model, batch = wrapped(tiny_model()), padded("left")
+    repeated = {name: value.repeat_interleave(3, 0) for name, value in batch.items()}
+    settings = {"max_new_tokens": 6, "do_sample": True, "eos_token_id": None}
+    torch.manual_seed(5)
+    many = model.generate(**batch, num_return_sequences=3, **settings)
+    torch.manual_seed(5)
+    assert torch.equal(many, model.generate(**repeated, **settings))
+
+
+@torch.no_grad()
+def test_the_mask_that_generate_infers_is_ours() -> None:
+    model, batch = wrapped(tiny_model()), padded("left")
+    ids = batch["input_ids"].masked_fill(
+        (batch["input_ids"] == PAD) & batch["attention_mask"].bool(), 5
+    )
+    explicit = generated(model, {"input_ids": ids, "attention_mask": batch["attention_mask"]})
+    assert torch.equal(generated(model, {"input_ids": ids}), explicit)
+
+
+@torch.no_grad()
+def test_generation_from_embeddings_and_from_a_filled_cache() -> None:
+    base = tiny_model()
+    model, row = wrapped(base, "l1"), rows()[0][None]
+    expected = generated(model, {"input_ids": row})
+    embeds = base.get_input_embeddings()(row)
+    tokens = model.generate(
+        inputs_embeds=embeds, max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(tokens, expected)
+    with model.disabled():
+        cache = model(input_ids=row[:, :5], use_cache=True).past_key_values
+    continued = generated(model, {"input_ids": row, "past_key_values": cache})
+    assert torch.equal(continued, expected)
+
+
+@torch.no_grad()
+def test_a_decoding_loop_by_hand_edits_the_prompt_only() -> None:
+    model, row = wrapped(tiny_model(), "f1+l1"), rows()[0]
+    ids, cache, tokens = row[None], None, []
+    for _ in range(8):
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        ids, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+        tokens.append(ids[0, 0])
+    assert torch.equal(torch.stack(tokens), reference(model, row))
+
+
+def test_nothing_of_ours_is_called_after_the_prefill() -> None:
+    base = tiny_model()
+    model = wrapped(base, "f2+l3")
+    hooks: list[int] = []
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        ours = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+        hooks.append(ours - 1)  # this one
+
+    handle = base.lm_head.register_forward_hook(count)
+    generated(model, padded("left"))
+    handle.remove()
+    assert hooks[0] > 0
+    assert hooks[1:] == [0] * 7
+
+
+def gradients(model: rn.ReftModel, **settings: Any) -> Tensor:
+    model.zero_grad()
+    ids = torch.stack([rows()[0], rows()[0].flip(0)])
+    labels = ids.masked_fill(torch.arange(12) < 8, -100)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.pop("autocast", False)):
+        loss = model(input_ids=ids, labels=labels, use_cache=False, **settings).loss
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.interventions.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+@pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_output", "embeddings"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neo", "gpt2"])
+def test_gradient_checkpointing_of_both_kinds_gives_the_same_gradients(
+    architecture: str, component: str
+) -> None:
+    base = tiny_model(architecture)
+    where = {"layer": None} if component == "embeddings" else {}
+    entry = {
+        "intervention": "loreft",
+        "low_rank_dimension": 4,
+        "dropout": 0.3,
+        "positions": "f2+l3",
+    }
+    entries = [
+        entry | {"layer": "all", "component": component} | where,
+        {"intervention": "symnoise"},
+    ]
+    torch.manual_seed(1)
+    model = rn.get_reft_model(base, rn.ReftConfig(representations=entries)).train()
+    expected = gradients(model)
+    assert expected.abs().max() > 1e-4
+    for use_reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.testing.assert_close(gradients(model), expected, atol=1e-6, rtol=1e-5)
+    model.gradient_checkpointing_disable()
+    torch.testing.assert_close(gradients(model), expected)
+
+
+def test_checkpointing_recomputes_each_pass_with_its_own_positions() -> None:
+    base = tiny_model()
+    model = wrapped(base, "l1", component="mlp_output").train()
+    ids = rows()[0][None]
+
+    def both() -> Tensor:
+        model.zero_grad()
+        losses = [
+            model(input_ids=ids, labels=ids, prompt_lengths=torch.tensor([n]), use_cache=False).loss
+            for n in (4, 9)
+        ]
+        (losses[0] + 2 * losses[1]).backward()
+        return torch.cat([p.grad.flatten() for p in model.interventions.parameters()])
+
+    expected = both()
+    base._set_gradient_checkpointing(
+        True, lambda f, *a: torch.utils.checkpoint.checkpoint(f, *a, use_reentrant=False)
+    )
+    torch.testing.assert_close(both(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_autocast_and_half_precision_bases_keep_the_edit_in_fp32() -> None:
+    base = tiny_model()
+    model = wrapped(base).train()
+    full = gradients(model)
+    mixed = gradients(model, autocast=True)
+    assert torch.nn.functional.cosine_similarity(full, mixed, dim=0) > 0.99
+    half = wrapped(tiny_model().to(torch.bfloat16))
+    assert {p.dtype for p in half.interventions.parameters()} == {torch.float32}
+    assert torch.nn.functional.cosine_similarity(full, gradients(half), dim=0) > 0.98
+    assert half(input_ids=rows()[0][None]).logits.dtype == torch.bfloat16
+
+
+def test_a_nan_in_padding_reaches_neither_outputs_nor_gradients() -> None:
+    base = tiny_model()
+    for positions in ("f7+l7", "all"):
+        model, batch = wrapped(base, positions, layer=0).train(), padded("right")
+        hole = batch["attention_mask"] == 0
+        handle = base.model.layers[0].register_forward_hook(
+            lambda _, __, out: out.masked_fill(hole[..., None], float("nan"))
+        )
+        chosen: list[Tensor] = []
+        reader = base.model.layers[1].register_forward_pre_hook(
+            lambda _, args: chosen.append(args[0])
+        )
+        model(**batch)
+        handle.remove()
+        reader.remove()
+        chosen[0][~hole].sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.interventions.parameters())
+
+
+def test_one_batched_basis_per_step_and_none_in_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reftnoise.interventions import rotation
+
+    shapes: list[tuple[int, ...]] = []
+    real = rotation.orthonormal_rows
+    monkeypatch.setattr(
+        rotation, "orthonormal_rows", lambda raw: (shapes.append(tuple(raw.shape)), real(raw))[1]
+    )
+    model = wrapped(tiny_model()).train()
+    gradients(model)
+    assert shapes == [(3, 4, 32)]
+    model.eval()
+    with torch.no_grad():
+        generated(model, padded("left"))
+        generated(model, padded("left"))
+    assert shapes[1:] == [(4, 32)] * 3, "once per layer, at the first generation"

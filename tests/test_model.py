@@ -1,0 +1,260 @@
+"""`ReftModel`: call forms, explicit locations, noise in training, SymNoise's pairs."""
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from torch import Tensor
+from transformers.integrations.neftune import neftune_post_forward_hook
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import reftnoise as rn
+
+LOREFT: dict[str, Any] = {
+    "layer": "all",
+    "intervention": "loreft",
+    "low_rank_dimension": 4,
+    "positions": "f1+l1",
+}
+
+
+def wrapped(*entries: dict[str, Any], model: Any = None) -> rn.ReftModel:
+    torch.manual_seed(1)
+    config = rn.ReftConfig(representations=list(entries) or [LOREFT])
+    return rn.get_reft_model(model or tiny_model(), config)
+
+
+def batch(length: int = 10, rows: int = 3) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    ids = torch.randint(3, 101, (rows, length))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    labels = ids.masked_fill(torch.arange(length) < 6, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def test_it_is_called_like_the_base() -> None:
+    model = wrapped()
+    output = model(**batch())
+    assert type(output) is CausalLMOutputWithPast
+    assert output.loss.requires_grad
+    assert torch.equal(model(*batch().values()).loss, output.loss)
+
+
+@torch.no_grad()
+def test_pyrefts_call_form() -> None:
+    model, inputs = wrapped(), batch()
+    labels = inputs.pop("labels")
+    base, edited = model(inputs, labels=labels)
+    assert base is None
+    assert torch.equal(edited.loss, model(**inputs, labels=labels).loss)
+    base, _ = model(inputs, labels=labels, output_original_output=True)
+    assert torch.equal(base.logits, model.model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_pyrefts_generate_form() -> None:
+    model, inputs = wrapped(), batch()
+    del inputs["labels"]
+    base, edited = model.generate(inputs, intervene_on_prompt=True, max_new_tokens=4)
+    assert base is None
+    assert torch.equal(edited, model.generate(**inputs, max_new_tokens=4))
+    base, _ = model.generate(inputs, output_original_output=True, max_new_tokens=4)
+    assert torch.equal(base, model.model.generate(**inputs, max_new_tokens=4))
+    with pytest.raises(ValueError, match="give the config positions 'decode' or 'all\\+decode'"):
+        model.generate(inputs, intervene_on_prompt=False)
+
+
+def test_it_carries_what_the_base_has() -> None:
+    model = wrapped()
+    base = model.model
+    assert model.config is base.config
+    assert model.generation_config is base.generation_config
+    assert model.get_input_embeddings() is base.get_input_embeddings()
+    assert model.get_output_embeddings() is base.get_output_embeddings()
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert model.accepts_loss_kwargs is True
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = model.nonsense
+
+
+def test_wrapping_twice_is_an_error() -> None:
+    with pytest.raises(ValueError, match="is a ReftModel already"):
+        wrapped(model=wrapped())
+
+
+def test_published_parameter_counts() -> None:
+    # 7B: 32 layers of width 4096, rank 8, tied (ReFT, table 1)
+    unit = rn.LoreftIntervention(embed_dim=4096, low_rank_dimension=8)
+    assert 32 * sum(p.numel() for p in unit.parameters()) == 2_097_408
+    # layers · m · (2rd + r), here untied: m = 2
+    model = wrapped(LOREFT | {"tied": False})
+    assert model.count_parameters()[:2] == (3 * 2 * (2 * 4 * 32 + 4), 0)
+
+
+def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    model = wrapped()
+    model.print_trainable_parameters()
+    total = sum(p.numel() for p in model.model.parameters())
+    printed = capsys.readouterr().out
+    assert "trainable intervention params: 780 || trainable model params: 0" in printed
+    assert f"model params: {total:,d} || trainable%: {100 * 780 / total:.4f}" in printed
+
+
+@torch.no_grad()
+def test_explicit_locations_override_the_configs() -> None:
+    model, inputs = wrapped(), batch()
+    del inputs["labels"]
+    expected = model(**inputs).logits
+    first_and_last = [[4, 9], [0, 9], [0, 9]]
+    everywhere = {"sources->base": (None, [first_and_last] * 3)}
+    assert torch.equal(model(**inputs, unit_locations=everywhere).logits, expected)
+    tokens = model.generate(**inputs, unit_locations=everywhere, max_new_tokens=4)
+    assert torch.equal(tokens, model.generate(**inputs, max_new_tokens=4))
+    nowhere = {"sources->base": (None, [None] * 3)}
+    assert torch.equal(model(**inputs, unit_locations=nowhere).logits, model.model(**inputs).logits)
+    elsewhere = {"sources->base": (None, torch.full((3, 3, 1), 7))}
+    other = model(**inputs, unit_locations=elsewhere).logits
+    assert torch.equal(other[1, :7], model.model(**inputs).logits[1, :7])
+    assert not torch.equal(other[1, 7], model.model(**inputs).logits[1, 7])
+
+
+def test_a_wrong_nesting_shows_the_right_one() -> None:
+    model, inputs = wrapped(), batch()
+    with pytest.raises(ValueError, match="3 interventions × 3 rows × positions"):
+        model(**inputs, unit_locations={"sources->base": (None, [[[9]]])})
+
+
+@torch.no_grad()
+def test_disabled_is_the_bare_base() -> None:
+    model, inputs = wrapped(LOREFT, {"intervention": "neftune"}).train(), batch()
+    expected = model.model(**inputs).logits
+    with model.disabled() as bare:
+        assert torch.equal(bare(**inputs).logits, expected)
+    assert not torch.equal(model(**inputs).logits, expected)
+
+
+def test_other_widths_by_dotted_path() -> None:
+    component = "model.layers[1].mlp.act_fn.output"
+    entry = {"component": component, "intervention": "loreft", "low_rank_dimension": 4}
+    model = wrapped(entry | {"embed_dim": 64})
+    assert not torch.equal(model(**batch()).logits, model.model(**batch()).logits)
+    with pytest.raises(
+        ValueError, match="has width 64, but its LoreftIntervention has embed_dim 3"
+    ):
+        wrapped(entry)(**batch())
+
+
+# -- noise -------------------------------------------------------------------------------------
+
+
+def neftune(**arguments: Any) -> dict[str, Any]:
+    return {"intervention": "neftune", "alpha": 5.0} | arguments
+
+
+def embedded(model: rn.ReftModel, **inputs: Any) -> Tensor:
+    """What the first layer gets."""
+    seen: list[Tensor] = []
+    layer = model.model.model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    torch.manual_seed(7)
+    model(**inputs)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padded_neftune_is_transformers_own_bit_for_bit(dtype: torch.dtype) -> None:
+    base = tiny_model().to(dtype)
+    mine = wrapped(neftune(length="padded"), model=base).train()
+    noisy = embedded(mine, **batch())
+    embeddings = base.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5.0
+    handle = embeddings.register_forward_hook(neftune_post_forward_hook)
+    with mine.disabled():
+        assert torch.equal(noisy, embedded(mine, **batch()))
+    handle.remove()
+
+
+def test_attended_noise_leaves_padding_clean_and_counts_tokens() -> None:
+    model, inputs = wrapped(neftune()).train(), batch(length=200)
+    clean = model.get_input_embeddings()(inputs["input_ids"])
+    noise = embedded(model, **inputs) - clean
+    assert torch.equal(noise[0, :4], torch.zeros(4, 32))
+    for row, attended in ((0, 196), (1, 200)):
+        bound = 5 / (attended * 32) ** 0.5
+        largest = noise[row].abs().max()
+        assert 0.98 * bound < largest <= bound * 1.001
+
+
+@pytest.mark.parametrize(("where", "noised"), [("prompt", range(6)), ("completion", range(6, 10))])
+def test_noise_on_prompt_or_completion(where: str, noised: range) -> None:
+    model, inputs = wrapped(neftune(where=where)).train(), batch()
+    clean = model.get_input_embeddings()(inputs["input_ids"])
+    changed = (embedded(model, **inputs) != clean).any(-1)[1]
+    assert changed.nonzero().flatten().tolist() == list(noised)
+
+
+def test_noise_is_off_in_evaluation_and_generation() -> None:
+    model, inputs = wrapped(neftune()).eval(), batch()
+    clean = model.get_input_embeddings()(inputs["input_ids"])
+    assert torch.equal(embedded(model, **inputs), clean)
+    del inputs["labels"]
+    tokens = model.generate(**inputs, max_new_tokens=4)
+    assert torch.equal(tokens, model.model.generate(**inputs, max_new_tokens=4))
+
+
+def test_noise_reaches_embeddings_that_the_caller_gives() -> None:
+    model, inputs = wrapped(neftune()).train(), batch()
+    expected = embedded(model, **inputs)
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(embedded(model, **inputs), expected)
+
+
+def test_noise_at_a_layer() -> None:
+    model, inputs = wrapped(neftune(component="block_output", layer=1)).train(), batch()
+    assert torch.equal(embedded(model, **inputs), model.get_input_embeddings()(inputs["input_ids"]))
+    assert not torch.equal(model(**inputs).logits, model.model(**inputs).logits)
+
+
+# -- SymNoise ----------------------------------------------------------------------------------
+
+
+def test_symnoise_is_the_mean_over_the_pair() -> None:
+    model, inputs = wrapped(LOREFT, {"intervention": "symnoise"}).train(), batch()
+    parameters = list(model.interventions.parameters())
+    torch.manual_seed(7)
+    output = model(**inputs)
+    mine = torch.autograd.grad(output.loss, parameters)
+    assert output.logits.shape[0] == 3
+
+    clean = model.get_input_embeddings()(inputs["input_ids"])
+    signs = embedded(model, **inputs)[:3] - clean  # draws the same noise again
+    assert signs[1].abs().unique().numel() < 40, "±α/√(Ld), up to rounding of the sum"
+    plain = wrapped(LOREFT, model=model.model)
+    plain.interventions.load_state_dict(
+        {k: v for k, v in model.interventions.state_dict().items() if "embeddings" not in k}
+    )
+    labels, mask = inputs["labels"], inputs["attention_mask"]
+    losses = [
+        plain(inputs_embeds=clean + sign * signs, attention_mask=mask, labels=labels).loss
+        for sign in (1, -1)
+    ]
+    mean = sum(losses) / 2
+    torch.testing.assert_close(output.loss, mean, atol=1e-6, rtol=1e-6)
+    expected = torch.autograd.grad(mean, list(plain.interventions.parameters()))
+    for gradient, reference in zip(mine, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, atol=1e-6, rtol=1e-4)
+    torch.manual_seed(7)
+    tokens = torch.tensor(24)
+    weighted = model(**inputs, num_items_in_batch=tokens).loss
+    torch.testing.assert_close(weighted, output.loss * 12 / 24)
+
+
+def test_symnoise_needs_labels_while_training() -> None:
+    model, inputs = wrapped({"intervention": "symnoise"}), batch()
+    del inputs["labels"]
+    with pytest.raises(ValueError, match="needs labels while training"):
+        model.train()(**inputs)
+    assert torch.equal(model.eval()(**inputs).logits, model.model(**inputs).logits)

@@ -1,0 +1,327 @@
+"""Training with the real Trainer: pyreft's example, accumulation, evaluation, resuming."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES, tiny_model
+from torch import Tensor
+from transformers import TrainingArguments, set_seed
+
+import reftnoise as rn
+from reftnoise.interventions import INTERVENTIONS
+from reftnoise.tiny import DIRECTORY
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),
+]
+
+PROMPTS = ["Where does a fish live?", "What is it?", "What colour is the big banana?", "Who?"] * 2
+COMPLETIONS = ["🐟", "🌊🌊", "🍌🟡 and more words", "🤖💬🌐🧠"] * 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(DIRECTORY)
+
+
+def base_model(tokenizer: Any, architecture: str = "llama") -> Any:
+    special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("pad", "bos", "eos")}
+    return tiny_model(architecture, vocab_size=len(tokenizer), **special)
+
+
+def loreft(**entry: Any) -> dict[str, Any]:
+    defaults = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
+    return defaults | {"positions": "f1+l1"} | entry
+
+
+def wrapped(tokenizer: Any, *entries: dict[str, Any]) -> rn.ReftModel:
+    base = base_model(tokenizer)
+    set_seed(1)
+    return rn.get_reft_model(base, rn.ReftConfig(representations=list(entries) or [loreft()]))
+
+
+def arguments(directory: Path, **settings: Any) -> TrainingArguments:
+    defaults = {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return TrainingArguments(**(defaults | settings))
+
+
+def module(tokenizer: Any, model: Any, **settings: Any) -> dict[str, Any]:
+    return rn.make_last_position_supervised_data_module(
+        tokenizer, model, PROMPTS, COMPLETIONS, **settings
+    )
+
+
+def weights(model: rn.ReftModel) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.interventions.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore:.*early_stopping.*:UserWarning")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pyrefts_example_as_it_stands(architecture: str, tokenizer: Any, tmp_path: Path) -> None:
+    pyreft, model, device = rn, base_model(tokenizer, architecture), "cpu"
+    # get reft model
+    reft_config = pyreft.ReftConfig(
+        representations={
+            "layer": 2,
+            "component": "block_output",
+            "low_rank_dimension": 4,
+            "intervention": pyreft.LoreftIntervention(
+                embed_dim=model.config.hidden_size, low_rank_dimension=4
+            ),
+        }
+    )
+    reft_model = pyreft.get_reft_model(model, reft_config)
+    reft_model.set_device(device)
+    reft_model.print_trainable_parameters()
+    before = weights(reft_model)
+
+    data_module = pyreft.make_last_position_supervised_data_module(
+        tokenizer, model, PROMPTS, COMPLETIONS
+    )
+    training_args = transformers.TrainingArguments(
+        num_train_epochs=10.0,
+        output_dir=str(tmp_path / "tmp"),
+        per_device_train_batch_size=10,
+        learning_rate=4e-3,
+        logging_steps=20,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = pyreft.ReftTrainerForCausalLM(
+        model=reft_model, tokenizer=tokenizer, args=training_args, **data_module
+    )
+    first = trainer.evaluate(data_module["train_dataset"])["eval_loss"]
+    _ = trainer.train()
+    assert trainer.evaluate(data_module["train_dataset"])["eval_loss"] < first
+    assert not torch.equal(weights(reft_model), before)
+
+    prompt = tokenizer("Which dog is cuter?", return_tensors="pt").to(device)
+    base_unit_location = prompt["input_ids"].shape[-1] - 1  # last position
+    reft_model.eval()
+    _, reft_response = reft_model.generate(
+        prompt,
+        unit_locations={"sources->base": (None, [[[base_unit_location]]])},
+        intervene_on_prompt=True,
+        max_new_tokens=8,
+        do_sample=True,
+        eos_token_id=tokenizer.eos_token_id,
+        early_stopping=True,
+    )
+    assert isinstance(tokenizer.decode(reft_response[0], skip_special_tokens=True), str)
+
+    reft_model.set_device("cpu")
+    reft_model.save(save_directory=str(tmp_path / "reft_to_share"))
+    loaded = pyreft.ReftModel.load(
+        str(tmp_path / "reft_to_share"), base_model(tokenizer, architecture)
+    )
+    with torch.no_grad():
+        assert torch.equal(loaded(**prompt).logits, reft_model(**prompt).logits)
+
+
+class SignedPattern(rn.SymNoiseIntervention):
+    """SymNoise with a fixed pattern, so that every split of a batch perturbs a row alike."""
+
+    def sample(self, like: Tensor, bound: float) -> Tensor:
+        signs = torch.ones(like.shape[-1]).index_fill(0, torch.arange(0, 32, 3), -1.0)
+        return (signs * bound).expand_as(like)
+
+
+@pytest.mark.parametrize("noise", [None, "signed_pattern"])
+def test_the_loss_weighs_tokens_alike_under_accumulation(
+    noise: str | None, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(INTERVENTIONS, "signed_pattern", SignedPattern)
+    entries = [loreft()] + ([{"intervention": noise, "alpha": 20.0}] if noise else [])
+    stepped, losses = [], []
+    for accumulation in (1, 2, 4):
+        model = wrapped(tokenizer, *entries)
+        args = arguments(
+            tmp_path,
+            per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            logging_steps=1,
+            optim="sgd",
+            max_grad_norm=0.0,
+        )
+        trainer = rn.ReftTrainer(model=model, args=args, **module(tokenizer, model))
+        trainer.train()
+        stepped.append(weights(model))
+        losses.append(trainer.state.log_history[0]["loss"])
+    start = weights(wrapped(tokenizer, *entries))
+    for other in (1, 2):
+        torch.testing.assert_close(stepped[other] - start, stepped[0] - start, atol=2e-7, rtol=1e-4)
+        assert losses[other] == pytest.approx(losses[0], rel=1e-5)
+
+    # The mean over tokens, and over the pair, written out.
+    model = wrapped(tokenizer, *entries).train()
+    features = module(tokenizer, model)
+    batch = features["data_collator"](list(features["train_dataset"]))
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    lengths = batch["attention_mask"].sum(1, keepdim=True)[..., None]
+    signs = SignedPattern().sample(embeds, 1.0) * 20 / (lengths * 32) ** 0.5
+    delta = signs * batch["attention_mask"][..., None] if noise else torch.zeros_like(embeds)
+    plain = wrapped(tokenizer, loreft())
+    total = 0.0
+    for sign in (1, -1):
+        logits = plain(
+            inputs_embeds=embeds + sign * delta,
+            attention_mask=batch["attention_mask"],
+            prompt_lengths=batch["prompt_lengths"],
+        ).logits
+        total += torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        ).item()
+    assert losses[0] == pytest.approx(total / 2, rel=1e-5)
+
+
+def test_evaluation_best_model_and_reporting(tokenizer: Any, tmp_path: Path) -> None:
+    model = wrapped(tokenizer, loreft(dropout=0.1), {"intervention": "neftune"})
+    args = arguments(
+        tmp_path,
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the best is then known to be the first, not the last
+        report_to="tensorboard",
+        logging_steps=1,
+        gradient_checkpointing=True,
+    )
+    data = module(tokenizer, model, eval_prompts=PROMPTS[:2], eval_completions=COMPLETIONS[:2])
+    trainer = rn.ReftTrainerForCausalLM(model=model, args=args, processing_class=tokenizer, **data)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    assert {"reft_config.json", "reft_model.safetensors", "tokenizer.json"} <= {
+        path.name for path in best.iterdir()
+    }
+    assert not list(best.glob("model*.safetensors"))
+    loaded = rn.ReftModel.load(best, base_model(tokenizer))
+    assert torch.equal(weights(loaded), weights(model))
+    batch = data["data_collator"](list(data["eval_dataset"]))
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_the_trainers_own_neftune_reaches_the_embedding(tokenizer: Any, tmp_path: Path) -> None:
+    ended = []
+    for alpha in (None, 50.0):
+        model = wrapped(tokenizer)
+        args = arguments(tmp_path, max_steps=2, neftune_noise_alpha=alpha)
+        rn.ReftTrainer(model=model, args=args, **module(tokenizer, model)).train()
+        ended.append(weights(model))
+        assert not model.get_input_embeddings()._forward_hooks
+    assert not torch.equal(*ended)
+
+
+def test_any_trainer_trains_and_saves_the_adapter_alone(tokenizer: Any, tmp_path: Path) -> None:
+    model = wrapped(tokenizer)
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer = transformers.Trainer(model=model, args=args, **module(tokenizer, model))
+    trainer.train()
+    saved = tmp_path / "checkpoint-2" / "model.safetensors"
+    assert saved.stat().st_size < 4 * weights(model).numel() + 4096
+    again = wrapped(tokenizer)
+    transformers.Trainer(
+        model=again,
+        args=arguments(tmp_path, max_steps=2),
+        **module(tokenizer, again),
+    ).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(again), weights(model))
+
+
+def test_tokenizer_and_processing_class_are_one_argument(tokenizer: Any, tmp_path: Path) -> None:
+    model = wrapped(tokenizer)
+    with pytest.raises(ValueError, match="one argument"):
+        rn.ReftTrainer(
+            model=model, args=arguments(tmp_path), tokenizer=tokenizer, processing_class=tokenizer
+        )
+
+
+# -- resuming ----------------------------------------------------------------------------------
+
+
+def resumable_run(directory: Path, tokenizer: Any, callbacks: Any = None) -> rn.ReftTrainer:
+    model = wrapped(tokenizer, loreft(dropout=0.2), {"intervention": "symnoise"})
+    args = arguments(
+        directory,
+        per_device_train_batch_size=2,
+        max_steps=12,
+        save_strategy="steps",
+        save_steps=3,
+        weight_decay=0.1,
+        warmup_steps=2,
+        seed=3,
+    )
+    return rn.ReftTrainer(model=model, args=args, callbacks=callbacks, **module(tokenizer, model))
+
+
+class KillAtStep(transformers.TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_run(directory: str) -> None:
+    """Runs in a process of its own; see below."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DIRECTORY)
+    resumable_run(Path(directory), tokenizer, [KillAtStep()]).train()
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tokenizer: Any, tmp_path: Path) -> None:
+    whole = resumable_run(tmp_path / "whole", tokenizer)
+    whole.train()
+    directory = tmp_path / "killed"
+    code = f"import test_trainer; test_trainer.killed_run({str(directory)!r})"
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert {p.name for p in directory.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+
+    # A kill in the middle of a save leaves a checkpoint that must be passed over.
+    (directory / "checkpoint-9").mkdir()
+    (directory / "checkpoint-9" / "trainer_state.json").write_text('{"global_st')
+    resumed = resumable_run(directory, tokenizer)
+    with pytest.warns(UserWarning, match="checkpoint-9 incomplete, resuming from checkpoint-6"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    for rotation in resumed.model.modules():
+        if isinstance(rotation, rn.LowRankRotation):
+            error = rotation() @ rotation().T - torch.eye(4)
+            assert error.norm() < 1e-5
+
+
+def test_resuming_without_a_checkpoint_says_so(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
+        resumable_run(tmp_path, tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_hold_the_config(tokenizer: Any, tmp_path: Path) -> None:
+    resumable_run(tmp_path, tokenizer).train()
+    saved = json.loads((tmp_path / "checkpoint-12" / "reft_config.json").read_text())
+    first, second = saved["representations"]
+    assert (first["dropout"], first["positions"]) == (0.2, "f1+l1")
+    assert (second["intervention"], second["alpha"]) == ("symnoise", 5.0)
