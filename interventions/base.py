@@ -7,6 +7,7 @@ pyvene interventions, so each also works inside a `pyvene.IntervenableModel`.
 
 import contextlib
 import difflib
+import functools
 import inspect
 import io
 from abc import ABC, abstractmethod
@@ -54,14 +55,14 @@ class NoiseFields(PyveneFields, total=False):
     low_rank_dimension: Any
 
 
-def _reject_unknown(cls: type, fields: Mapping[str, Any]) -> None:
+def reject_unknown(cls: type, fields: Mapping[str, Any]) -> None:
     for name in fields:
         if name not in NoiseFields.__annotations__:
             known = constructor_arguments(cls)
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
+            hint = f" did you mean {near[0]!r}?" if near else ""
             raise TypeError(
-                f"{cls.__name__} got an unknown argument {name!r}{hint} It takes: "
+                f"{cls.__name__} got an unknown argument {name!r};{hint} it takes: "
                 f"{', '.join(known)}"
             )
 
@@ -124,8 +125,8 @@ class ReftIntervention(
         dtype: torch.dtype | str = torch.float32,
         **pyvene: Unpack[PyveneFields],
     ) -> None:
-        _reject_unknown(type(self), pyvene)
-        if not isinstance(low_rank_dimension, int) or not 1 <= low_rank_dimension <= embed_dim:
+        reject_unknown(type(self), pyvene)
+        if type(low_rank_dimension) is not int or not 1 <= low_rank_dimension <= embed_dim:
             raise ValueError(
                 f"low_rank_dimension {low_rank_dimension!r}: expected a rank from 1 to the width "
                 f"of the hidden states, {embed_dim}"
@@ -133,7 +134,7 @@ class ReftIntervention(
         if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout {dropout!r}: expected a probability in [0, 1)")
         if act_fn is not None and act_fn not in ACT2FN:
-            near = difflib.get_close_matches(act_fn, ACT2FN, n=3)
+            near = difflib.get_close_matches(str(act_fn), ACT2FN, n=3)
             raise ValueError(
                 f"act_fn {act_fn!r} is not an activation of transformers"
                 + (f"; near: {', '.join(near)}" if near else "")
@@ -153,8 +154,8 @@ class ReftIntervention(
 
     def delta(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """`edit` as it acts: in the wider dtype, outside autocast, with dropout."""
-        dtypes = (p.dtype for p in self.parameters())
-        wide = hidden.to(torch.promote_types(hidden.dtype, next(dtypes, self.dtype)))
+        dtypes = {p.dtype for p in self.parameters()}
+        wide = hidden.to(functools.reduce(torch.promote_types, dtypes, hidden.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
             changed: Tensor = self.dropout(self.edit(wide))
         return changed
@@ -192,7 +193,7 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
     """Whether the batch must hold every example twice, first all +δ rows, then all -δ rows."""
 
     def __init__(self, *, embed_dim: int | None = None, **pyvene: Unpack[NoiseFields]) -> None:
-        _reject_unknown(type(self), pyvene)
+        reject_unknown(type(self), pyvene)
         super().__init__(embed_dim=embed_dim, keep_last_dim=True)
         _drop_pyvene_buffers_from_state(self)
 

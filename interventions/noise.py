@@ -72,12 +72,14 @@ class _ScaledNoise(NoiseIntervention):
         **pyvene: Unpack[NoiseFields],
     ) -> None:
         super().__init__(embed_dim=embed_dim, **pyvene)
-        if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha >= 0):
+        if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha < 0:
             raise ValueError(f"alpha {alpha!r}: expected a finite number of at least 0")
         if length not in ("attended", "padded"):
             raise ValueError(f"length {length!r}: expected 'attended' or 'padded'")
         if where not in ("all", "prompt", "completion"):
             raise ValueError(f"where {where!r}: expected 'all', 'prompt' or 'completion'")
+        if not isinstance(unit_variance, bool):
+            raise ValueError(f"unit_variance {unit_variance!r}: expected true or false")
         self.alpha = alpha
         self.length = length
         self.unit_variance = unit_variance

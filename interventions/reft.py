@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .base import PyveneFields, ReftIntervention
+from .base import PyveneFields, ReftIntervention, reject_unknown
 from .rotation import LowRankRotation
 
 
@@ -160,6 +160,7 @@ class _Constant(ReftIntervention):
         dtype: torch.dtype | str = torch.float32,
         **pyvene: Unpack[PyveneFields],
     ) -> None:
+        reject_unknown(type(self), pyvene)  # `act_fn`, which the parent would take
         super().__init__(
             embed_dim=embed_dim,
             low_rank_dimension=low_rank_dimension,

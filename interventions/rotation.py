@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+SMALLEST_PIVOT = 1e-6
+"""Of rows of length 1. What rounding to fp32 leaves of a dependent row is below it."""
+
 
 def orthonormal_rows(
     raw: Float[Tensor, "*batch rank hidden"],
@@ -21,25 +24,28 @@ def orthonormal_rows(
     r"""$R = L^{-1}X$ with $XX^\top = LL^\top$: orthonormal rows with the span of X's rows.
 
     This is QR with a positive diagonal, so it is unique, smooth, and unchanged when a row of X is
-    scaled. It runs twice (CholeskyQR2, doi:10.1137/18M1218212), which keeps
-    $\|RR^\top - I\|$ at rounding level for any X that is not rank deficient in fp32; rows are
-    normalised first, so that neither growth nor weight decay of X costs precision.
+    scaled: weight decay cannot pull R to zero. Rows are normalised first and the arithmetic is
+    fp64 where the device has it, so that $\|RR^\top - I\|$ stays at fp32's rounding level for
+    every X whose rows are linearly independent in fp32.
 
     Args:
-        raw: X, any floating dtype; 16-bit input is computed in fp32.
+        raw: X, any floating dtype.
 
     Returns:
-        R in at least fp32. All NaN where X has linearly dependent rows: a loud result that needs
-        no synchronisation with the device, unlike an exception.
+        R in the dtype of X, at least fp32. All NaN where X has linearly dependent rows: a loud
+        result that needs no synchronisation with the device, unlike an exception.
     """
-    rows = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    with torch.autocast(rows.device.type, enabled=False):
+    wide = torch.float32 if raw.device.type == "mps" else torch.float64
+    with torch.autocast(raw.device.type, enabled=False):
+        rows = raw.to(wide)
         rows = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        for _ in range(2):
-            lower, info = torch.linalg.cholesky_ex(rows @ rows.mT)
-            lower = lower.masked_fill((info != 0)[..., None, None], float("nan"))
-            rows = torch.linalg.solve_triangular(lower, rows, upper=False)
-    return rows
+        lower, info = torch.linalg.cholesky_ex(rows @ rows.mT)
+        # A row's pivot is its distance from the span of the rows before it.
+        pivot = lower.diagonal(dim1=-2, dim2=-1).amin(-1)
+        dependent = (info != 0) | (pivot < SMALLEST_PIVOT)
+        lower = lower.masked_fill(dependent[..., None, None], float("nan"))
+        basis = torch.linalg.solve_triangular(lower, rows, upper=False)
+    return basis.to(torch.promote_types(raw.dtype, torch.float32))
 
 
 class LowRankRotation(nn.Module):
@@ -50,7 +56,8 @@ class LowRankRotation(nn.Module):
     receive twice the gradient.
 
     In evaluation, R is computed at the first call and kept until the weight changes, the module
-    moves, or `train()` is called.
+    moves, or `train()` or `eval()` is called. (A change through `weight.data` alone, which torch
+    does not record, needs one of these calls.)
     """
 
     def __init__(self, hidden_size: int, rank: int, dtype: torch.dtype = torch.float32) -> None:
@@ -58,7 +65,7 @@ class LowRankRotation(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(rank, hidden_size, dtype=wide))
         self._shared: Tensor | None = None
-        self._frozen: tuple[int, Tensor] | None = None
+        self._frozen: tuple[tuple[object, ...], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,10 +85,11 @@ class LowRankRotation(nn.Module):
         if self.is_trained:
             return orthonormal_rows(self.weight)
         version = 0 if self.weight.is_inference() else self.weight._version
-        if self._frozen is None or self._frozen[0] != version:
+        key = (id(self.weight), self.weight.data_ptr(), version)
+        if self._frozen is None or self._frozen[0] != key:
             # Outside inference mode: the cached R may meet autograd later.
             with torch.inference_mode(False), torch.no_grad():
-                self._frozen = version, orthonormal_rows(self.weight)
+                self._frozen = key, orthonormal_rows(self.weight)
         return self._frozen[1]
 
     def train(self, mode: bool = True) -> "LowRankRotation":

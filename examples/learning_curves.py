@@ -1,0 +1,119 @@
+"""Loss curves of three ways to keep R orthonormal, from the same start on the same batches.
+
+- Householder product of the coordinates, as pyreft does it with torch's parametrisation
+- Cholesky-QR of X, from X = R/2: reftnoise
+- Cholesky-QR of X, from X = R
+
+    python examples/learning_curves.py --model MODEL --data FOLDER --output curves.png
+"""
+
+from pathlib import Path
+
+import datasets
+import matplotlib as mpl
+import torch
+from classify_reviews import CONSOLE, load, loreft, train
+from jsonargparse import auto_cli
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from transformers import set_seed
+
+import reftnoise as rn
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt  # after the backend
+
+
+class Householder(nn.Module):
+    """R as pyreft keeps it: the transpose of a [hidden, rank] weight under `orthogonal`."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        rank, hidden_size = start.shape
+        self.linear = nn.Linear(rank, hidden_size, bias=False)
+        parametrizations.orthogonal(self.linear, orthogonal_map="householder")
+        with torch.no_grad():
+            self.linear.weight = start.T
+        self.is_trained = False  # leave it out of the batched Cholesky-QR
+
+    def forward(self) -> Tensor:
+        with parametrize.cached():
+            return self.linear.weight.T
+
+
+def start_from_whole(unit: rn.LoreftIntervention) -> None:
+    with torch.no_grad():
+        unit.rotate_layer.weight.mul_(2)
+
+
+def use_householder(unit: rn.LoreftIntervention) -> None:
+    unit.rotate_layer = Householder(unit.rotate_layer().detach())  # type: ignore[assignment]
+
+
+WAYS = {
+    "Householder (pyreft)": use_householder,
+    "Cholesky-QR from R/2 (reftnoise)": None,
+    "Cholesky-QR from R": start_from_whole,
+}
+
+
+def main(
+    model: str,
+    data: str,
+    output: str = "learning_curves.png",
+    steps: int = 300,
+    batch_size: int = 8,
+    learning_rate: float = 4e-3,
+    rank: int = 4,
+    seed: int = 0,
+) -> None:
+    """Train LoReFT three times and plot the losses.
+
+    Args:
+        model: directory or hub name of the base.
+        data: folder with train.jsonl, lines of {"prompt", "output"}.
+        output: PNG to write.
+        steps: of the optimizer.
+        batch_size: examples per step.
+        learning_rate: of AdamW, falling linearly to 0.
+        rank: of the edits.
+        seed: of start and batches.
+    """
+    file = str(Path(data) / "train.jsonl")
+    examples = datasets.load_dataset("json", data_files=file, split="train")
+    curves: dict[str, list[float]] = {}
+    for name, change in WAYS.items():
+        set_seed(seed)
+        base, tokenizer = load(model)
+        reft_model = rn.get_reft_model(base, rn.ReftConfig(representations=loreft(rank)))
+        if change is not None:
+            for unit in reft_model.interventions.values():
+                change(unit)
+        curves[name] = train(
+            reft_model,
+            tokenizer,
+            examples,
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+            name=name,
+        )
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    logged = range(10, 10 * len(next(iter(curves.values()))) + 1, 10)
+    for (name, losses), style in zip(curves.items(), ("-", "--", ":"), strict=True):
+        axes.plot(logged, losses, style, label=name, linewidth=2)
+    axes.set(xlabel="step", ylabel="training loss, mean of 10 steps", yscale="log")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=150)
+    table = Table("step", *curves, title=f"training loss, rank {rank}")
+    for row in range(0, len(logged), 5):
+        table.add_row(str(logged[row]), *[f"{losses[row]:.4f}" for losses in curves.values()])
+    table.add_row(str(logged[-1]), *[f"{losses[-1]:.4f}" for losses in curves.values()])
+    CONSOLE.print(table)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,50 @@
+"""Offline, deterministic, and with the shapes of all interventions checked."""
+# ruff: noqa: E402  # the environment and the import hook come before what they act on
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jaxtyping
+
+# Before anything imports reftnoise. PEP 484 lets an int stand for a float; beartype must be told.
+jaxtyping.install_import_hook(
+    "reftnoise.interventions",
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch the type checks off, as users have them, so that mistakes meet our own errors."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """A random Llama in evaluation mode."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()

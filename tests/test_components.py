@@ -1,0 +1,167 @@
+"""Components are found by structure, on architectures that name their modules differently."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from torch import Tensor, nn
+from transformers import BartConfig, BartForCausalLM
+
+from reftnoise.components import COMPONENTS, Site, find_layers, find_site, hidden_size, num_layers
+
+WIDTH, LAYERS = 32, 3
+
+# Names of the embedding and, in layer 1, of the layer itself, its attention and its MLP.
+NAMES = {
+    "llama": ("model.embed_tokens", "model.layers.1", "self_attn", "mlp"),
+    "gpt2": ("transformer.wte", "transformer.h.1", "attn", "mlp"),
+    "gpt_neo": ("transformer.wte", "transformer.h.1", "attn", "mlp"),
+    "gpt_neox": ("gpt_neox.embed_in", "gpt_neox.layers.1", "attention", "mlp"),
+    "gemma3_text": ("model.embed_tokens", "model.layers.1", "self_attn", "mlp"),
+    "phi3": ("model.embed_tokens", "model.layers.1", "self_attn", "mlp"),
+}
+
+
+def exactly(text: str) -> str:
+    return f"^{re.escape(text)}$"
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+def test_every_component_is_the_right_module(architecture: str) -> None:
+    model = tiny_model(architecture)
+    embeddings, block, attention, mlp = NAMES[architecture]
+    expected = {
+        "embeddings": f"{embeddings}.output",
+        "block_output": f"{block}.output",
+        "block_input": f"{block}.input",
+        "attention_output": f"{block}.{attention}.output",
+        "mlp_output": f"{block}.{mlp}.output",
+    }
+    assert set(expected) == set(COMPONENTS)
+    for component, name in expected.items():
+        site = find_site(model, component, None if component == "embeddings" else 1)
+        assert str(site) == name
+        assert site.module is model.get_submodule(name.rpartition(".")[0])
+        assert site.width == WIDTH
+    assert find_layers(model)[1] is model.get_submodule(block)
+    assert (num_layers(model), hidden_size(model)) == (LAYERS, WIDTH)
+
+
+def states_at(model: nn.Module, site: Site, ids: Tensor) -> Tensor:
+    """The hidden states that pass a site, read by a hook of the test's own."""
+    seen: list[Any] = []
+    if site.is_input:
+        handle = site.module.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+    else:
+        handle = site.module.register_forward_hook(lambda _, __, output: seen.append(output))
+    model(ids)
+    handle.remove()
+    (states,) = seen
+    return states[0] if isinstance(states, tuple) else states
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+@torch.no_grad()
+def test_sites_carry_the_states_that_the_model_reports(architecture: str) -> None:
+    model, ids = tiny_model(architecture), torch.tensor([[5, 6, 7, 8]])
+    reported = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(states_at(model, find_site(model, "block_input", 0), ids), reported[0])
+    assert torch.equal(states_at(model, find_site(model, "block_output", 0), ids), reported[1])
+    assert torch.equal(states_at(model, find_site(model, "block_input", 1), ids), reported[1])
+    assert torch.equal(states_at(model, find_site(model, "block_output", 1), ids), reported[2])
+
+
+# Gemma 3 normalises what its attention and its MLP return before adding them.
+@pytest.mark.parametrize("architecture", [name for name in NAMES if name != "gemma3_text"])
+@torch.no_grad()
+def test_a_block_adds_its_attention_and_its_mlp(architecture: str) -> None:
+    model, ids = tiny_model(architecture), torch.tensor([[5, 6, 7, 8]])
+    at = {c: states_at(model, find_site(model, c, 1), ids) for c in COMPONENTS[:4]}
+    total = at["block_input"] + at["attention_output"] + at["mlp_output"]
+    torch.testing.assert_close(at["block_output"], total)
+
+
+@pytest.mark.parametrize(
+    ("component", "module", "is_input", "width"),
+    [
+        ("model.layers[2].output", "model.layers.2", False, None),
+        ("model.layers.2.output", "model.layers.2", False, None),
+        ("model.layers[2].input", "model.layers.2", True, None),
+        ("model.layers[0].mlp.output", "model.layers.0.mlp", False, None),
+        ("model.layers[0].mlp.down_proj.input", "model.layers.0.mlp.down_proj", True, 64),
+        ("model.layers[0].mlp.down_proj.output", "model.layers.0.mlp.down_proj", False, 32),
+        ("model.embed_tokens.output", "model.embed_tokens", False, 32),
+        ("lm_head.output", "lm_head", False, 101),
+    ],
+)
+@pytest.mark.parametrize("layer", [None, 0])
+def test_dotted_paths(
+    component: str, module: str, is_input: bool, width: int | None, layer: int | None
+) -> None:
+    model = tiny_model()
+    site = find_site(model, component, layer)
+    assert site.module is model.get_submodule(module)
+    assert (site.is_input, site.width) == (is_input, width)
+
+
+@pytest.mark.parametrize(
+    ("component", "problem"),
+    [
+        ("model.layers[7].output", "ModuleList has no '7', but 0, 1, 2"),
+        ("layers[0].output", "LlamaForCausalLM has no 'layers', but model, lm_head"),
+        ("model.layer[0].output", "LlamaModel has no 'layer', but embed_tokens, layers, norm,"),
+        ("model.layers[0].mlpp.output", "LlamaDecoderLayer has no 'mlpp', but self_attn, mlp,"),
+        ("lm_head.weight.output", "Linear has no 'weight', but no modules in it"),
+    ],
+)
+def test_an_unknown_path_lists_the_children(component: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'component {component!r}: {problem}')}"):
+        find_site(tiny_model(), component)
+
+
+@pytest.mark.parametrize("layer", [3, -1, None])
+@pytest.mark.parametrize("component", [c for c in COMPONENTS if c != "embeddings"])
+def test_a_wrong_layer(component: str, layer: int | None) -> None:
+    with pytest.raises(
+        ValueError, match=exactly(f"layer {layer}: GPT2LMHeadModel has layers 0 to 2")
+    ):
+        find_site(tiny_model("gpt2"), component, layer)
+
+
+def test_an_unknown_component() -> None:
+    message = (
+        "component 'mlp': expected block_output, block_input, attention_output, mlp_output, "
+        "embeddings or a dotted path that ends in .output or .input, such as "
+        "'model.layers[3].mlp.output'"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        find_site(tiny_model(), "mlp", 0)
+
+
+@pytest.mark.parametrize("component", ["attention_output", "mlp_output"])
+def test_a_layer_with_two_attentions_or_no_mlp(component: str) -> None:
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 20}
+    model = BartForCausalLM(BartConfig(**small, decoder_attention_heads=2, decoder_ffn_dim=16))
+    children = ", ".join(name for name, _ in model.model.decoder.layers[0].named_children())
+    message = (
+        f"component {component!r}: BartDecoderLayer has {children}; name one of them by its "
+        "dotted path, such as 'model.layers[3].mlp.output'"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        find_site(model, component, 0)
+
+
+def test_a_model_without_a_list_of_layers() -> None:
+    model = tiny_model()
+    model.config.num_hidden_layers = 5
+    message = (
+        "LlamaForCausalLM: found no list of 5 layers; name the component by its dotted path, such "
+        "as 'model.layers[3].output'"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        find_site(model, "block_output", 0)
