@@ -31,7 +31,7 @@ _HOME = {
     ),
     "model": ("ReftModel", "get_reft_model"),
     "positions": ("Positions",),
-    "tiny": ("load_tiny_model",),
+    "tiny": ("load_tiny_examples", "load_tiny_model"),
     "trainer": ("ReftTrainer", "ReftTrainerForCausalLM"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     )
     from .model import ReftModel, get_reft_model
     from .positions import Positions
-    from .tiny import load_tiny_model
+    from .tiny import load_tiny_examples, load_tiny_model
     from .trainer import ReftTrainer, ReftTrainerForCausalLM
 
 

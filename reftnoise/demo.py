@@ -47,6 +47,8 @@ def run_demo(output_dir: str | Path, seed: int = 0, console: Console | None = No
         seed: of all random draws.
         console: where to print.
     """
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ValueError(f"{output_dir}: expected a directory, found a file")
     console = console or Console()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,0 +1,70 @@
+"""The built wheel and sdist hold what an installation needs."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Wheel and sdist, the wheel built from the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
+
+
+def test_the_wheel_works_away_from_the_sources(
+    distributions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(distributions[0]) as wheel:
+        assert sum(info.compress_size for info in wheel.infolist()) <= 4 * 2**20
+        wheel.extractall(tmp_path)
+    assert (tmp_path / "reftnoise" / "py.typed").is_file()
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import reftnoise as rn
+from reftnoise.interventions import INTERVENTIONS
+assert all(sys.modules[name].__file__.startswith({str(tmp_path)!r})
+           for name in ("reftnoise", "reftnoise.interventions", "reftnoise.interventions.reft"))
+config = rn.ReftConfig({{"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}})
+rn.get_reft_model(rn.load_tiny_model()[0], config)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_sdist_holds_both_packages(distributions: tuple[Path, Path]) -> None:
+    with tarfile.open(distributions[1]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    sources = {path.relative_to(ROOT) for path in (ROOT / "interventions").glob("*.py")}
+    sources |= {path.relative_to(ROOT) for path in (ROOT / "reftnoise").glob("*.py")}
+    assert {str(path) for path in sources} <= names
+
+
+def test_the_link_shows_the_mapped_package() -> None:
+    link = ROOT / "reftnoise" / "interventions"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../interventions")
+
+
+def test_the_lazy_names_are_those_that_type_checkers_see() -> None:
+    import ast
+
+    tree = ast.parse((ROOT / "reftnoise" / "__init__.py").read_text(encoding="utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {a.name for node in guarded.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    import reftnoise
+
+    assert seen == set(reftnoise.__all__) - {"__version__"}
+    assert all(hasattr(reftnoise, name) for name in seen)

@@ -1,0 +1,50 @@
+"""README's code runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import reftnoise as rn
+from reftnoise.interventions import INTERVENTIONS
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def block(heading: str) -> str:
+    section = README[README.index(f"\n## {heading}") :]
+    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_the_twenty_line_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = block("Twenty lines")
+    assert len([line for line in code.splitlines() if line and not line.startswith("import")]) <= 20
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert "🐻" in capsys.readouterr().out
+    loaded = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], "emoji-adapter")
+    assert loaded.count_parameters() == names["reft_model"].count_parameters()  # type: ignore[attr-defined]
+
+
+def test_an_intervention_of_your_own() -> None:
+    code = block("An intervention of your own")
+    assert len([line for line in code.splitlines() if line]) <= 15
+    try:
+        exec(code, {})
+        entry = {"layer": "all", "intervention": "rescale", "low_rank_dimension": 2, "dropout": 0.1}
+        config = rn.ReftConfig(representations=entry)
+        assert rn.ReftConfig.from_yaml(config.to_yaml()).to_dict() == config.to_dict()
+        model = rn.get_reft_model(rn.load_tiny_model()[0], config)
+        assert len(model.interventions) == model.config.num_hidden_layers
+    finally:
+        INTERVENTIONS.pop("rescale", None)
+
+
+def test_every_unit_is_in_the_table() -> None:
+    assert all(f"| `{name}` |" in README for name in INTERVENTIONS)
