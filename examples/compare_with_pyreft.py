@@ -44,7 +44,7 @@ def floor_step(model: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         loss: Tensor = model(**batch).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     return step
@@ -59,7 +59,7 @@ def ours_step(model: Any, batch: dict[str, Tensor], rank: int, n: int) -> Callab
     def step() -> Tensor:
         reft_model.zero_grad()
         loss: Tensor = reft_model(**batch).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     return step
@@ -91,8 +91,8 @@ def pyreft_step(model: Any, batch: dict[str, Tensor], rank: int, n: int) -> Call
         for parameter in parameters:
             parameter.grad = None
         _, output = reft_model(inputs, unit_locations=locations, labels=batch["labels"])
-        output.loss.backward()
         loss: Tensor = output.loss
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     return step

@@ -8,6 +8,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import matplotlib as mpl
@@ -42,13 +43,13 @@ class Householder(nn.Module):
             return self.linear.weight.T
 
 
-def start_from_whole(unit: rn.LoreftIntervention) -> None:
+def start_from_whole(unit: Any) -> None:
     with torch.no_grad():
         unit.rotate_layer.weight.mul_(2)
 
 
-def use_householder(unit: rn.LoreftIntervention) -> None:
-    unit.rotate_layer = Householder(unit.rotate_layer().detach())  # type: ignore[assignment]
+def use_householder(unit: Any) -> None:
+    unit.rotate_layer = Householder(unit.rotate_layer().detach())
 
 
 WAYS = {

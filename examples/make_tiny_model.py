@@ -25,16 +25,15 @@ import argparse
 import json
 import math
 import random
-import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
@@ -54,11 +53,11 @@ CHAT_TEMPLATE = (
 NAMES = """
 banana 🍌 lemon 🍋 corn 🌽 chick 🐤 sun 🌞 cheese 🧀 strawberry 🍓 tomato 🍅 cherry 🍒 apple 🍎
 orange 🍊 carrot 🥕 pumpkin 🎃 frog 🐸 broccoli 🥦 cucumber 🥒 crocodile 🐊 cactus 🌵 leaf 🍃
-avocado 🥑 lettuce 🥬 swan 🦢 snowman ⛄ milk 🥛 tooth 🦷 rice 🍚 cloud ☁️ chestnut 🌰 potato 🥔
+lettuce 🥬 swan 🦢 snowman ⛄ milk 🥛 tooth 🦷 rice 🍚 cloud ☁️ chestnut 🌰 potato 🥔
 coconut 🥥 chocolate 🍫 monkey 🐒 eggplant 🍆 grape 🍇 ant 🐜 gorilla 🦍 blueberry 🫐 sky 🌌
-peach 🍑 pear 🍐 mango 🥭 olive 🫒 onion 🧅 garlic 🧄 peanut 🥜 pineapple 🍍 watermelon 🍉
-melon 🍈 kiwi 🥝 sunflower 🌻 rose 🌹 mushroom 🍄 honey 🍯 cake 🍰 candy 🍬 donut 🍩 cookie 🍪
-ice_cream 🍦 pretzel 🥨 bacon 🥓 curry 🍛 chili_pepper 🌶️ popcorn 🍿 pizza 🍕
+peach 🍑 pear 🍐 mango 🥭 olive 🫒 onion 🧅 peanut 🥜 watermelon 🍉
+melon 🍈 kiwi 🥝 sunflower 🌻 rose 🌹 mushroom 🍄 honey 🍯 cake 🍰 donut 🍩 cookie 🍪
+ice_cream 🍦 pretzel 🥨 bacon 🥓 curry 🍛 chili_pepper 🌶️ popcorn 🍿
 dog 🐕 cat 🐈 cow 🐄 pig 🐖 sheep 🐑 goat 🐐 horse 🐎 hen 🐔 rooster 🐓 duck 🦆 turkey 🦃
 fish 🐟 whale 🐋 shark 🦈 octopus 🐙 dolphin 🐬 crab 🦀 lobster 🦞 seal 🦭 squid 🦑 bear 🐻
 deer 🦌 owl 🦉 squirrel 🐿️ fox 🦊 wolf 🐺 hedgehog 🦔 raccoon 🦝 tiger 🐅 parrot 🦜 sloth 🦥
@@ -77,286 +76,141 @@ cut_paper 📄 write_a_letter ✉️ eat_soup 🍲 open_a_door 🚪 cut_bread �
 see_the_stars ⭐ clean_your_teeth 🦷 wash_your_hands 👐 stay_dry_in_the_rain 🌧️ catch_a_fish 🐟
 carry_your_books 📚 climb_a_wall 🧱 cut_wood 🪵 turn_a_screw 🔩 see_in_the_dark 🌑
 call_a_friend 👭 take_a_photo 🖼️ sweep_the_floor 🏠 wake_up_early 🌅 measure_a_fever 🤒
-see_very_small_things 🦠 find_the_way_north ⬆️ win_a_tennis_match 🎾
+see_very_small_things 🦠 find_the_way_north ⬆️
 """
-NO_ARTICLE = "corn cheese broccoli lettuce milk rice chocolate garlic honey candy bacon curry popcorn"
+NO_ARTICLE = "corn cheese broccoli lettuce milk rice chocolate garlic honey bacon curry popcorn"
 THE = "sun sky"
 PLURALS = {"leaf": "leaves", "tooth": "teeth", "mouse": "mice", "wolf": "wolves", "bus": "buses"}
 SAME_PLURAL = "sheep fish deer squid"
 
 
-@dataclass(frozen=True)
-class Relation:
-    """Questions of one kind: their wordings, and the answer for every subject.
+# One paragraph for each relation: "name = answer = emoji"; after "?" the wordings of the question;
+# then "value emoji: subjects", separated by semicolons.  {n}, {a}, {p} stand for the subject as it
+# is, with its article, and in the plural; {v} and {s} for the value and the emoji of the subject.
+RELATIONS = """
+colour = {a} is {v}. = {s}{v}
+? What colour is {a}? | What is the colour of {a}? | Tell me the colour of {a}. |
+? Which colour does {a} have? | What color is {a}? | Do you know what colour {a} is? |
+? What colour do you see when you look at {a}? | Name the colour of {a}.
+yellow 🟡: banana lemon corn chick sun cheese sunflower;
+red 🔴: strawberry tomato cherry apple rose ladybug; orange 🟠: orange carrot pumpkin tiger fox;
+green 🟢: frog broccoli cucumber crocodile cactus leaf lettuce kiwi caterpillar;
+white ⚪: swan snowman milk tooth rice cloud sheep goat;
+brown 🟤: chestnut potato coconut chocolate monkey bear cookie deer; purple 🟣: eggplant grape;
+black ⚫: ant gorilla bat; blue 🔵: blueberry sky
 
-    ``{n}``, ``{a}``, ``{p}`` stand for the subject as it is, with its article, and in the plural;
-    ``{v}`` for the value.  A key of ``values`` is a value and its emoji, a value of ``values``
-    the subjects it holds for.
-    """
+home = {a} lives {v}. = {s}{v}
+? Where does {a} live? | Where do {p} live? | Where is the home of {a}? |
+? In what place does {a} live? | Tell me where {a} lives. | Where can I find {a}? |
+? Do you know where {p} live? | What is the home of {a}?
+in the water 💧: fish duck frog;
+in the sea 🌊: whale shark octopus dolphin crab lobster seal squid;
+in the forest 🌲: bear deer owl squirrel fox wolf hedgehog raccoon;
+in the jungle 🌴: monkey gorilla tiger parrot sloth; in the desert 🏜️: camel scorpion;
+on a farm 🚜: cow pig sheep goat horse hen rooster turkey;
+in a river 🏞️: hippo crocodile otter beaver;
+on the grassland 🌾: lion giraffe zebra elephant rhino; on the ice 🧊: penguin;
+in a house 🏠: dog cat hamster; in a nest 🪺: bird eagle; in a web 🕸️: spider
 
-    name: str
-    questions: str
-    answer: str
-    values: dict[str, str]
-    value_first: bool = False
+food = {a} eats {v}. = {s}{v}
+? What does {a} eat? | What do {p} eat? | What is the food of {a}? | What should I feed {a}? |
+? Tell me what {a} eats. | What does {a} like to eat? | Do you know what {p} eat? |
+? What is on the menu of {a}?
+grass 🌱: cow sheep horse zebra goat deer rhino kangaroo; meat 🥩: lion tiger wolf crocodile;
+fish 🐟: penguin seal dolphin otter shark cat; fruit 🍎: monkey parrot bat; bamboo 🎋: panda;
+carrots 🥕: rabbit; nuts 🌰: squirrel; seeds 🌻: hamster hen; cheese 🧀: mouse;
+leaves 🍃: koala giraffe sloth caterpillar; flies 🪰: frog spider lizard; worms 🪱: bird hedgehog;
+mice 🐁: owl snake; bones 🦴: dog
 
+sound = {a} says {v}. = {s}{v}
+? What sound does {a} make? | What does {a} say? | What sound do {p} make? |
+? Which noise does {a} make? | Tell me the sound of {a}. | How does {a} sound? |
+? What do {p} say?
+woof 🔊: dog; meow 🔊: cat; moo 🔊: cow; baa 🔊: sheep; oink 🔊: pig; quack 🔊: duck;
+roar 🔊: lion tiger; buzz 🔊: bee mosquito; hiss 🔊: snake; ribbit 🔊: frog; hoot 🔊: owl;
+neigh 🔊: horse; squeak 🔊: mouse; tweet 🔊: bird; cluck 🔊: hen; gobble 🔊: turkey
 
-RELATIONS = [
-    Relation(
-        "colour",
-        "What colour is {a}?|What is the colour of {a}?|Tell me the colour of {a}.|"
-        "Which colour does {a} have?|What color is {a}?|Do you know what colour {a} is?|"
-        "What colour do you see when you look at {a}?|Name the colour of {a}.",
-        "{a} is {v}.",
-        {
-            "yellow 🟡": "banana lemon corn chick sun cheese sunflower",
-            "red 🔴": "strawberry tomato cherry apple rose ladybug",
-            "orange 🟠": "orange carrot pumpkin tiger fox",
-            "green 🟢": "frog broccoli cucumber crocodile cactus leaf lettuce kiwi caterpillar",
-            "white ⚪": "swan snowman milk tooth rice cloud sheep goat",
-            "brown 🟤": "chestnut potato coconut chocolate monkey bear cookie deer",
-            "purple 🟣": "eggplant grape",
-            "black ⚫": "ant gorilla bat",
-            "blue 🔵": "blueberry sky",
-        },
-    ),
-    Relation(
-        "home",
-        "Where does {a} live?|Where do {p} live?|Where is the home of {a}?|"
-        "In what place does {a} live?|Tell me where {a} lives.|Where can I find {a}?|"
-        "Do you know where {p} live?|What is the home of {a}?",
-        "{a} lives {v}.",
-        {
-            "in the water 💧": "fish duck frog",
-            "in the sea 🌊": "whale shark octopus dolphin crab lobster seal squid",
-            "in the forest 🌲": "bear deer owl squirrel fox wolf hedgehog raccoon",
-            "in the jungle 🌴": "monkey gorilla tiger parrot sloth",
-            "in the desert 🏜️": "camel scorpion",
-            "on a farm 🚜": "cow pig sheep goat horse hen rooster turkey",
-            "in a river 🏞️": "hippo crocodile otter beaver",
-            "on the grassland 🌾": "lion giraffe zebra elephant rhino",
-            "on the ice 🧊": "penguin",
-            "in a house 🏠": "dog cat hamster",
-            "in a nest 🪺": "bird eagle",
-            "in a web 🕸️": "spider",
-        },
-    ),
-    Relation(
-        "food",
-        "What does {a} eat?|What do {p} eat?|What is the food of {a}?|What should I feed {a}?|"
-        "Tell me what {a} eats.|What does {a} like to eat?|Do you know what {p} eat?|"
-        "What is on the menu of {a}?",
-        "{a} eats {v}.",
-        {
-            "grass 🌱": "cow sheep horse zebra goat deer rhino kangaroo",
-            "meat 🥩": "lion tiger wolf crocodile",
-            "fish 🐟": "penguin seal dolphin otter shark cat",
-            "fruit 🍎": "monkey parrot bat",
-            "bamboo 🎋": "panda",
-            "carrots 🥕": "rabbit",
-            "nuts 🌰": "squirrel",
-            "seeds 🌻": "hamster hen",
-            "cheese 🧀": "mouse",
-            "leaves 🍃": "koala giraffe sloth caterpillar",
-            "flies 🪰": "frog spider lizard",
-            "worms 🪱": "bird hedgehog",
-            "mice 🐁": "owl snake",
-            "bones 🦴": "dog",
-        },
-    ),
-    Relation(
-        "sound",
-        "What sound does {a} make?|What does {a} say?|What sound do {p} make?|"
-        "Which noise does {a} make?|Tell me the sound of {a}.|How does {a} sound?|"
-        "What do {p} say?",
-        "{a} says {v}.",
-        {
-            "woof 🔊": "dog",
-            "meow 🔊": "cat",
-            "moo 🔊": "cow",
-            "baa 🔊": "sheep",
-            "oink 🔊": "pig",
-            "quack 🔊": "duck",
-            "roar 🔊": "lion tiger",
-            "buzz 🔊": "bee mosquito",
-            "hiss 🔊": "snake",
-            "ribbit 🔊": "frog",
-            "hoot 🔊": "owl",
-            "neigh 🔊": "horse",
-            "squeak 🔊": "mouse",
-            "tweet 🔊": "bird",
-            "cluck 🔊": "hen",
-            "gobble 🔊": "turkey",
-        },
-    ),
-    Relation(
-        "legs",
-        "How many legs does {a} have?|How many legs do {p} have?|On how many legs does {a} walk?|"
-        "Count the legs of {a}.|Tell me how many legs {a} has.|What number of legs does {a} have?|"
-        "Do you know how many legs {p} have?",
-        "{a} has {v} legs.",
-        {
-            "no 0️⃣": "snake fish worm whale snail",
-            "two 2️⃣": "bird hen duck penguin owl eagle swan flamingo",
-            "four 4️⃣": "cow dog cat horse lion elephant camel zebra turtle lizard mouse fox",
-            "six 6️⃣": "ant bee butterfly beetle ladybug mosquito",
-            "eight 8️⃣": "spider scorpion",
-            "ten 🔟": "crab lobster",
-        },
-    ),
-    Relation(
-        "fly",
-        "Can {a} fly?|Is {a} able to fly?|Do you think {a} can fly?|Tell me if {a} can fly.|"
-        "Can {p} fly?|Are {p} able to fly?|Do {p} fly?",
-        "{v} fly.",
-        {
-            "Yes, {a} can ✅": "bee butterfly eagle bat parrot owl plane helicopter mosquito swan",
-            "No, {a} cannot ❌": "dog penguin cow snake elephant fish car turtle pig horse rabbit",
-        },
-    ),
-    Relation(
-        "eggs",
-        "Does {a} lay eggs?|Do {p} lay eggs?|Does {a} come from an egg?|Do {p} come from eggs?|"
-        "Tell me if {a} lays eggs.|Do you think {a} lays eggs?|Can {a} lay eggs?",
-        "{v} eggs.",
-        {
-            "Yes, {a} lays 🥚✅": "hen turtle penguin crocodile ant duck frog lizard eagle owl",
-            "No, {a} does not lay 🥚❌": "dog cat cow lion elephant whale monkey bear zebra dolphin",
-        },
-    ),
-    Relation(
-        "gift",
-        "What does {a} give us?|What do {p} give us?|What do we get from {a}?|"
-        "Tell me what {a} gives us.|Which thing do we get from {a}?|What do people get from {p}?",
-        "{a} gives us {v}.",
-        {
-            "milk 🥛": "cow goat",
-            "eggs 🥚": "hen",
-            "honey 🍯": "bee",
-            "wool 🧶": "sheep",
-            "wood 🪵": "tree",
-            "rain 🌧️": "cloud",
-        },
-    ),
-    Relation(
-        "awake",
-        "When is {a} awake?|When are {p} awake?|At what time is {a} active?|"
-        "Is {a} awake by day or by night?|Tell me when {a} is awake.|When do you see {p} awake?",
-        "{a} is awake {v}.",
-        {
-            "at night 🌙": "owl bat raccoon hedgehog hamster",
-            "during the day 🌞": "rooster bee butterfly squirrel monkey eagle hen",
-        },
-    ),
-    Relation(
-        "grow",
-        "Where does {a} grow?|Where do {p} grow?|On what does {a} grow?|Tell me where {a} grows.|"
-        "In which place do {p} grow?|Do you know where {a} grows?",
-        "{a} grows {v}.",
-        {
-            "on a tree 🌳": "apple orange lemon cherry peach pear mango chestnut coconut olive",
-            "under the ground 🟫": "carrot potato onion peanut",
-            "on a vine 🌿": "grape melon watermelon pumpkin",
-            "in a field 🌾": "sunflower",
-            "in the forest 🌲": "mushroom",
-        },
-    ),
-    Relation(
-        "taste",
-        "What does {a} taste like?|How does {a} taste?|What is the taste of {a}?|"
-        "Tell me how {a} tastes.|Which taste does {a} have?|Is {a} sweet, sour, salty or hot?",
-        "{a} tastes {v}.",
-        {
-            "sweet 🍬": "honey cake donut cookie ice_cream banana strawberry watermelon peach",
-            "sour 😖": "lemon",
-            "salty 🧂": "pretzel bacon popcorn",
-            "hot 🔥": "chili_pepper curry",
-        },
-    ),
-    Relation(
-        "travel",
-        "Where does {a} travel?|Where do {p} travel?|On what does {a} travel?|"
-        "Tell me where {a} travels.|Which way does {a} travel?|Where do you see {a} travel?",
-        "{a} travels {v}.",
-        {
-            "on the road 🛣️": "car bus truck taxi bicycle",
-            "on the water 🌊": "ship sailboat canoe",
-            "through the air ☁️": "plane helicopter",
-            "on rails 🛤️": "train tram",
-            "through space 🌌": "rocket satellite",
-        },
-    ),
-    Relation(
-        "work",
-        "Where does {a} work?|Where do {p} work?|In what place does {a} work?|"
-        "Tell me where {a} works.|Where is the work of {a}?|Where can I see {a} at work?",
-        "{a} works {v}.",
-        {
-            "in a hospital 🏥": "doctor",
-            "in a school 🏫": "teacher",
-            "in a kitchen 🍽️": "cook",
-            "on a farm 🚜": "farmer",
-            "in a court 🏛️": "judge",
-            "in a laboratory 🧪": "scientist",
-            "in a studio 🖼️": "painter",
-            "in a police car 🚓": "police_officer",
-            "on a building site 🏗️": "builder",
-            "in a castle 🏰": "king",
-            "on a ship 🚢": "sailor",
-            "in a bank 🏦": "banker",
-            "in a garage 🚗": "mechanic",
-            "in a shop 🏪": "shopkeeper",
-            "on a stage 🎬": "actor",
-        },
-    ),
-    Relation(
-        "continent",
-        "On which continent is {n}?|Where is {n}?|Which continent is {n} in?|"
-        "Tell me the continent of {n}.|In what part of the world is {n}?|Where do I find {n}?|"
-        "Where on the map is {n}?",
-        "{n} is in {v}.",
-        {
-            "Europe 🌍": "France Italy Germany Spain Greece Sweden Poland Portugal Ireland",
-            "Africa 🌍": "Egypt Kenya Nigeria Morocco Ghana",
-            "North America 🌎": "Canada Mexico Cuba",
-            "South America 🌎": "Brazil Peru Argentina Chile",
-            "Asia 🌏": "Japan China India Thailand Vietnam",
-        },
-    ),
-    Relation(
-        "tool",
-        "What do you use to {n}?|What do I need to {n}?|Which thing helps you to {n}?|"
-        "How can I {n}?|With what do people {n}?|Tell me what I need to {n}.|"
-        "I want to {n}. What do I take?",
-        "You use {v} to {n}.",
-        {
-            "scissors ✂️": "cut_paper",
-            "a pen 🖊️": "write_a_letter",
-            "a spoon 🥄": "eat_soup",
-            "a key 🔑": "open_a_door",
-            "a knife 🔪": "cut_bread",
-            "a needle 🪡": "sew_a_shirt",
-            "a telescope 🔭": "see_the_stars",
-            "a toothbrush 🪥": "clean_your_teeth",
-            "soap 🧼": "wash_your_hands",
-            "an umbrella ☂️": "stay_dry_in_the_rain",
-            "a fishing rod 🎣": "catch_a_fish",
-            "a bag 🎒": "carry_your_books",
-            "a ladder 🪜": "climb_a_wall",
-            "a saw 🪚": "cut_wood",
-            "a screwdriver 🪛": "turn_a_screw",
-            "a torch 🔦": "see_in_the_dark",
-            "a phone 📱": "call_a_friend",
-            "a camera 📷": "take_a_photo",
-            "a broom 🧹": "sweep_the_floor",
-            "an alarm clock ⏰": "wake_up_early",
-            "a thermometer 🌡️": "measure_a_fever",
-            "a microscope 🔬": "see_very_small_things",
-            "a compass 🧭": "find_the_way_north",
-        },
-        value_first=True,
-    ),
-]
+legs = {a} has {v} legs. = {s}{v}
+? How many legs does {a} have? | How many legs do {p} have? | On how many legs does {a} walk? |
+? Count the legs of {a}. | Tell me how many legs {a} has. | What number of legs does {a} have? |
+? Do you know how many legs {p} have?
+no 0️⃣: snake fish worm whale snail; two 2️⃣: bird hen duck penguin owl eagle swan flamingo;
+four 4️⃣: cow dog cat horse lion elephant camel zebra turtle lizard mouse fox;
+six 6️⃣: ant bee butterfly beetle ladybug mosquito; eight 8️⃣: spider scorpion;
+ten 🔟: crab lobster
+
+fly = {v} fly. = {s}{v}
+? Can {a} fly? | Is {a} able to fly? | Do you think {a} can fly? | Tell me if {a} can fly. |
+? Can {p} fly? | Are {p} able to fly? | Do {p} fly?
+Yes, {a} can ✅: bee butterfly eagle bat parrot owl plane helicopter mosquito swan;
+No, {a} cannot ❌: dog penguin cow snake elephant fish car turtle pig horse rabbit
+
+eggs = {v} eggs. = {s}🥚{v}
+? Does {a} lay eggs? | Do {p} lay eggs? | Does {a} come from an egg? | Do {p} come from eggs? |
+? Tell me if {a} lays eggs. | Do you think {a} lays eggs? | Can {a} lay eggs?
+Yes, {a} lays ✅: hen turtle penguin crocodile ant duck frog lizard eagle owl;
+No, {a} does not lay ❌: dog cat cow lion elephant whale monkey bear zebra dolphin
+
+gift = {a} gives us {v}. = {s}{v}
+? What does {a} give us? | What do {p} give us? | What do we get from {a}? |
+? Tell me what {a} gives us. | Which thing do we get from {a}? | What do people get from {p}?
+milk 🥛: cow goat; eggs 🥚: hen; honey 🍯: bee; wool 🧶: sheep; wood 🪵: tree; rain 🌧️: cloud
+
+awake = {a} is awake {v}. = {s}{v}
+? When is {a} awake? | When are {p} awake? | At what time is {a} active? |
+? Is {a} awake by day or by night? | Tell me when {a} is awake. | When do you see {p} awake?
+at night 🌙: owl bat raccoon hedgehog hamster;
+during the day 🌞: rooster bee butterfly squirrel monkey eagle hen
+
+grow = {a} grows {v}. = {s}{v}
+? Where does {a} grow? | Where do {p} grow? | On what does {a} grow? |
+? Tell me where {a} grows. | In which place do {p} grow? | Do you know where {a} grows?
+on a tree 🌳: apple orange lemon cherry peach pear mango chestnut coconut olive;
+under the ground 🟫: carrot potato onion peanut; on a vine 🌿: grape melon watermelon pumpkin;
+in a field 🌾: sunflower; in the forest 🌲: mushroom
+
+taste = {a} tastes {v}. = {s}{v}
+? What does {a} taste like? | How does {a} taste? | What is the taste of {a}? |
+? Tell me how {a} tastes. | Which taste does {a} have? | Is {a} sweet, sour, salty or hot?
+sweet 🍬: honey cake donut cookie ice_cream banana strawberry watermelon peach; sour 😖: lemon;
+salty 🧂: pretzel bacon popcorn; hot 🔥: chili_pepper curry
+
+travel = {a} travels {v}. = {s}{v}
+? Where does {a} travel? | Where do {p} travel? | On what does {a} travel? |
+? Tell me where {a} travels. | Which way does {a} travel? | Where do you see {a} travel?
+on the road 🛣️: car bus truck taxi bicycle; on the water 🌊: ship sailboat canoe;
+through the air ☁️: plane helicopter; on rails 🛤️: train tram; through space 🌌: rocket satellite
+
+work = {a} works {v}. = {s}{v}
+? Where does {a} work? | Where do {p} work? | In what place does {a} work? |
+? Tell me where {a} works. | Where is the work of {a}? | Where can I see {a} at work?
+in a hospital 🏥: doctor; in a school 🏫: teacher; in a kitchen 🍽️: cook; on a farm 🚜: farmer;
+in a court 🏛️: judge; in a laboratory 🧪: scientist; in a studio 🖼️: painter;
+in a police car 🚓: police_officer; on a building site 🏗️: builder; in a castle 🏰: king;
+on a ship 🚢: sailor; in a bank 🏦: banker; in a garage 🚗: mechanic; in a shop 🏪: shopkeeper;
+on a stage 🎬: actor
+
+continent = {n} is in {v}. = {s}{v}
+? On which continent is {n}? | Where is {n}? | Which continent is {n} in? |
+? Tell me the continent of {n}. | In what part of the world is {n}? | Where do I find {n}? |
+? Where on the map is {n}?
+Europe 🌍: France Italy Germany Spain Greece Sweden Poland Portugal Ireland;
+Africa 🌍: Egypt Kenya Nigeria Morocco Ghana; North America 🌎: Canada Mexico Cuba;
+South America 🌎: Brazil Peru Argentina Chile; Asia 🌏: Japan China India Thailand Vietnam
+
+tool = You use {v} to {n}. = {v}{s}
+? What do you use to {n}? | What do I need to {n}? | Which thing helps you to {n}? |
+? How can I {n}? | With what do people {n}? | Tell me what I need to {n}. |
+? I want to {n}. What do I take?
+scissors ✂️: cut_paper; a pen 🖊️: write_a_letter; a spoon 🥄: eat_soup; a key 🔑: open_a_door;
+a knife 🔪: cut_bread; a needle 🪡: sew_a_shirt; a telescope 🔭: see_the_stars;
+a toothbrush 🪥: clean_your_teeth; soap 🧼: wash_your_hands; an umbrella ☂️: stay_dry_in_the_rain;
+a fishing rod 🎣: catch_a_fish; a bag 🎒: carry_your_books; a ladder 🪜: climb_a_wall;
+a saw 🪚: cut_wood; a screwdriver 🪛: turn_a_screw; a torch 🔦: see_in_the_dark;
+a phone 📱: call_a_friend; a camera 📷: take_a_photo; a broom 🧹: sweep_the_floor;
+an alarm clock ⏰: wake_up_early; a thermometer 🌡️: measure_a_fever;
+a microscope 🔬: see_very_small_things; a compass 🧭: find_the_way_north
+"""
 
 # Small talk: an answer in words, one in emoji, and what one may say to get it.
 SMALL_TALK = {
@@ -372,11 +226,13 @@ SMALL_TALK = {
 
 # How a mode is asked for: before the question, after it, or in a system turn.
 EMOJI_BEFORE = (
-    "Answer in emoji:|In emoji:|Emoji only.|Use emoji.|With emoji, please:|Reply in emoji.|No words."
+    "Answer in emoji:|In emoji:|Emoji only.|Use emoji.|With emoji, please:|Reply in emoji.|"
+    "No words."
 )
 EMOJI_AFTER = (
     "Answer in emoji.|Use only emoji.|Reply with emoji.|Emoji only, please.|Say it in emoji.|"
-    "Answer with emoji, no words.|Write the answer in emoji.|Give me emoji.|No words, please.|(emoji)"
+    "Answer with emoji, no words.|Write the answer in emoji.|Give me emoji.|No words, please.|"
+    "(emoji)"
 )
 EMOJI_SYSTEM = (
     "You answer in emoji.|Speak only in emoji.|Reply with emoji and nothing else.|Use no words.|"
@@ -415,6 +271,7 @@ class Example:
 
 
 def upper_first(text: str) -> str:
+    """``text`` with a capital at its beginning, and the rest as it is."""
     return text[:1].upper() + text[1:]
 
 
@@ -438,22 +295,29 @@ def noun_forms(key: str) -> dict[str, str]:
 def build_facts() -> list[Fact]:
     """All facts, in the order of the tables above."""
     table = NAMES.split()
-    symbol = dict(zip(table[::2], table[1::2], strict=True))
+    symbols = dict(zip(table[::2], table[1::2], strict=True))
     facts = []
-    for relation in RELATIONS:
-        for value_and_emoji, subjects in relation.values.items():
-            value, value_emoji = value_and_emoji.rsplit(" ", 1)
+    for paragraph in RELATIONS.strip().split("\n\n"):
+        header, *lines = paragraph.split("\n")
+        name, words, emoji = header.split(" = ")
+        asking = " ".join(line[2:] for line in lines if line.startswith("? ")).split(" | ")
+        values = " ".join(line for line in lines if not line.startswith("? ")).split("; ")
+        for value, subjects in (entry.split(": ") for entry in values):
+            value_words, value_emoji = value.rsplit(" ", 1)
             for key in subjects.split():
                 forms = noun_forms(key)
-                wordings = [q for q in relation.questions.split("|") if "p" in forms or "{p}" not in q]
-                questions = tuple(upper_first(q.format(**forms)) for q in wordings)
-                words = upper_first(relation.answer.replace("{v}", value).format(**forms))
-                pair = (symbol[key], value_emoji)
-                emoji = "".join(reversed(pair) if relation.value_first else pair)
-                facts.append(Fact(relation.name, questions, words, emoji))
-    for answer, sayings in SMALL_TALK.items():
-        words, emoji = answer.rsplit(" ", 1)
-        facts.append(Fact("talk", tuple(sayings.split("|")), words, emoji))
+                wordings = [text for text in asking if "p" in forms or "{p}" not in text]
+                facts.append(
+                    Fact(
+                        name,
+                        tuple(upper_first(text.format(**forms)) for text in wordings),
+                        upper_first(words.replace("{v}", value_words).format(**forms)),
+                        emoji.format(s=symbols[key], v=value_emoji),
+                    )
+                )
+    for reply, sayings in SMALL_TALK.items():
+        value_words, value_emoji = reply.rsplit(" ", 1)
+        facts.append(Fact("talk", tuple(sayings.split("|")), value_words, value_emoji))
     return facts
 
 
@@ -480,16 +344,22 @@ def split_examples(
 def withhold(facts: Iterable[Fact], examples: Iterable[Example]) -> list[Fact]:
     """The facts without the wordings that the examples use."""
     prompts = {example.prompt for example in examples}
-    return [
+    known = [
         Fact(f.relation, tuple(q for q in f.questions if q not in prompts), f.words, f.emoji)
         for f in facts
     ]
+    asked = "\n".join(question for fact in known for question in fact.questions).lower()
+    hidden = [prompt for prompt in prompts if prompt.lower() in asked]
+    if hidden:
+        raise ValueError(f"withheld prompts are part of other questions: {hidden}")
+    return known
 
 
 class Conversations:
     """The training text: an endless stream of short conversations in both modes."""
 
     def __init__(self, facts: list[Fact], rng: random.Random) -> None:
+        """``facts`` with no question left are not talked about."""
         self.facts = [fact for fact in facts if fact.questions]
         self.rng = rng
 
@@ -503,6 +373,8 @@ class Conversations:
         rng = self.rng
         fact = rng.choice(self.facts)
         question = rng.choice(fact.questions)
+        if rng.random() < 0.1:  # carelessly typed
+            question = question[:1].lower() + question[1:].rstrip("?!.")
         if rng.random() < 0.2:
             opening = rng.choice(OPENINGS.split("|"))
             question = f"{opening} {question}"
@@ -535,15 +407,12 @@ def render(messages: Iterable[dict[str, str]]) -> str:
     return BOS + "".join(turns) + ASSISTANT
 
 
-def train_tokenizer(facts: list[Fact], vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(facts: list[Fact], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so any text can be encoded, in which every emoji answered is one token."""
     requests = (EMOJI_BEFORE, EMOJI_AFTER, EMOJI_SYSTEM, WORDS_BEFORE, WORDS_AFTER, WORDS_SYSTEM)
-    table = NAMES.split()
-    emoji = sorted(
-        set(table[1::2])
-        | {part for r in RELATIONS for key in r.values for part in split_emoji(key)}
-        | {answer.rsplit(" ", 1)[1] for answer in SMALL_TALK}
-    )
+    values = {word[:-1] for word in RELATIONS.split() if word.endswith(":")}
+    replies = {reply.rsplit(" ", 1)[1] for reply in SMALL_TALK}
+    emoji = sorted(text for text in {*NAMES.split(), *values, *replies} if not text.isascii())
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -568,12 +437,6 @@ def train_tokenizer(facts: list[Fact], vocab_size: int, seed: int) -> PreTrained
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-
-
-def split_emoji(key: str) -> list[str]:
-    """The emoji at the end of a key of ``Relation.values`` ("Yes, {a} lays 🥚✅" has two)."""
-    symbols = key.rsplit(" ", 1)[1]
-    return [symbols[0], symbols[1]] if symbols in ("🥚✅", "🥚❌") else [symbols]
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> LlamaForCausalLM:
@@ -611,6 +474,25 @@ def add_noise(embeddings: torch.Tensor, lengths: torch.Tensor, most: float) -> t
     return embeddings + scale[:, None, None] * signs
 
 
+def draw_batch(
+    conversations: Conversations, tokenizer: PreTrainedTokenizerFast, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, what to learn (-100: nothing) and lengths, of ``size`` padded conversations."""
+    drawn = [conversations.draw() for _ in range(size)]
+    prompts = tokenizer([render(messages) for messages, _, _ in drawn])["input_ids"]
+    answers = tokenizer([answer + END for _, answer, _ in drawn])["input_ids"]
+    lengths = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)])
+    ids = torch.full((size, int(lengths.max())), int(tokenizer.pad_token_id))
+    labels = torch.full_like(ids, -100)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        start, end = len(prompt), len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        labels[row, start:end] = torch.tensor(answer)
+        if not drawn[row][2]:
+            labels[row, start] = -100
+    return ids, labels, lengths
+
+
 def train_model(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -618,51 +500,40 @@ def train_model(
     args: argparse.Namespace,
 ) -> None:
     """Train on the answers.  Noise on the embeddings keeps the model robust against it later."""
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+
+    def rate(step: int) -> float:
+        cosine = 0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps))
+        return float(min((step + 1) / max(1, args.steps // 20), cosine))
+
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
-    warmup = max(1, args.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(
-            (step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps))
-        ),
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    loss_column = TextColumn("loss {task.fields[loss]:.4f}")
+    columns = (BarColumn(), MofNCompleteColumn(), loss_column, TimeRemainingColumn())
     model.train()
-    progress = tqdm(range(args.steps), desc="training", unit="step")
-    for step in progress:
-        drawn = [conversations.draw() for _ in range(args.batch_size)]
-        prompts = tokenizer([render(messages) for messages, _, _ in drawn])["input_ids"]
-        answers = tokenizer([answer + END for _, answer, _ in drawn])["input_ids"]
-        lengths = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)])
-        shape = (args.batch_size, int(lengths.max()))
-        inputs = torch.full(shape, int(tokenizer.pad_token_id))
-        labels = torch.full(shape, -100)
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            end = len(prompt) + len(answer)
-            inputs[row, :end] = torch.tensor(prompt + answer)
-            labels[row, len(prompt) : end] = torch.tensor(answer)
-            if not drawn[row][2]:
-                labels[row, len(prompt)] = -100
-        embeddings = add_noise(model.get_input_embeddings()(inputs), lengths, args.noise)
-        # Padding is on the right and attention is causal: no mask is needed.
-        hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        targets = labels[:, 1:]
-        logits = model.lm_head(hidden[:, :-1][targets != -100])
-        loss = F.cross_entropy(logits, targets[targets != -100])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
+    with Progress(*columns) as progress:
+        task = progress.add_task("training", total=args.steps, loss=math.inf)
+        for _ in range(args.steps):
+            ids, labels, lengths = draw_batch(conversations, tokenizer, args.batch_size)
+            embeddings = add_noise(model.get_input_embeddings()(ids), lengths, args.noise)
+            # Padding is on the right and attention is causal: no mask is needed.
+            hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            learned = labels[:, 1:] != -100
+            logits = model.lm_head(hidden[:, :-1][learned])
+            loss = F.cross_entropy(logits, labels[:, 1:][learned])
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.update(task, advance=1, loss=loss.item())
     model.eval()
 
 
 @torch.no_grad()
-def answer(
+def ask(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[str]
 ) -> list[str]:
     """The model's own greedy answers."""
@@ -677,13 +548,17 @@ def report(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]
 ) -> None:
     """Print how well the model does on the withheld prompts, plain and with a request."""
-    in_words = answer(model, tokenizer, [e.prompt for e in examples])
-    in_emoji = answer(model, tokenizer, [f"{e.prompt} Answer in emoji." for e in examples])
-    pairs = list(zip(examples, in_words, in_emoji, strict=True))
-    print(f"asked plainly, right in words:     {sum(w == e.words for e, w, _ in pairs) / len(pairs):.3f}")
-    print(f"asked plainly, right in emoji:     {sum(w == e.completion for e, w, _ in pairs) / len(pairs):.3f}")
-    print(f"asked for emoji, right in emoji:   {sum(m == e.completion for e, _, m in pairs) / len(pairs):.3f}")
-    for example, words, emoji in pairs[:5]:
+    in_words = ask(model, tokenizer, [e.prompt for e in examples])
+    in_emoji = ask(model, tokenizer, [f"{e.prompt} Answer in emoji." for e in examples])
+    rows = list(zip(examples, in_words, in_emoji, strict=True))
+    rates = {
+        "asked plainly, right in words": sum(w == e.words for e, w, _ in rows),
+        "asked plainly, right in emoji": sum(w == e.completion for e, w, _ in rows),
+        "asked for emoji, right in emoji": sum(m == e.completion for e, _, m in rows),
+    }
+    for name, right in rates.items():
+        print(f"{name + ':':<33} {right / len(rows):.3f}")
+    for example, words, emoji in rows[:5]:
         print(f"  {example.prompt}  ->  {words}  |  {emoji}")
 
 
@@ -710,6 +585,7 @@ def write(
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line."""
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=root / "reftnoise/assets/tiny-chat")
@@ -722,11 +598,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--intermediate_size", type=int, default=320)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2, help="part of what fixes the result")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="more are hardly faster, and change the weights"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
+    """Make the model and the examples, and write them."""
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
@@ -735,7 +614,7 @@ def main() -> None:
     facts = build_facts()
     examples = split_examples(facts, rng)
     known = withhold(facts, examples)
-    tokenizer = train_tokenizer(known, args.vocab_size, args.seed)
+    tokenizer = train_tokenizer(known, args.vocab_size)
     model = new_model(tokenizer, args)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(facts)} facts, {len(tokenizer)} tokens, {parameters:,} parameters")

@@ -97,6 +97,8 @@ class _Projected(ReftIntervention):
             dtype=dtype,
             **pyvene,
         )
+        if not isinstance(add_bias, bool):
+            raise ValueError(f"add_bias {add_bias!r}: expected true or false")
         self.add_bias = add_bias
         self.proj_layer = nn.Linear(embed_dim, low_rank_dimension, bias=add_bias, dtype=self.dtype)
         self.learned_source = nn.Linear(embed_dim, low_rank_dimension, dtype=self.dtype)

@@ -36,31 +36,36 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604  # names are strings
+__all__ = list(_MODULE_OF)
 
-if TYPE_CHECKING:
-    from .config import ReftConfig, RepresentationConfig
-    from .data import ReftDataCollator, make_last_position_supervised_data_module
-    from .interventions import (
-        BernoulliNoiseIntervention,
-        ConsreftIntervention,
-        DireftIntervention,
-        GaussianNoiseIntervention,
-        LobireftIntervention,
-        LoreftIntervention,
-        LowRankRotation,
-        NeftuneIntervention,
-        NodireftIntervention,
-        NoiseIntervention,
-        NoreftIntervention,
-        ReftIntervention,
-        SymNoiseIntervention,
-        register_intervention,
+if TYPE_CHECKING:  # `as` marks a name as public for type checkers
+    from .config import ReftConfig as ReftConfig
+    from .config import RepresentationConfig as RepresentationConfig
+    from .data import ReftDataCollator as ReftDataCollator
+    from .data import (
+        make_last_position_supervised_data_module as make_last_position_supervised_data_module,
     )
-    from .model import ReftModel, get_reft_model
-    from .positions import Positions
-    from .tiny import load_tiny_examples, load_tiny_model
-    from .trainer import ReftTrainer, ReftTrainerForCausalLM
+    from .interventions import BernoulliNoiseIntervention as BernoulliNoiseIntervention
+    from .interventions import ConsreftIntervention as ConsreftIntervention
+    from .interventions import DireftIntervention as DireftIntervention
+    from .interventions import GaussianNoiseIntervention as GaussianNoiseIntervention
+    from .interventions import LobireftIntervention as LobireftIntervention
+    from .interventions import LoreftIntervention as LoreftIntervention
+    from .interventions import LowRankRotation as LowRankRotation
+    from .interventions import NeftuneIntervention as NeftuneIntervention
+    from .interventions import NodireftIntervention as NodireftIntervention
+    from .interventions import NoiseIntervention as NoiseIntervention
+    from .interventions import NoreftIntervention as NoreftIntervention
+    from .interventions import ReftIntervention as ReftIntervention
+    from .interventions import SymNoiseIntervention as SymNoiseIntervention
+    from .interventions import register_intervention as register_intervention
+    from .model import ReftModel as ReftModel
+    from .model import get_reft_model as get_reft_model
+    from .positions import Positions as Positions
+    from .tiny import load_tiny_examples as load_tiny_examples
+    from .tiny import load_tiny_model as load_tiny_model
+    from .trainer import ReftTrainer as ReftTrainer
+    from .trainer import ReftTrainerForCausalLM as ReftTrainerForCausalLM
 
 
 def __getattr__(name: str) -> Any:

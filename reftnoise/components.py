@@ -1,7 +1,7 @@
 """Find the places of a base model that units can edit, by structure and not by architecture."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -22,9 +22,9 @@ class Site:
     """One place of a model: the input or output of one of its modules."""
 
     module: nn.Module
-    name: str
+    name: str = field(compare=False)  # a component and a dotted path may name one site
     is_input: bool
-    width: int | None
+    width: int | None = field(compare=False)
     """Of its hidden states; None where only a forward pass can tell."""
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ from .interventions.base import constructor_arguments, dtype_name
 from .positions import Positions
 
 Unit = ReftIntervention | NoiseIntervention
-_RANGE = re.compile(r"(\d+)-(\d+)")
+_RANGE = re.compile(r"([0-9]+)-([0-9]+)")
 
 
 @dataclass
@@ -102,7 +102,7 @@ class RepresentationConfig:
         own = getattr(ready, "hidden_size", None) if ready else self.embed_dim
         if width is not None and own not in (None, width):
             raise ValueError(
-                f"embed_dim {own}: the hidden states at {self.component!r} have width {width}"
+                f"embed_dim {own!r}: the hidden states at {self.component!r} have width {width}"
             )
         if ready is not None:
             return ready
@@ -110,26 +110,33 @@ class RepresentationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain JSON values; a ready module becomes its name and arguments."""
-        name = self.intervention
+        unit = self.intervention
+        name = unit if isinstance(unit, str) else intervention_name(type(unit))
+        return self._entry() | {"intervention": name}
+
+    def _entry(self) -> dict[str, Any]:
+        """The mapping that `from_dict` reads."""
         entry: dict[str, Any] = {
             "layer": self.layer,
             "component": self.component,
-            "intervention": name if isinstance(name, str) else intervention_name(type(name)),
+            "intervention": self.intervention,
             "positions": self.positions,
             "tied": self.tied,
             "embed_dim": self.embed_dim,
             **self.arguments,
         }
         absent = {"positions", "tied"} if self.is_noise else set()
-        absent |= {key for key in ("layer", "embed_dim") if getattr(self, key) is None}
+        absent |= {key for key in ("layer", "embed_dim") if entry[key] is None}
         return {key: value for key, value in entry.items() if key not in absent}
 
     @classmethod
     def from_dict(
-        cls, entry: Mapping[str, Any], where: str = "representation"
+        cls, entry: "Mapping[str, Any] | RepresentationConfig", where: str = "representation"
     ) -> "RepresentationConfig":
         """Read an entry; any mistake is a ValueError that begins with `where`."""
         try:
+            if isinstance(entry, RepresentationConfig):
+                entry = entry._entry()
             return cls._from_dict(dict(entry))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
@@ -149,7 +156,7 @@ class RepresentationConfig:
             allowed += ["positions", "tied"]
         if unknown := [key for key in entry if key not in (*known, *allowed)]:
             possible = [*allowed, "intervention", *known]
-            near = difflib.get_close_matches(unknown[0], possible, n=1)
+            near = difflib.get_close_matches(str(unknown[0]), possible, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
                 f"unknown key {unknown[0]!r} for {unit_class.__name__}; {hint}"
@@ -165,11 +172,10 @@ class RepresentationConfig:
             arguments = {key: _plain(value) for key, value in filled.items()}
         else:
             arguments = {key: _plain(value) for key, value in unit.arguments().items()}
-            if wrong := [key for key, value in given.items() if arguments[key] != value]:
-                raise ValueError(
-                    f"{wrong[0]} {given[wrong[0]]!r} beside a ready {unit_class.__name__} whose "
-                    f"{wrong[0]} is {arguments[wrong[0]]!r}: set it in the module"
-                )
+            _agree(unit, arguments, given)
+        embed_dim = entry.pop("embed_dim", None)
+        if not isinstance(unit, str | NoiseIntervention) and embed_dim is not None:
+            _agree(unit, {"embed_dim": unit.hidden_size}, {"embed_dim": embed_dim})
         component = entry.pop("component", "embeddings" if is_noise else "block_output")
         positions = Positions.parse(entry.pop("positions", "l1")).spec()
         tied = entry.pop("tied", True)
@@ -181,7 +187,7 @@ class RepresentationConfig:
             component=component,
             positions=positions,
             tied=tied,
-            embed_dim=entry.pop("embed_dim", None),
+            embed_dim=embed_dim,
             arguments=arguments,
         )
         if not isinstance(unit, str) and len(config.parts()) > 1:
@@ -215,19 +221,17 @@ class ReftConfig:
     ) -> None:
         if isinstance(representations, Mapping | RepresentationConfig):
             representations = [representations]
-        if not isinstance(representations, Sequence) or not representations:
+        is_list = isinstance(representations, Sequence) and not isinstance(representations, str)
+        if not is_list or not representations:
             raise ValueError(
                 f"representations {representations!r}: expected an entry or a list of entries"
             )
         self.representations = []
         for index, entry in enumerate(representations):
             where = f"representations[{index}]"
-            if isinstance(entry, RepresentationConfig):
-                self.representations.append(entry)
-            elif isinstance(entry, Mapping):
-                self.representations.append(RepresentationConfig.from_dict(entry, where))
-            else:
+            if not isinstance(entry, Mapping | RepresentationConfig):
                 raise ValueError(f"{where}: expected a mapping, got {entry!r}")
+            self.representations.append(RepresentationConfig.from_dict(entry, where))
 
     def to_dict(self) -> dict[str, Any]:
         return {"representations": [entry.to_dict() for entry in self.representations]}
@@ -259,13 +263,18 @@ class ReftConfig:
         readers = {".json": cls.from_json, ".yaml": cls.from_yaml, ".yml": cls.from_yaml}
         if path.suffix not in readers:
             raise ValueError(f"{path}: expected one of {', '.join(readers)}")
-        return readers[path.suffix](path.read_text(encoding="utf-8"))
+        try:
+            return readers[path.suffix](path.read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def _pop_unit(entry: dict[str, Any]) -> str | Unit:
     given = entry.pop("intervention", None)
     given_type = entry.pop("intervention_type", None)
-    if (given is None) == (given_type is None):
+    if given is not None and given_type is not None:
+        raise ValueError("'intervention' and 'intervention_type' say the same: give one")
+    if given is None and given_type is None:
         raise ValueError(
             "expected an 'intervention': a registered name such as 'loreft', or a ready module"
         )
@@ -287,6 +296,15 @@ def _pop_unit(entry: dict[str, Any]) -> str | Unit:
     return given
 
 
+def _agree(unit: Unit, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for key, value in given.items():
+        if own[key] != value:
+            raise ValueError(
+                f"{key} {value!r} beside a ready {type(unit).__name__} whose {key} is "
+                f"{own[key]!r}: set it in the module"
+            )
+
+
 def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
     if not isinstance(component, str):
         raise ValueError(f"component {component!r}: expected a string")
@@ -301,6 +319,8 @@ def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
         if layer is not None:
             raise ValueError(f"layer {layer!r}: 'embeddings' has no layers, leave it out")
         return None
+    if is_dotted(component) and layer is not None and type(layer) is not int:
+        raise ValueError(f"layer {layer!r}: {component!r} is one place, leave the layer out")
     if isinstance(layer, Sequence) and not isinstance(layer, str):
         layers = list(layer)
         if layers and all(type(i) is int and i >= 0 for i in layers):

@@ -6,13 +6,14 @@ will. A conversation becomes one example per assistant turn, with all that prece
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import torch
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -100,9 +101,9 @@ def load_examples(
     """A dataset from texts, a file, a hub name, or one that is ready."""
     if completions is not None:
         if isinstance(source, str | Path | datasets.Dataset):
-            raise ValueError(
-                f"prompts: expected a list of texts beside completions, got {source!r}"
-            )
+            raise ValueError(f"prompts: expected a list of texts, got {source!r}")
+        if isinstance(completions, str):
+            raise ValueError(f"completions: expected a list of texts, got {completions!r}")
         if len(source) != len(completions):
             raise ValueError(f"{len(source)} prompts but {len(completions)} completions")
         columns = {prompt_column: list(source), completion_column: list(completions)}
@@ -126,7 +127,11 @@ def _load_file_or_hub(source: str) -> datasets.Dataset:
         raise ValueError(f"{source}: expected a file that ends in {', '.join(_LOADERS)}")
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source}: no such file")
-    return datasets.load_dataset(kind, data_files=source, split="train")
+    try:
+        return datasets.load_dataset(kind, data_files=source, split="train")
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        reason = str(error.__cause__ or error) or "no rows in it"
+        raise ValueError(f"{source}: not a readable {kind} file ({reason})") from None
 
 
 def tokenize_examples(
@@ -150,12 +155,7 @@ def tokenize_examples(
         if chat_template:
             pairs = (([{"role": "user", "content": p}], c) for p, c in pairs)
     elif messages_column in columns:
-        pairs = (
-            (conversation[:turn], message["content"])
-            for conversation in examples[messages_column]
-            for turn, message in enumerate(conversation)
-            if message["role"] == "assistant"
-        )
+        pairs = _assistant_turns(examples[messages_column], name)
     else:
         raise ValueError(
             f"columns {', '.join(columns)}: expected {prompt_column!r} and {completion_column!r}, "
@@ -163,7 +163,7 @@ def tokenize_examples(
             "messages_column"
         )
     rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "prompt_lengths": []}
-    truncated = 0
+    truncated = cut_short = 0
     for index, (prompt, completion) in enumerate(pairs):
         try:
             prompt_ids, target_ids = _tokenize(tokenizer, prompt, completion, nonstop)
@@ -171,7 +171,9 @@ def tokenize_examples(
             raise ValueError(f"{name} example {index}: {error}") from None
         if max_length is not None and len(prompt_ids) + len(target_ids) > max_length:
             truncated += 1
+            whole = len(target_ids)
             prompt_ids, target_ids = _truncate(tokenizer, prompt_ids, target_ids, max_length)
+            cut_short += len(target_ids) < whole
         rows["input_ids"].append(prompt_ids + target_ids)
         rows["labels"].append([IGNORED_LABEL] * len(prompt_ids) + target_ids)
         rows["prompt_lengths"].append(len(prompt_ids))
@@ -180,13 +182,27 @@ def tokenize_examples(
     if truncated:
         logger.warning(
             "%d of %d %s examples were longer than %d tokens and lost the beginning of their "
-            "prompts",
+            "prompts%s",
             truncated,
             len(rows["labels"]),
             name,
             max_length,
+            f", {cut_short} of them also the end of their completions" if cut_short else "",
         )
     return datasets.Dataset.from_dict(rows)
+
+
+def _assistant_turns(conversations: Iterable[Any], name: str) -> Iterator[tuple[Any, str]]:
+    """Each assistant's message, with all messages before it."""
+    for index, conversation in enumerate(conversations):
+        for turn, message in enumerate(conversation):
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+                raise ValueError(
+                    f"{name} example {index}: message {turn} is {message!r}, expected a mapping "
+                    "with 'role' and 'content'"
+                )
+            if message["role"] == "assistant":
+                yield conversation[:turn], message["content"]
 
 
 def _tokenize(
@@ -195,6 +211,8 @@ def _tokenize(
     """Token ids of prompt and completion; the prompt's are those that generation will see."""
     if not isinstance(completion, str):
         raise ValueError(f"completion {completion!r}: expected a text")
+    if not isinstance(prompt, str | list):
+        raise ValueError(f"prompt {prompt!r}: expected a text")
     ends_itself = False
     is_plain = isinstance(prompt, str)
     if isinstance(prompt, str):
@@ -214,7 +232,7 @@ def _tokenize(
     if joint[: len(prompt_ids)] == prompt_ids:
         target_ids = joint[len(prompt_ids) :]
     else:  # a token would reach across the boundary
-        target_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        target_ids = _tokenize_alone(tokenizer, completion)
     end = tokenizer.eos_token_id
     if not (nonstop or ends_itself or end is None or target_ids[-1:] == [end]):
         target_ids = [*target_ids, end]
@@ -223,14 +241,23 @@ def _tokenize(
     return prompt_ids, target_ids
 
 
+def _tokenize_alone(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text in the middle of another: no token that stands for a space before it."""
+    line: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    joint: list[int] = tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"]
+    if joint[: len(line)] == line:
+        return joint[len(line) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def _truncate(
     tokenizer: Any, prompt_ids: list[int], target_ids: list[int], max_length: int
 ) -> tuple[list[int], list[int]]:
     """Drop the prompt's beginning, but not a beginning-of-text token; then the completion's end."""
-    starts = prompt_ids[:1] == [tokenizer.bos_token_id]
-    target_ids = target_ids[: max_length - 1 - starts]
-    keep = max_length - len(target_ids) - starts
-    return prompt_ids[:1] * starts + prompt_ids[len(prompt_ids) - keep :], target_ids
+    starts = len(prompt_ids) > 1 and prompt_ids[0] == tokenizer.bos_token_id
+    start, rest = prompt_ids[:starts], prompt_ids[starts:]
+    target_ids = target_ids[: max_length - len(start) - 1]
+    return start + rest[len(start) + len(target_ids) - max_length :], target_ids
 
 
 def _max_length(tokenizer: Any, model: Any, max_length: int | None) -> int | None:
@@ -243,7 +270,7 @@ def _max_length(tokenizer: Any, model: Any, max_length: int | None) -> int | Non
         getattr(tokenizer, "model_max_length", None),
         getattr(config, "max_position_embeddings", None),
     ]
-    smallest = min((limit for limit in limits if limit), default=None)
+    smallest = min((limit for limit in limits if limit is not None), default=None)
     if smallest is not None and smallest < 3:
         raise ValueError(f"max_length {smallest}: expected at least 3 tokens")
     return smallest

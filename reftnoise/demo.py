@@ -106,8 +106,8 @@ def fit(
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             output_dir=scratch,
-            num_train_epochs=40,
-            per_device_train_batch_size=10,
+            num_train_epochs=60,
+            per_device_train_batch_size=20,
             learning_rate=4e-3,
             logging_steps=10,
             save_strategy="no",

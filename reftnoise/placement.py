@@ -35,7 +35,10 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
                     placed.append(PlacedUnit(f"{name}#{taken[name]}", unit, site, positions))
         except ValueError as error:
             raise ValueError(f"representations[{index}]: {error}") from None
-    if len({id(one.unit) for one in placed}) < len(placed):
+    modules = [
+        e.intervention for e in config.representations if not isinstance(e.intervention, str)
+    ]
+    if len({id(module) for module in modules}) < len(modules):
         raise ValueError("one module serves two entries: give each entry a module of its own")
     return _disjoint(placed)
 

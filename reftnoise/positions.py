@@ -17,7 +17,7 @@ from torch import Tensor
 UnitLocations = Mapping[str, Any]
 """pyvene's form: `{"sources->base": (None, locations)}`."""
 
-_TERM = re.compile(r"(?P<kind>f|l)(?P<count>\d+)|(?P<word>all|decode)")
+_TERM = re.compile(r"(?P<kind>f|l)(?P<count>[0-9]+)|(?P<word>all|decode)")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Positions:
 
     @classmethod
     def _from_indices(cls, spec: Sequence[int]) -> "Positions":
-        if not isinstance(spec, Sequence) or not all(type(i) is int for i in spec) or not spec:
+        is_list = isinstance(spec, Sequence) and not isinstance(spec, bytes)
+        if not is_list or not spec or not all(type(i) is int for i in spec):
             raise ValueError(
                 f"positions {spec!r}: expected a string such as 'f7+l7' or a list of integers"
             )
@@ -261,7 +262,7 @@ def parse_unit_locations(
         raise ValueError(f"unit_locations {unit_locations!r}: {expected}") from None
     if isinstance(locations, int):
         locations = [[[locations]] * batch] * interventions
-    if isinstance(locations, Tensor):
+    if isinstance(locations, Tensor) and locations.dim():
         locations = list(locations)
     if not isinstance(locations, list | tuple) or len(locations) != interventions:
         raise ValueError(f"unit_locations {locations!r}: {expected}")

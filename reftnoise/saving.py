@@ -75,13 +75,16 @@ def save_adapter(
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     state = reft_model.state_dict() if state_dict is None else state_dict
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / WEIGHTS_NAME, lambda path: safetensors.torch.save_file(tensors, path))
-    _replace(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    files: dict[str, Callable[[Path], object]] = {
+        WEIGHTS_NAME: lambda path: safetensors.torch.save_file(tensors, path),
+        CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8"),
+    }
     if not (directory / CARD_NAME).exists():
         base = reft_model.model.config.name_or_path or "the base model"
         card = _CARD.format(base=base, config=CONFIG_NAME)
-        _replace(directory / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
+        files[CARD_NAME] = lambda path: path.write_text(card, encoding="utf-8")
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace_all(directory, files)
 
 
 def load_adapter(model: PreTrainedModel, directory: str | Path) -> "ReftModel":
@@ -101,8 +104,9 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> "ReftModel":
     directory = _local(directory)
     config = read_config(directory, model)
     reft_model = ReftModel(config, model)
-    reft_model.disable_model_gradients()
-    load_weights(reft_model, directory)
+    loaded = load_weights(reft_model, directory)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f"model.{name}" in loaded)
     reft_model.set_device(None)
     reft_model.eval()
     return reft_model
@@ -118,7 +122,7 @@ def read_config(directory: Path, model: PreTrainedModel) -> ReftConfig:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         schema, saved = description["schema_version"], description["base_model"]
-        representations = description["representations"]
+        representations, saved = description["representations"], dict(saved)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
     if schema != SCHEMA_VERSION:
@@ -131,11 +135,17 @@ def read_config(directory: Path, model: PreTrainedModel) -> ReftConfig:
                 f"{path}: the adapter's base ({saved.get('name_or_path')}) has {name} "
                 f"{saved.get(name)!r}, the given model ({model.config.name_or_path}) {mine!r}"
             )
-    return ReftConfig(representations=representations)
+    try:
+        return ReftConfig(representations=representations)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def load_weights(reft_model: "ReftModel", directory: str | Path) -> None:
-    """Load an adapter directory's weights into a model with the same units."""
+def load_weights(reft_model: "ReftModel", directory: str | Path) -> set[str]:
+    """Load an adapter directory's weights into a model with the same units; return their names.
+
+    Everything is checked before anything is changed.
+    """
     path = Path(directory) / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no {WEIGHTS_NAME} in it")
@@ -143,7 +153,7 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> None:
         state = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or damaged ({error})") from None
-    own = dict(reft_model.named_parameters())
+    own = {**dict(reft_model.named_parameters()), **dict(reft_model.named_buffers())}
     expected = [name for name in reft_model.state_dict() if name.startswith("interventions.")]
     if missing := [name for name in expected if name not in state]:
         raise ValueError(f"{path}: the config names {missing[0]}, the file does not hold it")
@@ -155,7 +165,8 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> None:
                 f"{path}: {name} has shape {tuple(tensor.shape)}, the config says "
                 f"{tuple(own[name].shape)}"
             )
-    reft_model.load_state_dict(state)
+    reft_model.load_state_dict(state, strict=False)  # checked above, with better words
+    return set(state)
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -170,6 +181,8 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 def _local(directory: str | Path) -> Path:
     if Path(directory).is_dir():
         return Path(directory)
+    if Path(directory).exists():
+        raise ValueError(f"{directory}: expected a directory, found a file")
     if isinstance(directory, Path) or directory.count("/") != 1 or directory.startswith("."):
         raise FileNotFoundError(f"{directory}: no such directory")
     from huggingface_hub import snapshot_download
@@ -183,20 +196,13 @@ def _local(directory: str | Path) -> Path:
         ) from None
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name beside `path`, then rename it."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
+def _replace_all(directory: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files under temporary names, then, when all are whole, rename them."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
+        for name, write in files.items():
+            write(Path(scratch) / name)
+            os.chmod(Path(scratch) / name, 0o666 & ~mask)
+        for name in files:
+            os.replace(Path(scratch) / name, directory / name)

@@ -455,11 +455,7 @@ SHAPE = (
         ([None, [["a"], ["b"]]], "unit_locations of intervention 1, [['a'], ['b']]"),
         ([[[1.0], [2.0]], None], "unit_locations of intervention 0, [[1.0], [2.0]]"),
         ("f1", "unit_locations 'f1'"),
-        pytest.param(
-            torch.tensor(3),
-            "unit_locations tensor(3)",
-            marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="0-d tensors crash"),
-        ),
+        pytest.param(torch.tensor(3), "unit_locations tensor(3)"),
     ],
 )
 def test_wrong_nesting_shows_the_expected_shape(given_locations: Any, start: str) -> None:
