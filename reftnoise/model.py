@@ -3,15 +3,16 @@
 import contextlib
 import functools
 import inspect
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import PushToHubMixin
 
 from . import saving
 from .config import ReftConfig
@@ -27,7 +28,7 @@ from .positions import (
 )
 
 
-class ReftModel(nn.Module, PushToHubMixin):
+class ReftModel(nn.Module):
     """A base model whose hidden states are edited, and perturbed in training, by units.
 
     It is called like the base and returns the base's output class; `generate` returns token ids.
@@ -258,11 +259,40 @@ class ReftModel(nn.Module, PushToHubMixin):
         save_directory: str | Path,
         state_dict: dict[str, Tensor] | None = None,
         is_main_process: bool = True,
-        **unused: Any,
     ) -> None:
-        """Write the adapter: the units and what is trained of the base (see `saving`)."""
+        """Write the adapter: the units and what is trained of the base (see `saving`).
+
+        Args:
+            save_directory: created if needed.
+            state_dict: tensors to write instead of the model's own, when these are sharded.
+            is_main_process: whether this process is the one that writes.
+        """
         if is_main_process:
             saving.save_adapter(self, save_directory, state_dict)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload adapter",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the adapter directory; arguments as in `huggingface_hub`. Returns its address."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=directory,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return str(commit)
 
     def save(
         self,

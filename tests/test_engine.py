@@ -128,6 +128,19 @@ def test_every_way_to_generate_gives_the_same_tokens(architecture: str) -> None:
             assert torch.equal(generated(model, alone, num_beams=3)[0], beams[index])
 
 
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@pytest.mark.parametrize("pad", [PAD, EOS])
+@torch.no_grad()
+def test_generation_of_a_padded_batch_for_every_kind_of_position(positions: Any, pad: int) -> None:
+    model = wrapped(tiny_model(pad_token_id=pad), positions)
+    batch = padded("left", pad)
+    greedy, beams = generated(model, batch), generated(model, batch, num_beams=2)
+    for index, row in enumerate(rows(pad)):
+        assert torch.equal(greedy[index], reference(model, row))
+        alone = {"input_ids": row[None], "attention_mask": torch.ones(1, len(row))}
+        assert torch.equal(generated(model, alone, num_beams=2)[0], beams[index])
+
+
 @torch.no_grad()
 def test_several_return_sequences_are_edited_like_their_prompt() -> None:
     model, batch = wrapped(tiny_model()), padded("left")
