@@ -17,6 +17,7 @@ from .reft import (
 )
 from .registry import (
     INTERVENTIONS,
+    Unit,
     intervention_class,
     intervention_name,
     register_intervention,
@@ -38,6 +39,7 @@ __all__ = [
     "NoreftIntervention",
     "ReftIntervention",
     "SymNoiseIntervention",
+    "Unit",
     "intervention_class",
     "intervention_name",
     "orthonormal_rows",

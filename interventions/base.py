@@ -55,7 +55,16 @@ class NoiseFields(PyveneFields, total=False):
     low_rank_dimension: Any
 
 
+class ReftArguments(PyveneFields, total=False):
+    """What `ReftIntervention` takes beside width and rank, for classes that pass it on."""
+
+    dropout: float
+    act_fn: str | None
+    dtype: torch.dtype | str
+
+
 def reject_unknown(cls: type, fields: Mapping[str, Any]) -> None:
+    """Raise a TypeError for a field that is neither an argument of `cls` nor pyvene's."""
     for name in fields:
         if name not in NoiseFields.__annotations__:
             known = constructor_arguments(cls)

@@ -14,6 +14,7 @@ under the same generator state). Every draw comes from torch's global generator.
 
 import math
 from abc import abstractmethod
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,8 +49,8 @@ class _ScaledNoise(NoiseIntervention):
     Args:
         alpha: $\alpha \ge 0$; the papers use 5, 10 and 15.
         length: whether $L$ counts a row's attended tokens or the padded width.
-        unit_variance: whether an element of $\varepsilon$ has variance 1 or, like U(-1, 1), 1/3.
-            Set it alike to compare distributions at equal norm.
+        unit_variance: whether an element of $\varepsilon$ has variance 1 or, like U(-1, 1), 1/3;
+            None for the distribution's own. Set it alike to compare distributions at equal norm.
         where: which tokens are perturbed; $L$ does not depend on it.
         embed_dim: width of the hidden states; not used.
         pyvene: fields that pyvene passes when it builds the class itself; not used.
@@ -66,21 +67,24 @@ class _ScaledNoise(NoiseIntervention):
         *,
         alpha: float = 5.0,
         length: Length = "attended",
-        unit_variance: bool = True,
+        unit_variance: bool | None = None,
         where: Where = "all",
         embed_dim: int | None = None,
         **pyvene: Unpack[NoiseFields],
     ) -> None:
         super().__init__(embed_dim=embed_dim, **pyvene)
-        if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha < 0:
+        is_number = isinstance(alpha, Real) and not isinstance(alpha, bool)
+        if not is_number or not math.isfinite(alpha) or alpha < 0:
             raise ValueError(f"alpha {alpha!r}: expected a finite number of at least 0")
         if length not in ("attended", "padded"):
             raise ValueError(f"length {length!r}: expected 'attended' or 'padded'")
         if where not in ("all", "prompt", "completion"):
             raise ValueError(f"where {where!r}: expected 'all', 'prompt' or 'completion'")
+        if unit_variance is None:
+            unit_variance = self.natural_unit_variance
         if not isinstance(unit_variance, bool):
-            raise ValueError(f"unit_variance {unit_variance!r}: expected true or false")
-        self.alpha = alpha
+            raise ValueError(f"unit_variance {unit_variance!r}: expected true, false or null")
+        self.alpha = float(alpha)
         self.length = length
         self.unit_variance = unit_variance
         self.where = where
@@ -143,30 +147,10 @@ class _ScaledNoise(NoiseIntervention):
 class NeftuneIntervention(_ScaledNoise):
     r"""NEFTune: $x + \alpha/\sqrt{Ld}\,\varepsilon$, $\varepsilon \sim U(-1, 1)$.
 
-    Arguments as in the table's other rows, except that `unit_variance` is False by default.
     Paper: arXiv:2310.05914, algorithm 1.
     """
 
     natural_unit_variance = False
-
-    def __init__(
-        self,
-        *,
-        alpha: float = 5.0,
-        length: Length = "attended",
-        unit_variance: bool = False,
-        where: Where = "all",
-        embed_dim: int | None = None,
-        **pyvene: Unpack[NoiseFields],
-    ) -> None:
-        super().__init__(
-            alpha=alpha,
-            length=length,
-            unit_variance=unit_variance,
-            where=where,
-            embed_dim=embed_dim,
-            **pyvene,
-        )
 
     def sample(self, like: Tensor, bound: float) -> Tensor:
         return uniform_noise(like, bound)

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .base import PyveneFields, ReftIntervention, reject_unknown
+from .base import PyveneFields, ReftArguments, ReftIntervention, reject_unknown
 from .rotation import LowRankRotation
 
 
@@ -34,19 +34,9 @@ class _Rotated(ReftIntervention):
         *,
         embed_dim: int,
         low_rank_dimension: int,
-        dropout: float = 0.0,
-        act_fn: str | None = None,
-        dtype: torch.dtype | str = torch.float32,
-        **pyvene: Unpack[PyveneFields],
+        **arguments: Unpack[ReftArguments],
     ) -> None:
-        super().__init__(
-            embed_dim=embed_dim,
-            low_rank_dimension=low_rank_dimension,
-            dropout=dropout,
-            act_fn=act_fn,
-            dtype=dtype,
-            **pyvene,
-        )
+        super().__init__(embed_dim=embed_dim, low_rank_dimension=low_rank_dimension, **arguments)
         self.rotate_layer = LowRankRotation(embed_dim, low_rank_dimension, self.dtype)
         self.learned_source = nn.Linear(embed_dim, low_rank_dimension, dtype=self.dtype)
 
@@ -83,20 +73,10 @@ class _Projected(ReftIntervention):
         *,
         embed_dim: int,
         low_rank_dimension: int,
-        dropout: float = 0.0,
-        act_fn: str | None = None,
-        dtype: torch.dtype | str = torch.float32,
         add_bias: bool = False,
-        **pyvene: Unpack[PyveneFields],
+        **arguments: Unpack[ReftArguments],
     ) -> None:
-        super().__init__(
-            embed_dim=embed_dim,
-            low_rank_dimension=low_rank_dimension,
-            dropout=dropout,
-            act_fn=act_fn,
-            dtype=dtype,
-            **pyvene,
-        )
+        super().__init__(embed_dim=embed_dim, low_rank_dimension=low_rank_dimension, **arguments)
         if not isinstance(add_bias, bool):
             raise ValueError(f"add_bias {add_bias!r}: expected true or false")
         self.add_bias = add_bias
@@ -129,22 +109,12 @@ class NodireftIntervention(_Projected):
         *,
         embed_dim: int,
         low_rank_dimension: int,
-        dropout: float = 0.0,
-        act_fn: str | None = None,
-        dtype: torch.dtype | str = torch.float32,
         add_bias: bool = False,
-        **pyvene: Unpack[PyveneFields],
+        **arguments: Unpack[ReftArguments],
     ) -> None:
         if add_bias:
             raise ValueError("add_bias True: NoDiReFT never reads W2's bias; leave it False")
-        super().__init__(
-            embed_dim=embed_dim,
-            low_rank_dimension=low_rank_dimension,
-            dropout=dropout,
-            act_fn=act_fn,
-            dtype=dtype,
-            **pyvene,
-        )
+        super().__init__(embed_dim=embed_dim, low_rank_dimension=low_rank_dimension, **arguments)
 
     def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         return _source(self, hidden) @ self.proj_layer.weight.to(hidden)

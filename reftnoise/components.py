@@ -64,11 +64,16 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The stack of layers: the first list of as many modules as the config counts hidden layers."""
+    """The stack of layers: the first list of as many modules as the config counts hidden layers.
+
+    It is looked for in the decoder first, since a vision tower may have as many layers.
+    """
     count = _text_config(model).num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    for part in (decoder, model):
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
     raise ValueError(
         f"{type(model).__name__}: found no list of {count} layers; name the component by its "
         "dotted path, such as 'model.layers[3].output'"
@@ -76,10 +81,12 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def num_layers(model: PreTrainedModel) -> int:
+    """How many layers `find_layers` finds."""
     return len(find_layers(model))
 
 
 def hidden_size(model: PreTrainedModel) -> int:
+    """The width of the residual stream, d."""
     return int(_text_config(model).hidden_size)
 
 

@@ -18,14 +18,13 @@ import yaml
 from .components import COMPONENTS, is_dotted
 from .interventions import (
     NoiseIntervention,
-    ReftIntervention,
+    Unit,
     intervention_class,
     intervention_name,
 )
 from .interventions.base import constructor_arguments, dtype_name
 from .positions import Positions
 
-Unit = ReftIntervention | NoiseIntervention
 _RANGE = re.compile(r"([0-9]+)-([0-9]+)")
 
 
@@ -174,8 +173,13 @@ class RepresentationConfig:
             arguments = {key: _plain(value) for key, value in unit.arguments().items()}
             _agree(unit, arguments, given)
         embed_dim = entry.pop("embed_dim", None)
-        if not isinstance(unit, str | NoiseIntervention) and embed_dim is not None:
-            _agree(unit, {"embed_dim": unit.hidden_size}, {"embed_dim": embed_dim})
+        if embed_dim is not None and (type(embed_dim) is not int or embed_dim < 1):
+            raise ValueError(f"embed_dim {embed_dim!r}: expected a positive integer")
+        if not isinstance(unit, str | NoiseIntervention):
+            if embed_dim is not None:
+                _agree(unit, {"embed_dim": unit.hidden_size}, {"embed_dim": embed_dim})
+            if is_dotted(str(entry.get("component"))):
+                embed_dim = unit.hidden_size  # nothing else will tell when the adapter is loaded
         component = entry.pop("component", "embeddings" if is_noise else "block_output")
         positions = Positions.parse(entry.pop("positions", "l1")).spec()
         tied = entry.pop("tied", True)

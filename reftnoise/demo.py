@@ -103,6 +103,7 @@ def fit(
         [example.completion for example in examples],
         chat_template=True,
     )
+    progress = RichProgressCallback(console, description)
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             output_dir=scratch,
@@ -120,11 +121,14 @@ def fit(
             model=reft_model,
             args=args,
             processing_class=tokenizer,
-            callbacks=[RichProgressCallback(console, description)],
+            callbacks=[progress],
             **data_module,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            progress.stop()
 
 
 def score(model: Any, tokenizer: Any, examples: list[TinyExample]) -> Result:

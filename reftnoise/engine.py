@@ -10,7 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,10 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .components import Site, input_embeddings
-from .interventions import LowRankRotation, NoiseIntervention, ReftIntervention, shared_bases
+from .interventions import (
+    LowRankRotation,
+    NoiseIntervention,
+    ReftIntervention,
+    Unit,
+    shared_bases,
+)
 from .positions import Positions, PromptLayout, Selection
 
-Unit = ReftIntervention | NoiseIntervention
+# Two threads that run one base would see each other's hooks. One pass at a time.
+_LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Pass:
     layout: PromptLayout
     selections: dict[str, Selection | None]
     """By unit key; None where the caller gave no location, so that nothing is edited."""
+    is_generation: bool = False
+    """Noise is for training passes alone, also when the model is left in training mode."""
 
 
 @dataclass
@@ -88,36 +99,39 @@ class Engine:
         self._by_site: dict[Site, list[PlacedUnit]] = defaultdict(list)
         for placed in units:
             self._by_site[placed.site].append(placed)
-        self._rotations = [
-            module
-            for placed in units
-            for module in placed.unit.modules()
-            if isinstance(module, LowRankRotation)
-        ]
         self._at_embeddings = [p for p in units if p.site.module is input_embeddings(base)]
         self._chunk: Chunk | None = None
 
     @contextlib.contextmanager
-    def running(self, current: Pass, is_generation: bool = False) -> Iterator[None]:
+    def running(self, current: Pass) -> Iterator[None]:
         """Apply `current` to every call of the base within the block.
 
         In a generation, nothing of ours stays on the base once the prompt is in the cache, unless
         a unit edits generated tokens.
         """
+        # A PEFT model generates with the model inside it.
+        base = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base
         checkpointed = [m for m in self.base.modules() if _checkpoints(m)]
-        with contextlib.ExitStack() as stack:
+        with _LOCKS.setdefault(base, RLock()), contextlib.ExitStack() as stack:
+            # What is recomputed in the backward pass must not depend on what is computed outside:
+            # with reentrant checkpointing, a shared basis would be differentiated several times.
             if not checkpointed:
-                stack.enter_context(shared_bases(self._rotations))
+                units = [placed.unit for placed in self.units]
+                modules = [module for unit in units for module in unit.modules()]
+                stack.enter_context(
+                    shared_bases(m for m in modules if isinstance(m, LowRankRotation))
+                )
             for module in checkpointed:
                 stack.enter_context(self._replayable(module))
             hooks = stack.enter_context(contextlib.ExitStack())
-            start = self.base.register_forward_pre_hook(
+            start = base.register_forward_pre_hook(
                 partial(self._start_chunk, current), with_kwargs=True
             )
             hooks.callback(start.remove)
             hooks.enter_context(self._hooked())
-            if is_generation and not any(p.positions and p.positions.decode for p in self.units):
-                end = self.base.register_forward_hook(
+            edits_decode = any(p.positions and p.positions.decode for p in self.units)
+            if current.is_generation and not edits_decode:
+                end = base.register_forward_hook(
                     partial(self._end_chunk, current, hooks), with_kwargs=True
                 )
                 hooks.callback(end.remove)
@@ -216,10 +230,15 @@ class Engine:
     ) -> Float[Tensor, "batch length hidden"]:
         chunk = self._chunk
         if chunk is None:
-            return hidden
+            raise RuntimeError("a layer of the base ran, but not the base's own forward")
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+            raise ValueError(
+                f"{placed[0].site}: expected hidden states [batch, length, width], got "
+                f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
+            )
         for one in placed:
             if isinstance(one.unit, NoiseIntervention):
-                if one.unit.training:
+                if one.unit.training and not chunk.current.is_generation:
                     layout = chunk.current.layout
                     attended = chunk.columns(layout.attended).to(hidden.device)
                     prompt = chunk.columns(layout.prompt).to(hidden.device)

@@ -55,7 +55,6 @@ class ReftModel(nn.Module):
         self._is_disabled = False
         self.interventions.train(model.training)
         self.training = model.training
-        self.set_device(None)
         self.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]  # torch's
         self.register_load_state_dict_post_hook(_expect_trained)  # type: ignore[no-untyped-call]
 
@@ -67,12 +66,19 @@ class ReftModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("config", "generation_config"):
+            setattr(self.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
     # -- forward -----------------------------------------------------------------------------
 
     def forward(
         self,
         input_ids: Any = None,
         attention_mask: Tensor | None = None,
+        *,
         labels: Tensor | None = None,
         prompt_lengths: Int[Tensor, " batch"] | None = None,
         unit_locations: UnitLocations | None = None,
@@ -93,20 +99,28 @@ class ReftModel(nn.Module):
                 interventions × batch × positions, instead of the config's positions.
             output_original_output: in pyreft's form, also run the bare base.
             inputs: the base's other arguments.
+
+        Raises:
+            ValueError: masks, locations or widths that do not fit the input; SymNoise in training
+                without labels.
         """
+        given = {"attention_mask": attention_mask, "labels": labels}
+        given |= {"prompt_lengths": prompt_lengths}
+        inputs |= {name: value for name, value in given.items() if value is not None}
         if isinstance(input_ids, Mapping):
-            batch = dict(input_ids) | inputs | {"labels": labels}
+            batch = {**input_ids, **inputs}
             original = None
             if output_original_output:
                 with self.disabled():
                     original = self(**batch)
-            return original, self(
-                **batch, prompt_lengths=prompt_lengths, unit_locations=unit_locations
-            )
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        inputs |= {name: value for name, value in given.items() if value is not None}
+            return original, self(**batch, unit_locations=unit_locations)
+        prompt_lengths = inputs.pop("prompt_lengths", None)
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids
         if self._is_disabled:
             return self.model(**inputs)
+        if self._engine.base is not self.model:
+            raise ValueError("nn.DataParallel copies the model: start one process per device")
         width, batch_size = _width_and_batch(inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
@@ -123,6 +137,8 @@ class ReftModel(nn.Module):
     def generate(
         self,
         inputs: Any = None,
+        generation_config: Any = None,
+        *,
         unit_locations: UnitLocations | None = None,
         intervene_on_prompt: bool = True,
         output_original_output: bool = False,
@@ -133,11 +149,17 @@ class ReftModel(nn.Module):
         Args:
             inputs: token ids; or, in pyreft's form, a mapping of all inputs. The result is then
                 `(base_output or None, intervened_output)`.
+            generation_config: as the base's `generate` takes it.
             unit_locations: as in `forward`.
             intervene_on_prompt: pyreft's flag; only True is meaningful here.
             output_original_output: in pyreft's form, also generate with the bare base.
             kwargs: as the base's `generate` takes them.
+
+        Raises:
+            ValueError: as in `forward`, or `intervene_on_prompt=False`.
         """
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
         if not intervene_on_prompt:
             raise ValueError(
                 "intervene_on_prompt False: to edit generated tokens, give the config "
@@ -161,7 +183,8 @@ class ReftModel(nn.Module):
                 kwargs["attention_mask"] = mask
         attended = _attended(kwargs, width, batch_size)
         current = self._pass(PromptLayout(attended), unit_locations, batch_size, width)
-        with self._engine.running(current, is_generation=True):
+        current.is_generation = True
+        with self._engine.running(current):
             return self.model.generate(**kwargs)
 
     @contextlib.contextmanager
@@ -313,7 +336,12 @@ class ReftModel(nn.Module):
         return saving.load_adapter(model, directory)
 
     @classmethod
-    def load(cls, load_directory: str | Path, model: PreTrainedModel) -> "ReftModel":
+    def load(
+        cls,
+        load_directory: str | Path,
+        model: PreTrainedModel,
+        from_huggingface_hub: bool = False,  # noqa: ARG003  # found out from the name
+    ) -> "ReftModel":
         """pyreft's name and order of arguments for `from_pretrained`."""
         return cls.from_pretrained(model, load_directory)
 
@@ -335,6 +363,10 @@ def get_reft_model(
     Raises:
         ValueError: the config does not fit the base.
     """
+    if not isinstance(reft_config, ReftConfig):
+        raise ValueError(f"reft_config: expected a ReftConfig, got {reft_config!r}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a model of transformers, got {model!r}")
     reft_model = ReftModel(reft_config, model)
     if set_device:
         reft_model.set_device(None)
@@ -374,9 +406,11 @@ def _keep_trained(module: ReftModel, state: dict[str, Any], prefix: str, _: Any)
 
 def _expect_trained(module: ReftModel, keys: Any) -> None:
     """Do not miss what `_keep_trained` leaves out."""
-    frozen = {f"model.{n}" for n, p in module.model.named_parameters() if not p.requires_grad}
-    frozen |= {f"model.{n}" for n, _ in module.model.named_buffers()}
-    tied = {f"model.{n}" for n in module.model.state_dict()} - {
-        f"model.{n}" for n, _ in module.model.named_parameters()
-    }
-    keys.missing_keys[:] = [k for k in keys.missing_keys if k not in frozen | tied]
+    trained = {f"model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
+    frozen = {f"model.{n}" for n in module.model.state_dict()} - trained
+
+    def is_frozen(key: str) -> bool:  # the key may begin with the names of modules around ours
+        parts = key.split(".")
+        return any(".".join(parts[start:]) in frozen for start in range(len(parts)))
+
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not is_frozen(key)]

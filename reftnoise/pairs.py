@@ -19,8 +19,10 @@ def in_pairs(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
         else value
         for name, value in inputs.items()
-        if name != "num_items_in_batch"
+        if name not in ("num_items_in_batch", "logits_to_keep")
     }
+    if "logits_to_keep" in inputs:
+        doubled["logits_to_keep"] = inputs["logits_to_keep"]
     if inputs.get("num_items_in_batch") is not None:
         doubled["num_items_in_batch"] = 2 * inputs["num_items_in_batch"]
     return doubled

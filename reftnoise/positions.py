@@ -144,7 +144,7 @@ class Selection:
     def within(
         self, offset: int, length: int
     ) -> tuple[Int[Tensor, " rows"] | None, Bool[Tensor, " rows"]]:
-        """Flat row indices into a [batch · length] slab of columns from `offset`, and their mask.
+        """Flat row indices into the [batch · length] columns from `offset`, and their mask.
 
         None instead of indices stands for every row. Slots that do not count point at some row of
         their own sequence.
@@ -190,22 +190,25 @@ class PromptLayout:
         """
         n = self.lengths[:, None]
         short = n < max(positions.first, first) + max(positions.last, last)
-        device = self.attended.device
-        prefix = torch.arange(positions.first, device=device)[None]
-        suffix = torch.arange(positions.last, device=device)[None]
+        device, width = self.attended.device, self.attended.shape[1]
+        prefix = torch.arange(min(positions.first, width), device=device)[None]
+        suffix = torch.arange(min(positions.last, width), device=device)[None]
+        last = suffix.shape[1]
         explicit = torch.tensor(positions.indices, dtype=torch.long, device=device)[None]
         ranks = [
             prefix.expand(len(n), -1),
-            n - positions.last + suffix,
+            n - last + suffix,
             torch.where(explicit < 0, n + explicit, explicit),
         ]
         counted = [
             ~short & (prefix < n) | short & (prefix < n // 2),
-            ~short | (positions.last - suffix <= (n + 1) // 2),
+            ~short | (last - suffix <= (n + 1) // 2),
             ranks[2] < n,
         ]
         rank, mask = torch.cat(ranks, 1), torch.cat(counted, 1)
-        mask = _once(rank, mask & (rank >= 0))
+        mask = mask & (rank >= 0)
+        if positions.indices:  # on a short prompt, two of them may mean one token
+            mask = _once(rank, mask)
         # Slots that do not count point at a prompt token, whose hidden state is always finite.
         columns = self._order.gather(1, torch.minimum(rank, n - 1).clamp(min=0))
         if not positions.is_dense:

@@ -38,4 +38,8 @@ class RichProgressCallback(TrainerCallback):
             self._progress.update(self._task, loss=f"{float(logs['loss']):.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the bar as it is: also after an exception, of which a Trainer tells nobody."""
         self._progress.stop()

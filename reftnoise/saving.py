@@ -4,10 +4,11 @@ No pickles, and nothing is imported by a name that a file gives. Every file is w
 temporary name and renamed, so an interrupted save leaves what was there before.
 """
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +30,13 @@ SCHEMA_VERSION = 1
 
 _CARD = """\
 ---
-base_model: {base}
-library_name: reftnoise
+{metadata}library_name: reftnoise
 tags:
 - reft
 ---
 # A reftnoise adapter
 
-Hidden-state edits (ReFT) for `{base}`; what they are stands in `{config}`.
+Hidden-state edits (ReFT) for `{base}`; what they are stands in `reft_config.json`.
 
 ```python
 import reftnoise as rn
@@ -67,22 +67,19 @@ def save_adapter(
     description = {
         "schema_version": SCHEMA_VERSION,
         "base_model": {
-            "name_or_path": reft_model.model.config.name_or_path,
+            "name_or_path": _base_name(reft_model.model),
             **fingerprint(reft_model.model),
         },
         **reft_model.reft_config.to_dict(),
     }
-    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     state = reft_model.state_dict() if state_dict is None else state_dict
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    files: dict[str, Callable[[Path], object]] = {
-        WEIGHTS_NAME: lambda path: safetensors.torch.save_file(tensors, path),
-        CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8"),
-    }
+    weights = safetensors.torch.save(tensors)
+    description["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    files = {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()}
     if not (directory / CARD_NAME).exists():
-        base = reft_model.model.config.name_or_path or "the base model"
-        card = _CARD.format(base=base, config=CONFIG_NAME)
-        files[CARD_NAME] = lambda path: path.write_text(card, encoding="utf-8")
+        files[CARD_NAME] = _card(description["base_model"]["name_or_path"]).encode()
     directory.mkdir(parents=True, exist_ok=True)
     _replace_all(directory, files)
 
@@ -159,12 +156,20 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> set[str]:
         raise ValueError(f"{path}: the config names {missing[0]}, the file does not hold it")
     if unknown := [name for name in state if name not in own]:
         raise ValueError(f"{path}: holds {unknown[0]}, which neither the config nor the base has")
+    text = (Path(directory) / CONFIG_NAME).read_text(encoding="utf-8")
+    digest = json.loads(text).get("weights_sha256")
+    if digest not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+        raise ValueError(
+            f"{path}: not the weights that {CONFIG_NAME} was saved with, as after an interrupted "
+            "save"
+        )
     for name, tensor in state.items():
         if own[name].shape != tensor.shape:
             raise ValueError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, the config says "
                 f"{tuple(own[name].shape)}"
             )
+        own[name].data = own[name].data.to(tensor.dtype)  # as it was when it was saved
     reft_model.load_state_dict(state, strict=False)  # checked above, with better words
     return set(state)
 
@@ -176,6 +181,17 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "hidden_size": hidden_size(model),
         "num_hidden_layers": num_layers(model),
     }
+
+
+def _base_name(model: PreTrainedModel) -> str:
+    """A hub name, or the last part of a path: where things lie on a machine stays there."""
+    name = str(model.config.name_or_path)
+    return Path(name).name if Path(name).exists() else name
+
+
+def _card(base: str) -> str:
+    metadata = f"base_model: {base}\n" if base.count("/") == 1 else ""
+    return _CARD.format(metadata=metadata, base=base or "a base model")
 
 
 def _local(directory: str | Path) -> Path:
@@ -196,13 +212,13 @@ def _local(directory: str | Path) -> Path:
         ) from None
 
 
-def _replace_all(directory: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files under temporary names, then, when all are whole, rename them."""
-    mask = os.umask(0)
-    os.umask(mask)
+def _replace_all(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write files under temporary names; when all are whole, rename them one by one.
+
+    Should a rename fail, the config's digest tells on loading that old and new are mixed.
+    """
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
-        for name, write in files.items():
-            write(Path(scratch) / name)
-            os.chmod(Path(scratch) / name, 0o666 & ~mask)
+        for name, content in files.items():
+            (Path(scratch) / name).write_bytes(content)
         for name in files:
             os.replace(Path(scratch) / name, directory / name)

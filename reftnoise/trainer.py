@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from . import saving
 from .model import ReftModel
-
-_STATE = "trainer_state.json"
-_ARGUMENTS = "training_args.bin"
 
 
 class ReftTrainer(Trainer):
@@ -32,9 +30,9 @@ class ReftTrainer(Trainer):
     def __init__(
         self,
         model: ReftModel | None = None,
-        args: Any = None,
+        args: TrainingArguments | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **trainer_arguments: Any,
     ) -> None:
         if tokenizer is not None:
@@ -56,7 +54,7 @@ class ReftTrainer(Trainer):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        torch.save(self.args, directory / _ARGUMENTS)
+        torch.save(self.args, directory / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: ReftModel | None = None
@@ -67,8 +65,8 @@ class ReftTrainer(Trainer):
         saving.load_weights(self.model, self.state.best_model_checkpoint)
 
 
-class ReftTrainerForCausalLM(ReftTrainer):
-    """pyreft's name for the trainer of causal language models."""
+ReftTrainerForCausalLM = ReftTrainer
+"""pyreft's name for the trainer of causal language models."""
 
 
 def last_complete_checkpoint(output_dir: str) -> str:
@@ -79,10 +77,11 @@ def last_complete_checkpoint(output_dir: str) -> str:
     """
     skipped: list[str] = []
     folder = Path(output_dir)
-    names = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    for checkpoint in reversed(names):
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    numbered = {path: int(step) for path, step in steps.items() if step.isdecimal()}
+    for checkpoint in sorted(numbered, key=numbered.__getitem__, reverse=True):
         try:
-            json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             skipped.append(checkpoint.name)
             continue

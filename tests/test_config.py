@@ -144,7 +144,7 @@ def test_defaults_are_written() -> None:
         "intervention": "neftune",
         "alpha": 5.0,
         "length": "attended",
-        "unit_variance": False,
+        "unit_variance": None,
         "where": "all",
     }
 
@@ -591,7 +591,7 @@ def test_a_model_is_wrapped_once() -> None:
         rn.get_reft_model(rn.get_reft_model(tiny_model(), config), config)
 
 
-# -- mistakes that are not caught yet ------------------------------------------------------------
+# -- mistakes that name the entry or the file --------------------------------------------------
 
 
 @pytest.mark.parametrize(

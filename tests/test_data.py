@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import reftnoise as rn
 from reftnoise.data import ReftDataCollator, make_last_position_supervised_data_module
 from reftnoise.positions import Positions, PromptLayout
+from reftnoise.tiny import DIRECTORY
 
 SENTENCES = [
     "Once upon a time there was a little girl who liked to ask questions.",
@@ -28,11 +29,10 @@ SENTENCES = [
     "hello world, hello there, tell me more about the world",
 ]
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
-MODELS = Path(__file__).parents[2] / "shared" / "models"
 
 KINDS = ["bpe", "byte_bpe", "metaspace"]
 OURS = [f"{kind}{bos}" for kind in KINDS for bos in ("", "+bos")]
-STORED = ["stories260K", "TinyStories-Instruct-3M-chat"]
+STORED = ["tiny-chat"]
 
 
 @cache
@@ -72,11 +72,9 @@ def _made(kind: str, bos: bool) -> Tokenizer:
 
 
 def tokenizer_named(name: str, **changes: Any) -> Any:
-    """A tokenizer of ours, such as `"byte_bpe+bos"`, or a stored one; none has a padding token."""
+    """A tokenizer of ours, such as `"byte_bpe+bos"`, or the embedded one."""
     if name in STORED:
-        if not (MODELS / name).is_dir():
-            pytest.skip(f"needs the tokenizer of {name} in {MODELS.parent.name}/{MODELS.name}")
-        return AutoTokenizer.from_pretrained(MODELS / name)
+        return AutoTokenizer.from_pretrained(DIRECTORY)
     kind, _, bos = name.partition("+")
     return PreTrainedTokenizerFast(
         tokenizer_object=_made(kind, bool(bos)),
@@ -174,9 +172,8 @@ def test_a_token_across_the_boundary_is_cut_there(tokenizer: Any) -> None:
     "name",
     [
         "byte_bpe+bos",
-        "TinyStories-Instruct-3M-chat",
+        "tiny-chat",
         pytest.param("metaspace+bos"),
-        pytest.param("stories260K"),
     ],
 )
 def test_a_token_that_is_cut_keeps_the_text(name: str) -> None:

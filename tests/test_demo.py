@@ -1,6 +1,9 @@
 """The embedded model, the demo and the command line as a user meets them."""
 
+import json
+import random
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +56,20 @@ def test_the_embedded_model_is_small_and_whole() -> None:
     assert 10 <= len(train) <= 50
     assert len(test) >= 50
     assert not {example.prompt for example in train} & {example.prompt for example in test}
+
+
+def test_the_script_makes_the_embedded_text_and_vocabulary() -> None:
+    path = Path(__file__).parents[1] / "examples" / "make_tiny_model.py"
+    script = runpy.run_path(str(path))
+    facts = script["build_facts"]()
+    examples = script["split_examples"](facts, random.Random(0))
+    lines = (DIRECTORY / "emoji.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [vars(example) for example in examples] == [json.loads(line) for line in lines]
+    known = script["withhold"](facts, examples)
+    asked = {question for fact in known for question in fact.questions}
+    assert not asked & {example.prompt for example in examples}
+    vocabulary = script["train_tokenizer"](known, 1800).get_vocab()
+    assert vocabulary == rn.load_tiny_model()[1].get_vocab()
 
 
 def test_errors_of_the_user_are_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """`ReftModel`: call forms, explicit locations, noise in training, SymNoise's pairs."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from architectures import tiny_model
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -39,18 +42,84 @@ def test_it_is_called_like_the_base() -> None:
     output = model(**batch())
     assert type(output) is CausalLMOutputWithPast
     assert output.loss.requires_grad
-    assert torch.equal(model(*batch().values()).loss, output.loss)
 
 
 @torch.no_grad()
 def test_pyrefts_call_form() -> None:
     model, inputs = wrapped(), batch()
+    lengths = {"prompt_lengths": torch.tensor([3, 7, 7])}
+    _, edited = model(inputs | lengths)
+    assert torch.equal(edited.loss, model(**inputs, **lengths).loss)
     labels = inputs.pop("labels")
+    mask = inputs.pop("attention_mask")
+    assert torch.equal(
+        model(inputs, attention_mask=mask, labels=labels)[1].loss,
+        model(**inputs, attention_mask=mask, labels=labels).loss,
+    )
+    inputs["attention_mask"] = mask
     base, edited = model(inputs, labels=labels)
     assert base is None
     assert torch.equal(edited.loss, model(**inputs, labels=labels).loss)
     base, _ = model(inputs, labels=labels, output_original_output=True)
     assert torch.equal(base.logits, model.model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_calls_from_several_threads() -> None:
+    base = tiny_model()
+    models = [wrapped(LOREFT | {"positions": p}, model=base) for p in ("f1", "l1", "all")]
+    inputs = [batch(length) for length in (6, 9, 12)]
+    expected = [model(**given).logits for model, given in zip(models, inputs, strict=True)]
+
+    def call(index: int) -> bool:
+        with torch.no_grad():
+            output = models[index % 3](**inputs[index % 3]).logits
+        return torch.equal(output, expected[index % 3])
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(call, range(60)))
+
+
+def test_a_copy_for_data_parallel_is_refused() -> None:
+    model = wrapped()
+    replica = copy.copy(model)  # as nn.DataParallel makes it
+    replica.__dict__["_modules"] = model._modules | {"model": tiny_model()}
+    with pytest.raises(ValueError, match="start one process per device"):
+        replica(**batch())
+
+
+def test_it_can_be_part_of_another_module() -> None:
+    outer = torch.nn.Sequential(wrapped())
+    names = set(outer.state_dict())
+    assert names
+    assert all(name.startswith("0.interventions.") for name in names)
+    outer.load_state_dict(outer.state_dict())
+
+
+def test_the_bases_settings_can_be_set() -> None:
+    model = wrapped()
+    model.generation_config = GenerationConfig(max_new_tokens=3)
+    ids = batch()["input_ids"]
+    assert model.generate(input_ids=ids).shape == (3, 13)
+    assert model.generate(ids, GenerationConfig(max_new_tokens=2)).shape == (3, 12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gpt2", rn.ReftConfig(LOREFT)), "model: expected a model of transformers, got 'gpt2'"),
+        ((None, LOREFT), "reft_config: expected a ReftConfig, got {"),
+    ],
+)
+def test_wrapping_something_else(arguments: tuple[Any, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rn.get_reft_model(*arguments)
+
+
+def test_a_component_that_is_not_hidden_states() -> None:
+    entry = {"component": "model.output", "intervention": "loreft", "low_rank_dimension": 2}
+    with pytest.raises(ValueError, match=r"expected hidden states .* got BaseModelOutputWithPast"):
+        wrapped(entry)(**batch())
 
 
 @torch.no_grad()
@@ -194,6 +263,16 @@ def test_noise_on_prompt_or_completion(where: str, noised: range) -> None:
     clean = model.get_input_embeddings()(inputs["input_ids"])
     changed = (embedded(model, **inputs) != clean).any(-1)[1]
     assert changed.nonzero().flatten().tolist() == list(noised)
+
+
+@pytest.mark.parametrize("noise", ["neftune", "gaussian", "bernoulli", "symnoise"])
+@torch.no_grad()
+def test_generation_is_clean_in_training_mode_too(noise: str) -> None:
+    model = wrapped({"intervention": noise, "alpha": 50.0}).train()
+    ids = batch()["input_ids"][:1]
+    tokens = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    with model.disabled():
+        assert torch.equal(tokens, model.generate(input_ids=ids, max_new_tokens=6, do_sample=False))
 
 
 def test_noise_is_off_in_evaluation_and_generation() -> None:

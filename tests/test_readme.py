@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+from architectures import tiny_model
+from transformers import AutoTokenizer
 
 import reftnoise as rn
 from reftnoise.interventions import INTERVENTIONS
+from reftnoise.tiny import DIRECTORY
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -31,6 +34,27 @@ def test_the_twenty_line_example(
     assert "🐻" in capsys.readouterr().out
     loaded = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], "emoji-adapter")
     assert loaded.count_parameters() == names["reft_model"].count_parameters()  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*early_stopping.*:UserWarning")
+def test_pyrefts_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = block("pyreft's example")
+    tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+    tokenizer.unk_token = "<|pad|>"
+    tokenizer.save_pretrained(tmp_path / "base")
+    tiny_model(num_hidden_layers=16, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    here = {'"meta-llama/Llama-2-7b-chat-hf"': repr(str(tmp_path / "base")), '"cuda"': '"cpu"'}
+    smaller = {
+        "num_train_epochs=100.0": "num_train_epochs=2.0",
+        "max_new_tokens=512": "max_length=40",
+    }
+    for given, replacement in (here | smaller).items():
+        assert given in code
+        code = code.replace(given, replacement)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert (tmp_path / "reft_to_share" / "reft_model.safetensors").is_file()
 
 
 def test_an_intervention_of_your_own() -> None:

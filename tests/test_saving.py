@@ -2,11 +2,14 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import stat
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +184,7 @@ def test_the_directory_holds_config_weights_and_card(tmp_path: Path) -> None:
             "num_hidden_layers": 3,
         },
         "representations": reft_model.reft_config.to_dict()["representations"],
+        "weights_sha256": sha256((directory / "reft_model.safetensors").read_bytes()).hexdigest(),
     }
     weights = safetensors.torch.load_file(directory / "reft_model.safetensors")
     own = {f"interventions.{n}": p for n, p in reft_model.interventions.named_parameters()}
@@ -237,46 +241,105 @@ def test_saving_to_a_file(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == "mine"
 
 
-def half_of_the_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    data = safetensors.torch.save(tensors)
-    Path(path).write_bytes(data[: len(data) // 2])
-    raise OSError("No space left on device")
-
-
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_save_that_fails_leaves_what_was_there(
-    is_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("file", ["reft_model.safetensors", "reft_config.json"])
+def test_a_write_that_fails_leaves_what_was_there(
+    file: str, is_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = train(wrapped(LOREFT))
     if not is_first:
         old.save_pretrained(tmp_path)
     before = contents(tmp_path)
-    monkeypatch.setattr(safetensors.torch, "save_file", half_of_the_weights)
-    with pytest.raises(OSError, match="No space left"):
-        train(wrapped(LOREFT | {"low_rank_dimension": 4})).save_pretrained(tmp_path)
-    assert contents(tmp_path) == before
-    if not is_first:
-        loaded = rn.ReftModel.from_pretrained(tiny_model(), tmp_path)
-        assert torch.equal(logits(loaded), logits(old))
+    write = Path.write_bytes
 
-
-def test_a_save_that_fails_between_weights_and_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(wrapped(LOREFT)).save_pretrained(tmp_path)
-    before = contents(tmp_path)
-    write = Path.write_text
-
-    def half(path: Path, text: str, **options: Any) -> int:
-        write(path, text[: len(text) // 2], **options)
+    def half(path: Path, content: bytes) -> int:
+        if path.name != file:
+            return write(path, content)
+        write(path, content[: len(content) // 2])
         raise OSError("No space left on device")
 
     other = train(wrapped(LOREFT | {"positions": "all"}))
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", half)
+        patch.setattr(Path, "write_bytes", half)
         with pytest.raises(OSError, match="No space left"):
             other.save_pretrained(tmp_path)
     assert contents(tmp_path) == before
+
+
+def test_new_weights_beside_an_old_config_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(wrapped(LOREFT)).save_pretrained(tmp_path)
+    rename = os.replace
+
+    def first_alone(source: Path, target: Path) -> None:
+        if target.name == "reft_config.json":
+            raise OSError("killed")
+        rename(source, target)
+
+    other = train(wrapped(LOREFT | {"positions": "all"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", first_alone)
+        with pytest.raises(OSError, match="killed"):
+            other.save_pretrained(tmp_path)
+    message = (
+        f"{tmp_path / 'reft_model.safetensors'}: not the weights that reft_config.json was saved "
+        "with, as after an interrupted save"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        rn.ReftModel.from_pretrained(tiny_model(), tmp_path)
+
+
+def test_a_model_that_was_cast_is_saved_as_it_is(tmp_path: Path) -> None:
+    reft_model = train(wrapped(LOREFT, tiny_model())).to(torch.bfloat16)
+    reft_model.save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(tiny_model().to(torch.bfloat16), tmp_path)
+    assert torch.equal(logits(loaded), logits(reft_model))
+
+
+def test_a_ready_module_of_another_width_is_loaded(tmp_path: Path) -> None:
+    module = rn.LoreftIntervention(embed_dim=64, low_rank_dimension=2)
+    entry = {"component": "model.layers[1].mlp.act_fn.output", "intervention": module}
+    reft_model = train(wrapped(entry))
+    reft_model.save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(logits(loaded), logits(reft_model))
+
+
+def test_paths_of_a_machine_stay_there(tmp_path: Path) -> None:
+    base = tiny_model()
+    base.config.name_or_path = str(tmp_path)
+    wrapped(LOREFT, base).save_pretrained(tmp_path / "adapter")
+    for name in ("reft_config.json", "README.md"):
+        text = (tmp_path / "adapter" / name).read_text(encoding="utf-8")
+        assert tmp_path.name in text
+        assert str(tmp_path) not in text
+
+
+def test_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub's calls, answered by a stand-in."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Hub:
+        def __init__(self, token: Any) -> None:
+            assert token == "secret"
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            calls.append((repo_id, options))
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, *, folder_path: str, **options: Any) -> str:
+            shutil.copytree(folder_path, tmp_path / "uploaded")
+            calls.append(("upload", options))
+            return "address"
+
+    monkeypatch.setattr("reftnoise.model.HfApi", Hub)
+    reft_model = train(wrapped(LOREFT))
+    assert reft_model.push_to_hub("adapter", private=True, token="secret") == "address"
+    assert calls[0] == ("adapter", {"private": True, "exist_ok": True})
+    assert calls[1][1]["repo_id"] == "me/adapter"
+    loaded = rn.ReftModel.from_pretrained(tiny_model(), tmp_path / "uploaded")
+    assert torch.equal(logits(loaded), logits(reft_model))
 
 
 class Shift(rn.ReftIntervention):

@@ -113,7 +113,6 @@ def test_pyrefts_example_as_it_stands(architecture: str, tokenizer: Any, tmp_pat
 
     prompt = tokenizer("Which dog is cuter?", return_tensors="pt").to(device)
     base_unit_location = prompt["input_ids"].shape[-1] - 1  # last position
-    reft_model.eval()
     _, reft_response = reft_model.generate(
         prompt,
         unit_locations={"sources->base": (None, [[[base_unit_location]]])},
@@ -123,7 +122,8 @@ def test_pyrefts_example_as_it_stands(architecture: str, tokenizer: Any, tmp_pat
         eos_token_id=tokenizer.eos_token_id,
         early_stopping=True,
     )
-    assert isinstance(tokenizer.decode(reft_response[0], skip_special_tokens=True), str)
+    assert reft_response.shape[1] <= prompt["input_ids"].shape[1] + 8
+    print(tokenizer.decode(reft_response[0], skip_special_tokens=True))
 
     reft_model.set_device("cpu")
     reft_model.save(save_directory=str(tmp_path / "reft_to_share"))
