@@ -142,7 +142,7 @@ class ReftIntervention(
             )
         if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout {dropout!r}: expected a probability in [0, 1)")
-        if act_fn is not None and act_fn not in ACT2FN:
+        if act_fn is not None and (not isinstance(act_fn, str) or act_fn not in ACT2FN):
             near = difflib.get_close_matches(str(act_fn), ACT2FN, n=3)
             raise ValueError(
                 f"act_fn {act_fn!r} is not an activation of transformers"
@@ -218,10 +218,8 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A floating-point `torch.dtype` from itself or its name (`"bfloat16"`)."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(
-            f"dtype {dtype!r}: expected a floating-point dtype such as 'float32' or 'bfloat16'"
-        )
+    if found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"dtype {dtype!r}: expected 'float16', 'bfloat16', 'float32' or 'float64'")
     return found
 
 

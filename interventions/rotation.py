@@ -6,6 +6,7 @@ Cholesky-QR, batched over all interventions of one shape; in evaluation it is co
 """
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,6 +14,18 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_STEPS = itertools.count()
+_steps_taken = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps_taken  # noqa: PLW0603  # fused optimizers do not raise a parameter's version
+    _steps_taken = next(_STEPS) + 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 SMALLEST_PIVOT = 1e-6
 """Of rows of length 1. What rounding to fp32 leaves of a dependent row is below it."""
@@ -55,7 +68,8 @@ class LowRankRotation(nn.Module):
     orthonormal matrix: R moves then under Adam exactly as fast as pyreft's, whose coordinates
     receive twice the gradient.
 
-    In evaluation, R is computed at the first call and kept until the weight changes, the module
+    In evaluation, R is computed at the first call and kept until an optimizer steps, the weight
+    changes, the module
     moves, or `train()` or `eval()` is called. (A change through `weight.data` alone, which torch
     does not record, needs one of these calls.)
     """
@@ -85,7 +99,7 @@ class LowRankRotation(nn.Module):
         if self.is_trained:
             return orthonormal_rows(self.weight)
         version = 0 if self.weight.is_inference() else self.weight._version
-        key = (id(self.weight), self.weight.data_ptr(), version)
+        key = (id(self.weight), self.weight.data_ptr(), version, _steps_taken)
         if self._frozen is None or self._frozen[0] != key:
             # Outside inference mode: the cached R may meet autograd later.
             with torch.inference_mode(False), torch.no_grad():

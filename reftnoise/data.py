@@ -5,6 +5,7 @@ are exactly those that `tokenizer(prompt)` gives, so training edits the position
 will. A conversation becomes one example per assistant turn, with all that precedes it as prompt.
 """
 
+import glob
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,7 +114,10 @@ def load_examples(
     elif isinstance(source, str | Path):
         loaded = _load_file_or_hub(str(source))
     else:
-        raise ValueError("completions are missing: a list of prompts needs as many of them")
+        raise ValueError(
+            "completions are missing: without them, prompts are a datasets.Dataset (one split), a "
+            f"path or a hub name, not {type(source).__name__}"
+        )
     if len(loaded) == 0:
         raise ValueError("no examples: expected at least one prompt and completion")
     return loaded
@@ -128,7 +132,7 @@ def _load_file_or_hub(source: str) -> datasets.Dataset:
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source}: no such file")
     try:
-        return datasets.load_dataset(kind, data_files=source, split="train")
+        return datasets.load_dataset(kind, data_files=glob.escape(source), split="train")
     except (DatasetGenerationError, StopIteration, ValueError) as error:
         reason = str(error.__cause__ or error) or "no rows in it"
         raise ValueError(f"{source}: not a readable {kind} file ({reason})") from None
@@ -167,8 +171,8 @@ def tokenize_examples(
     for index, (prompt, completion) in enumerate(pairs):
         try:
             prompt_ids, target_ids = _tokenize(tokenizer, prompt, completion, nonstop)
-        except ValueError as error:
-            raise ValueError(f"{name} example {index}: {error}") from None
+        except Exception as error:  # of the tokenizer or its chat template, too
+            raise ValueError(f"{name} example {index}: {error}") from error
         if max_length is not None and len(prompt_ids) + len(target_ids) > max_length:
             truncated += 1
             whole = len(target_ids)

@@ -49,6 +49,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, console: Console | None = No
     """
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise ValueError(f"{output_dir}: expected a directory, found a file")
+    Path(output_dir).mkdir(parents=True, exist_ok=True)  # or say now that it cannot be written
     console = console or Console()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,8 +29,27 @@ from .interventions import (
 )
 from .positions import Positions, PromptLayout, Selection
 
-# Two threads that run one base would see each other's hooks. One pass at a time.
+# Threads take turns on a base, and within a thread the innermost pass alone edits: a pass of
+# another ReftModel, or of the bare base, may be run from a hook or a logits processor.
 _LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
+_PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def innermost(base: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Make the block the innermost pass on `base`; yields whether it still is, in this thread."""
+    passes, mine, thread = _PASSES.setdefault(base, []), object(), get_ident()
+    passes.append(mine)
+    try:
+        yield lambda: passes[-1] is mine and get_ident() == thread
+    finally:
+        passes.remove(mine)
+
+
+def inner_model(base: PreTrainedModel) -> nn.Module:
+    """The model whose forward runs: a PEFT model generates with the model inside it."""
+    inner: nn.Module = base.get_base_model() if hasattr(base, "get_base_model") else base
+    return inner
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,10 @@ class Pass:
     """By unit key; None where the caller gave no location, so that nothing is edited."""
     is_generation: bool = False
     """Noise is for training passes alone, also when the model is left in training mode."""
+    is_assisted: bool = False
+    """Whether the base drafts for itself, so that it reads the prompt more than once."""
+    seen: int = 0
+    """Columns that calls of the base have read, for caches that do not tell (state-space)."""
 
 
 @dataclass
@@ -109,8 +132,8 @@ class Engine:
         In a generation, nothing of ours stays on the base once the prompt is in the cache, unless
         a unit edits generated tokens.
         """
-        # A PEFT model generates with the model inside it.
-        base = self.base.get_base_model() if hasattr(self.base, "get_base_model") else self.base
+        base = inner_model(self.base)
+        outer = self._chunk
         checkpointed = [m for m in self.base.modules() if _checkpoints(m)]
         with _LOCKS.setdefault(base, RLock()), contextlib.ExitStack() as stack:
             # What is recomputed in the backward pass must not depend on what is computed outside:
@@ -124,13 +147,13 @@ class Engine:
             for module in checkpointed:
                 stack.enter_context(self._replayable(module))
             hooks = stack.enter_context(contextlib.ExitStack())
+            is_ours = hooks.enter_context(self._hooked(base))
             start = base.register_forward_pre_hook(
-                partial(self._start_chunk, current), with_kwargs=True
+                partial(self._start_chunk, current, is_ours), with_kwargs=True
             )
             hooks.callback(start.remove)
-            hooks.enter_context(self._hooked())
             edits_decode = any(p.positions and p.positions.decode for p in self.units)
-            if current.is_generation and not edits_decode:
+            if current.is_generation and not (edits_decode or current.is_assisted):
                 end = base.register_forward_hook(
                     partial(self._end_chunk, current, hooks), with_kwargs=True
                 )
@@ -138,15 +161,26 @@ class Engine:
             try:
                 yield
             finally:
-                self._chunk = None
+                self._chunk = outer
 
     def _start_chunk(
-        self, current: Pass, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        current: Pass,
+        is_ours: Callable[[], bool],
+        base: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not is_ours():
+            return args, kwargs
         tokens: Any = kwargs.get("input_ids", args[0] if args else None)
         embeds: Any = kwargs.get("inputs_embeds")
         batch, length = tokens.shape if embeds is None else embeds.shape[:2]
-        self._chunk = Chunk(current, cached_length(kwargs.get("past_key_values")), length, batch)
+        offset = cached_length(kwargs.get("past_key_values"))
+        if kwargs.get("cache_params") is not None:
+            offset = current.seen
+        current.seen = offset + length
+        self._chunk = Chunk(current, offset, length, batch)
         if embeds is not None and self._at_embeddings:  # the base will not call its embedding
             kwargs = kwargs | {"inputs_embeds": self._apply(self._at_embeddings, embeds)}
         return args, kwargs
@@ -165,17 +199,19 @@ class Engine:
             hooks.close()
 
     @contextlib.contextmanager
-    def _hooked(self) -> Iterator[None]:
+    def _hooked(self, base: nn.Module) -> Iterator[Callable[[], bool]]:
         with contextlib.ExitStack() as stack:
+            is_ours = stack.enter_context(innermost(base))
             for site, placed in self._by_site.items():
                 if site.is_input:
                     handle = site.module.register_forward_pre_hook(
-                        partial(self._edit_input, placed), with_kwargs=True
+                        partial(self._edit_input, placed, is_ours), with_kwargs=True
                     )
                 else:
-                    handle = site.module.register_forward_hook(partial(self._edit_output, placed))
+                    edit = partial(self._edit_output, placed, is_ours)
+                    handle = site.module.register_forward_hook(edit)
                 stack.callback(handle.remove)
-            yield
+            yield is_ours
 
     @contextlib.contextmanager
     def _replayable(self, module: nn.Module) -> Iterator[None]:
@@ -194,7 +230,7 @@ class Engine:
                     return function(*inputs, **named)
                 self._chunk, outer = chunk, self._chunk
                 try:
-                    with self._hooked():
+                    with self._hooked(inner_model(self.base)):
                         return function(*inputs, **named)
                 finally:
                     self._chunk = outer
@@ -208,8 +244,15 @@ class Engine:
             module._gradient_checkpointing_func = checkpoint
 
     def _edit_output(
-        self, placed: list[PlacedUnit], module: nn.Module, args: tuple[Any, ...], output: Any
+        self,
+        placed: list[PlacedUnit],
+        is_ours: Callable[[], bool],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        output: Any,
     ) -> Any:
+        if not is_ours():
+            return output
         if isinstance(output, tuple):
             return (self._apply(placed, output[0]), *output[1:])
         return self._apply(placed, output)
@@ -217,10 +260,13 @@ class Engine:
     def _edit_input(
         self,
         placed: list[PlacedUnit],
+        is_ours: Callable[[], bool],
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not is_ours():
+            return args, kwargs
         if args:
             return (self._apply(placed, args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": self._apply(placed, kwargs["hidden_states"])}

@@ -16,13 +16,15 @@ from transformers import PreTrainedModel
 
 from . import saving
 from .config import ReftConfig
-from .engine import Engine, Pass, cached_length
+from .engine import Engine, Pass, cached_length, inner_model, innermost
 from .pairs import first_of_pairs, in_pairs
 from .placement import place_units
 from .positions import (
     PromptLayout,
     UnitLocations,
+    checked_lengths,
     explicit_selection,
+    has_token_labels,
     parse_unit_locations,
     prompt_lengths_from_labels,
 )
@@ -45,6 +47,11 @@ class ReftModel(nn.Module):
 
     def __init__(self, config: ReftConfig, model: PreTrainedModel) -> None:
         super().__init__()
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder model: which of its two sequences "
+                "positions would count is not defined yet"
+            )
         if isinstance(model, ReftModel):
             raise ValueError("the model is a ReftModel already: put all units into one ReftConfig")
         self.model: PreTrainedModel = model
@@ -118,7 +125,8 @@ class ReftModel(nn.Module):
         if input_ids is not None:
             inputs["input_ids"] = input_ids
         if self._is_disabled:
-            return self.model(**inputs)
+            with innermost(inner_model(self.model)):
+                return self.model(**inputs)
         if self._engine.base is not self.model:
             raise ValueError("nn.DataParallel copies the model: start one process per device")
         width, batch_size = _width_and_batch(inputs)
@@ -174,8 +182,10 @@ class ReftModel(nn.Module):
             return original, self.generate(**batch, unit_locations=unit_locations)
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
         if self._is_disabled:
-            return self.model.generate(**kwargs)
+            with innermost(inner_model(self.model)):
+                return self.model.generate(**kwargs)
         width, batch_size = _width_and_batch(kwargs)
         if kwargs.get("attention_mask") is None and kwargs.get("input_ids") is not None:
             mask = self._infer_attention_mask(kwargs)
@@ -184,6 +194,11 @@ class ReftModel(nn.Module):
         attended = _attended(kwargs, width, batch_size)
         current = self._pass(PromptLayout(attended), unit_locations, batch_size, width)
         current.is_generation = True
+        drafts = ("assistant_model", "assistant_early_exit")
+        settings = kwargs.get("generation_config")
+        current.is_assisted = any(
+            kwargs.get(name, getattr(settings, name, None)) is not None for name in drafts
+        )
         with self._engine.running(current):
             return self.model.generate(**kwargs)
 
@@ -201,9 +216,11 @@ class ReftModel(nn.Module):
         past = cached_length(inputs.get("past_key_values"))
         attended = _attended(inputs, past + width, batch_size)
         labels = inputs.get("labels")
-        if lengths is None and labels is not None and labels.shape == attended.shape:
+        if lengths is not None:
+            lengths = checked_lengths(lengths, attended)
+        elif labels is not None and has_token_labels(labels, attended):
             lengths = prompt_lengths_from_labels(labels, attended)
-        elif lengths is None and past:
+        elif past:
             lengths = attended[:, :past].sum(1)
         return PromptLayout(attended, lengths)
 
@@ -225,12 +242,14 @@ class ReftModel(nn.Module):
 
     def _infer_attention_mask(self, kwargs: Mapping[str, Any]) -> Tensor | None:
         """The mask that `generate` would infer from padding, so that both see the same one."""
-        settings = kwargs.get("generation_config") or self.model.generation_config
-        pad, eos = (
-            kwargs.get(name, getattr(settings, name, None))
-            for name in ("pad_token_id", "eos_token_id")
-        )
-        ends = eos if isinstance(eos, list) else [eos]
+        given, own = kwargs.get("generation_config"), self.model.generation_config
+
+        def setting(name: str) -> Any:  # transformers fills what a given config leaves open
+            values = (kwargs.get(name), getattr(given, name, None), getattr(own, name, None))
+            return next((value for value in values if value is not None), None)
+
+        pad, eos = setting("pad_token_id"), setting("eos_token_id")
+        ends = torch.as_tensor(-1 if eos is None else eos).flatten().tolist()
         if pad is None or pad in ends or kwargs["input_ids"].is_floating_point():
             return None
         return kwargs["input_ids"].ne(pad).long()
@@ -253,7 +272,11 @@ class ReftModel(nn.Module):
             return
         for one in self._engine.units:
             found = next((p.device for p in one.site.module.parameters()), self.model.device)
-            one.unit.to(self.model.device if found.type == "meta" else found)
+            if found.type == "meta":  # offloaded: the weights come when the module runs
+                found = getattr(
+                    getattr(one.site.module, "_hf_hook", None), "execution_device", None
+                )
+            one.unit.to(found or "cpu")
 
     def disable_model_gradients(self) -> None:
         """Freeze the base."""

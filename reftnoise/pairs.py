@@ -12,7 +12,8 @@ def in_pairs(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
     if inputs.get("labels") is None:
         raise ValueError(
             "SymNoise averages the loss over the pair x + δ, x - δ, so it needs labels while "
-            "training; call eval() for outputs without noise"
+            "training (label smoothing and compute_loss_func take them away); call eval() for "
+            "outputs without noise"
         )
     doubled = {
         name: torch.cat([value, value])

@@ -189,8 +189,9 @@ class PromptLayout:
             last: likewise the largest suffix. The rule for short prompts then keeps them disjoint.
         """
         n = self.lengths[:, None]
-        short = n < max(positions.first, first) + max(positions.last, last)
         device, width = self.attended.device, self.attended.shape[1]
+        wanted = max(positions.first, first) + max(positions.last, last)
+        short = n < min(wanted, width + 1)
         prefix = torch.arange(min(positions.first, width), device=device)[None]
         suffix = torch.arange(min(positions.last, width), device=device)[None]
         last = suffix.shape[1]
@@ -230,6 +231,25 @@ def _once(values: Int[Tensor, "batch n"], mask: Bool[Tensor, "batch n"]) -> Bool
     """The mask without those slots whose value an earlier slot of the mask holds already."""
     same = (values[:, :, None] == values[:, None, :]) & mask[:, None, :]
     return mask & ~same.tril(-1).any(-1)
+
+
+def has_token_labels(labels: Tensor, attended: Bool[Tensor, "batch width"]) -> bool:
+    """Whether labels are one per token, and not one or several per row."""
+    return labels is not None and labels.shape == attended.shape and not labels.is_floating_point()
+
+
+def checked_lengths(
+    lengths: Tensor, attended: Bool[Tensor, "batch width"]
+) -> Int[Tensor, " batch"]:
+    """Prompt lengths, at least 0 and at most the attended tokens; a ValueError for another form."""
+    lengths = torch.as_tensor(lengths, device=attended.device)
+    rows = attended.shape[0]
+    if lengths.shape != (rows,) or lengths.is_floating_point():
+        raise ValueError(
+            f"prompt_lengths of shape {tuple(lengths.shape)} and {lengths.dtype}: expected "
+            f"({rows},) integers, one per row"
+        )
+    return torch.minimum(lengths, attended.sum(1)).clamp(min=0)
 
 
 def prompt_lengths_from_labels(

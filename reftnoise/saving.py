@@ -75,6 +75,7 @@ def save_adapter(
     state = reft_model.state_dict() if state_dict is None else state_dict
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     weights = safetensors.torch.save(tensors)
+    description["base_parameters"] = sorted(n for n in tensors if n.startswith("model."))
     description["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     files = {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()}
@@ -154,10 +155,12 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> set[str]:
     expected = [name for name in reft_model.state_dict() if name.startswith("interventions.")]
     if missing := [name for name in expected if name not in state]:
         raise ValueError(f"{path}: the config names {missing[0]}, the file does not hold it")
-    if unknown := [name for name in state if name not in own]:
-        raise ValueError(f"{path}: holds {unknown[0]}, which neither the config nor the base has")
     text = (Path(directory) / CONFIG_NAME).read_text(encoding="utf-8")
-    digest = json.loads(text).get("weights_sha256")
+    description = json.loads(text)
+    announced = {*expected, *description.get("base_parameters", ())} & set(own)
+    if unknown := [name for name in state if name not in announced]:
+        raise ValueError(f"{path}: holds {unknown[0]}, which neither the config nor the base has")
+    digest = description.get("weights_sha256")
     if digest not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
         raise ValueError(
             f"{path}: not the weights that {CONFIG_NAME} was saved with, as after an interrupted "

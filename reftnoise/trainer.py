@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from . import saving
 from .model import ReftModel
+from .positions import has_token_labels, prompt_lengths_from_labels
 
 
 class ReftTrainer(Trainer):
@@ -46,6 +47,17 @@ class ReftTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # Label smoothing and compute_loss_func take the labels away, which tell the prompt's end.
+        labels, tokens = inputs.get("labels"), inputs.get("input_ids")
+        if "prompt_lengths" not in inputs and tokens is not None and labels is not None:
+            mask = inputs.get("attention_mask")
+            attended = torch.ones_like(tokens).bool() if mask is None else mask.bool()
+            if has_token_labels(labels, attended):
+                lengths = prompt_lengths_from_labels(labels, attended)
+                inputs = inputs | {"prompt_lengths": lengths}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or self.args.output_dir)

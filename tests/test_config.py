@@ -434,7 +434,7 @@ def test_a_config_file_of_another_kind(tmp_path: Path) -> None:
         ),
         (
             LOREFT | {"dtype": "int8"},
-            "dtype 'int8': expected a floating-point dtype such as 'float32' or 'bfloat16'",
+            "dtype 'int8': expected 'float16', 'bfloat16', 'float32' or 'float64'",
         ),
         (
             LOREFT | {"embed_dim": 12},

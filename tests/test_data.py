@@ -444,7 +444,8 @@ DATASET = datasets.Dataset.from_dict({"text": ["hello"]})
         (
             (["a"],),
             {},
-            "completions are missing: a list of prompts needs as many of them",
+            "completions are missing: without them, prompts are a datasets.Dataset (one split), "
+            "a path or a hub name, not list",
         ),
         (("a", ["b"]), {}, "prompts: expected a list of texts, got 'a'"),
         (

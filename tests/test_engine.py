@@ -6,6 +6,8 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, EOS, PAD, tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, set_seed
 
 import reftnoise as rn
 
@@ -160,6 +162,9 @@ def test_the_mask_that_generate_infers_is_ours() -> None:
     )
     explicit = generated(model, {"input_ids": ids, "attention_mask": batch["attention_mask"]})
     assert torch.equal(generated(model, {"input_ids": ids}), explicit)
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False)  # leaves the padding id open
+    with_settings = model.generate(input_ids=ids, generation_config=settings, eos_token_id=None)
+    assert torch.equal(with_settings[:, ids.shape[1] :], explicit)
 
 
 @torch.no_grad()
@@ -203,6 +208,51 @@ def test_nothing_of_ours_is_called_after_the_prefill() -> None:
     handle.remove()
     assert hooks[0] > 0
     assert hooks[1:] == [0] * 7
+
+
+@torch.no_grad()
+def test_a_base_that_drafts_for_itself() -> None:
+    base = tiny_model()
+    model, row = wrapped(base, "all"), {"input_ids": rows()[0][None]}
+    expected = generated(model, row)
+    assert not torch.equal(generated(base, row), expected)
+    assert torch.equal(generated(model, row, assistant_early_exit=2), expected)
+    assert torch.equal(generated(model, row, assistant_model=base), expected)
+
+
+@torch.no_grad()
+def test_a_state_space_model_with_and_without_its_cache() -> None:
+    config = MambaConfig(
+        vocab_size=101, hidden_size=32, state_size=4, num_hidden_layers=3, pad_token_id=PAD
+    )
+    set_seed(0)
+    base = MambaForCausalLM(config).eval()
+    for positions in ("f2", "all", "decode"):
+        model = wrapped(base, positions)
+        batch = {"input_ids": rows()[0][None]}
+        assert torch.equal(generated(model, batch), generated(model, batch, use_cache=False))
+
+
+@torch.no_grad()
+def test_calls_within_a_generation() -> None:
+    """What contrastive decoding does: the bare base, and another adapter, per generated token."""
+    base = tiny_model()
+    model, other = wrapped(base, "all+decode"), wrapped(base, "l1", layer=1)
+    ids = rows()[2][None]
+    plain, edited = base(input_ids=ids).logits, other(input_ids=ids).logits
+    expected = generated(model, {"input_ids": ids})
+    right: list[bool] = []
+
+    def processor(_: Tensor, scores: Tensor) -> Tensor:
+        with model.disabled():
+            right.append(torch.equal(model(input_ids=ids).logits, plain))
+        right.append(torch.equal(other(input_ids=ids).logits, edited))
+        return scores
+
+    batch = {"input_ids": ids}
+    assert torch.equal(generated(model, batch, logits_processor=[processor]), expected)
+    assert len(right) == 16
+    assert all(right)
 
 
 def gradients(model: rn.ReftModel, **settings: Any) -> Tensor:
@@ -292,6 +342,33 @@ def test_a_nan_in_padding_reaches_neither_outputs_nor_gradients(positions: str) 
     assert chosen[0].isnan().any(-1).equal(hole)
     chosen[0][~hole].sum().backward()
     assert all(p.grad.isfinite().all() for p in model.interventions.parameters())
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: reading a value, or a size from data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+        self.count += function.overloadpacket.__name__ in names
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_layer_makes_the_host_wait() -> None:
+    counts = []
+    for layers in (2, 6):
+        base = tiny_model(num_hidden_layers=layers)
+        model = wrapped(base, "f2+l3", dropout=0.1).train()
+        for called in (model, base):
+            with CountReads() as reads:
+                called(**padded("right"), use_cache=False)
+            counts.append(reads.count)
+    assert counts[2] - counts[0] == counts[3] - counts[1]
 
 
 def test_one_batched_basis_per_step_and_none_in_generation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,18 @@ import pytest
 import torch
 from architectures import tiny_model
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import reftnoise as rn
+from reftnoise.components import find_site
 
 LOREFT: dict[str, Any] = {
     "layer": "all",
@@ -187,6 +194,39 @@ def test_explicit_locations_override_the_configs() -> None:
     other = model(**inputs, unit_locations=elsewhere).logits
     assert torch.equal(other[1, :7], model.model(**inputs).logits[1, :7])
     assert not torch.equal(other[1, 7], model.model(**inputs).logits[1, 7])
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([6]), torch.tensor(6), torch.full((3,), 6.0)])
+def test_prompt_lengths_of_another_form(lengths: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"expected \(3,\) integers, one per row"):
+        wrapped()(**batch(), prompt_lengths=lengths)
+
+
+def test_prompt_lengths_beyond_the_tokens_mean_all_of_them() -> None:
+    model, inputs = wrapped(), batch()
+    whole = model(**inputs, prompt_lengths=inputs["attention_mask"].sum(1)).loss
+    assert torch.equal(model(**inputs, prompt_lengths=torch.full((3,), 99)).loss, whole)
+
+
+def test_encoder_decoder_models_are_refused() -> None:
+    base = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=1))
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        wrapped(model=base)
+
+
+def test_layers_are_those_of_the_text_model() -> None:
+    config = Gemma3Config(
+        text_config={"num_hidden_layers": 2, "hidden_size": 16, "vocab_size": 9, "head_dim": 8},
+        vision_config={
+            "num_hidden_layers": 2,
+            "hidden_size": 16,
+            "image_size": 28,
+            "num_attention_heads": 2,
+        },
+    )
+    with torch.device("meta"):
+        base = Gemma3ForConditionalGeneration(config)
+    assert "language_model" in find_site(base, "block_output", 1).name
 
 
 def test_a_wrong_nesting_shows_the_right_one() -> None:

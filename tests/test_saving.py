@@ -184,6 +184,7 @@ def test_the_directory_holds_config_weights_and_card(tmp_path: Path) -> None:
             "num_hidden_layers": 3,
         },
         "representations": reft_model.reft_config.to_dict()["representations"],
+        "base_parameters": [],
         "weights_sha256": sha256((directory / "reft_model.safetensors").read_bytes()).hexdigest(),
     }
     weights = safetensors.torch.load_file(directory / "reft_model.safetensors")

@@ -251,6 +251,27 @@ def test_any_trainer_trains_and_saves_the_adapter_alone(tokenizer: Any, tmp_path
     assert torch.equal(weights(again), weights(model))
 
 
+def test_positions_do_not_change_when_labels_are_taken_away(tokenizer: Any, tmp_path: Path) -> None:
+    lengths: list[list[int]] = []
+    for smoothing in (0.0, 0.1):
+        model = wrapped(tokenizer)
+        data = module(tokenizer, model)
+        plain = transformers.DataCollatorForSeq2Seq(tokenizer, model)
+        forward = model.forward
+
+        def spy(*args: Any, **inputs: Any) -> Any:
+            lengths.append(inputs["prompt_lengths"].tolist())
+            return forward(*args, **inputs)  # noqa: B023  # called within the loop
+
+        model.forward = spy
+        args = arguments(
+            tmp_path, max_steps=1, label_smoothing_factor=smoothing, remove_unused_columns=False
+        )
+        dataset = data["train_dataset"].remove_columns("prompt_lengths")
+        rn.ReftTrainer(model=model, args=args, train_dataset=dataset, data_collator=plain).train()
+    assert lengths[0] == lengths[1]
+
+
 def test_tokenizer_and_processing_class_are_one_argument(tokenizer: Any, tmp_path: Path) -> None:
     model = wrapped(tokenizer)
     with pytest.raises(ValueError, match="one argument"):

@@ -342,7 +342,7 @@ def test_pyvene_sees_a_trainable_sourceless_intervention(
         (
             "dtype",
             ["bf16", "int64", "nn", torch.int8, None],
-            "a floating-point dtype such as 'float32' or 'bfloat16'",
+            "'float16', 'bfloat16', 'float32' or 'float64'",
         ),
     ],
     ids=["low_rank_dimension", "dropout", "dtype"],

@@ -366,3 +366,14 @@ def test_an_exception_leaves_no_shared_basis_behind(calls: list[torch.Size]) -> 
     change_in_place(module)
     assert torch.equal(module(), orthonormal_rows(module.weight))
     assert len(calls) == 2
+
+
+def test_a_fused_optimizer_is_noticed_in_evaluation() -> None:
+    rotation = LowRankRotation(8, 2).eval()
+    optimizer = torch.optim.AdamW(rotation.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        rotation()[0, 0].backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(rotation(), orthonormal_rows(rotation.weight))
