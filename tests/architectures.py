@@ -5,6 +5,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+try:
+    from transformers.integrations.neftune import neftune_post_forward_hook
+except ModuleNotFoundError:  # where transformers 5.0 has it
+    from transformers.trainer_utils import neftune_post_forward_hook
+
+__all__ = ["ARCHITECTURES", "neftune_post_forward_hook", "tiny_model"]
+
 VOCABULARY = 101
 PAD, BOS, EOS = 0, 1, 2
 

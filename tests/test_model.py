@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
+from architectures import neftune_post_forward_hook, tiny_model
 from torch import Tensor
 from transformers import (
     Gemma3Config,
@@ -15,7 +15,6 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import reftnoise as rn

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import pyvene
 import torch
+from architectures import neftune_post_forward_hook
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from reftnoise.interventions import (
     BernoulliNoiseIntervention,
