@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.syntax import Syntax
 from rich.table import Table
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
@@ -50,7 +49,8 @@ def run_demo(output_dir: str | Path, seed: int = 0, console: Console | None = No
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise ValueError(f"{output_dir}: expected a directory, found a file")
     Path(output_dir).mkdir(parents=True, exist_ok=True)  # or say now that it cannot be written
-    console = console or Console()
+    console = console or Console(highlight=False)
+    torch.set_num_threads(1)  # for so small a model, more threads cost more than they bring
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     train, test = load_tiny_examples("train"), load_tiny_examples("test")
@@ -73,7 +73,9 @@ def run_demo(output_dir: str | Path, seed: int = 0, console: Console | None = No
         if name == SHOWN:
             reft_model.save_pretrained(output_dir)
     trained, _, total = reft_model.count_parameters()
+    console.print()
     console.print(side_by_side(test, results["base"], results[SHOWN]))
+    console.print()
     console.print(accuracies(results, len(test)))
     console.print(
         f"{trained:,} parameters were trained, {trained / total:.2%} of the base's.\n"
@@ -84,7 +86,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, console: Console | None = No
         "model, tokenizer = rn.load_tiny_model()\n"
         f"reft_model = rn.ReftModel.from_pretrained(model, {str(output_dir)!r})\n"
     )
-    console.print(Syntax(lines, "python", background_color="default"))
+    console.print(lines, markup=False, soft_wrap=True)
 
 
 def fit(
@@ -104,7 +106,8 @@ def fit(
         [example.completion for example in examples],
         chat_template=True,
     )
-    progress = RichProgressCallback(console, description)
+    widest = max(map(len, VARIANTS))
+    progress = RichProgressCallback(console, f"{description:<{widest}}")
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             output_dir=scratch,

@@ -205,11 +205,12 @@ class Engine:
             for site, placed in self._by_site.items():
                 if site.is_input:
                     handle = site.module.register_forward_pre_hook(
-                        partial(self._edit_input, placed, is_ours), with_kwargs=True
+                        partial(self._edit_input, placed, is_ours), prepend=True, with_kwargs=True
                     )
                 else:
                     edit = partial(self._edit_output, placed, is_ours)
-                    handle = site.module.register_forward_hook(edit)
+                    # First, so that whoever reads hidden states by a hook reads edited ones.
+                    handle = site.module.register_forward_hook(edit, prepend=True)
                 stack.callback(handle.remove)
             yield is_ours
 

@@ -96,6 +96,18 @@ def test_only_the_selected_hidden_states_are_edited(positions: Any) -> None:
     torch.testing.assert_close(seen[0][0], expected)
 
 
+@torch.no_grad()
+def test_hidden_states_that_the_base_returns_are_the_edited_ones() -> None:
+    base, row = tiny_model(), rows()[0][None]
+    plain = base(input_ids=row, output_hidden_states=True).hidden_states  # leaves its own hooks
+    model = wrapped(base, "l1", layer=0)
+    edited = model(input_ids=row, output_hidden_states=True).hidden_states
+    changed = [
+        (a != b).any(-1)[0].nonzero().flatten().tolist() for a, b in zip(plain, edited, strict=True)
+    ]
+    assert changed[:2] == [[], [11]]
+
+
 def generated(model: Any, batch: dict[str, Tensor], **settings: Any) -> Tensor:
     tokens = model.generate(
         **batch, max_new_tokens=8, do_sample=False, eos_token_id=None, **settings

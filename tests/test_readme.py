@@ -39,7 +39,7 @@ def test_the_twenty_line_example(
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*early_stopping.*:UserWarning")
 def test_pyrefts_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = block("pyreft's example")
+    code = block("The original emoji example")
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
     tokenizer.unk_token = "<|pad|>"
     tokenizer.save_pretrained(tmp_path / "base")
