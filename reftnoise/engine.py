@@ -133,9 +133,9 @@ class Engine:
         a unit edits generated tokens.
         """
         base = inner_model(self.base)
-        outer = self._chunk
         checkpointed = [m for m in self.base.modules() if _checkpoints(m)]
         with _LOCKS.setdefault(base, RLock()), contextlib.ExitStack() as stack:
+            outer = self._chunk
             # What is recomputed in the backward pass must not depend on what is computed outside:
             # with reentrant checkpointing, a shared basis would be differentiated several times.
             if not checkpointed:
@@ -155,7 +155,7 @@ class Engine:
             edits_decode = any(p.positions and p.positions.decode for p in self.units)
             if current.is_generation and not (edits_decode or current.is_assisted):
                 end = base.register_forward_hook(
-                    partial(self._end_chunk, current, hooks), with_kwargs=True
+                    partial(self._end_chunk, current, is_ours, hooks), with_kwargs=True
                 )
                 hooks.callback(end.remove)
             try:
@@ -188,6 +188,7 @@ class Engine:
     def _end_chunk(
         self,
         current: Pass,
+        is_ours: Callable[[], bool],
         hooks: contextlib.ExitStack,
         base: nn.Module,
         args: tuple[Any, ...],
@@ -195,7 +196,7 @@ class Engine:
         output: Any,
     ) -> None:
         width = current.layout.attended.shape[1]
-        if cached_length(kwargs.get("past_key_values")) >= width:
+        if is_ours() and cached_length(kwargs.get("past_key_values")) >= width:
             hooks.close()
 
     @contextlib.contextmanager

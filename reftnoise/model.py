@@ -3,13 +3,11 @@
 import contextlib
 import functools
 import inspect
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -62,8 +60,8 @@ class ReftModel(nn.Module):
         self._is_disabled = False
         self.interventions.train(model.training)
         self.training = model.training
-        self.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]  # torch's
-        self.register_load_state_dict_post_hook(_expect_trained)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(saving.keep_trained)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_post_hook(saving.expect_trained)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -327,18 +325,15 @@ class ReftModel(nn.Module):
         create_pr: bool = False,
     ) -> str:
         """Upload the adapter directory; arguments as in `huggingface_hub`. Returns its address."""
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=directory,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
-        return str(commit)
+        return saving.upload_adapter(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
     def save(
         self,
@@ -418,22 +413,3 @@ def _attended(inputs: Mapping[str, Any], width: int, batch: int) -> Bool[Tensor,
             "per token, cached ones included"
         )
     return mask.bool()
-
-
-def _keep_trained(module: ReftModel, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
-    trained = {f"{prefix}model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
-    for name in [n for n in state if n.startswith(f"{prefix}model.") and n not in trained]:
-        del state[name]
-
-
-def _expect_trained(module: ReftModel, keys: Any) -> None:
-    """Do not miss what `_keep_trained` leaves out."""
-    trained = {f"model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
-    frozen = {f"model.{n}" for n in module.model.state_dict()} - trained
-
-    def is_frozen(key: str) -> bool:  # the key may begin with the names of modules around ours
-        parts = key.split(".")
-        return any(".".join(parts[start:]) in frozen for start in range(len(parts)))
-
-    keys.missing_keys[:] = [key for key in keys.missing_keys if not is_frozen(key)]

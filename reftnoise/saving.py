@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -83,6 +84,31 @@ def save_adapter(
         files[CARD_NAME] = _card(description["base_model"]["name_or_path"]).encode()
     directory.mkdir(parents=True, exist_ok=True)
     _replace_all(directory, files)
+
+
+def upload_adapter(
+    reft_model: "ReftModel",
+    repo_id: str,
+    *,
+    commit_message: str,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+) -> str:
+    """Upload an adapter directory to the hub, into a repository that is made if needed."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as directory:
+        save_adapter(reft_model, directory)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(commit)
 
 
 def load_adapter(model: PreTrainedModel, directory: str | Path) -> "ReftModel":
@@ -175,6 +201,25 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> set[str]:
         own[name].data = own[name].data.to(tensor.dtype)  # as it was when it was saved
     reft_model.load_state_dict(state, strict=False)  # checked above, with better words
     return set(state)
+
+
+def keep_trained(module: "ReftModel", state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
+    trained = {f"{prefix}model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
+    for name in [n for n in state if n.startswith(f"{prefix}model.") and n not in trained]:
+        del state[name]
+
+
+def expect_trained(module: "ReftModel", keys: Any) -> None:
+    """Do not miss what `keep_trained` leaves out."""
+    trained = {f"model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
+    frozen = {f"model.{n}" for n in module.model.state_dict()} - trained
+
+    def is_frozen(key: str) -> bool:  # the key may begin with the names of modules around ours
+        parts = key.split(".")
+        return any(".".join(parts[start:]) in frozen for start in range(len(parts)))
+
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not is_frozen(key)]
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:

@@ -334,7 +334,7 @@ def test_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             calls.append(("upload", options))
             return "address"
 
-    monkeypatch.setattr("reftnoise.model.HfApi", Hub)
+    monkeypatch.setattr("reftnoise.saving.HfApi", Hub)
     reft_model = train(wrapped(LOREFT))
     assert reft_model.push_to_hub("adapter", private=True, token="secret") == "address"
     assert calls[0] == ("adapter", {"private": True, "exist_ok": True})
