@@ -53,6 +53,15 @@ def load(model: str) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tokenizer
 
 
+def start_from_identity(reft_model: rn.ReftModel) -> None:
+    """W = R and b = 0: no edit yet, where a random start disturbs every layer at once."""
+    with torch.no_grad():
+        for unit in reft_model.interventions.values():
+            if isinstance(unit, rn.LoreftIntervention):
+                unit.learned_source.weight.copy_(unit.rotate_layer())
+                unit.learned_source.bias.zero_()
+
+
 def train(
     reft_model: rn.ReftModel,
     tokenizer: Any,
@@ -63,6 +72,8 @@ def train(
     batch_size: int,
     seed: int,
     name: str,
+    warmup_steps: int = 0,
+    adam_beta2: float = 0.999,
 ) -> list[float]:
     """Train, and return the loss of every tenth step."""
     data_module = rn.make_last_position_supervised_data_module(
@@ -75,6 +86,8 @@ def train(
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
             lr_scheduler_type="linear",
+            warmup_steps=warmup_steps,
+            adam_beta2=adam_beta2,
             logging_steps=10,
             save_strategy="no",
             report_to="none",
@@ -99,7 +112,7 @@ def accuracy(model: Any, tokenizer: Any, examples: datasets.Dataset, batch_size:
     right = 0
     for batch in examples.iter(batch_size):
         prompts = tokenizer(batch["prompt"], padding=True, return_tensors="pt")
-        tokens = model.generate(**prompts, max_new_tokens=longest + 1, do_sample=False)
+        tokens = model.generate(**prompts, max_new_tokens=longest, do_sample=False)
         width = prompts["input_ids"].shape[1]
         texts = tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
         right += sum(t == label for t, label in zip(texts, batch["output"], strict=True))
@@ -112,9 +125,12 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: int = 300,
     batch_size: int = 8,
-    learning_rate: float = 4e-3,
+    learning_rate: float = 2e-3,
+    warmup_steps: int = 15,
+    adam_beta2: float = 0.95,
     rank: int = 4,
     positions: str = "f4+l4",
+    identity_start: bool = True,
     dev: bool = False,
 ) -> None:
     """Train LoReFT with each noise and seed, and print the accuracies.
@@ -126,8 +142,11 @@ def main(
         steps: of the optimizer.
         batch_size: examples per step.
         learning_rate: of AdamW, falling linearly to 0.
+        warmup_steps: over which it rises from 0 first.
+        adam_beta2: of AdamW.
         rank: of the edits.
         positions: of the edits.
+        identity_start: start without an edit instead of a random one.
         dev: score on the last 1,000 training rows, which are then not trained on.
     """
     files = {split: str(Path(data) / f"{split}.jsonl") for split in ("train", "test")}
@@ -149,6 +168,8 @@ def main(
             base, tokenizer = load(model)
             config = rn.ReftConfig(representations=[loreft(rank, positions), *noise])
             reft_model = rn.get_reft_model(base, config)
+            if identity_start:
+                start_from_identity(reft_model)
             train(
                 reft_model,
                 tokenizer,
@@ -158,6 +179,8 @@ def main(
                 batch_size=batch_size,
                 seed=seed,
                 name=f"{name}, seed {seed}",
+                warmup_steps=warmup_steps,
+                adam_beta2=adam_beta2,
             )
             scores.append(accuracy(reft_model.eval(), tokenizer, test))
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
