@@ -6,6 +6,7 @@ will. A conversation becomes one example per assistant turn, with all that prece
 """
 
 import glob
+import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import datasets
 import torch
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
+
+from .model import ReftModel
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +92,7 @@ def make_last_position_supervised_data_module(
         "eval_dataset": None
         if eval_prompts is None
         else tokenize(eval_prompts, eval_completions, "evaluation"),
-        "data_collator": ReftDataCollator(tokenizer),
+        "data_collator": ReftDataCollator(tokenizer, position_ids=_takes_position_ids(model)),
     }
 
 
@@ -280,6 +283,12 @@ def _max_length(tokenizer: Any, model: Any, max_length: int | None) -> int | Non
     return smallest
 
 
+def _takes_position_ids(model: Any) -> bool:
+    base = model.model if isinstance(model, ReftModel) else model
+    forward = getattr(base, "forward", None)
+    return forward is not None and "position_ids" in inspect.signature(forward).parameters
+
+
 @dataclass
 class ReftDataCollator:
     """Pad examples to the longest of the batch, on the tokenizer's padding side.
@@ -290,6 +299,9 @@ class ReftDataCollator:
 
     tokenizer: Any
     pad_to_multiple_of: int = 1
+    position_ids: bool = False
+    """Whether left-padded batches say which token is a row's first. A model with absolute position
+    embeddings counts padding otherwise, in training but not in generation."""
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         width = max(len(feature["input_ids"]) for feature in features)
@@ -309,4 +321,8 @@ class ReftDataCollator:
             "labels": [padded(f["labels"], IGNORED_LABEL) for f in features],
             "prompt_lengths": [f["prompt_lengths"] for f in features],
         }
-        return {name: torch.tensor(rows) for name, rows in batch.items()}
+        tensors = {name: torch.tensor(rows) for name, rows in batch.items()}
+        if self.position_ids and on_left:
+            counted = tensors["attention_mask"].cumsum(1) - 1
+            tensors["position_ids"] = counted.clamp(min=0)
+        return tensors

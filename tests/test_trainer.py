@@ -1,5 +1,6 @@
 """Training with the real Trainer: pyreft's example, accumulation, evaluation, resuming."""
 
+import copy
 import json
 import os
 import signal
@@ -270,6 +271,17 @@ def test_positions_do_not_change_when_labels_are_taken_away(tokenizer: Any, tmp_
         dataset = data["train_dataset"].remove_columns("prompt_lengths")
         rn.ReftTrainer(model=model, args=args, train_dataset=dataset, data_collator=plain).train()
     assert lengths[0] == lengths[1]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neo", "llama"])
+def test_left_padding_trains_like_right_padding(architecture: str, tokenizer: Any) -> None:
+    model = rn.get_reft_model(base_model(tokenizer, architecture), rn.ReftConfig(loreft()))
+    losses, tokenizer = [], copy.deepcopy(tokenizer)
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        data = module(tokenizer, model)
+        losses.append(model(**data["data_collator"](list(data["train_dataset"]))).loss)
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
 
 
 def test_tokenizer_and_processing_class_are_one_argument(tokenizer: Any, tmp_path: Path) -> None:
