@@ -6,7 +6,6 @@ Cholesky-QR, batched over all interventions of one shape; in evaluation it is co
 """
 
 import contextlib
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,13 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-_STEPS = itertools.count()
 _steps_taken = 0
 
 
 def _count_step(*_: Any) -> None:
     global _steps_taken  # noqa: PLW0603  # fused optimizers do not raise a parameter's version
-    _steps_taken = next(_STEPS) + 1
+    _steps_taken += 1
 
 
 register_optimizer_step_post_hook(_count_step)

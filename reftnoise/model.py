@@ -61,7 +61,7 @@ class ReftModel(nn.Module):
         self.interventions.train(model.training)
         self.training = model.training
         self.register_state_dict_post_hook(saving.keep_trained)  # type: ignore[no-untyped-call]  # torch's
-        self.register_load_state_dict_post_hook(saving.expect_trained)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(saving.expect_trained)  # type: ignore[no-untyped-call]  # torch's
 
     def __getattr__(self, name: str) -> Any:
         try:
