@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from typing_extensions import Unpack
@@ -205,6 +205,35 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
         reject_unknown(type(self), pyvene)
         super().__init__(embed_dim=embed_dim, keep_last_dim=True)
         _drop_pyvene_buffers_from_state(self)
+
+    @abstractmethod
+    def delta(
+        self,
+        hidden: Float[Tensor, "batch length hidden"],
+        attended: Bool[Tensor, "batch length"] | None = None,
+        prompt: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Draw the noise for `hidden`, of which only shape, dtype and device count.
+
+        Args:
+            hidden: the states to be perturbed.
+            attended: which of them are tokens and not padding; all, if None.
+            prompt: which belong to the prompt.
+        """
+
+    def forward(
+        self,
+        base: Float[Tensor, "batch length hidden"],
+        source: Tensor | None = None,
+        subspaces: list[Any] | None = None,
+        *,
+        attended: Bool[Tensor, "batch length"] | None = None,
+        prompt: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Perturb `base` in training mode, return it untouched otherwise."""
+        if not self.training:
+            return base
+        return base + self.delta(base, attended, prompt)
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""

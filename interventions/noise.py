@@ -15,7 +15,7 @@ under the same generator state). Every draw comes from torch's global generator.
 import math
 from abc import abstractmethod
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -99,13 +99,7 @@ class _ScaledNoise(NoiseIntervention):
         attended: Bool[Tensor, "batch length"] | None = None,
         prompt: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length hidden"]:
-        """Draw the noise for `hidden`.
-
-        Args:
-            hidden: the states to be perturbed.
-            attended: which of them are tokens and not padding; all, if None.
-            prompt: which belong to the prompt; needed unless `where` is "all".
-        """
+        r"""Draw $\alpha/\sqrt{Ld}\,\varepsilon$; `prompt` is needed unless `where` is "all"."""
         match = 1.0
         if self.unit_variance != self.natural_unit_variance:
             match = math.sqrt(3) if self.unit_variance else 1 / math.sqrt(3)
@@ -128,20 +122,6 @@ class _ScaledNoise(NoiseIntervention):
             chosen = prompt if self.where == "prompt" else ~prompt
             noise = noise.masked_fill(~chosen[..., None], 0.0)
         return noise
-
-    def forward(
-        self,
-        base: Float[Tensor, "batch length hidden"],
-        source: Tensor | None = None,
-        subspaces: list[Any] | None = None,
-        *,
-        attended: Bool[Tensor, "batch length"] | None = None,
-        prompt: Bool[Tensor, "batch length"] | None = None,
-    ) -> Float[Tensor, "batch length hidden"]:
-        """Perturb `base` in training mode, return it untouched otherwise."""
-        if not self.training:
-            return base
-        return base + self.delta(base, attended, prompt)
 
 
 class NeftuneIntervention(_ScaledNoise):

@@ -1,5 +1,6 @@
 """Find the places of a base model that units can edit, by structure and not by architecture."""
 
+import inspect
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,3 +134,8 @@ def _width(module: nn.Module, is_input: bool = False) -> int | None:
     if isinstance(module, nn.Linear):
         return module.in_features if is_input else module.out_features
     return module.embedding_dim if isinstance(module, nn.Embedding) else None
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """Whether a model's forward can be told which token of its row each column holds."""
+    return "position_ids" in inspect.signature(model.forward).parameters

@@ -6,7 +6,6 @@ will. A conversation becomes one example per assistant turn, with all that prece
 """
 
 import glob
-import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
+from .components import takes_position_ids
 from .model import ReftModel
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ def make_last_position_supervised_data_module(
         FileNotFoundError: a path that does not exist.
     """
     limit = _max_length(tokenizer, model, max_length)
+    base = model.model if isinstance(model, ReftModel) else model
+    counts = hasattr(base, "forward") and takes_position_ids(base)
 
     def tokenize(source: Examples, targets: Sequence[str] | None, name: str) -> datasets.Dataset:
         return tokenize_examples(
@@ -92,7 +94,7 @@ def make_last_position_supervised_data_module(
         "eval_dataset": None
         if eval_prompts is None
         else tokenize(eval_prompts, eval_completions, "evaluation"),
-        "data_collator": ReftDataCollator(tokenizer, position_ids=_takes_position_ids(model)),
+        "data_collator": ReftDataCollator(tokenizer, position_ids=counts),
     }
 
 
@@ -281,12 +283,6 @@ def _max_length(tokenizer: Any, model: Any, max_length: int | None) -> int | Non
     if smallest is not None and smallest < 3:
         raise ValueError(f"max_length {smallest}: expected at least 3 tokens")
     return smallest
-
-
-def _takes_position_ids(model: Any) -> bool:
-    base = model.model if isinstance(model, ReftModel) else model
-    forward = getattr(base, "forward", None)
-    return forward is not None and "position_ids" in inspect.signature(forward).parameters
 
 
 @dataclass

@@ -28,6 +28,7 @@ from .interventions import (
     shared_bases,
 )
 from .positions import Positions, PromptLayout, Selection
+from .split import Alignment
 
 # Threads take turns on a base, and within a thread the innermost pass alone edits: a pass of
 # another ReftModel, or of the bare base, may be run from a hook or a logits processor.
@@ -46,10 +47,9 @@ def innermost(base: nn.Module) -> Iterator[Callable[[], bool]]:
         passes.remove(mine)
 
 
-def inner_model(base: PreTrainedModel) -> nn.Module:
+def inner_model(base: PreTrainedModel) -> PreTrainedModel:
     """The model whose forward runs: a PEFT model generates with the model inside it."""
-    inner: nn.Module = base.get_base_model() if hasattr(base, "get_base_model") else base
-    return inner
+    return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,29 @@ class Pass:
     """Whether the base drafts for itself, so that it reads the prompt more than once."""
     seen: int = 0
     """Columns that calls of the base have read, for caches that do not tell (state-space)."""
+    alignment: Alignment | None = None
+    """How the base's rows are shifted against the layout; the selections are shifted already."""
+    _noise: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def cut(self) -> int:
+        """Columns before it hold no edit."""
+        return 0 if self.alignment is None else self.alignment.cut
+
+    def noise(
+        self, one: PlacedUnit, hidden: Float[Tensor, "batch length hidden"], offset: int
+    ) -> Float[Tensor, "batch length hidden"]:
+        """This call's part of the noise of a shifted pass.
+
+        It is drawn once for the whole batch as given, so it is the plain pass's.
+        """
+        assert self.alignment is not None
+        assert isinstance(one.unit, NoiseIntervention)
+        if one.key not in self._noise:
+            like = hidden.new_zeros(*self.layout.attended.shape, hidden.shape[-1])
+            masks = (self.layout.attended.to(like.device), self.layout.prompt.to(like.device))
+            self._noise[one.key] = self.alignment.take(one.unit.delta(like, *masks))
+        return self._noise[one.key][:, offset : offset + hidden.shape[1]]
 
 
 @dataclass
@@ -126,14 +149,16 @@ class Engine:
         self._chunk: Chunk | None = None
 
     @contextlib.contextmanager
-    def running(self, current: Pass) -> Iterator[None]:
+    def running(self, current: Pass) -> Iterator[Callable[[], bool]]:
         """Apply `current` to every call of the base within the block.
+
+        Yields whether the innermost pass on the base is this one.
 
         In a generation, nothing of ours stays on the base once the prompt is in the cache, unless
         a unit edits generated tokens.
         """
         base = inner_model(self.base)
-        checkpointed = [m for m in self.base.modules() if _checkpoints(m)]
+        checkpointed = checkpointed_modules(self.base)
         with _LOCKS.setdefault(base, RLock()), contextlib.ExitStack() as stack:
             outer = self._chunk
             # What is recomputed in the backward pass must not depend on what is computed outside:
@@ -159,7 +184,7 @@ class Engine:
                 )
                 hooks.callback(end.remove)
             try:
-                yield
+                yield is_ours
             finally:
                 self._chunk = outer
 
@@ -286,11 +311,15 @@ class Engine:
             )
         for one in placed:
             if isinstance(one.unit, NoiseIntervention):
-                if one.unit.training and not chunk.current.is_generation:
+                if chunk.current.alignment is not None and one.unit.training:
+                    hidden = hidden + chunk.current.noise(one, hidden, chunk.offset)
+                elif one.unit.training and not chunk.current.is_generation:
                     layout = chunk.current.layout
                     attended = chunk.columns(layout.attended).to(hidden.device)
                     prompt = chunk.columns(layout.prompt).to(hidden.device)
                     hidden = one.unit(hidden, attended=attended, prompt=prompt)
+            elif chunk.offset + chunk.length <= chunk.current.cut:
+                continue
             elif (selection := chunk.current.selections[one.key]) is not None:
                 if hidden.shape[-1] != one.unit.hidden_size:
                     raise ValueError(
@@ -328,10 +357,13 @@ def cached_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _checkpoints(module: nn.Module) -> bool:
-    return (
-        module.training
+def checkpointed_modules(base: nn.Module) -> list[nn.Module]:
+    """The modules whose layers gradient checkpointing would recompute now."""
+    return [
+        module
+        for module in base.modules()
+        if module.training
         and torch.is_grad_enabled()
         and getattr(module, "gradient_checkpointing", False)
         and hasattr(module, "_gradient_checkpointing_func")
-    )
+    ]

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from . import saving
 from .config import ReftConfig
 from .engine import Engine, Pass, cached_length, inner_model, innermost
-from .pairs import first_of_pairs, in_pairs
+from .pairs import in_pairs
+from .passes import Runner, SplitMode
 from .placement import place_units
 from .positions import (
     PromptLayout,
@@ -26,6 +27,7 @@ from .positions import (
     parse_unit_locations,
     prompt_lengths_from_labels,
 )
+from .prefix_cache import PrefixCache
 
 
 class ReftModel(nn.Module):
@@ -56,7 +58,10 @@ class ReftModel(nn.Module):
         self.reft_config = config
         placed = place_units(config, model)
         self.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
+        self.split: SplitMode = "auto"
+        self.prefix_cache: PrefixCache | None = None
         self._engine = Engine(model, placed)
+        self._runner = Runner(self._engine)
         self._is_disabled = False
         self.interventions.train(model.training)
         self.training = model.training
@@ -88,6 +93,7 @@ class ReftModel(nn.Module):
         prompt_lengths: Int[Tensor, " batch"] | None = None,
         unit_locations: UnitLocations | None = None,
         output_original_output: bool = False,
+        return_logits: bool | None = None,
         **inputs: Any,
     ) -> Any:
         """One pass of the base with the units applied.
@@ -103,11 +109,13 @@ class ReftModel(nn.Module):
             unit_locations: `{"sources->base": (None, locations)}` with columns nested as
                 interventions × batch × positions, instead of the config's positions.
             output_original_output: in pyreft's form, also run the bare base.
+            return_logits: with labels, logits that the loss does not need are computed when they
+                are read; True computes them in the base's own forward, False leaves them out.
             inputs: the base's other arguments.
 
         Raises:
             ValueError: masks, locations or widths that do not fit the input; SymNoise in training
-                without labels.
+                without labels; `split = "always"` where a pass cannot be split.
         """
         given = {"attention_mask": attention_mask, "labels": labels}
         given |= {"prompt_lengths": prompt_lengths}
@@ -118,6 +126,7 @@ class ReftModel(nn.Module):
             if output_original_output:
                 with self.disabled():
                     original = self(**batch)
+            batch.setdefault("return_logits", return_logits)
             return original, self(**batch, unit_locations=unit_locations)
         prompt_lengths = inputs.pop("prompt_lengths", None)
         if input_ids is not None:
@@ -136,9 +145,14 @@ class ReftModel(nn.Module):
             prompt_lengths = None if prompt_lengths is None else prompt_lengths.repeat(2)
         layout = self._layout(inputs, prompt_lengths)
         current = self._pass(layout, unit_locations, batch_size, width)
-        with self._engine.running(current):
-            outputs = self.model(**inputs)
-        return first_of_pairs(outputs, batch_size) if doubled else outputs
+        return self._runner.run(
+            current,
+            inputs,
+            pairs=batch_size if doubled else None,
+            return_logits=return_logits,
+            split=self.split,
+            prefix_cache=self.prefix_cache,
+        )
 
     def generate(
         self,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -133,6 +134,13 @@ class Selection:
     mask: Bool[Tensor, "batch positions"]
     decode: bool = False
     """Whether columns beyond the mask's width, which generation appends, are selected."""
+
+    def first_column(self, width: int) -> Int[Tensor, " batch"]:
+        """Each row's first selected column; `width` where nothing is selected."""
+        columns = self.columns
+        if columns is None:
+            columns = torch.arange(width, device=self.mask.device).expand_as(self.mask)
+        return F.pad(columns.masked_fill(~self.mask, width), (0, 1), value=width).amin(1)
 
     def repeat(self, times: int) -> "Selection":
         """Each row `times` in succession, as beams and return sequences lay batches out."""

@@ -3,7 +3,7 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -11,7 +11,9 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from . import saving
 from .model import ReftModel
+from .passes import SplitMode
 from .positions import has_token_labels, prompt_lengths_from_labels
+from .prefix_cache import Place, PrefixCache
 
 
 class ReftTrainer(Trainer):
@@ -25,6 +27,12 @@ class ReftTrainer(Trainer):
         model: a `ReftModel`.
         args: `transformers.TrainingArguments`.
         tokenizer: the older name of `processing_class`.
+        split: whether what comes before the first edit runs without gradients (see
+            `ReftModel.split`).
+        prefix_cache: keep the prompts' keys and values for the next epochs, in `"memory"` or on
+            `"disk"`; a step then costs the completion alone. It needs prompts without noise and a
+            base without dropout, and computes them anew otherwise.
+        prefix_cache_bytes: size of that cache, at most.
         trainer_arguments: as the Trainer takes them.
     """
 
@@ -34,13 +42,23 @@ class ReftTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        split: SplitMode = "auto",
+        prefix_cache: Place = "none",
+        prefix_cache_bytes: int = 2**32,
         **trainer_arguments: Any,
     ) -> None:
         if tokenizer is not None:
             if trainer_arguments.get("processing_class") is not None:
                 raise ValueError("tokenizer and processing_class are one argument: give one")
             trainer_arguments["processing_class"] = tokenizer
+        if split not in get_args(SplitMode):
+            raise ValueError(f"split {split!r}: expected 'auto', 'always' or 'never'")
+        prefixes = None
+        if prefix_cache != "none":
+            prefixes = PrefixCache(prefix_cache, prefix_cache_bytes)
         super().__init__(model=model, args=args, **trainer_arguments)
+        if isinstance(self.model, ReftModel):
+            self.model.split, self.model.prefix_cache = split, prefixes
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` continues from the last complete checkpoint."""
@@ -57,6 +75,10 @@ class ReftTrainer(Trainer):
             if has_token_labels(labels, attended):
                 lengths = prompt_lengths_from_labels(labels, attended)
                 inputs = inputs | {"prompt_lengths": lengths}
+        adapter = self.accelerator.unwrap_model(model)
+        returns_outputs = kwargs.get("return_outputs", bool(args and args[0]))
+        if model.training and not returns_outputs and isinstance(adapter, ReftModel):
+            inputs = {"return_logits": False} | inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -15,8 +15,10 @@ SYSTEM = sorted((ROOT / "reftnoise").glob("*.py"))
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
     {"interventions"},
-    {"config", "positions", "components"},
-    {"engine", "placement", "pairs"},
+    {"config", "positions", "components", "loss", "prefix_cache", "pairs"},
+    {"split", "probe"},
+    {"engine"},
+    {"placement", "passes"},
     {"model", "saving"},
     {"data", "trainer", "progress"},
     {"demo", "tiny"},

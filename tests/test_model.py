@@ -46,7 +46,7 @@ def batch(length: int = 10, rows: int = 3) -> dict[str, Tensor]:
 def test_it_is_called_like_the_base() -> None:
     model = wrapped()
     output = model(**batch())
-    assert type(output) is CausalLMOutputWithPast
+    assert isinstance(output, CausalLMOutputWithPast)
     assert output.loss.requires_grad
 
 

@@ -188,8 +188,8 @@ def test_a_noise_of_ones_own_works_by_its_name(tiny_llama: LlamaForCausalLM) -> 
             super().__init__(**pyvene)
             self.by = by
 
-        def forward(self, base: Tensor, *_: Any, **masks: Tensor) -> Tensor:
-            return base + self.by if self.training else base
+        def delta(self, hidden: Tensor, *_: Any, **masks: Tensor) -> Tensor:
+            return torch.full_like(hidden, self.by)
 
     tokens = torch.randint(3, 101, (2, 5))
     embedded = tiny_llama.model.embed_tokens(tokens).detach()

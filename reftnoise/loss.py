@@ -1,0 +1,232 @@
+"""The loss at label positions alone, and logits only for those who read them.
+
+Most of a language model's output is never looked at in training: logits at prompt and padding
+positions have no label. Here the head and the cross-entropy run on the hidden states that predict
+a label, in chunks, so that batch × length × vocabulary logits are never held.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+MAX_LOGITS = 2**24
+"""Logits that the loss holds at a time: 64 MiB in fp32."""
+
+
+class Tail:
+    """What a base computes after its decoder: logits, with its own head, scaling and capping.
+
+    It is the base's own `forward` with the decoder cut out, on a shallow copy, so the base itself
+    is not touched and no architecture is known here.
+
+    Args:
+        base: the model, with the decoder under `base_model_prefix` as in transformers.
+        decoder_output: the class of what the decoder returns.
+    """
+
+    def __init__(self, base: PreTrainedModel, decoder_output: type[ModelOutput]) -> None:
+        self._model = copy.copy(base)
+        decoder = {base.base_model_prefix: _Given(decoder_output)}
+        self._model._modules = base._modules | decoder
+        self._recorded = _Recorded()
+        self._model.loss_function = self._recorded
+        self.vocabulary = int(base.config.get_text_config().vocab_size)
+
+    def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocabulary"]:
+        """What the base makes of its decoder's output."""
+        found: Tensor = self._model.forward(inputs_embeds=hidden).logits
+        return found
+
+    def summed_loss(
+        self, hidden: Float[Tensor, "tokens hidden"], targets: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy, summed over tokens.
+
+        Raises:
+            ValueError: the base's loss is something else than its `loss_function`.
+        """
+        output = self._model.forward(inputs_embeds=hidden[None], labels=targets[None])
+        if not self._recorded.sums or output.loss is not self._recorded.sums.pop():
+            raise ValueError("its loss is more than its loss_function")
+        return output.loss
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the head itself has parameters to train."""
+        return any(parameter.requires_grad for parameter in self._model.parameters())
+
+
+class _Recorded:
+    """A model's `loss_function` that sums, and remembers what it returned."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
+        flat, targets = logits.flatten(0, -2).float(), labels.flatten().to(logits.device)
+        self.sums.append(F.cross_entropy(flat, targets, reduction="sum"))
+        return self.sums[-1]
+
+
+class _Given(nn.Module):
+    """A decoder whose output is its input."""
+
+    def __init__(self, output: type[ModelOutput]) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> ModelOutput:
+        return self.output(last_hidden_state=inputs_embeds)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The summed loss of a frozen tail, which takes each chunk's gradient while it has its logits.
+
+    So the backward pass needs one gradient of the hidden states and recomputes nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "tokens hidden"],
+        targets: Int[Tensor, " tokens"],
+        tail: Tail,
+    ) -> Float[Tensor, ""]:
+        size = max(1, MAX_LOGITS // tail.vocabulary)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradients = []
+        for start in range(0, len(hidden), size):
+            rows, wanted = hidden[start : start + size], targets[start : start + size]
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                leaf = rows.detach().requires_grad_(ctx.needs_input_grad[0])
+                loss = tail.summed_loss(leaf, wanted)
+            if ctx.needs_input_grad[0]:
+                gradients += torch.autograd.grad(loss, leaf)
+            total += loss.detach()
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        chunks = torch.cat(ctx.saved_tensors)
+        return chunks * gradient.to(chunks.dtype), None, None
+
+
+def label_loss(
+    tail: Tail,
+    hidden: Float[Tensor, "batch length hidden"],
+    targets: Int[Tensor, "batch length"],
+    num_items: Tensor | int | None = None,
+) -> Float[Tensor, ""]:
+    r"""$-\frac1N\sum_t \log p(y_t \mid h_t)$ over targets $y_t \ne -100$.
+
+    Args:
+        tail: from hidden states to logits.
+        hidden: the decoder's output.
+        targets: what each column predicts.
+        num_items: N, by default the number of targets.
+    """
+    flat = targets.flatten().to(hidden.device)
+    rows = (flat != -100).nonzero()[:, 0]
+    targets = flat.index_select(0, rows)
+    hidden = hidden.flatten(0, 1).index_select(0, rows)
+    if tail.is_trained:  # autograd needs the logits
+        total = tail.summed_loss(hidden, targets)
+    else:
+        total = _ChunkedLoss.apply(hidden, targets, tail)  # type: ignore[no-untyped-call]  # torch's
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(total.device)
+    return total / (len(targets) if num_items is None else num_items)
+
+
+def targets_of(labels: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    """What each column predicts: the label of the next one."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+@contextlib.contextmanager
+def without_logits(
+    decoder: nn.Module, is_ours: Callable[[], bool] = lambda: True
+) -> Iterator[list[ModelOutput]]:
+    """Within the block, the base's head sees one token; what the decoder returned is collected."""
+    seen: list[ModelOutput] = []
+
+    def narrow(_: nn.Module, __: Any, output: ModelOutput) -> ModelOutput:
+        if not is_ours():
+            return output
+        seen.append(output)
+        return type(output)(**(output | {"last_hidden_state": output[0][:1, :1]}))
+
+    handle = decoder.register_forward_hook(narrow)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def with_lazy_logits(output: ModelOutput, logits: Callable[[], Tensor]) -> ModelOutput:
+    """The same output, with logits that are computed when somebody reads them."""
+    lazy: ModelOutput = _lazy(type(output))(**output)
+    lazy.__dict__["_compute_logits"] = logits
+    return lazy
+
+
+class _LazyLogits:
+    """Before an output class: a field `logits` that is computed when it is read in any way.
+
+    The object then becomes one of the output class itself.
+    """
+
+    def _become_plain(self: Any, logits: Tensor | None = None) -> Any:
+        compute = self.__dict__.pop("_compute_logits")
+        self.__class__ = type(self).__mro__[2]
+        self["logits"] = compute() if logits is None else logits
+        for field in fields(self):  # in the class's order
+            if field.name in self.keys():
+                self.move_to_end(field.name)
+        return self
+
+    @property
+    def logits(self) -> Tensor:
+        found: Tensor = self._become_plain().logits
+        return found
+
+    @logits.setter
+    def logits(self, value: Tensor | None) -> None:
+        if value is not None:
+            self._become_plain(value)
+
+    def __getitem__(self: Any, key: Any) -> Any:
+        return self.loss if key in (0, "loss") else self._become_plain()[key]
+
+    def __contains__(self, key: Any) -> bool:
+        return key == "loss" or key in self._become_plain()
+
+
+def _as_plain(name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any) -> Any:
+        return getattr(self._become_plain(), name)(*args)
+
+    return method
+
+
+for _name in (
+    *("__iter__", "__len__", "__eq__", "__or__", "__repr__", "__reduce__", "__reduce_ex__"),
+    *("keys", "values", "items", "get", "copy", "to_tuple"),
+):
+    setattr(_LazyLogits, _name, _as_plain(_name))
+
+
+@functools.cache
+def _lazy(output: type) -> type[ModelOutput]:
+    return type(output.__name__, (_LazyLogits, output), {"__module__": output.__module__})

@@ -1,0 +1,328 @@
+"""Run one pass of a base with its units in the cheapest way that gives the base's own loss.
+
+| way | when |
+|---|---|
+| the base's own forward | there are no labels, or the caller wants all logits |
+| loss at label positions | labels are one per token, and the base's loss is the usual one |
+| split | besides, the base is frozen and much of the batch comes before the first edit |
+| split, prompts from a cache | besides, prompts meet neither noise nor dropout |
+
+Whether a base allows them is found out on the base itself, once, with eight tokens.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import ModelOutput
+
+from .components import takes_position_ids
+from .engine import Engine, Pass, checkpointed_modules, inner_model, innermost
+from .interventions import NoiseIntervention
+from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
+from .pairs import first_of_pairs
+from .positions import has_token_labels
+from .prefix_cache import PrefixCache, Shapes, pack, unpack
+from .probe import Abilities, is_watched, probe
+from .split import PER_TOKEN, Alignment, align, aligned_inputs
+
+logger = logging.getLogger(__name__)
+
+SplitMode = Literal["auto", "always", "never"]
+
+Decoded = tuple[ModelOutput, Tensor, Callable[[], Tensor]]
+"""The base's output, the hidden states that predict labels, and a way to all hidden states."""
+
+_SPLIT_INPUTS = {*PER_TOKEN, "attention_mask", "labels", "num_items_in_batch"}
+_LABEL_INPUTS = _SPLIT_INPUTS | {"use_cache", "output_hidden_states", "output_attentions"}
+_LABEL_INPUTS |= {"token_type_ids", "return_dict"}
+
+
+class Runner:
+    """Runs passes of an engine, each in the cheapest way.
+
+    Args:
+        engine: the base with its units.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._logged: set[tuple[str, str]] = set()
+        self._shapes: Shapes = []
+
+    def run(
+        self,
+        current: Pass,
+        inputs: dict[str, Any],
+        *,
+        pairs: int | None = None,
+        return_logits: bool | None = None,
+        split: SplitMode = "auto",
+        prefix_cache: PrefixCache | None = None,
+    ) -> Any:
+        """One call of the base; returns its output class with its loss.
+
+        Args:
+            current: the edits.
+            inputs: of the base.
+            pairs: for a batch that holds each of so many examples twice, return the first half.
+            return_logits: True has the base compute all; False leaves them out where they are not
+                needed for the loss; None computes them when somebody reads them.
+            split: whether to run what comes before the first edit without gradients; `"auto"`
+                where it is possible and saves time.
+            prefix_cache: where keys and values of prompts are kept from epoch to epoch.
+
+        Raises:
+            ValueError: `split="always"`, but a training pass cannot be split.
+        """
+        engine, labels = self._engine, inputs.get("labels")
+        is_training = labels is not None and torch.is_grad_enabled()
+        alignment = None
+        whole = next(self._against_label_loss(current, inputs, return_logits), None)
+        plain = whole or next(self._against_split(inputs), None)
+        if plain is None and split != "never":
+            alignment = self._align(current, inputs, keep_end=return_logits is not False)
+            if alignment is None:
+                plain = "rows are packed, or have labels at or right after padding"
+            elif alignment.cut == 0 or (split == "auto" and not alignment.is_worthwhile):
+                alignment = None
+        if plain is not None and is_training:
+            if split == "always":
+                raise ValueError(f"split 'always': {plain}")
+            self._log("a training pass is not split", plain)
+        if whole is not None:
+            if is_training:
+                self._log("all logits are computed", whole)
+            with engine.running(current):
+                outputs = engine.base(**inputs)
+            return outputs if pairs is None else first_of_pairs(outputs, pairs)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        targets = targets_of(inputs.pop("labels"))
+        num_items = inputs.pop("num_items_in_batch", None)
+        if alignment is None:
+            outputs, hidden, all_hidden = self._plain(current, inputs)
+        else:
+            outputs, hidden, all_hidden = self._split(current, inputs, alignment, prefix_cache)
+            targets = alignment.take(targets, -100)[:, alignment.cut :]
+        tail = Tail(inner_model(engine.base), self._abilities.decoder_output)
+        loss = label_loss(tail, hidden, targets, num_items)
+        kept = {n: v for n, v in outputs.items() if n not in ("loss", "logits")}
+        outputs = type(outputs)(loss=loss, **kept)
+        if pairs is not None:
+            outputs = first_of_pairs(outputs, pairs)
+        if return_logits is False:
+            return outputs
+        return with_lazy_logits(outputs, lambda: tail.logits(all_hidden()[:pairs]))
+
+    # -- the ways ------------------------------------------------------------------------------
+
+    def _plain(self, current: Pass, inputs: dict[str, Any]) -> Decoded:
+        base = self._engine.base
+        decoder = inner_model(base).base_model
+        with self._engine.running(current) as is_ours, without_logits(decoder, is_ours) as seen:
+            outputs = base(**inputs)
+        hidden = seen[-1].last_hidden_state
+        return outputs, hidden, lambda: hidden
+
+    def _split(
+        self,
+        current: Pass,
+        inputs: dict[str, Any],
+        alignment: Alignment,
+        prefix_cache: PrefixCache | None,
+    ) -> Decoded:
+        base, cut = self._engine.base, alignment.cut
+        decoder = inner_model(base).base_model
+        moved = {id(s): alignment.select(s) for s in current.selections.values() if s is not None}
+        selections = {k: s and moved[id(s)] for k, s in current.selections.items()}
+        current = replace(current, selections=selections, alignment=alignment)
+        counts = takes_position_ids(inner_model(base))
+        aligned = aligned_inputs(alignment, inputs, current.layout, position_ids=counts)
+        prompt = {name: value[:, :cut] for name, value in aligned.items()}
+        rest = {name: value[:, cut:] for name, value in aligned.items()}
+        rest["attention_mask"] = aligned["attention_mask"]
+        if prefix_cache is not None and (why := next(self._against_reuse(inputs), None)):
+            self._log("prompts are not kept from epoch to epoch", why)
+            prefix_cache = None
+        with self._engine.running(current) as is_ours, without_logits(decoder, is_ours) as seen:
+            if prefix_cache is None:
+                cache = self._prefill(prompt)
+            else:
+                cache = self._reused(prompt, alignment.inside[:, :cut], prefix_cache)
+            outputs = base(**rest, past_key_values=cache, use_cache=True)
+        hidden = seen[-1].last_hidden_state
+
+        def all_hidden() -> Tensor:
+            before = [output.last_hidden_state for output in seen[:-1]]
+            if [len(part) for part in before] != [len(hidden)]:  # from the prefix cache
+                with innermost(inner_model(base)), without_logits(decoder) as again:
+                    self._prefill(prompt)
+                before = [again[0].last_hidden_state]
+            return alignment.put_back(torch.cat([*before, hidden], 1))
+
+        kept = {name: value for name, value in outputs.items() if name != "past_key_values"}
+        return type(outputs)(**kept), hidden, all_hidden
+
+    @torch.no_grad()
+    def _prefill(self, prompt: Mapping[str, Tensor]) -> DynamicCache:
+        cache = DynamicCache()
+        self._engine.base(**prompt, past_key_values=cache, use_cache=True)
+        return cache
+
+    @torch.no_grad()
+    def _reused(
+        self, prompt: Mapping[str, Tensor], inside: Tensor, prefixes: PrefixCache
+    ) -> DynamicCache:
+        """Keys and values of prompts from the cache, and of those that it lacks from the base."""
+        prefixes.belongs_to(self._stamp())
+        columns = torch.stack(
+            [
+                prompt["input_ids"],
+                prompt.get("position_ids", prompt["input_ids"]),
+                prompt["attention_mask"],
+            ],
+            dim=2,
+        ).cpu()
+        names = [
+            row[kept].numpy().tobytes() for row, kept in zip(columns, inside.cpu(), strict=True)
+        ]
+        lengths = inside.sum(1).tolist()
+        missing = [row for row, name in enumerate(names) if name not in prefixes]
+        prefixes.hits += len(names) - len(missing)
+        prefixes.misses += len(missing)
+        if len(missing) == len(names):
+            cache = self._prefill(prompt)
+            values, self._shapes = pack(cache)
+        else:
+            device = prompt["input_ids"].device
+            values = prefixes.stacked(names, lengths, inside.shape[1]).to(device)
+            if missing:
+                lacking = torch.tensor(missing, device=device)
+                cache = self._prefill({n: v[lacking] for n, v in prompt.items()})
+                values[lacking], self._shapes = pack(cache)
+            cache = unpack(values, self._shapes)
+        for row in missing:
+            prefixes.write(names[row], values[row, inside.shape[1] - lengths[row] :].cpu())
+        return cache
+
+    # -- which of them -------------------------------------------------------------------------
+
+    @cached_property
+    def _abilities(self) -> Abilities:
+        base = inner_model(self._engine.base)
+        with innermost(base):
+            found = probe(base)
+        for reason in {found.no_tail, found.no_prefill} - {None}:
+            logger.warning("training runs plain passes: %s", reason)
+        return found
+
+    def _against_label_loss(
+        self, current: Pass, inputs: Mapping[str, Any], return_logits: bool | None
+    ) -> Iterator[str]:
+        """Reasons to leave the loss to the base."""
+        base, labels = self._engine.base, inputs.get("labels")
+        inner = inner_model(base)
+        decoder = inner.base_model
+        tail = [m for child in inner.children() if child is not decoder for m in child.modules()]
+        if labels is None:
+            yield "there are no labels"
+        if return_logits:
+            yield "return_logits is True"
+        if torch.compiler.is_compiling():
+            yield "shapes that depend on labels would break the graph"
+        is_continued = inputs.get("past_key_values") is not None
+        if is_continued or not has_token_labels(labels, current.layout.attended):
+            yield "labels are not one per token"
+        if unknown := given(inputs) - _LABEL_INPUTS:
+            yield f"{', '.join(sorted(unknown))} may change the loss"
+        if inputs.get("return_dict", inner.config.return_dict) is False:
+            yield "outputs are tuples"
+        if getattr(getattr(base, "active_peft_config", None), "is_prompt_learning", False):
+            yield "PEFT puts virtual tokens before the labels"
+        if any(is_watched(module) for module in [inner, *tail]):
+            yield "a hook of others reads the head"
+        if any(one.site.module in {inner, decoder, *tail} for one in self._engine.units):
+            yield "a unit edits the head"
+        if self._abilities.no_tail is not None:
+            yield self._abilities.no_tail
+
+    def _against_split(self, inputs: Mapping[str, Any]) -> Iterator[str]:
+        """Reasons not to run the prompt without gradients."""
+        base = self._engine.base
+        if not torch.is_grad_enabled():
+            yield "no gradients are taken"
+        if any(parameter.requires_grad for parameter in base.parameters()):
+            yield "parameters of the base are trained"
+        if any(isinstance(v, Tensor) and v.requires_grad for v in inputs.values()):
+            yield "an input requires a gradient"
+        if unknown := given(inputs) - _SPLIT_INPUTS:
+            yield f"{', '.join(sorted(unknown))} concern the whole batch"
+        position_ids = inputs.get("position_ids")
+        if position_ids is not None and position_ids.shape != inputs["labels"].shape:
+            yield "position_ids are not one per token"
+        if checkpointed_modules(base):
+            yield "gradient checkpointing takes no cache"
+        if any(is_watched(module) for module in base.modules()):
+            yield "a hook of others reads the base"
+        if self._abilities.no_prefill is not None:
+            yield self._abilities.no_prefill
+
+    def _against_reuse(self, inputs: Mapping[str, Any]) -> Iterator[str]:
+        """Reasons why keys and values of prompts differ from epoch to epoch."""
+        if "input_ids" not in inputs:
+            yield "inputs are not token ids"
+        noises = [o.unit for o in self._engine.units if isinstance(o.unit, NoiseIntervention)]
+        if any(n.training and getattr(n, "where", "all") != "completion" for n in noises):
+            yield "prompts are noised"
+        if has_dropout(self._engine.base):
+            yield "the base drops out"
+
+    def _align(
+        self, current: Pass, inputs: Mapping[str, Any], *, keep_end: bool
+    ) -> Alignment | None:
+        alignment = align(
+            current.layout,
+            current.selections.values(),
+            inputs["labels"],
+            inputs.get("position_ids"),
+            keep_end=keep_end,
+        )
+        takes_positions = takes_position_ids(inner_model(self._engine.base))
+        if alignment is not None and not takes_positions and alignment.shift.any():
+            return None
+        return alignment
+
+    def _stamp(self) -> tuple[object, ...]:
+        """What keys and values depend on, beside tokens."""
+        base = self._engine.base
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters()]
+        device = base.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return (*weights, cast)
+
+    def _log(self, what: str, why: str) -> None:
+        if (what, why) not in self._logged:
+            self._logged.add((what, why))
+            logger.info("%s: %s", what, why)
+
+
+def given(inputs: Mapping[str, Any]) -> set[str]:
+    """Names of the inputs that are not None."""
+    return {name for name, value in inputs.items() if value is not None}
+
+
+def has_dropout(base: nn.Module) -> bool:
+    """Whether the base zeroes activations at random now, in a module or by a number it holds."""
+    for module in base.modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        if any("drop" in n and isinstance(v, float) and v > 0 for n, v in vars(module).items()):
+            return True
+    return False

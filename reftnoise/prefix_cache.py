@@ -1,0 +1,220 @@
+"""Keys and values of prompts, kept from one epoch to the next.
+
+What a frozen base computes for a prompt before its first edited token is the same at every step.
+Tokens are stored in blocks, and a block that several prompts begin with, such as one of a system
+prompt, is stored once.
+"""
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+Place = Literal["memory", "disk", "none"]
+
+BLOCK = 16
+"""Tokens per block."""
+
+
+class PrefixCache:
+    """A pool of blocks [tokens, width], where width counts all layers' keys and values.
+
+    When it is full, random prompts make room: an epoch reads every prompt once, so the least
+    recently used would be evicted just before its next use.
+
+    Args:
+        place: `"memory"` of the host, or `"disk"`, a temporary file that is mapped into memory.
+        max_bytes: size of the pool, at most; reserved at once on disk.
+        directory: for the file; by default the system's for temporary files.
+
+    Raises:
+        ValueError: an unknown place, or a size that is not positive.
+        OSError: no such directory, or not enough room in it.
+    """
+
+    def __init__(
+        self,
+        place: Literal["memory", "disk"] = "memory",
+        max_bytes: int = 2**32,
+        directory: str | Path | None = None,
+    ) -> None:
+        if place not in ("memory", "disk"):
+            raise ValueError(f"prefix cache {place!r}: expected 'memory' or 'disk'")
+        if type(max_bytes) is not int or max_bytes <= 0:
+            raise ValueError(f"max_bytes {max_bytes!r}: expected a positive number of bytes")
+        self.place, self.max_bytes, self.directory = place, max_bytes, directory
+        self.hits = self.misses = 0
+        self._random = random.Random(0)  # of its own: the global state stays as it is
+        self._pool: Tensor | None = None
+        self._stamp: tuple[object, ...] = ()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every prompt."""
+        self._prompts: dict[bytes, list[int]] = {}
+        self._order: list[bytes] = []  # of the keys of _prompts, to draw from
+        self._slots: dict[bytes, int] = {}  # of a block, by all tokens up to its end
+        self._names: dict[int, bytes] = {}
+        self._uses: dict[int, int] = {}
+        self._free: list[int] = []
+        self._unused = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that hold tokens now."""
+        if self._pool is None:
+            return 0
+        return len(self._uses) * self._pool[0].numel() * self._pool.element_size()
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __contains__(self, tokens: bytes) -> bool:
+        return tokens in self._prompts
+
+    def belongs_to(self, stamp: tuple[object, ...]) -> None:
+        """Forget everything that was stored under another stamp, such as of other weights."""
+        if stamp != self._stamp:
+            self.clear()
+            self._stamp = stamp
+
+    def stacked(
+        self, names: Sequence[bytes], lengths: Sequence[int], width: int
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Keys and values of stored prompts, padded on the left; zeros for others."""
+        assert self._pool is not None
+        found = self._pool.new_zeros(len(names), width, self._pool.shape[2])
+        for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
+            for index, slot in enumerate(self._prompts.get(name, [])):
+                start = width - length + index * BLOCK
+                part = found[row, start : min(start + BLOCK, width)]
+                part.copy_(self._pool[slot, : len(part)])
+        return found
+
+    def write(self, tokens: bytes, values: Float[Tensor, "tokens width"]) -> None:
+        """Store a prompt, evicting others if needed; a prompt larger than the pool is left out.
+
+        Args:
+            tokens: what identifies the prompt, of equally many bytes for every token.
+            values: keys and values of each token.
+        """
+        length = len(values)
+        if tokens in self._prompts or not self._allocate(values):
+            return
+        assert self._pool is not None
+        if -(-length // BLOCK) > len(self._pool):
+            return
+        each = len(tokens) // max(length, 1)
+        used: list[int] = []
+        for start in range(0, length, BLOCK):
+            block = values[start : start + BLOCK]
+            name = tokens[: (start + len(block)) * each]
+            slot = self._slots.get(name)
+            if slot is None:
+                slot = self._empty_slot()
+                self._pool[slot, : len(block)].copy_(block)
+                self._slots[name], self._names[slot] = slot, name
+            self._uses[slot] = self._uses.get(slot, 0) + 1
+            used.append(slot)
+        self._prompts[tokens] = used
+        self._order.append(tokens)
+
+    def _empty_slot(self) -> int:
+        assert self._pool is not None
+        while not self._free and self._unused == len(self._pool):
+            self._evict()
+        if self._free:
+            return self._free.pop()
+        self._unused += 1
+        return self._unused - 1
+
+    def _evict(self) -> None:
+        index = self._random.randrange(len(self._order))
+        self._order[index], self._order[-1] = self._order[-1], self._order[index]
+        for slot in self._prompts.pop(self._order.pop()):
+            self._uses[slot] -= 1
+            if self._uses[slot] == 0:
+                del self._uses[slot], self._slots[self._names.pop(slot)]
+                self._free.append(slot)
+
+    def _allocate(self, values: Tensor) -> bool:
+        """Whether there is a pool for such values; it is made for the first ones."""
+        width, size = values.shape[1], values.element_size()
+        if self._pool is not None and (self._pool.shape[2], self._pool.dtype) != (
+            width,
+            values.dtype,
+        ):
+            self.clear()
+            self._pool = None
+        slots = self.max_bytes // (BLOCK * width * size)
+        if self._pool is None and slots:
+            shape = (slots, BLOCK, width)
+            if self.place == "memory":
+                self._pool = torch.empty(shape, dtype=values.dtype)  # pages come when written
+            else:
+                self._pool = self._mapped(shape, values.dtype)
+        return self._pool is not None
+
+    def _mapped(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        elements = shape[0] * shape[1] * shape[2]
+        size = elements * dtype.itemsize
+        handle, path = tempfile.mkstemp(prefix="reftnoise-prefixes-", dir=self.directory)
+        try:
+            free = shutil.disk_usage(path).free
+            if free < size:
+                raise OSError(
+                    f"{Path(path).parent}: {free:,d} bytes free, but the prefix cache reserves "
+                    f"{size:,d}"
+                )
+            if hasattr(os, "posix_fallocate"):  # a full disk would kill the process later
+                os.posix_fallocate(handle, 0, size)
+            pool = torch.from_file(path, shared=True, size=elements, dtype=dtype).view(shape)
+        finally:  # the mapping keeps the file alive, also for a process that is killed
+            os.close(handle)
+            os.unlink(path)
+        return pool
+
+
+Shapes = list[tuple[int, int, int] | None]
+"""Heads, and head sizes of keys and values, of each layer; None for a layer without its own."""
+
+
+def pack(cache: DynamicCache) -> tuple[Float[Tensor, "batch tokens width"], Shapes]:
+    """All layers' keys and values as one vector per token."""
+    parts, shapes = [], Shapes()
+    for layer in cache.layers:
+        if not layer.is_initialized:
+            shapes.append(None)
+            continue
+        shapes.append((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
+        parts += [layer.keys.transpose(1, 2).flatten(2), layer.values.transpose(1, 2).flatten(2)]
+    return torch.cat(parts, 2), shapes
+
+
+def unpack(values: Float[Tensor, "batch tokens width"], shapes: Shapes) -> DynamicCache:
+    """The inverse of `pack`."""
+    cache = DynamicCache()
+    start = 0
+    for shape in shapes:
+        layer = DynamicLayer()
+        cache.layers.append(layer)
+        if shape is None:
+            continue
+        heads, *sizes = shape
+        states = []
+        for size in sizes:
+            part = values[..., start : start + heads * size]
+            states.append(part.view(*part.shape[:2], heads, size).transpose(1, 2))
+            start += heads * size
+        layer.lazy_initialization(*states)
+        layer.keys, layer.values = states
+    return cache

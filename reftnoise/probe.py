@@ -1,0 +1,110 @@
+"""Find out on a base itself, with a few tokens, which shortcuts leave its results as they are."""
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import ModelOutput
+
+from .loss import Tail
+
+TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a base allows; for what it does not, the reason."""
+
+    decoder_output: type[ModelOutput] = ModelOutput
+    no_tail: str | None = None
+    """Why its loss cannot be computed from its decoder's output."""
+    no_prefill: str | None = None
+    """Why a pass cannot be continued from a cache of keys and values."""
+
+
+def probe(base: PreTrainedModel) -> Abilities:
+    """Run the base plainly and in other ways, without gradients and dropout, and compare."""
+    if base.base_model is base:
+        reason = f"{type(base).__name__} has no decoder apart from its head"
+        return Abilities(no_tail=reason, no_prefill=reason)
+    tokens = torch.arange(TOKENS, device=base.device)[None]
+    seen: list[ModelOutput] = []
+    try:
+        with torch.no_grad(), _alone(base):
+            hook = base.base_model.register_forward_hook(lambda _, __, out: seen.append(out))
+            try:
+                plain = base(input_ids=tokens, labels=tokens)
+            finally:
+                hook.remove()
+            return Abilities(
+                type(seen[0]),
+                _no_tail(base, seen[0], plain, tokens),
+                _no_prefill(base, plain.logits, tokens),
+            )
+    except Exception as error:  # of whatever model this is
+        reason = f"{type(base).__name__} failed on {TOKENS} tokens: {error}"
+        return Abilities(no_tail=reason, no_prefill=reason)
+
+
+def _no_tail(
+    base: PreTrainedModel, decoded: ModelOutput, plain: ModelOutput, tokens: Tensor
+) -> str | None:
+    try:
+        tail = Tail(base, type(decoded))
+        hidden = decoded.last_hidden_state
+        loss = tail.summed_loss(hidden[0, :-1], tokens[0, 1:]) / (TOKENS - 1)
+        same = _close(tail.logits(hidden), plain.logits) and _close(loss, plain.loss)
+    except Exception as error:
+        return f"{type(base).__name__}: {error}"
+    return None if same else f"{type(base).__name__} has a head or loss of its own kind"
+
+
+def _no_prefill(base: PreTrainedModel, logits: Tensor, tokens: Tensor) -> str | None:
+    try:
+        cache, half = DynamicCache(), TOKENS // 2
+        base(input_ids=tokens[:, :half], past_key_values=cache, use_cache=True)
+        kept = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+        rest = base(input_ids=tokens[:, half:], past_key_values=cache, use_cache=True).logits
+        same = kept and cache.get_seq_length() == TOKENS and _close(rest, logits[:, half:])
+    except Exception as error:
+        return f"{type(base).__name__} cannot continue from a cache: {error}"
+    return None if same else f"{type(base).__name__} does not keep all it needs in a cache"
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    found, expected = found.float(), expected.float()
+    return bool((found - expected).abs().amax() <= tolerance * expected.abs().amax())
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks stand on a module, but those that shard it or collect outputs on request."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    owners = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
+    known = ("torch.distributed.", "transformers.utils.output_capturing")
+    return not all(owner.startswith(known) for owner in owners)
+
+
+@contextlib.contextmanager
+def _alone(base: nn.Module) -> Iterator[None]:
+    """Within the block, the base is in evaluation mode and no hook of others runs."""
+    modes = [(module, module.training) for module in base.modules()]
+    watched = [module for module in base.modules() if is_watched(module)]
+    hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in watched]
+    for module in watched:
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    base.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, after, before in hooks:
+            module._forward_hooks, module._forward_pre_hooks = after, before
