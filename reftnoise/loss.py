@@ -104,7 +104,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Float[Tensor, ""]:
         size = max(1, MAX_LOGITS // tail.vocabulary)
         total = hidden.new_zeros((), dtype=torch.float32)
-        gradients = []
+        gradients: list[Tensor] = []
         for start in range(0, len(hidden), size):
             rows, wanted = hidden[start : start + size], targets[start : start + size]
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
@@ -176,7 +176,7 @@ def without_logits(
 
 def with_lazy_logits(output: ModelOutput, logits: Callable[[], Tensor]) -> ModelOutput:
     """The same output, with logits that are computed when somebody reads them."""
-    lazy: ModelOutput = _lazy(type(output))(**output)
+    lazy: ModelOutput = _lazy(type(output))(**output)  # type: ignore[arg-type]  # of transformers, untyped
     lazy.__dict__["_compute_logits"] = logits
     return lazy
 

@@ -80,36 +80,20 @@ class Runner:
         Raises:
             ValueError: `split="always"`, but a training pass cannot be split.
         """
-        engine, labels = self._engine, inputs.get("labels")
-        is_training = labels is not None and torch.is_grad_enabled()
-        alignment = None
-        whole = next(self._against_label_loss(current, inputs, return_logits), None)
-        plain = whole or next(self._against_split(inputs), None)
-        if plain is None and split != "never":
-            alignment = self._align(current, inputs, keep_end=return_logits is not False)
-            if alignment is None:
-                plain = "rows are packed, or have labels at or right after padding"
-            elif alignment.cut == 0 or (split == "auto" and not alignment.is_worthwhile):
-                alignment = None
-        if plain is not None and is_training:
-            if split == "always":
-                raise ValueError(f"split 'always': {plain}")
-            self._log("a training pass is not split", plain)
-        if whole is not None:
-            if is_training:
-                self._log("all logits are computed", whole)
-            with engine.running(current):
-                outputs = engine.base(**inputs)
+        whole, alignment = self._plan(current, inputs, return_logits, split)
+        if whole:
+            with self._engine.running(current):
+                outputs = self._engine.base(**inputs)
             return outputs if pairs is None else first_of_pairs(outputs, pairs)
         inputs = {name: value for name, value in inputs.items() if value is not None}
         targets = targets_of(inputs.pop("labels"))
         num_items = inputs.pop("num_items_in_batch", None)
         if alignment is None:
-            outputs, hidden, all_hidden = self._plain(current, inputs)
+            outputs, hidden, all_hidden = self._unsplit(current, inputs)
         else:
             outputs, hidden, all_hidden = self._split(current, inputs, alignment, prefix_cache)
             targets = alignment.take(targets, -100)[:, alignment.cut :]
-        tail = Tail(inner_model(engine.base), self._abilities.decoder_output)
+        tail = Tail(inner_model(self._engine.base), self._abilities.decoder_output)
         loss = label_loss(tail, hidden, targets, num_items)
         kept = {n: v for n, v in outputs.items() if n not in ("loss", "logits")}
         outputs = type(outputs)(loss=loss, **kept)
@@ -119,9 +103,33 @@ class Runner:
             return outputs
         return with_lazy_logits(outputs, lambda: tail.logits(all_hidden()[:pairs]))
 
+    def _plan(
+        self,
+        current: Pass,
+        inputs: Mapping[str, Any],
+        return_logits: bool | None,
+        split: SplitMode,
+    ) -> tuple[bool, Alignment | None]:
+        """Whether the base computes all logits, and where to split the pass."""
+        whole = next(self._against_label_loss(current, inputs, return_logits), None)
+        plain = whole or next(self._against_split(inputs), None)
+        alignment = None
+        if plain is None and split != "never":
+            alignment = self._align(current, inputs, keep_end=return_logits is not False)
+            if alignment is None:
+                plain = "rows are packed, or have labels at or right after padding"
+            elif alignment.cut == 0 or (split == "auto" and not alignment.is_worthwhile):
+                alignment = None
+        if inputs.get("labels") is not None and torch.is_grad_enabled():
+            if split == "always" and plain is not None:
+                raise ValueError(f"split 'always': {plain}")
+            self._log("all logits are computed", whole)
+            self._log("a training pass is not split", plain)
+        return whole is not None, alignment
+
     # -- the ways ------------------------------------------------------------------------------
 
-    def _plain(self, current: Pass, inputs: dict[str, Any]) -> Decoded:
+    def _unsplit(self, current: Pass, inputs: dict[str, Any]) -> Decoded:
         base = self._engine.base
         decoder = inner_model(base).base_model
         with self._engine.running(current) as is_ours, without_logits(decoder, is_ours) as seen:
@@ -141,8 +149,9 @@ class Runner:
         moved = {id(s): alignment.select(s) for s in current.selections.values() if s is not None}
         selections = {k: s and moved[id(s)] for k, s in current.selections.items()}
         current = replace(current, selections=selections, alignment=alignment)
-        counts = takes_position_ids(inner_model(base))
-        aligned = aligned_inputs(alignment, inputs, current.layout, position_ids=counts)
+        aligned = aligned_inputs(
+            alignment, inputs, current.layout, position_ids=self._takes_position_ids
+        )
         prompt = {name: value[:, :cut] for name, value in aligned.items()}
         rest = {name: value[:, cut:] for name, value in aligned.items()}
         rest["attention_mask"] = aligned["attention_mask"]
@@ -221,6 +230,10 @@ class Runner:
             logger.warning("training runs plain passes: %s", reason)
         return found
 
+    @cached_property
+    def _takes_position_ids(self) -> bool:
+        return takes_position_ids(inner_model(self._engine.base))
+
     def _against_label_loss(
         self, current: Pass, inputs: Mapping[str, Any], return_logits: bool | None
     ) -> Iterator[str]:
@@ -236,7 +249,7 @@ class Runner:
         if torch.compiler.is_compiling():
             yield "shapes that depend on labels would break the graph"
         is_continued = inputs.get("past_key_values") is not None
-        if is_continued or not has_token_labels(labels, current.layout.attended):
+        if is_continued or not has_token_labels(inputs["labels"], current.layout.attended):
             yield "labels are not one per token"
         if unknown := given(inputs) - _LABEL_INPUTS:
             yield f"{', '.join(sorted(unknown))} may change the loss"
@@ -292,8 +305,7 @@ class Runner:
             inputs.get("position_ids"),
             keep_end=keep_end,
         )
-        takes_positions = takes_position_ids(inner_model(self._engine.base))
-        if alignment is not None and not takes_positions and alignment.shift.any():
+        if alignment is not None and not self._takes_position_ids and alignment.shift.any():
             return None
         return alignment
 
@@ -305,8 +317,8 @@ class Runner:
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return (*weights, cast)
 
-    def _log(self, what: str, why: str) -> None:
-        if (what, why) not in self._logged:
+    def _log(self, what: str, why: str | None) -> None:
+        if why is not None and (what, why) not in self._logged:
             self._logged.add((what, why))
             logger.info("%s: %s", what, why)
 
