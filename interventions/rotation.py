@@ -122,7 +122,7 @@ class LowRankRotation(nn.Module):
     def forward(self) -> Float[Tensor, "rank hidden"]:
         if self._shared is not None:
             return self._shared
-        if self.is_trained:
+        if self.is_trained or torch.compiler.is_compiling():
             return orthonormal_rows(self.weight)
         version = 0 if self.weight.is_inference() else self.weight._version
         key = (id(self.weight), self.weight.data_ptr(), version, _steps_taken)

@@ -6,13 +6,14 @@ as tensors, and shared by all layers: no loop over the batch, no synchronisation
 """
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock, get_ident
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,6 +35,11 @@ from .split import Alignment
 # another ReftModel, or of the bare base, may be run from a hook or a logits processor.
 _LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
 _PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()
+
+# torch.compile, which can call only functions of plain numbers while it traces, finds engines here.
+_ENGINES: "WeakValueDictionary[int, Engine]" = WeakValueDictionary()
+_NUMBERS = itertools.count()
+_STANDING: set[int] = set()
 
 
 @contextlib.contextmanager
@@ -147,6 +153,12 @@ class Engine:
             self._by_site[placed.site].append(placed)
         self._at_embeddings = [p for p in units if p.site.module is input_embeddings(base)]
         self._chunk: Chunk | None = None
+        self._traced_chunk: Chunk | None = None
+        self._number = next(_NUMBERS)
+        _ENGINES[self._number] = self
+
+    def __reduce__(self) -> Any:
+        return Engine, (self.base, self.units)  # a copy has a number, and hooks, of its own
 
     @contextlib.contextmanager
     def running(self, current: Pass) -> Iterator[Callable[[], bool]]:
@@ -164,11 +176,7 @@ class Engine:
             # What is recomputed in the backward pass must not depend on what is computed outside:
             # with reentrant checkpointing, a shared basis would be differentiated several times.
             if not checkpointed:
-                units = [placed.unit for placed in self.units]
-                modules = [module for unit in units for module in unit.modules()]
-                stack.enter_context(
-                    shared_bases(m for m in modules if isinstance(m, LowRankRotation))
-                )
+                stack.enter_context(shared_bases(self._rotations()))
             for module in checkpointed:
                 stack.enter_context(self._replayable(module))
             hooks = stack.enter_context(contextlib.ExitStack())
@@ -206,9 +214,36 @@ class Engine:
             offset = current.seen
         current.seen = offset + length
         self._chunk = Chunk(current, offset, length, batch)
-        if embeds is not None and self._at_embeddings:  # the base will not call its embedding
-            kwargs = kwargs | {"inputs_embeds": self._apply(self._at_embeddings, embeds)}
-        return args, kwargs
+        return args, self._with_edited_embeddings(self._chunk, kwargs)
+
+    def _with_edited_embeddings(self, chunk: Chunk, inputs: dict[str, Any]) -> dict[str, Any]:
+        embeds: Any = inputs.get("inputs_embeds")
+        if embeds is None or not self._at_embeddings:
+            return inputs
+        # The base will not call its embedding.
+        return inputs | {"inputs_embeds": self._apply(self._at_embeddings, chunk, embeds)}
+
+    def trace(self, current: Pass, inputs: dict[str, Any]) -> Any:
+        """One call of the base while `torch.compile` traces it: one graph, without a break.
+
+        Hooks that come and go cannot be traced. Those of a compiled pass stay on the base, and do
+        nothing in any other.
+        """
+        _stand_on_base(self._number)
+        tokens: Any = inputs.get("input_ids")
+        batch, length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[:2]
+        offset = current.layout.attended.shape[1] - length
+        chunk = Chunk(current, offset, length, batch)
+        self._traced_chunk = chunk
+        try:
+            with shared_bases(self._rotations()):
+                return self.base(**self._with_edited_embeddings(chunk, inputs))
+        finally:
+            self._traced_chunk = None
+
+    def _rotations(self) -> list[LowRankRotation]:
+        modules = [module for placed in self.units for module in placed.unit.modules()]
+        return [module for module in modules if isinstance(module, LowRankRotation)]
 
     def _end_chunk(
         self,
@@ -226,19 +261,29 @@ class Engine:
 
     @contextlib.contextmanager
     def _hooked(self, base: nn.Module) -> Iterator[Callable[[], bool]]:
-        with contextlib.ExitStack() as stack:
-            is_ours = stack.enter_context(innermost(base))
-            for site, placed in self._by_site.items():
-                if site.is_input:
-                    handle = site.module.register_forward_pre_hook(
-                        partial(self._edit_input, placed, is_ours), prepend=True, with_kwargs=True
-                    )
-                else:
-                    edit = partial(self._edit_output, placed, is_ours)
-                    # First, so that whoever reads hidden states by a hook reads edited ones.
-                    handle = site.module.register_forward_hook(edit, prepend=True)
-                stack.callback(handle.remove)
+        with innermost(base) as is_ours, contextlib.ExitStack() as stack:
+
+            def chunk() -> Chunk | None:
+                if is_ours() and self._chunk is None:
+                    raise RuntimeError("a layer of the base ran, but not the base's own forward")
+                return self._chunk if is_ours() else None
+
+            for remove in self._hook(chunk):
+                stack.callback(remove)
             yield is_ours
+
+    def _hook(self, chunk: Callable[[], Chunk | None]) -> Iterator[Callable[[], None]]:
+        """Put hooks on all sites; yields what removes them."""
+        for site, placed in self._by_site.items():
+            if site.is_input:
+                edit_input = partial(self._edit_input, placed, chunk)
+                yield site.module.register_forward_pre_hook(
+                    edit_input, prepend=True, with_kwargs=True
+                ).remove
+            else:
+                edit = partial(self._edit_output, placed, chunk)
+                # First, so that whoever reads hidden states by a hook reads edited ones.
+                yield site.module.register_forward_hook(edit, prepend=True).remove
 
     @contextlib.contextmanager
     def _replayable(self, module: nn.Module) -> Iterator[None]:
@@ -273,37 +318,40 @@ class Engine:
     def _edit_output(
         self,
         placed: list[PlacedUnit],
-        is_ours: Callable[[], bool],
+        chunk_of: Callable[[], Chunk | None],
         module: nn.Module,
         args: tuple[Any, ...],
         output: Any,
     ) -> Any:
-        if not is_ours():
+        chunk = chunk_of()
+        if chunk is None:
             return output
         if isinstance(output, tuple):
-            return (self._apply(placed, output[0]), *output[1:])
-        return self._apply(placed, output)
+            return (self._apply(placed, chunk, output[0]), *output[1:])
+        return self._apply(placed, chunk, output)
 
     def _edit_input(
         self,
         placed: list[PlacedUnit],
-        is_ours: Callable[[], bool],
+        chunk_of: Callable[[], Chunk | None],
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not is_ours():
+        chunk = chunk_of()
+        if chunk is None:
             return args, kwargs
         if args:
-            return (self._apply(placed, args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self._apply(placed, kwargs["hidden_states"])}
+            return (self._apply(placed, chunk, args[0]), *args[1:]), kwargs
+        hidden = self._apply(placed, chunk, kwargs["hidden_states"])
+        return args, kwargs | {"hidden_states": hidden}
 
     def _apply(
-        self, placed: list[PlacedUnit], hidden: Float[Tensor, "batch length hidden"]
+        self,
+        placed: list[PlacedUnit],
+        chunk: Chunk,
+        hidden: Float[Tensor, "batch length hidden"],
     ) -> Float[Tensor, "batch length hidden"]:
-        chunk = self._chunk
-        if chunk is None:
-            raise RuntimeError("a layer of the base ran, but not the base's own forward")
         if not isinstance(hidden, Tensor) or hidden.dim() != 3:
             raise ValueError(
                 f"{placed[0].site}: expected hidden states [batch, length, width], got "
@@ -329,6 +377,16 @@ class Engine:
                     )
                 hidden = edit_rows(hidden, one.unit, *chunk.rows(selection))
         return hidden
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def _stand_on_base(number: int) -> None:
+    """Put the hooks of an engine's compiled passes on its base, once."""
+    engine = _ENGINES[number]
+    if number not in _STANDING:
+        _STANDING.add(number)
+        for _ in engine._hook(lambda: engine._traced_chunk):
+            pass
 
 
 def edit_rows(

@@ -249,7 +249,9 @@ class ReftModel(nn.Module):
             ]
             return Pass(layout, {o.key: c for o, c in zip(units, chosen, strict=True)})
         # Sites with equal positions share one selection, hence one computation of row indices.
-        select = functools.cache(layout.select)
+        select: Any = layout.select
+        if not torch.compiler.is_compiling():  # whose graph has equal operations once anyway
+            select = functools.cache(select)
         return Pass(layout, {o.key: select(o.positions, o.prefix, o.suffix) for o in units})
 
     def _infer_attention_mask(self, kwargs: Mapping[str, Any]) -> Tensor | None:

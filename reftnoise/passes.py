@@ -2,7 +2,8 @@
 
 | way | when |
 |---|---|
-| the base's own forward | there are no labels, or the caller wants all logits |
+| the base's own forward | there are no labels, the caller wants all logits, or torch.compile \
+traces: shapes that depend on labels would break its graph |
 | loss at label positions | labels are one per token, and the base's loss is the usual one |
 | split | besides, the base is frozen and much of the batch comes before the first edit |
 | split, prompts from a cache | besides, prompts meet neither noise nor dropout |
@@ -80,6 +81,9 @@ class Runner:
         Raises:
             ValueError: `split="always"`, but a training pass cannot be split.
         """
+        if torch.compiler.is_compiling():
+            outputs = self._engine.trace(current, inputs)
+            return outputs if pairs is None else first_of_pairs(outputs, pairs)
         whole, alignment = self._plan(current, inputs, return_logits, split)
         if whole:
             with self._engine.running(current):
@@ -246,8 +250,6 @@ class Runner:
             yield "there are no labels"
         if return_logits:
             yield "return_logits is True"
-        if torch.compiler.is_compiling():
-            yield "shapes that depend on labels would break the graph"
         is_continued = inputs.get("past_key_values") is not None
         if is_continued or not has_token_labels(inputs["labels"], current.layout.attended):
             yield "labels are not one per token"
