@@ -2,6 +2,8 @@
 
 import sys
 
+from .bench.workload import Workload
+
 
 def demo(output_dir: str = "reftnoise-demo", seed: int = 0) -> None:
     """Train the embedded tiny model and show its answers before and after.
@@ -15,7 +17,54 @@ def demo(output_dir: str = "reftnoise-demo", seed: int = 0) -> None:
     run_demo(output_dir, seed)
 
 
-COMMANDS = {"demo": demo}
+def bench(
+    work: Workload | None = None,
+    vary: str | None = None,
+    values: list[int] | None = None,
+    sides: list[str] | None = None,
+    rounds: int = 7,
+    threads: int = 1,
+    memory: bool = False,
+    generation: bool = False,
+    device: str = "cpu",
+    output_dir: str = "reftnoise-bench",
+) -> None:
+    """Measure training steps and generation beside the floor, LoRA, NEFTune and pyreft.
+
+    The floor is what every method that edits the first edited layer has to do: the frozen base's
+    forward pass, and the backward pass down to that layer's output. Without arguments, README's
+    table is measured.
+
+    Args:
+        work: one workload instead of the table.
+        vary: a number of the workload to go through `values`, such as rank or layers.
+        values: of what is varied.
+        sides: of floor, plain, split, reuse, symnoise, compiled, lora, neftune, pyreft; by default
+            all but compiled.
+        rounds: interleaved measurements of each side.
+        threads: of torch.
+        memory: also measure the peak memory of each side, in a process of its own.
+        generation: also measure generation.
+        device: cpu or cuda, for README's table.
+        output_dir: directory for results.json and results.png.
+    """
+    from .bench.run import run_bench
+
+    run_bench(
+        work,
+        vary=vary,
+        values=values or [],
+        sides=sides or [],
+        rounds=rounds,
+        threads=threads,
+        memory=memory,
+        generation=generation,
+        device=device,
+        output_dir=output_dir,
+    )
+
+
+COMMANDS = {"demo": demo, "bench": bench}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ traces: shapes that depend on labels would break its graph |
 Whether a base allows them is found out on the base itself, once, with eight tokens.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -19,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
 from .components import takes_position_ids
@@ -28,7 +28,7 @@ from .interventions import NoiseIntervention
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
 from .pairs import first_of_pairs
 from .positions import has_token_labels
-from .prefix_cache import PrefixCache, Shapes, pack, unpack
+from .prefix_cache import Complete, PrefixCache, PromptStates, Shapes, pack, unpack
 from .probe import Abilities, is_watched, probe
 from .split import PER_TOKEN, Alignment, align, aligned_inputs
 
@@ -95,7 +95,9 @@ class Runner:
         if alignment is None:
             outputs, hidden, all_hidden = self._unsplit(current, inputs)
         else:
-            outputs, hidden, all_hidden = self._split(current, inputs, alignment, prefix_cache)
+            outputs, hidden, all_hidden = self._split(
+                current, inputs, alignment, prefix_cache, to_end=return_logits is not False
+            )
             targets = alignment.take(targets, -100)[:, alignment.cut :]
         tail = Tail(inner_model(self._engine.base), self._abilities.decoder_output)
         loss = label_loss(tail, hidden, targets, num_items)
@@ -147,6 +149,8 @@ class Runner:
         inputs: dict[str, Any],
         alignment: Alignment,
         prefix_cache: PrefixCache | None,
+        *,
+        to_end: bool,
     ) -> Decoded:
         base, cut = self._engine.base, alignment.cut
         decoder = inner_model(base).base_model
@@ -162,35 +166,51 @@ class Runner:
         if prefix_cache is not None and (why := next(self._against_reuse(inputs), None)):
             self._log("prompts are not kept from epoch to epoch", why)
             prefix_cache = None
+        last = None if to_end or not self._may_stop() else self._abilities.last_cached
         with self._engine.running(current) as is_ours, without_logits(decoder, is_ours) as seen:
             if prefix_cache is None:
-                cache = self._prefill(prompt)
+                states = self._prefill(prompt, last)
             else:
-                cache = self._reused(prompt, alignment.inside[:, :cut], prefix_cache)
-            outputs = base(**rest, past_key_values=cache, use_cache=True)
+                states = self._reused(prompt, last, alignment.inside[:, :cut], prefix_cache)
+            outputs = base(**rest, past_key_values=states, use_cache=True)
         hidden = seen[-1].last_hidden_state
 
         def all_hidden() -> Tensor:
-            before = [output.last_hidden_state for output in seen[:-1]]
-            if [len(part) for part in before] != [len(hidden)]:  # from the prefix cache
-                with innermost(inner_model(base)), without_logits(decoder) as again:
+            before = seen[0].last_hidden_state
+            if len(seen) == 1 or len(before) < len(hidden):  # some came from the prefix cache
+                with (
+                    self._engine.running(current) as is_ours,
+                    without_logits(decoder, is_ours) as s,
+                ):
                     self._prefill(prompt)
-                before = [again[0].last_hidden_state]
-            return alignment.put_back(torch.cat([*before, hidden], 1))
+                before = s[0].last_hidden_state
+            return alignment.put_back(torch.cat([before, hidden], 1))
 
         kept = {name: value for name, value in outputs.items() if name != "past_key_values"}
         return type(outputs)(**kept), hidden, all_hidden
 
+    def _may_stop(self) -> bool:
+        """Whether nobody waits for the end of a layer's forward pass."""
+        return not any(
+            module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+            for module in self._engine.base.modules()
+        )
+
     @torch.no_grad()
-    def _prefill(self, prompt: Mapping[str, Tensor]) -> DynamicCache:
-        cache = DynamicCache()
-        self._engine.base(**prompt, past_key_values=cache, use_cache=True)
-        return cache
+    def _prefill(self, prompt: Mapping[str, Tensor], last: int | None = None) -> PromptStates:
+        states = PromptStates(last)
+        with contextlib.suppress(Complete):
+            self._engine.base(**prompt, past_key_values=states, use_cache=True)
+        return states
 
     @torch.no_grad()
     def _reused(
-        self, prompt: Mapping[str, Tensor], inside: Tensor, prefixes: PrefixCache
-    ) -> DynamicCache:
+        self,
+        prompt: Mapping[str, Tensor],
+        last: int | None,
+        inside: Tensor,
+        prefixes: PrefixCache,
+    ) -> PromptStates:
         """Keys and values of prompts from the cache, and of those that it lacks from the base."""
         prefixes.belongs_to(self._stamp())
         columns = torch.stack(
@@ -209,19 +229,19 @@ class Runner:
         prefixes.hits += len(names) - len(missing)
         prefixes.misses += len(missing)
         if len(missing) == len(names):
-            cache = self._prefill(prompt)
-            values, self._shapes = pack(cache)
+            states = self._prefill(prompt, last)
+            values, self._shapes = pack(states)
         else:
             device = prompt["input_ids"].device
             values = prefixes.stacked(names, lengths, inside.shape[1]).to(device)
             if missing:
                 lacking = torch.tensor(missing, device=device)
-                cache = self._prefill({n: v[lacking] for n, v in prompt.items()})
-                values[lacking], self._shapes = pack(cache)
-            cache = unpack(values, self._shapes)
+                states = self._prefill({n: v[lacking] for n, v in prompt.items()}, last)
+                values[lacking], self._shapes = pack(states)
+            states = unpack(values, self._shapes)
         for row in missing:
             prefixes.write(names[row], values[row, inside.shape[1] - lengths[row] :].cpu())
-        return cache
+        return states
 
     # -- which of them -------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -184,14 +184,54 @@ class PrefixCache:
         return pool
 
 
+class Complete(Exception):  # noqa: N818  # it tells of no error
+    """Raised within a base's forward once a prompt's keys and values are complete."""
+
+
+class PromptStates(DynamicCache):
+    """A prompt's keys and values, not copied where transformers' own cache would.
+
+    Args:
+        last: the layer whose keys and values complete it: what the base computes after them is
+            needed by no later token, so `Complete` ends the forward pass there. None runs it to its
+            end.
+    """
+
+    def __init__(self, last: int | None = None) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = _PromptLayer
+        self.last = last
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self.last:
+            self.last = None
+            raise Complete
+        return states
+
+
+class _PromptLayer(DynamicLayer):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.is_initialized:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            return keys, values
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
 Shapes = list[tuple[int, int, int] | None]
 """Heads, and head sizes of keys and values, of each layer; None for a layer without its own."""
 
 
-def pack(cache: DynamicCache) -> tuple[Float[Tensor, "batch tokens width"], Shapes]:
+def pack(states: DynamicCache) -> tuple[Float[Tensor, "batch tokens width"], Shapes]:
     """All layers' keys and values as one vector per token."""
     parts, shapes = [], Shapes()
-    for layer in cache.layers:
+    for layer in states.layers:
         if not layer.is_initialized:
             shapes.append(None)
             continue
@@ -200,21 +240,19 @@ def pack(cache: DynamicCache) -> tuple[Float[Tensor, "batch tokens width"], Shap
     return torch.cat(parts, 2), shapes
 
 
-def unpack(values: Float[Tensor, "batch tokens width"], shapes: Shapes) -> DynamicCache:
+def unpack(values: Float[Tensor, "batch tokens width"], shapes: Shapes) -> PromptStates:
     """The inverse of `pack`."""
-    cache = DynamicCache()
+    states = PromptStates()
     start = 0
-    for shape in shapes:
-        layer = DynamicLayer()
-        cache.layers.append(layer)
+    for index, shape in enumerate(shapes):
         if shape is None:
+            states.layers.append(_PromptLayer())
             continue
         heads, *sizes = shape
-        states = []
+        pair = []
         for size in sizes:
             part = values[..., start : start + heads * size]
-            states.append(part.view(*part.shape[:2], heads, size).transpose(1, 2))
+            pair.append(part.view(*part.shape[:2], heads, size).transpose(1, 2))
             start += heads * size
-        layer.lazy_initialization(*states)
-        layer.keys, layer.values = states
-    return cache
+        states.update(pair[0], pair[1], index)
+    return states

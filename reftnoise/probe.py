@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .loss import Tail
+from .prefix_cache import PromptStates
 
 TOKENS = 8
 
@@ -25,6 +26,8 @@ class Abilities:
     """Why its loss cannot be computed from its decoder's output."""
     no_prefill: str | None = None
     """Why a pass cannot be continued from a cache of keys and values."""
+    last_cached: int = 0
+    """The last layer that has keys and values of its own."""
 
 
 def probe(base: PreTrainedModel) -> Abilities:
@@ -41,10 +44,12 @@ def probe(base: PreTrainedModel) -> Abilities:
                 plain = base(input_ids=tokens, labels=tokens)
             finally:
                 hook.remove()
+            states = PromptStates()
             return Abilities(
                 type(seen[0]),
                 _no_tail(base, seen[0], plain, tokens),
-                _no_prefill(base, plain.logits, tokens),
+                _no_prefill(base, states, plain.logits, tokens),
+                max((i for i, one in enumerate(states.layers) if one.is_initialized), default=0),
             )
     except Exception as error:  # of whatever model this is
         reason = f"{type(base).__name__} failed on {TOKENS} tokens: {error}"
@@ -64,13 +69,15 @@ def _no_tail(
     return None if same else f"{type(base).__name__} has a head or loss of its own kind"
 
 
-def _no_prefill(base: PreTrainedModel, logits: Tensor, tokens: Tensor) -> str | None:
+def _no_prefill(
+    base: PreTrainedModel, states: PromptStates, logits: Tensor, tokens: Tensor
+) -> str | None:
+    half = TOKENS // 2
     try:
-        cache, half = DynamicCache(), TOKENS // 2
-        base(input_ids=tokens[:, :half], past_key_values=cache, use_cache=True)
-        kept = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
-        rest = base(input_ids=tokens[:, half:], past_key_values=cache, use_cache=True).logits
-        same = kept and cache.get_seq_length() == TOKENS and _close(rest, logits[:, half:])
+        base(input_ids=tokens[:, :half], past_key_values=states, use_cache=True)
+        kept = all(isinstance(layer, DynamicLayer) for layer in states.layers)
+        rest = base(input_ids=tokens[:, half:], past_key_values=states, use_cache=True).logits
+        same = kept and states.get_seq_length() == TOKENS and _close(rest, logits[:, half:])
     except Exception as error:
         return f"{type(base).__name__} cannot continue from a cache: {error}"
     return None if same else f"{type(base).__name__} does not keep all it needs in a cache"

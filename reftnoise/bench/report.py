@@ -1,0 +1,146 @@
+"""Results as a table, as JSON, and as a picture."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("reftnoise", "torch", "transformers", "peft", "pyvene")
+
+Row = dict[str, Any]
+"""One side on one workload: `case`, `side`, `seconds`, `spread`, `tokens_per_second`, and where
+they were measured `peak_bytes` and `own_share`."""
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    found: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device != "cpu":
+        found["device"] = torch.cuda.get_device_name()
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def print_table(rows: Sequence[Row], title: str, console: Console) -> None:
+    """One workload's sides, relative to the floor, or to the first side where it was not run."""
+    first = next((row for row in rows if row["side"] == "floor"), rows[0])
+    has_memory = any("peak_bytes" in row for row in rows)
+    table = Table("side", "median", "±", f"÷ {first['side']}", "tokens/s", title=title)
+    table.title_justify = "left"
+    if has_memory:
+        table.add_column("peak memory")
+        table.add_column(f"÷ {first['side']}")
+    table.add_column("own code")
+    for row in rows:
+        cells = [
+            row["side"],
+            _milliseconds(row["seconds"]),
+            _milliseconds(row["spread"]),
+            f"{row['seconds'] / first['seconds']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+        ]
+        if has_memory:
+            cells += [f"{row['peak_bytes'] / 2**20:,.0f} MiB"]
+            cells += [f"{row['peak_bytes'] / first['peak_bytes']:.2f}"]
+        cells += [f"{row['own_share']:.1%}" if "own_share" in row else ""]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f} ms"
+
+
+def write_json(path: Path, rows: Sequence[Row], device: str) -> None:
+    """All rows and the machine, under a temporary name first."""
+    temporary = path.with_name(path.name + ".part")
+    content = {"machine": machine(device), "rows": list(rows)}
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    temporary.replace(path)
+
+
+def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
+    """The slope of log time over log value, by least squares: 1 for linear growth."""
+    x, y = [math.log(v) for v in values], [math.log(s) for s in seconds]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return above / sum((a - mean_x) ** 2 for a in x)
+
+
+def draw_bars(path: Path, rows: Sequence[Row]) -> None:
+    """Every workload's sides, relative to its floor."""
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = plt.subplots(
+        len(cases), 1, figsize=(8, 0.6 + 0.34 * len(rows) + 0.5 * len(cases)), squeeze=False,
+        gridspec_kw={"height_ratios": [sum(r["case"] == case for r in rows) for case in cases]},
+        layout="constrained",
+    )  # fmt: skip
+    for axis, case in zip(axes[:, 0], cases, strict=True):
+        own = [row for row in rows if row["case"] == case]
+        first = next((row for row in own if row["side"] == "floor"), own[0])
+        ratios = [row["seconds"] / first["seconds"] for row in own]
+        colors = ["tab:blue" if row["is_ours"] else "tab:gray" for row in own]
+        names = [row["side"] for row in own]
+        bars = axis.barh(names, ratios, color=colors)
+        axis.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlim(0, max(ratios) * 1.12)
+        axis.set_title(f"{case}: time ÷ {first['side']}", fontsize=9, loc="left")
+        axis.invert_yaxis()
+    _save(figure, path)
+
+
+def draw_lines(path: Path, rows: Sequence[Row], vary: str) -> None:
+    """Time of each side over what was varied, both logarithmic."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for side in dict.fromkeys(row["side"] for row in rows):
+        own = [row for row in rows if row["side"] == side]
+        values, seconds = [row[vary] for row in own], [row["seconds"] for row in own]
+        axis.plot(values, [1000 * s for s in seconds], "o-", label=side)
+    axis.set(xlabel=vary, ylabel="milliseconds per step", xscale="log", yscale="log")
+    axis.set_xticks(values, [f"{value:,d}" for value in values], minor=False)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    temporary = path.with_name("part-" + path.name)
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+    plt.close(figure)

@@ -1,0 +1,115 @@
+"""What is measured: a shape of model, batch and edits, and the table that README shows."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256, "rope_theta": 500000.0,
+    },
+    "qwen3-4b": {
+        "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""Shapes of real models, which get random weights."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, a batch and the edits of it.
+
+    Args:
+        hidden_size: of a Llama with random weights.
+        layers: of that Llama.
+        vocabulary: of that Llama.
+        shape: a real model's shape instead: llama-3-8b or qwen3-4b.
+        edited: which layers are edited, as in a config.
+        rank: of the edits.
+        positions: of the edits, prefix and suffix with weights of their own.
+        batch_size: rows.
+        prompt: tokens of each row's prompt.
+        completion: tokens of each row's completion.
+        dtype: of the base.
+        device: cpu or cuda.
+    """
+
+    hidden_size: int = 512
+    layers: int = 8
+    vocabulary: int = 4096
+    shape: Literal["llama-3-8b", "qwen3-4b"] | None = None
+    edited: str = "all"
+    rank: int = 4
+    positions: str = "l1"
+    batch_size: int = 8
+    prompt: int = 112
+    completion: int = 16
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a batch."""
+        return self.batch_size * (self.prompt + self.completion)
+
+    def __str__(self) -> str:
+        """What differs from the usual workload, in short."""
+        shape = self.shape or f"Llama {self.hidden_size} × {self.layers}"
+        edited = "" if self.edited == "all" else f", layers {self.edited}"
+        return (
+            f"{self.positions}, r {self.rank}{edited}, batch {self.batch_size}, "
+            f"{self.prompt} + {self.completion}, {shape}, vocabulary {self.vocabulary:,d}"
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload with the sides to be run on it, and whether to measure their memory."""
+
+    work: Workload
+    sides: tuple[str, ...]
+    memory: bool = False
+
+
+_FEW_LABELS = Workload(vocabulary=32000, batch_size=4, prompt=92, completion=36)
+_BOTH_ENDS = Workload(positions="f7+l7", prompt=96, completion=32)
+_SMALL = Workload(positions="f7+l7", rank=64, batch_size=2, prompt=48, completion=16)
+_LONG = Workload(vocabulary=128 * 1024, prompt=384, completion=128)
+
+SUITE = (
+    Case(
+        Workload(),
+        ("floor", "plain", "split", "reuse", "symnoise", "lora", "neftune", "pyreft"),
+    ),
+    Case(_FEW_LABELS, ("floor", "split", "reuse", "lora", "pyreft")),
+    Case(_BOTH_ENDS, ("floor", "plain", "split", "lora", "pyreft")),
+    Case(Workload(positions="f1+l1", prompt=96, completion=32), ("floor", "split", "compiled")),
+    Case(_SMALL, ("floor", "split", "lora", "pyreft")),
+    Case(_LONG, ("plain", "split"), memory=True),
+)
+"""README's table."""
+
+GPU_SUITE = tuple(
+    Case(
+        Workload(
+            shape=shape,
+            rank=8,
+            positions=positions,
+            prompt=512,
+            completion=128,
+            dtype="bfloat16",
+            device="cuda",
+        ),
+        sides,
+        memory=True,
+    )
+    for shape in ("llama-3-8b", "qwen3-4b")
+    for positions, sides in (
+        ("l1", ("floor", "plain", "split", "reuse", "symnoise", "lora", "neftune", "pyreft")),
+        ("f7+l7", ("floor", "plain", "split", "lora", "pyreft")),
+    )
+)
+"""The same on shapes of real models."""
