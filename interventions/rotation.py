@@ -70,21 +70,24 @@ class _CholeskyQR(torch.autograd.Function):
         pivot = lower.diagonal(dim1=-2, dim2=-1).amin(-1)
         dependent = (info != 0) | ~(pivot >= SMALLEST_PIVOT)
         lower = lower.masked_fill(dependent[..., None, None], float("nan")) * lengths[..., None]
-        basis = torch.linalg.solve_triangular(lower, rows, upper=False)
-        basis = basis.to(torch.promote_types(raw.dtype, torch.float32))
-        ctx.save_for_backward(raw, lower, basis)
+        inverse = _inverse(lower)
+        basis = (inverse @ rows).to(torch.promote_types(raw.dtype, torch.float32))
+        ctx.save_for_backward(raw, inverse.to(basis.dtype), basis)
         return basis
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raw, lower, basis = ctx.saved_tensors
+        raw, inverse, basis = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second gradients, L as a function of X
-            lower = raw.to(lower) @ basis.to(lower).mT
-        identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-        inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+            inverse = _inverse(raw @ basis.mT)
         below = (gradient @ basis.mT).tril()
         symmetric = below + below.tril(-1).mT
-        return inverse.mT.to(basis.dtype) @ (gradient - symmetric @ basis)
+        return inverse.mT @ (gradient - symmetric @ basis)
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
 
 
 class LowRankRotation(nn.Module):

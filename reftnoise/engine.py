@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock, get_ident
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -118,23 +118,36 @@ class Chunk:
     offset: int
     length: int
     batch: int
-    _rows: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    _rows: dict[tuple[int, ...], "Rows"] = field(default_factory=dict)
 
     @property
     def _times(self) -> int:
         return self.batch // self.current.layout.attended.shape[0]
 
-    def rows(self, selection: Selection) -> tuple[Int[Tensor, " n"] | None, Bool[Tensor, " n"]]:
-        """Flat row indices and their mask, computed once for all sites with one selection."""
-        if id(selection) not in self._rows:
-            repeated = selection.repeat(self._times)
-            self._rows[id(selection)] = repeated.within(self.offset, self.length)
-        return self._rows[id(selection)]
+    def rows(self, selections: Sequence[Selection]) -> "Rows":
+        """Where selections lie in the flattened hidden states, computed once for all sites."""
+        key = tuple(id(selection) for selection in selections)
+        if key not in self._rows:
+            parts = [s.repeat(self._times).within(self.offset, self.length) for s in selections]
+            indices, masks = zip(*parts, strict=True)
+            counts = [len(mask) for mask in masks]
+            joint = None if indices[0] is None else torch.cat(indices)
+            self._rows[key] = Rows(joint, torch.cat(masks), counts)
+        return self._rows[key]
 
     def columns(self, mask: Bool[Tensor, "batch width"]) -> Bool[Tensor, "batch length"]:
         """This chunk's part of a mask over the pass's columns."""
         part = mask[:, self.offset : self.offset + self.length]
         return part.repeat_interleave(self._times, 0)
+
+
+class Rows(NamedTuple):
+    """Rows of flattened hidden states that the units at a site edit, one unit after the other."""
+
+    indices: Int[Tensor, " n"] | None
+    """None for all rows, of a single unit."""
+    mask: Bool[Tensor, " n"]
+    counts: list[int]
 
 
 class Engine:
@@ -357,25 +370,49 @@ class Engine:
                 f"{placed[0].site}: expected hidden states [batch, length, width], got "
                 f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
             )
+        edited: list[PlacedUnit] = []
         for one in placed:
-            if isinstance(one.unit, NoiseIntervention):
-                if chunk.current.alignment is not None and one.unit.training:
-                    hidden = hidden + chunk.current.noise(one, hidden, chunk.offset)
-                elif one.unit.training and not chunk.current.is_generation:
-                    layout = chunk.current.layout
-                    attended = chunk.columns(layout.attended).to(hidden.device)
-                    prompt = chunk.columns(layout.prompt).to(hidden.device)
-                    hidden = one.unit(hidden, attended=attended, prompt=prompt)
-            elif chunk.offset + chunk.length <= chunk.current.cut:
+            if not isinstance(one.unit, NoiseIntervention):
+                edited.append(one)
                 continue
-            elif (selection := chunk.current.selections[one.key]) is not None:
-                if hidden.shape[-1] != one.unit.hidden_size:
-                    raise ValueError(
-                        f"{one.site} has width {hidden.shape[-1]}, but its "
-                        f"{type(one.unit).__name__} has embed_dim {one.unit.hidden_size}: pass "
-                        f"embed_dim={hidden.shape[-1]}"
-                    )
-                hidden = edit_rows(hidden, one.unit, *chunk.rows(selection))
+            hidden, edited = self._edit(edited, chunk, hidden), []
+            if chunk.current.alignment is not None and one.unit.training:
+                hidden = hidden + chunk.current.noise(one, hidden, chunk.offset)
+            elif one.unit.training and not chunk.current.is_generation:
+                layout = chunk.current.layout
+                attended = chunk.columns(layout.attended).to(hidden.device)
+                prompt = chunk.columns(layout.prompt).to(hidden.device)
+                hidden = one.unit(hidden, attended=attended, prompt=prompt)
+        return self._edit(edited, chunk, hidden)
+
+    def _edit(
+        self,
+        placed: list[PlacedUnit],
+        chunk: Chunk,
+        hidden: Float[Tensor, "batch length hidden"],
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Apply units whose positions are disjoint, those of few positions all at once."""
+        if chunk.offset + chunk.length <= chunk.current.cut:
+            return hidden
+        few: list[tuple[ReftIntervention, Selection]] = []
+        for one in placed:
+            selection = chunk.current.selections[one.key]
+            if selection is None:
+                continue
+            assert isinstance(one.unit, ReftIntervention)
+            if hidden.shape[-1] != one.unit.hidden_size:
+                raise ValueError(
+                    f"{one.site} has width {hidden.shape[-1]}, but its "
+                    f"{type(one.unit).__name__} has embed_dim {one.unit.hidden_size}: pass "
+                    f"embed_dim={hidden.shape[-1]}"
+                )
+            if selection.columns is None:
+                hidden = edit_rows(hidden, [one.unit], chunk.rows([selection]))
+            else:
+                few.append((one.unit, selection))
+        if few:
+            units, selections = zip(*few, strict=True)
+            hidden = edit_rows(hidden, units, chunk.rows(selections))
         return hidden
 
 
@@ -391,23 +428,24 @@ def _stand_on_base(number: int) -> None:
 
 def edit_rows(
     hidden: Float[Tensor, "batch length hidden"],
-    unit: ReftIntervention,
-    rows: Int[Tensor, " n"] | None,
-    mask: Bool[Tensor, " n"],
+    units: Sequence[ReftIntervention],
+    rows: Rows,
 ) -> Float[Tensor, "batch length hidden"]:
-    """Add the unit's edit to those of the flattened `rows` (all, if None) that `mask` holds.
+    """Add each unit's edit to those of its rows that the mask holds.
 
     Rows outside the mask are added exact zeros, which keeps every shape static: no
     synchronisation with the device, and a NaN in padding stays where it is.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    mask = mask.to(hidden.device)[:, None]
-    if rows is None:
-        delta = unit.delta(flat.masked_fill(~mask, 0)).to(hidden.dtype)
+    mask = rows.mask.to(hidden.device)[:, None]
+    if rows.indices is None:
+        delta = units[0].delta(flat.masked_fill(~mask, 0)).to(hidden.dtype)
         return (flat + delta.masked_fill(~mask, 0)).view_as(hidden)
-    rows = rows.to(hidden.device)
-    delta = unit.delta(flat.index_select(0, rows)).to(hidden.dtype)
-    return flat.index_add(0, rows, delta.masked_fill(~mask, 0)).view_as(hidden)
+    indices = rows.indices.to(hidden.device)
+    parts = flat.index_select(0, indices).split_with_sizes(rows.counts)
+    deltas = [unit.delta(part) for unit, part in zip(units, parts, strict=True)]
+    delta = torch.cat([found.to(hidden.dtype) for found in deltas]).masked_fill(~mask, 0)
+    return flat.index_add(0, indices, delta).view_as(hidden)
 
 
 def cached_length(cache: Any) -> int:

@@ -101,7 +101,7 @@ def _steps(case: Case, rounds: int, console: Console) -> list[report.Row]:
             console.print(f"without {side}: {_INSTALL[package]}")
     bench = Bench(case.work)
     steps = {side: SIDES[side](bench) for side in available}
-    times = interleaved(steps, rounds, case.work.device)
+    times = interleaved(steps, case.rounds or rounds, case.work.device)
     rows = []
     for side, found in times.items():
         row = {
@@ -113,7 +113,7 @@ def _steps(case: Case, rounds: int, console: Console) -> list[report.Row]:
             "spread": found.spread,
             "tokens_per_second": case.work.tokens / found.median,
         }
-        if side in _PROFILED and case.work.device == "cpu":
+        if side in _PROFILED and case.rounds is None and case.work.device == "cpu":
             row["own_share"] = own_share(steps[side])
         rows.append(row)
     steps.clear()

@@ -67,11 +67,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """A workload with the sides to be run on it, and whether to measure their memory."""
+    """A workload and the sides to be run on it."""
 
     work: Workload
     sides: tuple[str, ...]
     memory: bool = False
+    """Whether to measure their peak memory, too."""
+    rounds: int | None = None
+    """Of interleaved measurements; as many as asked for, if None."""
 
 
 _FEW_LABELS = Workload(vocabulary=32000, batch_size=4, prompt=92, completion=36)
@@ -88,7 +91,7 @@ SUITE = (
     Case(_BOTH_ENDS, ("floor", "plain", "split", "lora", "pyreft")),
     Case(Workload(positions="f1+l1", prompt=96, completion=32), ("floor", "split", "compiled")),
     Case(_SMALL, ("floor", "split", "lora", "pyreft")),
-    Case(_LONG, ("plain", "split"), memory=True),
+    Case(_LONG, ("plain", "split"), memory=True, rounds=2),
 )
 """README's table."""
 
