@@ -46,9 +46,10 @@ def orthonormal_rows(
         R in the dtype of X, at least fp32. All NaN where X has linearly dependent rows: a loud
         result that needs no synchronisation with the device, unlike an exception.
     """
+    matrices = raw.reshape(-1, *raw.shape[-2:])
     with torch.autocast(raw.device.type, enabled=False):
-        basis: Tensor = _CholeskyQR.apply(raw)  # type: ignore[no-untyped-call]  # torch's
-    return basis
+        basis: Tensor = _CholeskyQR.apply(matrices)  # type: ignore[no-untyped-call]  # torch's
+    return basis.view(raw.shape)
 
 
 class _CholeskyQR(torch.autograd.Function):
@@ -59,7 +60,7 @@ class _CholeskyQR(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, raw: Tensor) -> Tensor:
+    def forward(ctx: Any, raw: Float[Tensor, "batch rank hidden"]) -> Tensor:
         rows = raw.to(torch.float32 if raw.device.type == "mps" else torch.float64)
         gram = rows @ rows.mT
         lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -82,7 +83,7 @@ class _CholeskyQR(torch.autograd.Function):
             inverse = _inverse(raw @ basis.mT)
         below = (gradient @ basis.mT).tril()
         symmetric = below + below.tril(-1).mT
-        return inverse.mT @ (gradient - symmetric @ basis)
+        return inverse.mT @ torch.baddbmm(gradient, symmetric, basis, alpha=-1)
 
 
 def _inverse(lower: Tensor) -> Tensor:

@@ -124,8 +124,12 @@ class Runner:
             alignment = self._align(current, inputs, keep_end=return_logits is not False)
             if alignment is None:
                 plain = "rows are packed, or have labels at or right after padding"
-            elif alignment.cut == 0 or (split == "auto" and not alignment.is_worthwhile):
+            elif alignment.cut and (split == "always" or alignment.is_worthwhile):
+                plain = next(self._against_split_of_base(), None)
+            else:
                 alignment = None
+        if plain is not None:
+            alignment = None
         if inputs.get("labels") is not None and torch.is_grad_enabled():
             if split == "always" and plain is not None:
                 raise ValueError(f"split 'always': {plain}")
@@ -287,12 +291,9 @@ class Runner:
             yield self._abilities.no_tail
 
     def _against_split(self, inputs: Mapping[str, Any]) -> Iterator[str]:
-        """Reasons not to run the prompt without gradients."""
-        base = self._engine.base
+        """Reasons in the inputs not to run the prompt without gradients."""
         if not torch.is_grad_enabled():
             yield "no gradients are taken"
-        if any(parameter.requires_grad for parameter in base.parameters()):
-            yield "parameters of the base are trained"
         if any(isinstance(v, Tensor) and v.requires_grad for v in inputs.values()):
             yield "an input requires a gradient"
         if unknown := given(inputs) - _SPLIT_INPUTS:
@@ -300,6 +301,12 @@ class Runner:
         position_ids = inputs.get("position_ids")
         if position_ids is not None and position_ids.shape != inputs["labels"].shape:
             yield "position_ids are not one per token"
+
+    def _against_split_of_base(self) -> Iterator[str]:
+        """Reasons in the base, which take a walk through it to find."""
+        base = self._engine.base
+        if any(parameter.requires_grad for parameter in base.parameters()):
+            yield "parameters of the base are trained"
         if checkpointed_modules(base):
             yield "gradient checkpointing takes no cache"
         if any(is_watched(module) for module in base.modules()):
