@@ -285,18 +285,19 @@ class Engine:
                 stack.callback(remove)
             yield is_ours
 
-    def _hook(self, chunk: Callable[[], Chunk | None]) -> Iterator[Callable[[], None]]:
+    def _hook(
+        self, chunk: Callable[[], Chunk | None], kind: Callable[..., Any] = partial
+    ) -> Iterator[Callable[[], None]]:
         """Put hooks on all sites; yields what removes them."""
         for site, placed in self._by_site.items():
+            # First, so that whoever reads hidden states by a hook reads edited ones.
             if site.is_input:
-                edit_input = partial(self._edit_input, placed, chunk)
-                yield site.module.register_forward_pre_hook(
-                    edit_input, prepend=True, with_kwargs=True
-                ).remove
+                edit = kind(self._edit_input, placed, chunk)
+                handle = site.module.register_forward_pre_hook(edit, prepend=True, with_kwargs=True)
             else:
-                edit = partial(self._edit_output, placed, chunk)
-                # First, so that whoever reads hidden states by a hook reads edited ones.
-                yield site.module.register_forward_hook(edit, prepend=True).remove
+                edit = kind(self._edit_output, placed, chunk)
+                handle = site.module.register_forward_hook(edit, prepend=True)
+            yield handle.remove
 
     @contextlib.contextmanager
     def _replayable(self, module: nn.Module) -> Iterator[None]:
@@ -422,8 +423,25 @@ def _stand_on_base(number: int) -> None:
     engine = _ENGINES[number]
     if number not in _STANDING:
         _STANDING.add(number)
-        for _ in engine._hook(lambda: engine._traced_chunk):
+        for _ in engine._hook(lambda: engine._traced_chunk, _StandingHook):
             pass
+
+
+class _StandingHook:
+    """A hook of compiled passes; what copies or pickles the base gets one that does nothing."""
+
+    def __init__(self, edit: Callable[..., Any], *arguments: Any) -> None:
+        self.edit, self.arguments = edit, arguments
+
+    def __call__(self, *given: Any) -> Any:
+        return self.edit(*self.arguments, *given)
+
+    def __reduce__(self) -> Any:
+        return partial, (_no_edit,)
+
+
+def _no_edit(*_: Any) -> None:
+    """Leave a module's input or output as it is."""
 
 
 def edit_rows(

@@ -121,9 +121,17 @@ class Runner:
         plain = whole or next(self._against_split(inputs), None)
         alignment = None
         if plain is None and split != "never":
-            alignment = self._align(current, inputs, keep_end=return_logits is not False)
+            alignment = align(
+                current.layout,
+                current.selections.values(),
+                inputs["labels"],
+                inputs.get("position_ids"),
+                keep_end=return_logits is not False,
+            )
             if alignment is None:
                 plain = "rows are packed, or have labels at or right after padding"
+            elif not self._takes_position_ids and alignment.shift.any():
+                plain = "prompts end at different columns, and the base takes no position_ids"
             elif alignment.cut and (split == "always" or alignment.is_worthwhile):
                 plain = next(self._against_split_of_base(), None)
             else:
@@ -323,20 +331,6 @@ class Runner:
             yield "prompts are noised"
         if has_dropout(self._engine.base):
             yield "the base drops out"
-
-    def _align(
-        self, current: Pass, inputs: Mapping[str, Any], *, keep_end: bool
-    ) -> Alignment | None:
-        alignment = align(
-            current.layout,
-            current.selections.values(),
-            inputs["labels"],
-            inputs.get("position_ids"),
-            keep_end=keep_end,
-        )
-        if alignment is not None and not self._takes_position_ids and alignment.shift.any():
-            return None
-        return alignment
 
     def _stamp(self) -> tuple[object, ...]:
         """What keys and values depend on, beside tokens."""

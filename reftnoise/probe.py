@@ -90,12 +90,12 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks stand on a module, but those that shard it or collect outputs on request."""
+    """Whether hooks of others stand on a module that do more than shard it or collect outputs."""
     if not module._forward_hooks and not module._forward_pre_hooks:
         return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     owners = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
-    known = ("torch.distributed.", "transformers.utils.output_capturing")
+    known = ("torch.distributed.", "transformers.utils.output_capturing", "reftnoise.engine")
     return not all(owner.startswith(known) for owner in owners)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MATHS = sorted((ROOT / "interventions").glob("*.py"))
-SYSTEM = sorted((ROOT / "reftnoise").glob("*.py"))
+SYSTEM = sorted((ROOT / "reftnoise").glob("*.py")) + sorted((ROOT / "reftnoise/bench").glob("*.py"))
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
@@ -21,7 +21,7 @@ LAYERS = [
     {"placement", "passes"},
     {"model", "saving"},
     {"data", "trainer", "progress"},
-    {"demo", "tiny"},
+    {"demo", "tiny", "bench"},
     {"cli"},
     {"__main__"},
 ]
@@ -29,7 +29,12 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 # Who may import inside a function: `saving` builds a ReftModel, commands start quickly.
 LATE = {"saving": {"model"}, "cli": set(LEVEL) - {"__main__"}, "demo": set(LEVEL) - {"__main__"}}
 
-by_file = {"ids": lambda path: path.name}
+by_file = {"ids": lambda path: str(path.relative_to(ROOT))}
+
+
+def module(path: Path) -> str:
+    """The module of reftnoise that a file is, or the folder of modules that it belongs to."""
+    return path.stem if path.parent.name in ("reftnoise", "interventions") else path.parent.name
 
 
 def imports(node: ast.AST) -> list[tuple[int, str]]:
@@ -60,10 +65,11 @@ def statements(node: ast.AST, is_late: bool = False) -> Iterator[tuple[ast.AST, 
 def internal(path: Path) -> tuple[set[str], set[str]]:
     """The modules of reftnoise that a file imports when it is imported, and in its functions."""
     found: tuple[set[str], set[str]] = set(), set()
+    depth = len(path.relative_to(ROOT / "reftnoise").parts)
     for node, is_late in statements(ast.parse(path.read_text(encoding="utf-8"))):
         for level, name in imports(node):
             first, *rest = name.split(".")
-            if level == 1:
+            if level == depth:
                 found[is_late].add(first)
             elif first == "reftnoise":
                 found[is_late].add(rest[0] if rest else "__init__")
@@ -95,18 +101,21 @@ def test_the_package_maps_the_folder() -> None:
 
 
 def test_every_module_has_a_layer() -> None:
-    assert {path.stem for path in SYSTEM} - {"__init__"} == set(LEVEL) - {"interventions"}
+    assert {module(path) for path in SYSTEM} - {"__init__"} == set(LEVEL) - {"interventions"}
 
 
-@pytest.mark.parametrize("path", [p for p in SYSTEM if p.stem != "__init__"], **by_file)
+@pytest.mark.parametrize("path", [p for p in SYSTEM if module(p) != "__init__"], **by_file)
 def test_dependencies_point_one_way(path: Path) -> None:
     now, _ = internal(path)
     for name in now:
-        assert LEVEL[name] <= LEVEL[path.stem], f"{path.name} imports {name}"
+        assert LEVEL[name] <= LEVEL[module(path)], f"{path.name} imports {name}"
 
 
 def test_no_module_depends_on_itself() -> None:
-    waiting = {path.stem: internal(path)[0] - {"interventions"} for path in SYSTEM}
+    waiting: dict[str, set[str]] = {}
+    for path in SYSTEM:
+        needs = internal(path)[0] - {"interventions", module(path)}
+        waiting[module(path)] = waiting.get(module(path), set()) | needs
     del waiting["__init__"]
     while free := [name for name, needs in waiting.items() if not needs & set(waiting)]:
         for name in free:
@@ -115,14 +124,14 @@ def test_no_module_depends_on_itself() -> None:
 
 
 def test_nobody_imports_the_command_line() -> None:
-    importers = {path.stem for path in SYSTEM for names in internal(path) if "cli" in names}
+    importers = {module(path) for path in SYSTEM for names in internal(path) if "cli" in names}
     assert importers <= {"__main__"}
 
 
 @pytest.mark.parametrize("path", SYSTEM, **by_file)
 def test_imports_within_functions_are_few(path: Path) -> None:
     _, late = internal(path)
-    assert late <= LATE.get(path.stem, set())
+    assert late <= LATE.get(module(path), set())
 
 
 def test_importing_the_package_imports_none_of_its_modules() -> None:

@@ -16,7 +16,7 @@ from .workload import GPU_SUITE, SUITE, Case, Workload
 
 OURS = ("plain", "split", "reuse", "symnoise", "compiled")
 _PROFILED = ("plain", "split")
-_NEEDS = {"lora": "peft", "neftune": "peft", "pyreft": "pyreft"}
+NEEDS = {"lora": "peft", "neftune": "peft", "pyreft": "pyreft"}
 _INSTALL = {"peft": "pip install peft", "pyreft": "pip install --no-deps pyreft==0.1.0"}
 
 NEW_TOKENS = 128
@@ -38,14 +38,14 @@ def run_bench(
     """Measure, print, and write `results.json` and `results.png`; see the command for arguments."""
     if unknown := set(sides) - set(SIDES):
         raise ValueError(f"sides {', '.join(sorted(unknown))}: expected {', '.join(SIDES)}")
-    torch.set_num_threads(threads)
-    console, folder = Console(), Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     if work is None and vary is None:
         cases = list(GPU_SUITE if device == "cuda" else SUITE)
         generation = True
     else:
         cases = _cases(work or Workload(device=device), vary, values, sides, memory)
+    torch.set_num_threads(threads)
+    console, folder = Console(), Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     rows: list[report.Row] = []
     for case in cases:
         found = _steps(case, rounds, console)
@@ -94,7 +94,7 @@ def _cases(
 def _steps(case: Case, rounds: int, console: Console) -> list[report.Row]:
     available = []
     for side in case.sides:
-        package = _NEEDS.get(side)
+        package = NEEDS.get(side)
         if package is None or importlib.util.find_spec(package) is not None:
             available.append(side)
         else:

@@ -11,6 +11,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from ..config import ReftConfig
 from ..model import ReftModel, get_reft_model
+from ..positions import Positions
 from ..prefix_cache import PrefixCache
 from .workload import SHAPES, Workload
 
@@ -153,8 +154,6 @@ def neftune(bench: Bench) -> Step:
 def pyreft(bench: Bench) -> Step:
     """LoReFT of pyreft 0.1.0, its model driven directly: its trainer needs transformers 4."""
     import pyreft
-
-    from ..positions import Positions
 
     work, base = bench.work, new_base(bench.work)
     layers = range(base.config.num_hidden_layers)

@@ -1,0 +1,88 @@
+"""torch.compile: one graph, the numbers of the plain pass, and nothing left on the bare base."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_passes import batch, wrapped
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import reftnoise as rn
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def gradients(model: Any, called: Any, **inputs: Any) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = called(**inputs).loss
+    loss.backward()
+    return loss, [parameter.grad.clone() for parameter in model.interventions.parameters()]
+
+
+def assert_same(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    for one, other in zip(found[1], expected[1], strict=True):
+        assert torch.linalg.vector_norm(one - other) <= 1e-5 * torch.linalg.vector_norm(other)
+
+
+@pytest.mark.parametrize("noise", [[], [{"intervention": "symnoise"}]])
+@pytest.mark.parametrize("positions", ["l1", "f1+l1", "f7+l7", "all"])
+def test_a_training_step_is_one_graph(positions: str, noise: list[dict[str, Any]]) -> None:
+    model, inputs = wrapped(positions, *noise), batch() | {"use_cache": False}
+    expected = gradients(model, model, **inputs, return_logits=True)
+    bare = model.model(**inputs).loss
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert_same(gradients(model, compiled, **inputs), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    # Its hooks stay, and act in a compiled pass alone.
+    assert torch.equal(model.model(**inputs).loss, bare)
+    assert_same(gradients(model, model, **inputs, return_logits=True), expected)
+
+
+@torch.no_grad()
+def test_evaluation_and_another_model_on_the_same_base() -> None:
+    first = wrapped("l1").eval()
+    second = rn.get_reft_model(first.model, wrapped("f2").reft_config).eval()
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    inputs["use_cache"] = False
+    for model in (first, second, first):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_copy_is_on_its_own() -> None:
+    model, inputs = wrapped("l1"), batch() | {"use_cache": False}
+    torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for unit in other.interventions.values():
+            unit.learned_source.bias.add_(1)
+    for one in (model, other):
+        expected = gradients(one, one, **inputs, return_logits=True)
+        assert_same(gradients(one, torch.compile(one, backend="aot_eager"), **inputs), expected)
+
+
+def test_what_others_hook_sees_edited_states() -> None:
+    model, inputs = wrapped("all"), batch() | {"use_cache": False}
+    seen: list[Tensor] = []
+
+    class Reader(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden * 2
+
+    model.model.model.layers[0].register_forward_hook(lambda _, __, out: Reader()(out))
+    expected = model(**inputs, return_logits=True).loss
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).loss, expected, rtol=1e-6, atol=0)
+    assert not seen

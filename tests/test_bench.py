@@ -1,0 +1,158 @@
+"""The benchmark measures real steps and writes what it measured."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from reftnoise.bench.measure import Times, interleaved, own_share, peak_bytes
+from reftnoise.bench.report import exponent
+from reftnoise.bench.run import NEEDS
+from reftnoise.bench.sides import SIDES, Bench
+from reftnoise.bench.workload import SHAPES, SUITE, Workload
+from reftnoise.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+
+SMALL = Workload(hidden_size=64, layers=2, vocabulary=128, batch_size=2, prompt=12, completion=4)
+FLAGS = [f"--work.{name}={value}" for name, value in vars(SMALL).items() if value is not None]
+
+
+@pytest.mark.parametrize("side", [side for side in SIDES if side not in ("pyreft", "compiled")])
+@pytest.mark.parametrize("positions", ["l1", "f3+l3"])
+def test_every_side_trains_what_it_says(side: str, positions: str) -> None:
+    bench = Bench(Workload(**vars(SMALL) | {"positions": positions}))
+    step = SIDES[side](bench)
+    step()
+    step()
+    assert not any(parameter.requires_grad for parameter in bench.base.parameters())
+    assert not any(module._forward_hooks for module in bench.base.modules())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyreft") is None, reason="needs pyreft 0.1.0")
+def test_pyreft_runs_beside() -> None:
+    SIDES["pyreft"](Bench(SMALL))()
+
+
+def test_the_floor_goes_back_to_the_first_edited_layer() -> None:
+    bench = Bench(Workload(**vars(SMALL) | {"edited": "1-1"}))
+    reached = []
+    for index, layer in enumerate(bench.base.model.layers):
+        layer.mlp.register_full_backward_hook(lambda *_, index=index: reached.append(index))
+    SIDES["floor"](bench)()
+    assert reached == []
+    bench = Bench(SMALL)
+    for index, layer in enumerate(bench.base.model.layers):
+        layer.mlp.register_full_backward_hook(lambda *_, index=index: reached.append(index))
+    SIDES["floor"](bench)()
+    assert reached == [1]
+
+
+@pytest.mark.filterwarnings("ignore:Profiler clears events:UserWarning")
+def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = "--sides=[floor,plain,split,lora]"
+    code = main(["bench", *FLAGS, sides, "--rounds=3", f"--output_dir={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert code == 0
+    written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert written["machine"]["torch"] == torch.__version__
+    assert [row["side"] for row in written["rows"]] == ["floor", "plain", "split", "lora"]
+    for row in written["rows"]:
+        assert row["tokens_per_second"] == pytest.approx(SMALL.tokens / row["seconds"])
+        assert row["side"] in printed
+    assert all(0 < row["own_share"] < 1 for row in written["rows"][1:3])
+    with Image.open(tmp_path / "results.png") as picture:
+        assert picture.width > 500
+
+
+def test_varying_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--vary=rank", "--values=[1,2]", "--sides=[floor,split]", "--rounds=2"]
+    assert main(["bench", *FLAGS, *arguments, f"--output_dir={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["side"], row["rank"]) for row in rows] == [
+        ("floor", 1),
+        ("split", 1),
+        ("floor", 2),
+        ("split", 2),
+    ]
+    assert "split: time grows with rank to the power of" in capsys.readouterr().out
+    assert (tmp_path / "results.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sides=[floor,slower]"], "sides slower: expected floor, plain"),
+        (["--vary=positions", "--values=[1]"], "vary 'positions' over [1]: expected values and"),
+        (["--vary=rank"], "vary 'rank' over []: expected values and"),
+    ],
+)
+def test_what_it_refuses(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments, f"--output_dir={tmp_path / 'out'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_generation_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reftnoise.bench.run.NEW_TOKENS", 3)
+    arguments = ["--sides=[floor]", "--generation=true", "--rounds=2"]
+    assert main(["bench", *FLAGS, *arguments, f"--output_dir={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["side"] for row in rows[1:5]] == [
+        "base, prefill",
+        "reftnoise, prefill",
+        "base, decode",
+        "reftnoise, decode",
+    ]
+
+
+def test_rounds_are_interleaved() -> None:
+    calls: list[str] = []
+    steps: dict[str, Any] = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = interleaved(steps, rounds=3, device="cpu", warmup=1)
+    assert "".join(calls) == "abababab"
+    assert len(times["a"].seconds) == 3
+
+
+def test_the_median_and_half_the_distance_of_the_quartiles() -> None:
+    times = Times((1.0, 2.0, 3.0, 4.0, 100.0))
+    assert times.median == 3.0
+    assert times.spread == pytest.approx((52.0 - 1.5) / 2)
+
+
+def test_the_exponent_of_a_power_law() -> None:
+    values = [1, 2, 4, 8]
+    assert exponent(values, [3 * v**1.5 for v in values]) == pytest.approx(1.5)
+
+
+def test_the_share_of_our_own_code_is_none_of_the_floors() -> None:
+    bench = Bench(SMALL)
+    ours = own_share(SIDES["plain"](bench), repeats=2)
+    assert 0 < ours < 1
+    # The floor runs none of the marked functions, and accumulates no gradient but of one state.
+    assert own_share(SIDES["floor"](bench), repeats=2) < 0.05
+
+
+def test_peak_memory_counts_the_logits() -> None:
+    work = Workload(
+        hidden_size=32, layers=1, vocabulary=60_000, batch_size=8, prompt=60, completion=4
+    )
+    whole, part = peak_bytes(work, "plain"), peak_bytes(work, "split")
+    logits = 8 * 64 * 60_000 * 4
+    assert whole > logits
+    assert part < whole - logits
+
+
+def test_workloads_are_told_apart() -> None:
+    names = [str(case.work) for case in SUITE]
+    assert len(set(names)) == len(names)
+    assert {side for case in SUITE for side in case.sides} <= set(SIDES)
+    assert set(NEEDS) <= set(SIDES)
+    assert str(Workload(shape="llama-3-8b", device="cuda")) != str(Workload(shape="qwen3-4b"))
+    assert all(shape["num_hidden_layers"] > 30 for shape in SHAPES.values())

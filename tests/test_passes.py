@@ -1,0 +1,464 @@
+"""Cheaper passes against the plain one: the base's own forward, loss and logits."""
+
+import copy
+import logging
+from typing import Any
+
+import peft
+import pytest
+import torch
+from architectures import ARCHITECTURES, tiny_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MambaConfig, MambaForCausalLM
+
+import reftnoise as rn
+from reftnoise.prefix_cache import PrefixCache
+
+PROMPTS, COMPLETIONS = [12, 3, 20, 1], [4, 6, 3, 5]
+POSITIONS: list[Any] = ["l1", "l3", "l2+decode", [-2, -1]]
+
+
+def wrapped(positions: Any = "l1", *more: dict[str, Any], base: Any = None) -> rn.ReftModel:
+    torch.manual_seed(1)
+    loreft = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
+    config = rn.ReftConfig(representations=[loreft | {"positions": positions}, *more])
+    return rn.get_reft_model(tiny_model() if base is None else base, config).train()
+
+
+def batch(side: str = "right", position_ids: bool = True) -> dict[str, Tensor]:
+    """Four rows of other lengths each, padded on one side."""
+    torch.manual_seed(2)
+    width = max(p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)) + 2
+    ids = torch.zeros(len(PROMPTS), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        length = prompt + completion
+        start = width - length if side == "left" else 0
+        ids[row, start : start + length] = torch.randint(3, 101, (length,))
+        mask[row, start : start + length] = 1
+        labels[row, start + prompt : start + length] = ids[row, start + prompt : start + length]
+    made = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if side == "left" and position_ids:
+        made["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return made
+
+
+def step(model: rn.ReftModel, inputs: dict[str, Any], **options: Any) -> tuple[Any, list[Tensor]]:
+    """The output, and the gradients of all units."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    output = model(**inputs, **options)
+    output.loss.backward()
+    return output, [parameter.grad.clone() for parameter in model.interventions.parameters()]
+
+
+def plain(model: rn.ReftModel, inputs: dict[str, Any], **options: Any) -> tuple[Any, list[Tensor]]:
+    before = model.split, model.prefix_cache
+    model.split, model.prefix_cache = "never", None
+    found = step(model, inputs, return_logits=True, **options)
+    model.split, model.prefix_cache = before
+    return found
+
+
+def assert_same(found: tuple[Any, list[Tensor]], expected: tuple[Any, list[Tensor]]) -> None:
+    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-6, atol=0)
+    for one, other in zip(found[1], expected[1], strict=True):
+        assert torch.linalg.vector_norm(one - other) <= 1e-5 * torch.linalg.vector_norm(other)
+
+
+def split(model: rn.ReftModel) -> rn.ReftModel:
+    model.split = "always"
+    return model
+
+
+# -- the same loss and gradients -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [None, "symnoise", "neftune"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_split_pass_is_the_plain_pass(architecture: str, side: str, noise: str | None) -> None:
+    noises = [] if noise is None else [{"intervention": noise}]
+    model = split(wrapped("l3", *noises, base=tiny_model(architecture)))
+    inputs = batch(side)
+    expected = plain(model, inputs)
+    assert_same(step(model, inputs, return_logits=False), expected)
+    found = step(model, inputs)
+    assert_same(found, expected)
+    attended = inputs["attention_mask"].bool()
+    torch.testing.assert_close(
+        found[0].logits[attended], expected[0].logits[attended], rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prompts_from_an_earlier_epoch_change_nothing(architecture: str, side: str) -> None:
+    model = split(wrapped(base=tiny_model(architecture)))
+    inputs = batch(side)
+    expected = plain(model, inputs)
+    model.prefix_cache = PrefixCache()
+    for hits in (0, 4, 8):
+        assert_same(step(model, inputs, return_logits=False), expected)
+        assert (model.prefix_cache.hits, model.prefix_cache.misses) == (hits, 4)
+    found = step(model, inputs)  # logits of prompts, which are computed anew
+    attended = inputs["attention_mask"].bool()
+    torch.testing.assert_close(
+        found[0].logits[attended], expected[0].logits[attended], rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_kind_of_position(side: str, positions: Any) -> None:
+    model, inputs = split(wrapped(positions)), batch(side)
+    assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+
+
+@pytest.mark.parametrize("positions", ["f2", "f1+l1", "all", "all+decode", [0, 3]])
+def test_nothing_is_split_where_the_prompts_start_is_edited(positions: Any) -> None:
+    model, inputs = wrapped(positions), batch()
+    step(model, inputs)  # the base is tried out
+    with Calls(model.model.model) as calls:
+        assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+    assert calls.widths == [25, 25]
+
+
+def test_left_padding_without_position_ids_counts_padding_as_the_base_does() -> None:
+    model = split(wrapped(base=tiny_model("gpt2")))
+    inputs = batch("left", position_ids=False)
+    assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+
+
+def test_explicit_locations() -> None:
+    model, inputs = split(wrapped()), batch()
+    last = [[p - 1] for p in PROMPTS]
+    locations = {"sources->base": (None, [last] * 3)}
+    expected = plain(model, inputs, unit_locations=locations)
+    assert_same(step(model, inputs, unit_locations=locations, return_logits=False), expected)
+    assert_same(step(model, inputs, return_logits=False), expected)
+
+
+def test_labels_on_the_prompt_are_in_the_loss() -> None:
+    model, inputs = split(wrapped()), batch()
+    prompt = torch.tensor(PROMPTS)
+    column = torch.arange(25)
+    near = (column >= prompt[:, None] - 4) & (column > 0) & inputs["attention_mask"].bool()
+    inputs["labels"] = inputs["input_ids"].masked_fill(~near, -100)
+    inputs["prompt_lengths"] = prompt
+    assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+
+
+def test_a_row_without_labels() -> None:
+    model, inputs = split(wrapped()), batch()
+    inputs["labels"][0] = -100
+    assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+
+
+@pytest.mark.parametrize("count", [7, torch.tensor(7)])
+def test_the_loss_is_divided_by_what_the_trainer_counts(count: Any) -> None:
+    model, inputs = split(wrapped()), batch()
+    inputs["num_items_in_batch"] = count
+    assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+
+
+def test_embeddings_instead_of_tokens() -> None:
+    model, inputs = split(wrapped("l1", {"intervention": "neftune"})), batch()
+    embedded = model.model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    inputs["inputs_embeds"] = embedded
+    assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+
+
+def test_bfloat16() -> None:
+    model, inputs = split(wrapped(base=tiny_model().bfloat16())), batch()
+    found, expected = step(model, inputs, return_logits=False), plain(model, inputs)
+    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0)
+    assert found[0].loss.dtype == torch.float32
+
+
+def test_autocast() -> None:
+    model, inputs = split(wrapped()), batch()
+    model.prefix_cache = PrefixCache()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = step(model, inputs, return_logits=False), plain(model, inputs)
+    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-2, atol=0)
+    assert_same(step(model, inputs, return_logits=False), plain(model, inputs))  # cached in fp32
+
+
+def test_dropout_of_the_edits_is_drawn_alike() -> None:
+    model = split(wrapped())
+    for unit in model.interventions.values():
+        unit.dropout.p = 0.5
+    inputs = {name: value[:1, :16] for name, value in batch().items()}  # one row: equal draws
+    assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+
+
+# -- what it saves ---------------------------------------------------------------------------------
+
+
+class Calls:
+    """The widths with which a module is called, without a hook on it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.widths = module, []  # type: tuple[nn.Module, list[int]]
+
+    def __enter__(self) -> "Calls":
+        forward = self.module.forward
+
+        def counted(input_ids: Tensor, **inputs: Any) -> Any:
+            self.widths.append(input_ids.shape[1])
+            return forward(input_ids, **inputs)
+
+        self.module.forward = counted  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        del self.module.forward
+
+
+def test_only_what_follows_the_first_edit_is_run_with_gradients() -> None:
+    model, inputs = wrapped(), batch()
+    step(model, inputs)  # the base is tried out
+    with Calls(model.model.model) as calls:
+        step(model, inputs, return_logits=False)
+    # Before the last prompt token at most 19, then at most 6 that predict a label.
+    assert calls.widths == [19, 6]
+
+
+def test_a_kept_prompt_is_not_run_again() -> None:
+    model, inputs = wrapped(), batch()
+    model.prefix_cache = PrefixCache()
+    step(model, inputs)
+    with Calls(model.model.model) as calls:
+        step(model, inputs, return_logits=False)
+        inputs["input_ids"][2, 1] = 50
+        step(model, inputs, return_logits=False)
+    assert calls.widths == [6, 19, 6]
+    assert model.prefix_cache.misses == 5
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is computed."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("positions", ["l1", "f1"])
+def test_no_more_logits_than_a_chunk_are_held(
+    positions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_model(vocab_size=20_000)
+    model, inputs = wrapped(positions, base=base), batch()
+    expected = plain(model, inputs)
+    monkeypatch.setattr("reftnoise.loss.MAX_LOGITS", 3 * 20_000)
+    with Largest() as largest:
+        found = step(model, inputs, return_logits=False)
+    assert largest.elements <= base.lm_head.weight.numel()
+    assert_same(found, expected)
+
+
+def test_the_base_stays_as_it_is() -> None:
+    model, inputs = wrapped(), batch()
+    for _ in range(2):
+        step(model, inputs)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+        assert all(module.training for module in model.model.modules())
+        assert "_loss_function" not in vars(model.model)
+
+
+def test_an_error_in_the_base_leaves_nothing_behind() -> None:
+    model, inputs = split(wrapped()), batch()
+    step(model, inputs)
+    expected = model.model(**inputs).loss
+    inputs["input_ids"] = inputs["input_ids"].clone()
+    inputs["input_ids"][0, 0] = 10_000
+    with pytest.raises(IndexError):
+        step(model, inputs)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+    inputs["input_ids"][0, 0] = batch()["input_ids"][0, 0]
+    assert torch.equal(model.model(**inputs).loss, expected)
+
+
+# -- where it is not possible ----------------------------------------------------------------------
+
+
+def assert_plain(model: rn.ReftModel, inputs: dict[str, Any], reason: str, caplog: Any) -> None:
+    """The pass gives what the plain one does, says why, and cannot be forced."""
+    with caplog.at_level(logging.INFO, logger="reftnoise"):
+        assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+    assert reason in caplog.text
+    model.split = "always"
+    with pytest.raises(ValueError, match=f"split 'always': .*{reason}"):
+        model(**inputs)
+
+
+def test_a_trained_base(caplog: Any) -> None:
+    model = wrapped()
+    model.model.lm_head.weight.requires_grad_()
+    assert_plain(model, batch(), "parameters of the base are trained", caplog)
+    head = model.model.lm_head.weight
+    model.split = "never"
+    (_, _), head_grad = plain(model, batch()), head.grad.clone()
+    step(model, batch(), return_logits=False)
+    torch.testing.assert_close(head.grad, head_grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_lora_under_reft(caplog: Any) -> None:
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    base = peft.get_peft_model(tiny_model(), lora)
+    config = rn.ReftConfig(
+        [{"layer": 1, "intervention": "loreft", "low_rank_dimension": 2, "positions": "l1"}]
+    )
+    model = rn.get_reft_model(base, config, disable_model_grads=False).train()
+    assert_plain(model, batch(), "parameters of the base are trained", caplog)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_gradient_checkpointing(caplog: Any) -> None:
+    model = wrapped()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_plain(model, batch(), "gradient checkpointing takes no cache", caplog)
+
+
+def test_packed_rows(caplog: Any) -> None:
+    model, inputs = wrapped(), batch()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["position_ids"] = torch.arange(25).remainder(9).expand(4, -1)
+    assert_plain(model, inputs, "rows are packed", caplog)
+
+
+def test_hooks_of_others_see_the_batch_as_it_is(caplog: Any) -> None:
+    model, seen = wrapped(), []
+    handle = model.model.model.layers[1].register_forward_hook(
+        lambda _, __, output: seen.append(output.shape)
+    )
+    assert_plain(model, batch(), "a hook of others reads the base", caplog)
+    assert seen == [(4, 25, 32)] * 2
+    assert len(model.model.model.layers[1]._forward_hooks) == 1
+    handle.remove()
+
+
+def test_hooks_of_others_on_the_head_see_all_logits(caplog: Any) -> None:
+    model, seen = wrapped(), []
+    model.model.lm_head.register_forward_hook(lambda _, __, output: seen.append(output.shape))
+    assert_plain(model, batch(), "a hook of others reads the head", caplog)
+    assert seen == [(4, 25, 101)] * 2
+
+
+def test_a_loss_of_its_own(caplog: Any) -> None:
+    def normaliser(logits: Tensor, **_: Any) -> Tensor:
+        return logits.logsumexp(-1).mean()
+
+    base = tiny_model()
+    base.loss_function = normaliser
+    assert_plain(wrapped(base=base), batch(), "a head or loss of its own kind", caplog)
+
+
+def test_a_state_space_model(caplog: Any) -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=101, hidden_size=32, state_size=4, num_hidden_layers=3)
+    base = MambaForCausalLM(config)
+    model, inputs = wrapped(base=base), batch()
+    assert_plain(model, inputs, "prompts end at different columns", caplog)
+    one_row = {name: value[2:3] for name, value in inputs.items()}
+    model.split = "auto"
+    assert_plain(model, one_row, "does not keep all it needs in a cache", caplog)
+
+
+def test_labels_of_other_kinds_are_the_bases_own() -> None:
+    model, inputs = wrapped(), batch()
+    inputs["labels"][1, 0] = 5  # predicted from nothing: no base counts it
+    expected = model.model(**inputs).loss
+    model.interventions.requires_grad_(False)
+    with torch.no_grad():
+        for unit in model.interventions.values():
+            unit.learned_source.weight.copy_(unit.rotate_layer())
+            unit.learned_source.bias.zero_()
+        torch.testing.assert_close(model(**inputs).loss, expected)
+
+
+def test_never() -> None:
+    model, inputs = wrapped(), batch()
+    step(model, inputs)
+    model.split = "never"
+    with Calls(model.model.model) as calls:
+        assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+    assert calls.widths == [25, 25]
+
+
+# -- logits ----------------------------------------------------------------------------------------
+
+
+def test_logits_are_there_for_whoever_reads_them() -> None:
+    model, inputs = wrapped(), batch("left")
+    expected = plain(model, inputs)[0]
+    attended = inputs["attention_mask"].bool()
+    readers: list[Any] = [
+        lambda output: output.logits,
+        lambda output: output["logits"],
+        lambda output: output[1],
+        lambda output: output[:2][1],
+        lambda output: output.to_tuple()[1],
+        lambda output: dict(output)["logits"],
+        lambda output: output.get("logits"),
+        lambda output: (output | {})["logits"],
+        lambda output: copy.copy(output).logits,
+        lambda output: list(output.values())[1],
+        lambda output: torch.utils._pytree.tree_flatten(output)[0][1],
+        lambda output: next(value for name, value in output.items() if name == "logits"),
+    ]
+    for read in readers:
+        found = read(model(**inputs))[attended]
+        torch.testing.assert_close(found, expected.logits[attended], rtol=1e-4, atol=1e-4)
+        assert found.requires_grad
+
+
+def test_reading_the_loss_computes_no_logits() -> None:
+    model, inputs = wrapped(base=tiny_model(vocab_size=20_000)), batch()
+    model(**inputs)
+    with Largest() as largest:
+        output = model(**inputs)
+        assert "loss" in output
+        assert output.loss is output["loss"] is output[0]
+    assert largest.elements < 4 * 25 * 20_000 / 2
+    assert output.logits.shape == (4, 25, 20_000)
+    assert list(output)[:2] == ["loss", "logits"]
+
+
+def test_logits_can_be_left_out_or_computed_at_once() -> None:
+    model, inputs = wrapped(), batch()
+    assert model(**inputs, return_logits=False).logits is None
+    assert "logits" in dict(model(**inputs, return_logits=True))
+    without = {name: value for name, value in inputs.items() if name != "labels"}
+    assert model(**without, return_logits=False).logits is not None
+    _, output = model(inputs, return_logits=False)
+    assert output.logits is None
+
+
+def test_logits_of_the_first_of_each_pair() -> None:
+    model, inputs = split(wrapped("l1", {"intervention": "symnoise"})), batch()
+    expected = plain(model, inputs)[0].logits
+    found = step(model, inputs)[0].logits
+    assert found.shape == expected.shape == (4, 25, 101)
+    attended = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[attended], expected[attended], rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_computes_logits_on_demand() -> None:
+    model, inputs = wrapped().eval(), batch()
+    with torch.no_grad():
+        expected = model(**inputs, return_logits=True)
+        found = model(**inputs)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.logits, expected.logits)
