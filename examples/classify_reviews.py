@@ -92,6 +92,8 @@ def train(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            train_sampling_strategy="group_by_length",
+            include_num_input_tokens_seen="non_padding",
             dataloader_pin_memory=torch.cuda.is_available(),
             seed=seed,
         )

@@ -31,6 +31,7 @@ _HOME = {
     ),
     "model": ("ReftModel", "get_reft_model"),
     "positions": ("Positions",),
+    "prefix_cache": ("PrefixCache",),
     "tiny": ("load_tiny_examples", "load_tiny_model"),
     "trainer": ("ReftTrainer", "ReftTrainerForCausalLM"),
 }
@@ -62,6 +63,7 @@ if TYPE_CHECKING:  # `as` marks a name as public for type checkers
     from .model import ReftModel as ReftModel
     from .model import get_reft_model as get_reft_model
     from .positions import Positions as Positions
+    from .prefix_cache import PrefixCache as PrefixCache
     from .tiny import load_tiny_examples as load_tiny_examples
     from .tiny import load_tiny_model as load_tiny_model
     from .trainer import ReftTrainer as ReftTrainer

@@ -155,7 +155,11 @@ def tokenize_examples(
     max_length: int | None = None,
     name: str = "training",
 ) -> datasets.Dataset:
-    """`input_ids`, `labels` and `prompt_lengths` for each example, or each assistant turn."""
+    """`input_ids`, `labels`, `prompt_lengths` and `length` for each example or assistant turn.
+
+    `length` is what a Trainer groups batches by, so that they hold little padding
+    (`train_sampling_strategy="group_by_length"`).
+    """
     columns = examples.column_names
     if prompt_column in columns and completion_column in columns:
         pairs: Iterable[tuple[Any, str]] = zip(
@@ -171,7 +175,9 @@ def tokenize_examples(
             f"or {messages_column!r}; name yours with prompt_column, completion_column or "
             "messages_column"
         )
-    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "prompt_lengths": []}
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("input_ids", "labels", "prompt_lengths", "length")
+    }
     truncated = cut_short = 0
     for index, (prompt, completion) in enumerate(pairs):
         try:
@@ -186,6 +192,7 @@ def tokenize_examples(
         rows["input_ids"].append(prompt_ids + target_ids)
         rows["labels"].append([IGNORED_LABEL] * len(prompt_ids) + target_ids)
         rows["prompt_lengths"].append(len(prompt_ids))
+        rows["length"].append(len(prompt_ids) + len(target_ids))
     if not rows["labels"]:
         raise ValueError(f"no {name} examples: no conversation has an assistant's turn")
     if truncated:
@@ -198,6 +205,15 @@ def tokenize_examples(
             max_length,
             f", {cut_short} of them also the end of their completions" if cut_short else "",
         )
+    prompts = sum(rows["prompt_lengths"])
+    logger.info(
+        "%d %s examples: %d tokens of prompts, %d of completions, the longest example %d",
+        len(rows["length"]),
+        name,
+        prompts,
+        sum(rows["length"]) - prompts,
+        max(rows["length"]),
+    )
     return datasets.Dataset.from_dict(rows)
 
 

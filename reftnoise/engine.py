@@ -185,6 +185,9 @@ class Engine:
         base = inner_model(self.base)
         checkpointed = checkpointed_modules(self.base)
         with _LOCKS.setdefault(base, RLock()), contextlib.ExitStack() as stack:
+            if not any(self._acts(placed, current) for placed in self.units):
+                yield stack.enter_context(innermost(base))
+                return
             outer = self._chunk
             # What is recomputed in the backward pass must not depend on what is computed outside:
             # with reentrant checkpointing, a shared basis would be differentiated several times.
@@ -253,6 +256,11 @@ class Engine:
                 return self.base(**self._with_edited_embeddings(chunk, inputs))
         finally:
             self._traced_chunk = None
+
+    def _acts(self, placed: PlacedUnit, current: Pass) -> bool:
+        if isinstance(placed.unit, NoiseIntervention):
+            return placed.unit.training and not current.is_generation
+        return current.selections[placed.key] is not None
 
     def _rotations(self) -> list[LowRankRotation]:
         modules = [module for placed in self.units for module in placed.unit.modules()]

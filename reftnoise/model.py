@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Int
@@ -58,7 +58,7 @@ class ReftModel(nn.Module):
         self.reft_config = config
         placed = place_units(config, model)
         self.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
-        self.split: SplitMode = "auto"
+        self._split: SplitMode = "auto"
         self.prefix_cache: PrefixCache | None = None
         self._engine = Engine(model, placed)
         self._runner = Runner(self._engine)
@@ -150,7 +150,7 @@ class ReftModel(nn.Module):
             inputs,
             pairs=batch_size if doubled else None,
             return_logits=return_logits,
-            split=self.split,
+            split=self._split,
             prefix_cache=self.prefix_cache,
         )
 
@@ -213,6 +213,21 @@ class ReftModel(nn.Module):
         )
         with self._engine.running(current):
             return self.model.generate(**kwargs)
+
+    @property
+    def split(self) -> SplitMode:
+        """Whether training runs what comes before the first edit without gradients.
+
+        `"auto"` where that is possible and saves time, `"always"` or an error that says why not,
+        or `"never"`. `prefix_cache`, a `PrefixCache` or None, keeps its results for later epochs.
+        """
+        return self._split
+
+    @split.setter
+    def split(self, mode: SplitMode) -> None:
+        if mode not in get_args(SplitMode):
+            raise ValueError(f"split {mode!r}: expected 'auto', 'always' or 'never'")
+        self._split = mode
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator["ReftModel"]:

@@ -58,6 +58,9 @@ class PrefixCache:
         self._stamp: tuple[object, ...] = ()
         self.clear()
 
+    def __reduce__(self) -> Any:  # a copy of a model starts with an empty one
+        return PrefixCache, (self.place, self.max_bytes, self.directory)
+
     def clear(self) -> None:
         """Forget every prompt."""
         self._prompts: dict[bytes, list[int]] = {}

@@ -1,5 +1,6 @@
 """A progress bar for trainers."""
 
+import time
 from typing import Any
 
 from rich.console import Console
@@ -8,7 +9,10 @@ from transformers import TrainerCallback
 
 
 class RichProgressCallback(TrainerCallback):
-    """One line per run: name, bar, steps, loss and time left.
+    """One line per run: name, bar, steps, loss, speed and time left.
+
+    Tokens per second are shown where the trainer counts tokens
+    (`include_num_input_tokens_seen="non_padding"`).
 
     Args:
         console: where to draw.
@@ -20,18 +24,23 @@ class RichProgressCallback(TrainerCallback):
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("loss {task.fields[loss]}{task.fields[speed]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
         )
-        self._task = self._progress.add_task(description, total=None, loss="…")
+        self._task = self._progress.add_task(description, total=None, loss="…", speed="")
+        self._started, self._before = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._progress.update(self._task, total=state.max_steps)
         self._progress.start()
+        self._started, self._before = time.perf_counter(), state.num_input_tokens_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._progress.update(self._task, completed=state.global_step)
+        if tokens := state.num_input_tokens_seen - self._before:
+            speed = f", {tokens / (time.perf_counter() - self._started):,.0f} tokens/s"
+            self._progress.update(self._task, speed=speed)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in (logs := kwargs.get("logs") or {}):

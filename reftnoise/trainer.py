@@ -3,7 +3,7 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -51,8 +51,6 @@ class ReftTrainer(Trainer):
             if trainer_arguments.get("processing_class") is not None:
                 raise ValueError("tokenizer and processing_class are one argument: give one")
             trainer_arguments["processing_class"] = tokenizer
-        if split not in get_args(SplitMode):
-            raise ValueError(f"split {split!r}: expected 'auto', 'always' or 'never'")
         prefixes = None
         if prefix_cache != "none":
             prefixes = PrefixCache(prefix_cache, prefix_cache_bytes)

@@ -349,6 +349,21 @@ def test_the_module_is_what_a_trainer_takes(byte_bpe: Any) -> None:
 LONG = "the quick brown fox jumps over the lazy dog and tell me more about the world"
 
 
+def test_tokens_are_counted(byte_bpe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="reftnoise"):
+        module = rn.make_last_position_supervised_data_module(
+            byte_bpe, None, ["one two", "three"], ["four", "five six seven"]
+        )
+    dataset = module["train_dataset"]
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    assert list(dataset["length"]) == lengths
+    prompts = sum(dataset["prompt_lengths"])
+    assert (
+        f"2 training examples: {prompts} tokens of prompts, {sum(lengths) - prompts} of "
+        f"completions, the longest example {max(lengths)}"
+    ) in caplog.text
+
+
 @pytest.mark.parametrize("room", [1, 2, 5])
 def test_truncation_keeps_the_prompts_end_and_its_beginning_of_text(
     tokenizer: Any, room: int, caplog: pytest.LogCaptureFixture

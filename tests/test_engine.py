@@ -399,3 +399,22 @@ def test_one_batched_basis_per_step_and_none_in_generation(monkeypatch: pytest.M
         generated(model, padded("left"))
         generated(model, padded("left"))
     assert shapes[1:] == [(4, 32)] * 3, "once per layer, at the first generation"
+
+
+@torch.no_grad()
+def test_noise_alone_leaves_no_hook_in_evaluation() -> None:
+    base = tiny_model()
+    model = rn.get_reft_model(base, rn.ReftConfig({"intervention": "symnoise"}))
+    forward, hooks = base.model.forward, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        hooks.append(sum(len(m._forward_hooks | m._forward_pre_hooks) for m in base.modules()))
+        return forward(*args, **kwargs)
+
+    base.model.forward = counted
+    tokens = torch.randint(3, 101, (2, 5))
+    model(input_ids=tokens)
+    model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2)
+    assert hooks == [0, 0, 0]
+    model.train()(input_ids=tokens, labels=tokens)
+    assert hooks[-1] > 0

@@ -388,6 +388,13 @@ def test_labels_of_other_kinds_are_the_bases_own() -> None:
         torch.testing.assert_close(model(**inputs).loss, expected)
 
 
+def test_a_mode_that_does_not_exist() -> None:
+    model = wrapped()
+    with pytest.raises(ValueError, match="split 'no': expected 'auto', 'always' or 'never'"):
+        model.split = "no"  # type: ignore[assignment]
+    assert model.split == "auto"
+
+
 def test_never() -> None:
     model, inputs = wrapped(), batch()
     step(model, inputs)

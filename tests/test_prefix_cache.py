@@ -1,5 +1,6 @@
 """Keys and values of prompts: stored once, within their budget, never stale."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,14 @@ def test_a_disk_without_room(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="bytes free, but the prefix cache reserves"):
         written(cache, 1, 2)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_copy_starts_empty() -> None:
+    cache = PrefixCache(max_bytes=10 * block_bytes())
+    written(cache, 1, 2)
+    other = copy.deepcopy(cache)
+    assert (len(other), other.max_bytes) == (0, cache.max_bytes)
+    assert len(cache) == 1
 
 
 @pytest.mark.parametrize(

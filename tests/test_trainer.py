@@ -359,3 +359,85 @@ def test_checkpoints_hold_the_config(tokenizer: Any, tmp_path: Path) -> None:
     first, second = saved["representations"]
     assert (first["dropout"], first["positions"]) == (0.2, "f1+l1")
     assert (second["intervention"], second["alpha"]) == ("symnoise", 5.0)
+
+
+# -- cheaper passes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix_cache", ["memory", "disk"])
+@pytest.mark.parametrize("entry", [{}, {"positions": "l1"}])
+def test_a_run_with_every_saving_ends_with_the_same_weights(
+    entry: dict[str, str], prefix_cache: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    trained = []
+    for options in ({"split": "never"}, {}, {"prefix_cache": prefix_cache}):
+        model = wrapped(tokenizer, loreft(**entry))
+        args = arguments(tmp_path, num_train_epochs=3, optim="sgd", seed=3)
+        trainer = rn.ReftTrainer(model=model, args=args, **module(tokenizer, model), **options)
+        trainer.train()
+        trained.append(weights(model))
+    start = weights(wrapped(tokenizer, loreft(**entry)))
+    for other in trained[1:]:
+        torch.testing.assert_close(other - start, trained[0] - start, rtol=1e-3, atol=1e-6)
+    cache = model.prefix_cache
+    assert (cache.misses, cache.hits) == ((5, 19) if entry else (0, 0))
+
+
+def test_training_computes_no_logits_and_evaluation_has_them(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+
+    class Watching(rn.ReftTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(super().compute_loss(model, inputs, return_outputs=True)[1])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    model = wrapped(tokenizer)
+    forward, kept = model.forward, []
+
+    def watched(*inputs: Any, **named: Any) -> Any:
+        output = forward(*inputs, **named)
+        kept.append((model.training, named.get("return_logits")))
+        return output
+
+    model.forward = watched  # type: ignore[method-assign]
+    args = arguments(tmp_path, max_steps=1)
+    data = module(tokenizer, model)
+    trainer = Watching(
+        model=model,
+        args=args,
+        compute_metrics=lambda found: {"columns": found.predictions.shape[-1]},
+        **data | {"eval_dataset": data["train_dataset"]},
+    )
+    trainer.train()
+    assert kept == [(True, None), (True, False)]
+    assert trainer.evaluate()["eval_columns"] == len(tokenizer)
+    assert seen[0].logits.shape[-1] == len(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "maybe"}, "split 'maybe': expected 'auto', 'always' or 'never'"),
+        ({"prefix_cache": "gpu"}, "prefix cache 'gpu': expected 'memory' or 'disk'"),
+        ({"prefix_cache": "disk", "prefix_cache_bytes": -1}, "max_bytes -1: expected a positive"),
+    ],
+)
+def test_savings_that_do_not_exist(
+    options: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        rn.ReftTrainer(model=wrapped(tokenizer), args=arguments(tmp_path), **options)
+
+
+def test_batches_grouped_by_length_hold_less_padding(tokenizer: Any, tmp_path: Path) -> None:
+    padding = {}
+    for strategy in ("random", "group_by_length"):
+        model = wrapped(tokenizer)
+        args = arguments(tmp_path, train_sampling_strategy=strategy, per_device_train_batch_size=2)
+        trainer = rn.ReftTrainer(model=model, args=args, **module(tokenizer, model))
+        set_seed(0)
+        masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+        padding[strategy] = sum(int((mask == 0).sum()) for mask in masks)
+    assert padding["group_by_length"] < padding["random"]
