@@ -251,8 +251,9 @@ class Runner:
                 states = self._prefill({n: v[lacking] for n, v in prompt.items()}, last)
                 values[lacking], self._shapes = pack(states)
             states = unpack(values, self._shapes)
+        kept = values.cpu() if missing else values
         for row in missing:
-            prefixes.write(names[row], values[row, inside.shape[1] - lengths[row] :].cpu())
+            prefixes.write(names[row], kept[row, inside.shape[1] - lengths[row] :])
         return states
 
     # -- which of them -------------------------------------------------------------------------

@@ -73,6 +73,8 @@ def _no_prefill(
     base: PreTrainedModel, states: PromptStates, logits: Tensor, tokens: Tensor
 ) -> str | None:
     half = TOKENS // 2
+    if scaling := _rope_that_depends_on_length(base):
+        return f"{type(base).__name__} has {scaling} position embeddings, which depend on length"
     try:
         base(input_ids=tokens[:, :half], past_key_values=states, use_cache=True)
         kept = all(isinstance(layer, DynamicLayer) for layer in states.layers)
@@ -81,6 +83,15 @@ def _no_prefill(
     except Exception as error:
         return f"{type(base).__name__} cannot continue from a cache: {error}"
     return None if same else f"{type(base).__name__} does not keep all it needs in a cache"
+
+
+def _rope_that_depends_on_length(base: nn.Module) -> str | None:
+    for module in base.modules():
+        kinds = getattr(module, "rope_type", None)  # one, or one per kind of layer
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind in ("dynamic", "longrope"):
+                return str(kind)
+    return None
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

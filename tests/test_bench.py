@@ -104,12 +104,11 @@ def test_generation_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     arguments = ["--sides=[floor]", "--generation=true", "--rounds=2"]
     assert main(["bench", *FLAGS, *arguments, f"--output_dir={tmp_path}"]) == 0
     rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["side"] for row in rows[1:5]] == [
-        "base, prefill",
-        "reftnoise, prefill",
-        "base, decode",
-        "reftnoise, decode",
-    ]
+    generated = [(row["case"].split()[0], row["side"]) for row in rows[1:5]]
+    sides = ("base", "reftnoise")
+    assert generated == [(phase, side) for phase in ("prefill", "decode") for side in sides]
+    assert rows[1]["tokens_per_second"] == pytest.approx(12 / rows[1]["seconds"])
+    assert rows[3]["tokens_per_second"] == pytest.approx(3 / rows[3]["seconds"])
 
 
 def test_rounds_are_interleaved() -> None:

@@ -131,6 +131,17 @@ def test_left_padding_without_position_ids_counts_padding_as_the_base_does() -> 
     assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
 
 
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text", "qwen3"])
+def test_windows_shorter_than_the_prompt(architecture: str) -> None:
+    more = {"use_sliding_window": True, "max_window_layers": 1} if architecture == "qwen3" else {}
+    base = tiny_model(architecture, sliding_window=4, **more)
+    model, inputs = split(wrapped(base=base)), batch()
+    expected = plain(model, inputs)
+    model.prefix_cache = PrefixCache()
+    for _ in range(2):
+        assert_same(step(model, inputs, return_logits=False), expected)
+
+
 def test_explicit_locations() -> None:
     model, inputs = split(wrapped()), batch()
     last = [[p - 1] for p in PROMPTS]
@@ -354,6 +365,16 @@ def test_hooks_of_others_on_the_head_see_all_logits(caplog: Any) -> None:
     model.model.lm_head.register_forward_hook(lambda _, __, output: seen.append(output.shape))
     assert_plain(model, batch(), "a hook of others reads the head", caplog)
     assert seen == [(4, 25, 101)] * 2
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_position_embeddings_that_depend_on_the_length(kind: str, caplog: Any) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        rope |= {"original_max_position_embeddings": 16}
+    model = wrapped(base=tiny_model(rope_parameters=rope, max_position_embeddings=16))
+    assert_plain(model, batch(), "position embeddings, which depend on length", caplog)
 
 
 def test_a_loss_of_its_own(caplog: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from . import report
-from .measure import interleaved, own_share, peak_bytes
+from .measure import Times, interleaved, own_share, peak_bytes
 from .sides import SIDES, Bench
 from .workload import GPU_SUITE, SUITE, Case, Workload
 
@@ -38,13 +38,14 @@ def run_bench(
     """Measure, print, and write `results.json` and `results.png`; see the command for arguments."""
     if unknown := set(sides) - set(SIDES):
         raise ValueError(f"sides {', '.join(sorted(unknown))}: expected {', '.join(SIDES)}")
-    if work is None and vary is None:
+    if work is None and vary is None and not sides:
         cases = list(GPU_SUITE if device == "cuda" else SUITE)
         generation = True
     else:
         cases = _cases(work or Workload(device=device), vary, values, sides, memory)
     torch.set_num_threads(threads)
     console, folder = Console(), Path(output_dir)
+    console.width = max(console.width, 100)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[report.Row] = []
     for case in cases:
@@ -56,7 +57,8 @@ def run_bench(
         for batch_size in (1, 8):
             chosen = replace(work or Workload(device=device), batch_size=batch_size)
             found = _generation(chosen, rounds)
-            report.print_table(found, found[0]["case"], console)
+            for pair in (found[:2], found[2:]):
+                report.print_table(pair, pair[0]["case"], console)
             rows += found
         report.write_json(folder / "results.json", rows, device)
     if importlib.util.find_spec("matplotlib") is None:
@@ -149,18 +151,20 @@ def _generation(work: Workload, rounds: int) -> list[report.Row]:
     rows = []
     for phase in ("prefill", "decode"):
         for name in ("base", "reftnoise"):
-            first, whole = times[f"{name}, 1"], times[f"{name}, {1 + NEW_TOKENS}"]
-            seconds = first.median if phase == "prefill" else whole.median - first.median
-            tokens = work.batch_size * (work.prompt if phase == "prefill" else NEW_TOKENS)
+            found, tokens = times[f"{name}, 1"], work.batch_size * work.prompt
+            if phase == "decode":
+                whole = times[f"{name}, {1 + NEW_TOKENS}"].seconds
+                rest = [a - b for a, b in zip(whole, found.seconds, strict=True)]
+                found, tokens = Times(tuple(rest)), work.batch_size * NEW_TOKENS
             rows.append(
                 {
                     **asdict(work),
-                    "case": f"generation, batch {work.batch_size}, {work.prompt} + {NEW_TOKENS}",
-                    "side": f"{name}, {phase}",
+                    "case": f"{phase} of {tokens // work.batch_size} tokens, {work}",
+                    "side": name,
                     "is_ours": name == "reftnoise",
-                    "seconds": seconds,
-                    "spread": first.spread if phase == "prefill" else whole.spread,
-                    "tokens_per_second": tokens / seconds,
+                    "seconds": found.median,
+                    "spread": found.spread,
+                    "tokens_per_second": tokens / found.median,
                 }
             )
     return rows
