@@ -32,8 +32,8 @@ def bench(
     """Measure training steps and generation beside the floor, LoRA, NEFTune and pyreft.
 
     The floor is what every method that edits the first edited layer has to do: the frozen base's
-    forward pass, and the backward pass down to that layer's output. Without arguments, README's
-    table is measured.
+    forward pass, and the backward pass down to that layer's output. Without work, vary and sides,
+    README's table is measured, in about ten minutes.
 
     Args:
         work: one workload instead of the table.
@@ -46,7 +46,7 @@ def bench(
         memory: also measure the peak memory of each side, in a process of its own.
         generation: also measure generation.
         device: cpu or cuda, for README's table.
-        output_dir: directory for results.json and results.png.
+        output_dir: directory for results.json, results.md and results.png.
     """
     from .bench.run import run_bench
 

@@ -65,6 +65,13 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFix
         assert row["tokens_per_second"] == pytest.approx(SMALL.tokens / row["seconds"])
         assert row["side"] in printed
     assert all(0 < row["own_share"] < 1 for row in written["rows"][1:3])
+    table = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
+    assert table[0] == "| | floor | plain | split | lora |"
+    cells = [cell.strip() for cell in table[2].split("|")[1:-1]]
+    seconds = [row["seconds"] for row in written["rows"]]
+    assert cells[0] == str(SMALL)
+    assert float(cells[4]) == pytest.approx(seconds[3] / seconds[0], abs=0.005)
+    assert "torch " + torch.__version__ in table[-1]
     with Image.open(tmp_path / "results.png") as picture:
         assert picture.width > 500
 

@@ -79,12 +79,42 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.1f} ms"
 
 
-def write_json(path: Path, rows: Sequence[Row], device: str) -> None:
-    """All rows and the machine, under a temporary name first."""
-    temporary = path.with_name(path.name + ".part")
-    content = {"machine": machine(device), "rows": list(rows)}
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    temporary.replace(path)
+def write(folder: Path, rows: Sequence[Row], device: str) -> None:
+    """`results.json` with everything and `results.md`, each under a temporary name first."""
+    found = {"machine": machine(device), "rows": list(rows)}
+    texts = {
+        "results.json": json.dumps(found, indent=2, ensure_ascii=False) + "\n",
+        "results.md": markdown(rows, found["machine"]),
+    }
+    for name, text in texts.items():
+        temporary = folder / f"{name}.part"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / name)
+
+
+def markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
+    """All rows as one table: a workload a line, a side a column, times relative to the first."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    sides = list(dict.fromkeys(row["side"] for row in rows))
+    lines = ["| | " + " | ".join(sides) + " |", "|---" * (1 + len(sides)) + "|"]
+    for case in cases:
+        own = {row["side"]: row for row in rows if row["case"] == case}
+        first = own.get("floor") or next(iter(own.values()))
+        cells = []
+        for side in sides:
+            if side not in own:
+                cells.append("")
+                continue
+            row = own[side]
+            time = f"{row['seconds'] / first['seconds']:.2f}"
+            cell = _milliseconds(row["seconds"]) if row is first else time
+            if "peak_bytes" in row:
+                cell += f", {row['peak_bytes'] / 2**20:,.0f} MiB"
+            cells.append(cell)
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    about = [f"{key} {value}" for key, value in where.items() if key not in ("date", "python")]
+    lines += ["", f"Measured on {where['date']}: {', '.join(about)}.", ""]
+    return "\n".join(lines)
 
 
 def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:

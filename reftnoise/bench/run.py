@@ -35,7 +35,7 @@ def run_bench(
     device: str = "cpu",
     output_dir: str = "reftnoise-bench",
 ) -> list[report.Row]:
-    """Measure, print, and write `results.json` and `results.png`; see the command for arguments."""
+    """Measure, print, and write `results.json`, `.md` and `.png`; arguments as of the command."""
     if unknown := set(sides) - set(SIDES):
         raise ValueError(f"sides {', '.join(sorted(unknown))}: expected {', '.join(SIDES)}")
     if work is None and vary is None and not sides:
@@ -52,7 +52,7 @@ def run_bench(
         found = _steps(case, rounds, console)
         report.print_table(found, str(case.work), console)
         rows += found
-        report.write_json(folder / "results.json", rows, device)
+        report.write(folder, rows, device)
     if generation:
         for batch_size in (1, 8):
             chosen = replace(work or Workload(device=device), batch_size=batch_size)
@@ -60,7 +60,7 @@ def run_bench(
             for pair in (found[:2], found[2:]):
                 report.print_table(pair, pair[0]["case"], console)
             rows += found
-        report.write_json(folder / "results.json", rows, device)
+        report.write(folder, rows, device)
     if importlib.util.find_spec("matplotlib") is None:
         console.print("no picture: pip install matplotlib")
     elif vary is not None:
