@@ -28,7 +28,7 @@ from .interventions import NoiseIntervention
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
 from .pairs import first_of_pairs
 from .positions import has_token_labels
-from .prefix_cache import Complete, PrefixCache, PromptStates, Shapes, pack, unpack
+from .prefix_cache import Complete, PrefixCache, PromptStates, pack, unpack
 from .probe import Abilities, is_watched, probe
 from .split import PER_TOKEN, Alignment, align, aligned_inputs
 
@@ -54,7 +54,6 @@ class Runner:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._logged: set[tuple[str, str]] = set()
-        self._shapes: Shapes = []
 
     def run(
         self,
@@ -107,7 +106,16 @@ class Runner:
             outputs = first_of_pairs(outputs, pairs)
         if return_logits is False:
             return outputs
-        return with_lazy_logits(outputs, lambda: tail.logits(all_hidden()[:pairs]))
+        device = hidden.device.type
+        autocast = torch.autocast(
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
+
+        def logits() -> Tensor:
+            with autocast:  # also if they are read after its block
+                return tail.logits(all_hidden()[:pairs])
+
+        return with_lazy_logits(outputs, logits)
 
     def _plan(
         self,
@@ -242,15 +250,15 @@ class Runner:
         prefixes.misses += len(missing)
         if len(missing) == len(names):
             states = self._prefill(prompt, last)
-            values, self._shapes = pack(states)
+            values, prefixes.shapes = pack(states)
         else:
             device = prompt["input_ids"].device
             values = prefixes.stacked(names, lengths, inside.shape[1]).to(device)
             if missing:
                 lacking = torch.tensor(missing, device=device)
                 states = self._prefill({n: v[lacking] for n, v in prompt.items()}, last)
-                values[lacking], self._shapes = pack(states)
-            states = unpack(values, self._shapes)
+                values[lacking], prefixes.shapes = pack(states)
+            states = unpack(values, prefixes.shapes)
         kept = values.cpu() if missing else values
         for row in missing:
             prefixes.write(names[row], kept[row, inside.shape[1] - lengths[row] :])

@@ -25,6 +25,10 @@ BLOCK = 16
 """Tokens per block."""
 
 
+Shapes = list[tuple[int, int, int] | None]
+"""Heads, and head sizes of keys and values, of each layer; None for a layer without its own."""
+
+
 class PrefixCache:
     """A pool of blocks [tokens, width], where width counts all layers' keys and values.
 
@@ -63,6 +67,8 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget every prompt."""
+        self.shapes: Shapes = []
+        """Of the layers, by which `unpack` reads what `pack` made."""
         self._prompts: dict[bytes, list[int]] = {}
         self._order: list[bytes] = []  # of the keys of _prompts, to draw from
         self._slots: dict[bytes, int] = {}  # of a block, by all tokens up to its end
@@ -225,10 +231,6 @@ class _PromptLayer(DynamicLayer):
         self.lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states, value_states
         return key_states, value_states
-
-
-Shapes = list[tuple[int, int, int] | None]
-"""Heads, and head sizes of keys and values, of each layer; None for a layer without its own."""
 
 
 def pack(states: DynamicCache) -> tuple[Float[Tensor, "batch tokens width"], Shapes]:

@@ -143,6 +143,15 @@ def test_too_small_a_cache_costs_time_and_nothing_else(place: Any, tmp_path: Pat
     assert model.prefix_cache.hits > 0
 
 
+def test_two_models_on_one_base_may_share_it() -> None:
+    base, inputs, cache = tiny_model(), batch(), PrefixCache()
+    for positions in ("l1", "l1", "l3"):
+        model = split(wrapped(positions, base=base))
+        model.prefix_cache = cache
+        assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+    assert (cache.hits, cache.misses) == (6, 6)  # with l3, two rows have no prompt before the cut
+
+
 def test_new_weights_are_noticed() -> None:
     model, inputs = split(wrapped()), batch()
     model.prefix_cache = PrefixCache()

@@ -81,10 +81,11 @@ def _milliseconds(seconds: float) -> str:
 
 def write(folder: Path, rows: Sequence[Row], device: str) -> None:
     """`results.json` with everything and `results.md`, each under a temporary name first."""
-    found = {"machine": machine(device), "rows": list(rows)}
+    where = machine(device)
+    everything = {"machine": where, "rows": list(rows)}
     texts = {
-        "results.json": json.dumps(found, indent=2, ensure_ascii=False) + "\n",
-        "results.md": markdown(rows, found["machine"]),
+        "results.json": json.dumps(everything, indent=2, ensure_ascii=False) + "\n",
+        "results.md": markdown(rows, where),
     }
     for name, text in texts.items():
         temporary = folder / f"{name}.part"
