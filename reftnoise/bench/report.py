@@ -94,27 +94,32 @@ def write(folder: Path, rows: Sequence[Row], device: str) -> None:
 
 
 def markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
-    """All rows as one table: a workload a line, a side a column, times relative to the first."""
-    cases = list(dict.fromkeys(row["case"] for row in rows))
+    """Steps and generation as a table each: a workload a line, a side a column."""
+    groups: dict[bool, list[Row]] = {False: [], True: []}
+    for row in rows:
+        groups[row["side"] in ("base", "reftnoise")].append(row)
+    about = [f"{key} {value}" for key, value in where.items() if key not in ("date", "python")]
+    last = f"Measured on {where['date']}: {', '.join(about)}."
+    return "\n\n".join([_pivot(group) for group in groups.values() if group] + [last]) + "\n"
+
+
+def _pivot(rows: Sequence[Row]) -> str:
+    """Times relative to the first side, and peak memory where it was measured."""
     sides = list(dict.fromkeys(row["side"] for row in rows))
     lines = ["| | " + " | ".join(sides) + " |", "|---" * (1 + len(sides)) + "|"]
-    for case in cases:
+    for case in dict.fromkeys(row["case"] for row in rows):
         own = {row["side"]: row for row in rows if row["case"] == case}
-        first = own.get("floor") or next(iter(own.values()))
+        first = next(iter(own.values()))
         cells = []
-        for side in sides:
-            if side not in own:
+        for row in (own.get(side) for side in sides):
+            if row is None:
                 cells.append("")
                 continue
-            row = own[side]
-            time = f"{row['seconds'] / first['seconds']:.2f}"
-            cell = _milliseconds(row["seconds"]) if row is first else time
+            ratio = f"{row['seconds'] / first['seconds']:.2f}"
+            cells.append(_milliseconds(row["seconds"]) if row is first else ratio)
             if "peak_bytes" in row:
-                cell += f", {row['peak_bytes'] / 2**20:,.0f} MiB"
-            cells.append(cell)
+                cells[-1] += f", {row['peak_bytes'] / 2**20:,.0f} MiB"
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    about = [f"{key} {value}" for key, value in where.items() if key not in ("date", "python")]
-    lines += ["", f"Measured on {where['date']}: {', '.join(about)}.", ""]
     return "\n".join(lines)
 
 
