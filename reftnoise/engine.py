@@ -53,6 +53,11 @@ def innermost(base: nn.Module) -> Iterator[Callable[[], bool]]:
         passes.remove(mine)
 
 
+def exclusive(base: nn.Module) -> RLock:
+    """The lock by which threads take turns on `base`."""
+    return _LOCKS.setdefault(base, RLock())
+
+
 def inner_model(base: PreTrainedModel) -> PreTrainedModel:
     """The model whose forward runs: a PEFT model generates with the model inside it."""
     return base.get_base_model() if hasattr(base, "get_base_model") else base
@@ -184,7 +189,7 @@ class Engine:
         """
         base = inner_model(self.base)
         checkpointed = checkpointed_modules(self.base)
-        with _LOCKS.setdefault(base, RLock()), contextlib.ExitStack() as stack:
+        with exclusive(base), contextlib.ExitStack() as stack:
             if not any(self._acts(placed, current) for placed in self.units):
                 yield stack.enter_context(innermost(base))
                 return

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
@@ -59,6 +60,10 @@ class Tail:
         if not self._recorded.sums or output.loss is not self._recorded.sums.pop():
             raise ValueError("its loss is more than its loss_function")
         return output.loss
+
+    def train(self) -> None:
+        """Put the copy itself, and none of the base's modules, in training mode."""
+        self._model.training = True
 
     @property
     def is_trained(self) -> bool:
@@ -104,22 +109,24 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Float[Tensor, ""]:
         size = max(1, MAX_LOGITS // tail.vocabulary)
         total = hidden.new_zeros((), dtype=torch.float32)
-        gradients: list[Tensor] = []
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.zeros_like(hidden) if needs_gradient else None
         for start in range(0, len(hidden), size):
-            rows, wanted = hidden[start : start + size], targets[start : start + size]
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                leaf = rows.detach().requires_grad_(ctx.needs_input_grad[0])
-                loss = tail.summed_loss(leaf, wanted)
-            if ctx.needs_input_grad[0]:
-                gradients += torch.autograd.grad(loss, leaf)
+            chunk = slice(start, start + size)
+            with torch.set_grad_enabled(needs_gradient):
+                leaf = hidden[chunk].detach().requires_grad_(needs_gradient)
+                loss = tail.summed_loss(leaf, targets[chunk])
+            if gradient is not None:
+                gradient[chunk] = torch.autograd.grad(loss, leaf)[0]
             total += loss.detach()
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        chunks = torch.cat(ctx.saved_tensors)
-        return chunks * gradient.to(chunks.dtype), None, None
+    @once_differentiable  # its gradient holds no second one: `return_logits=True` does
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
 
 
 def label_loss(
@@ -157,14 +164,14 @@ def targets_of(labels: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length
 @contextlib.contextmanager
 def without_logits(
     decoder: nn.Module, is_ours: Callable[[], bool] = lambda: True
-) -> Iterator[list[ModelOutput]]:
-    """Within the block, the base's head sees one token; what the decoder returned is collected."""
-    seen: list[ModelOutput] = []
+) -> Iterator[list[Tensor]]:
+    """Within the block, the base's head sees one token; the decoder's last states are collected."""
+    seen: list[Tensor] = []
 
     def narrow(_: nn.Module, __: Any, output: ModelOutput) -> ModelOutput:
         if not is_ours():
             return output
-        seen.append(output)
+        seen.append(output.last_hidden_state)
         return type(output)(**(output | {"last_hidden_state": output[0][:1, :1]}))
 
     handle = decoder.register_forward_hook(narrow)
@@ -176,16 +183,20 @@ def without_logits(
 
 def with_lazy_logits(output: ModelOutput, logits: Callable[[], Tensor]) -> ModelOutput:
     """The same output, with logits that are computed when somebody reads them."""
-    lazy: ModelOutput = _lazy(type(output))(**output)  # type: ignore[arg-type]  # of transformers, untyped
-    lazy.__dict__["_compute_logits"] = logits
-    return lazy
+    output.__class__ = _lazy(type(output))  # type: ignore[arg-type]  # transformers is untyped
+    output.__dict__["_compute_logits"] = logits
+    return output
 
 
 class _LazyLogits:
     """Before an output class: a field `logits` that is computed when it is read in any way.
 
-    The object then becomes one of the output class itself.
+    The object then becomes one of the output class itself, and so does what is made by calling
+    its class.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.__mro__[2](*args, **kwargs)
 
     def _become_plain(self: Any, logits: Tensor | None = None) -> Any:
         compute = self.__dict__.pop("_compute_logits")
@@ -203,8 +214,7 @@ class _LazyLogits:
 
     @logits.setter
     def logits(self, value: Tensor | None) -> None:
-        if value is not None:
-            self._become_plain(value)
+        self._become_plain(value)
 
     def __getitem__(self: Any, key: Any) -> Any:
         return self.loss if key in (0, "loss") else self._become_plain()[key]

@@ -20,16 +20,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
 from .components import takes_position_ids
-from .engine import Engine, Pass, checkpointed_modules, inner_model, innermost
+from .engine import Engine, Pass, checkpointed_modules, exclusive, inner_model, innermost
 from .interventions import NoiseIntervention
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
 from .pairs import first_of_pairs
 from .positions import has_token_labels
 from .prefix_cache import Complete, PrefixCache, PromptStates, pack, unpack
-from .probe import Abilities, is_watched, probe
+from .probe import Abilities, has_foreign_hooks, is_watched, probe
 from .split import PER_TOKEN, Alignment, align, aligned_inputs
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Runner:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._logged: set[tuple[str, str]] = set()
+        self._known: dict[tuple[object, ...], Abilities] = {}
 
     def run(
         self,
@@ -128,6 +130,7 @@ class Runner:
         whole = next(self._against_label_loss(current, inputs, return_logits), None)
         plain = whole or next(self._against_split(inputs), None)
         alignment = None
+        nothing_to_split = False
         if plain is None and split != "never":
             alignment = align(
                 current.layout,
@@ -140,17 +143,20 @@ class Runner:
                 plain = "rows are packed, or have labels at or right after padding"
             elif not self._takes_position_ids and alignment.shift.any():
                 plain = "prompts end at different columns, and the base takes no position_ids"
-            elif alignment.cut and (split == "always" or alignment.is_worthwhile):
-                plain = next(self._against_split_of_base(), None)
+            elif alignment.cut == 0:
+                plain, nothing_to_split = "nothing comes before the first edit", True
+            elif split == "auto" and not alignment.is_worthwhile:
+                plain = "it would save less than a twentieth of the pass"
             else:
-                alignment = None
-        if plain is not None:
-            alignment = None
-        if inputs.get("labels") is not None and torch.is_grad_enabled():
-            if split == "always" and plain is not None:
+                plain = next(self._against_split_of_base(), None)
+        is_training = any(one.unit.training for one in self._engine.units)
+        if is_training and torch.is_grad_enabled():
+            if split == "always" and plain is not None and not nothing_to_split:
                 raise ValueError(f"split 'always': {plain}")
             self._log("all logits are computed", whole)
             self._log("a training pass is not split", plain)
+        if plain is not None:
+            alignment = None
         return whole is not None, alignment
 
     # -- the ways ------------------------------------------------------------------------------
@@ -160,8 +166,7 @@ class Runner:
         decoder = inner_model(base).base_model
         with self._engine.running(current) as is_ours, without_logits(decoder, is_ours) as seen:
             outputs = base(**inputs)
-        hidden = seen[-1].last_hidden_state
-        return outputs, hidden, lambda: hidden
+        return outputs, seen[-1], lambda: seen[-1]
 
     def _split(
         self,
@@ -191,19 +196,19 @@ class Runner:
             if prefix_cache is None:
                 states = self._prefill(prompt, last)
             else:
-                states = self._reused(prompt, last, alignment.inside[:, :cut], prefix_cache)
+                states = self._reused(prompt, last, alignment, prefix_cache)
             outputs = base(**rest, past_key_values=states, use_cache=True)
-        hidden = seen[-1].last_hidden_state
+        hidden = seen[-1]
 
         def all_hidden() -> Tensor:
-            before = seen[0].last_hidden_state
+            before = seen[0]
             if len(seen) == 1 or len(before) < len(hidden):  # some came from the prefix cache
                 with (
                     self._engine.running(current) as is_ours,
                     without_logits(decoder, is_ours) as s,
                 ):
                     self._prefill(prompt)
-                before = s[0].last_hidden_state
+                before = s[0]
             return alignment.put_back(torch.cat([before, hidden], 1))
 
         kept = {name: value for name, value in outputs.items() if name != "past_key_values"}
@@ -212,7 +217,7 @@ class Runner:
     def _may_stop(self) -> bool:
         """Whether nobody waits for the end of a layer's forward pass."""
         return not any(
-            module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+            has_foreign_hooks(module) or hasattr(module, "_hf_hook")
             for module in self._engine.base.modules()
         )
 
@@ -228,15 +233,16 @@ class Runner:
         self,
         prompt: Mapping[str, Tensor],
         last: int | None,
-        inside: Tensor,
+        alignment: Alignment,
         prefixes: PrefixCache,
     ) -> PromptStates:
         """Keys and values of prompts from the cache, and of those that it lacks from the base."""
+        inside = alignment.inside[:, : alignment.cut]
         prefixes.belongs_to(self._stamp())
         columns = torch.stack(
             [
                 prompt["input_ids"],
-                prompt.get("position_ids", prompt["input_ids"]),
+                prompt.get("position_ids", alignment.columns[:, : alignment.cut]),
                 prompt["attention_mask"],
             ],
             dim=2,
@@ -253,27 +259,28 @@ class Runner:
             values, prefixes.shapes = pack(states)
         else:
             device = prompt["input_ids"].device
-            values = prefixes.stacked(names, lengths, inside.shape[1]).to(device)
+            values = prefixes.stacked(names, lengths, alignment.cut).to(device)
             if missing:
                 lacking = torch.tensor(missing, device=device)
                 states = self._prefill({n: v[lacking] for n, v in prompt.items()}, last)
                 values[lacking], prefixes.shapes = pack(states)
             states = unpack(values, prefixes.shapes)
-        kept = values.cpu() if missing else values
-        for row in missing:
-            prefixes.write(names[row], kept[row, inside.shape[1] - lengths[row] :])
+        for row, kept in zip(missing, values[missing].cpu(), strict=True):
+            prefixes.write(names[row], kept[alignment.cut - lengths[row] :])
         return states
 
     # -- which of them -------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def _abilities(self) -> Abilities:
         base = inner_model(self._engine.base)
-        with innermost(base):
-            found = probe(base)
-        for reason in {found.no_tail, found.no_prefill} - {None}:
-            logger.warning("training runs plain passes: %s", reason)
-        return found
+        key = (type(base), getattr(base.config, "output_router_logits", None))
+        if key not in self._known:
+            with exclusive(base), innermost(base):
+                found = self._known[key] = probe(base)
+            for reason in {found.no_tail, found.no_prefill} - {None}:
+                logger.warning("training runs plain passes: %s", reason)
+        return self._known[key]
 
     @cached_property
     def _takes_position_ids(self) -> bool:
@@ -300,6 +307,10 @@ class Runner:
             yield "outputs are tuples"
         if getattr(getattr(base, "active_peft_config", None), "is_prompt_learning", False):
             yield "PEFT puts virtual tokens before the labels"
+        if inner.loss_function is not ForCausalLMLoss:
+            yield "the base has a loss_function of its own"
+        if "forward" in vars(inner):  # device maps and offloading do that
+            yield "the base's forward was replaced on the instance"
         if any(is_watched(module) for module in [inner, *tail]):
             yield "a hook of others reads the head"
         if any(one.site.module in {inner, decoder, *tail} for one in self._engine.units):
@@ -315,6 +326,9 @@ class Runner:
             yield "an input requires a gradient"
         if unknown := given(inputs) - _SPLIT_INPUTS:
             yield f"{', '.join(sorted(unknown))} concern the whole batch"
+        config = inner_model(self._engine.base).config
+        if config.output_hidden_states or config.output_attentions:
+            yield "the base's config asks for what it computes in between"
         position_ids = inputs.get("position_ids")
         if position_ids is not None and position_ids.shape != inputs["labels"].shape:
             yield "position_ids are not one per token"
@@ -333,13 +347,16 @@ class Runner:
 
     def _against_reuse(self, inputs: Mapping[str, Any]) -> Iterator[str]:
         """Reasons why keys and values of prompts differ from epoch to epoch."""
+        base = self._engine.base
         if "input_ids" not in inputs:
             yield "inputs are not token ids"
+        if base is not inner_model(base) or getattr(base, "_hf_peft_config_loaded", False):
+            yield "adapters of PEFT may be switched"
         noises = [o.unit for o in self._engine.units if isinstance(o.unit, NoiseIntervention)]
         if any(n.training and getattr(n, "where", "all") != "completion" for n in noises):
             yield "prompts are noised"
-        if has_dropout(self._engine.base):
-            yield "the base drops out"
+        if is_random(base):
+            yield "the base drops out, or jitters"
 
     def _stamp(self) -> tuple[object, ...]:
         """What keys and values depend on, beside tokens."""
@@ -360,13 +377,14 @@ def given(inputs: Mapping[str, Any]) -> set[str]:
     return {name for name, value in inputs.items() if value is not None}
 
 
-def has_dropout(base: nn.Module) -> bool:
-    """Whether the base zeroes activations at random now, in a module or by a number it holds."""
+def is_random(base: nn.Module) -> bool:
+    """Whether the base draws numbers now: for dropout or jitter, in a module or by a rate."""
     for module in base.modules():
         if not module.training:
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return True
-        if any("drop" in n and isinstance(v, float) and v > 0 for n, v in vars(module).items()):
-            return True
+        for name, value in vars(module).items():
+            if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
+                return True
     return False

@@ -5,6 +5,7 @@ Tokens are stored in blocks, and a block that several prompts begin with, such a
 prompt, is stored once.
 """
 
+import hashlib
 import os
 import random
 import shutil
@@ -32,6 +33,9 @@ Shapes = list[tuple[int, int, int] | None]
 class PrefixCache:
     """A pool of blocks [tokens, width], where width counts all layers' keys and values.
 
+    A token takes the bytes of all layers' keys and values: 131 kB for Llama-3-8B in bf16. Weights
+    changed through `.data` alone, which torch does not record, need `clear()`.
+
     When it is full, random prompts make room: an epoch reads every prompt once, so the least
     recently used would be evicted just before its next use.
 
@@ -58,7 +62,6 @@ class PrefixCache:
         self.place, self.max_bytes, self.directory = place, max_bytes, directory
         self.hits = self.misses = 0
         self._random = random.Random(0)  # of its own: the global state stays as it is
-        self._pool: Tensor | None = None
         self._stamp: tuple[object, ...] = ()
         self.clear()
 
@@ -66,12 +69,13 @@ class PrefixCache:
         return PrefixCache, (self.place, self.max_bytes, self.directory)
 
     def clear(self) -> None:
-        """Forget every prompt."""
+        """Forget every prompt, and give the memory back."""
+        self._pool: Tensor | None = None
         self.shapes: Shapes = []
         """Of the layers, by which `unpack` reads what `pack` made."""
         self._prompts: dict[bytes, list[int]] = {}
         self._order: list[bytes] = []  # of the keys of _prompts, to draw from
-        self._slots: dict[bytes, int] = {}  # of a block, by all tokens up to its end
+        self._slots: dict[bytes, int] = {}  # of a block, by a digest of all tokens up to its end
         self._names: dict[int, bytes] = {}
         self._uses: dict[int, int] = {}
         self._free: list[int] = []
@@ -88,7 +92,7 @@ class PrefixCache:
         return len(self._prompts)
 
     def __contains__(self, tokens: bytes) -> bool:
-        return tokens in self._prompts
+        return _digest(tokens) in self._prompts
 
     def belongs_to(self, stamp: tuple[object, ...]) -> None:
         """Forget everything that was stored under another stamp, such as of other weights."""
@@ -103,7 +107,7 @@ class PrefixCache:
         assert self._pool is not None
         found = self._pool.new_zeros(len(names), width, self._pool.shape[2])
         for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
-            for index, slot in enumerate(self._prompts.get(name, [])):
+            for index, slot in enumerate(self._prompts.get(_digest(name), [])):
                 start = width - length + index * BLOCK
                 part = found[row, start : min(start + BLOCK, width)]
                 part.copy_(self._pool[slot, : len(part)])
@@ -116,17 +120,17 @@ class PrefixCache:
             tokens: what identifies the prompt, of equally many bytes for every token.
             values: keys and values of each token.
         """
-        length = len(values)
-        if tokens in self._prompts or not self._allocate(values):
+        length, prompt = len(values), _digest(tokens)
+        if prompt in self._prompts or not self._allocate(values):
             return
         assert self._pool is not None
         if -(-length // BLOCK) > len(self._pool):
             return
         each = len(tokens) // max(length, 1)
-        used: list[int] = []
+        name, used = b"", list[int]()
         for start in range(0, length, BLOCK):
             block = values[start : start + BLOCK]
-            name = tokens[: (start + len(block)) * each]
+            name = _digest(name + tokens[start * each : (start + len(block)) * each])
             slot = self._slots.get(name)
             if slot is None:
                 slot = self._empty_slot()
@@ -134,8 +138,8 @@ class PrefixCache:
                 self._slots[name], self._names[slot] = slot, name
             self._uses[slot] = self._uses.get(slot, 0) + 1
             used.append(slot)
-        self._prompts[tokens] = used
-        self._order.append(tokens)
+        self._prompts[prompt] = used
+        self._order.append(prompt)
 
     def _empty_slot(self) -> int:
         assert self._pool is not None
@@ -163,7 +167,6 @@ class PrefixCache:
             values.dtype,
         ):
             self.clear()
-            self._pool = None
         slots = self.max_bytes // (BLOCK * width * size)
         if self._pool is None and slots:
             shape = (slots, BLOCK, width)
@@ -191,6 +194,10 @@ class PrefixCache:
             os.close(handle)
             os.unlink(path)
         return pool
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 class Complete(Exception):  # noqa: N818  # it tells of no error

@@ -28,7 +28,7 @@ class ReftTrainer(Trainer):
         args: `transformers.TrainingArguments`.
         tokenizer: the older name of `processing_class`.
         split: whether what comes before the first edit runs without gradients (see
-            `ReftModel.split`).
+            `ReftModel.split`); None leaves it as the model has it.
         prefix_cache: keep the prompts' keys and values for the next epochs, in `"memory"` or on
             `"disk"`; a step then costs the completion alone. It needs prompts without noise and a
             base without dropout, and computes them anew otherwise.
@@ -42,7 +42,7 @@ class ReftTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        split: SplitMode = "auto",
+        split: SplitMode | None = None,
         prefix_cache: Place = "none",
         prefix_cache_bytes: int = 2**32,
         **trainer_arguments: Any,
@@ -51,18 +51,26 @@ class ReftTrainer(Trainer):
             if trainer_arguments.get("processing_class") is not None:
                 raise ValueError("tokenizer and processing_class are one argument: give one")
             trainer_arguments["processing_class"] = tokenizer
-        prefixes = None
+        self._prefix_cache = None
         if prefix_cache != "none":
-            prefixes = PrefixCache(prefix_cache, prefix_cache_bytes)
+            self._prefix_cache = PrefixCache(prefix_cache, prefix_cache_bytes)
         super().__init__(model=model, args=args, **trainer_arguments)
-        if isinstance(self.model, ReftModel):
-            self.model.split, self.model.prefix_cache = split, prefixes
+        if split is not None:
+            self.model.split = split
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` continues from the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self._prefix_cache is None:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        adapter = self.accelerator.unwrap_model(self.model)
+        before, adapter.prefix_cache = adapter.prefix_cache, self._prefix_cache
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            adapter.prefix_cache = before
+            self._prefix_cache.clear()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # Label smoothing and compute_loss_func take the labels away, which tell the prompt's end.
@@ -78,6 +86,13 @@ class ReftTrainer(Trainer):
         if model.training and not returns_outputs and isinstance(adapter, ReftModel):
             inputs = {"return_logits": False} | inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kw: Any
+    ) -> Any:
+        if prediction_loss_only and isinstance(self.accelerator.unwrap_model(model), ReftModel):
+            inputs = {"return_logits": False} | inputs
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or self.args.output_dir)

@@ -383,7 +383,7 @@ def test_a_loss_of_its_own(caplog: Any) -> None:
 
     base = tiny_model()
     base.loss_function = normaliser
-    assert_plain(wrapped(base=base), batch(), "a head or loss of its own kind", caplog)
+    assert_plain(wrapped(base=base), batch(), "the base has a loss_function of its own", caplog)
 
 
 def test_a_state_space_model(caplog: Any) -> None:

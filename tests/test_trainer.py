@@ -1,6 +1,7 @@
 """Training with the real Trainer: pyreft's example, accumulation, evaluation, resuming."""
 
 import copy
+import functools
 import json
 import os
 import signal
@@ -370,7 +371,8 @@ def test_a_run_with_every_saving_ends_with_the_same_weights(
     entry: dict[str, str], prefix_cache: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     trained = []
-    for options in ({"split": "never"}, {}, {"prefix_cache": prefix_cache}):
+    kept: dict[str, Any] = {"split": "always", "prefix_cache": prefix_cache}
+    for options in ({"split": "never"}, {}, kept):
         model = wrapped(tokenizer, loreft(**entry))
         args = arguments(tmp_path, num_train_epochs=3, optim="sgd", seed=3)
         trainer = rn.ReftTrainer(model=model, args=args, **module(tokenizer, model), **options)
@@ -379,12 +381,15 @@ def test_a_run_with_every_saving_ends_with_the_same_weights(
     start = weights(wrapped(tokenizer, loreft(**entry)))
     for other in trained[1:]:
         torch.testing.assert_close(other - start, trained[0] - start, rtol=1e-3, atol=1e-6)
-    cache = model.prefix_cache
-    assert (cache.misses, cache.hits) == ((5, 19) if entry else (0, 0))
+    cache = trainer._prefix_cache
+    assert cache.misses + cache.hits == (3 * 8 if entry else 0)
+    assert cache.misses <= 8  # four prompts, each in the first two batches
+    assert model.prefix_cache is None  # as it was, and its memory given back
+    assert cache.nbytes == 0
 
 
 def test_training_computes_no_logits_and_evaluation_has_them(
-    tokenizer: Any, tmp_path: Path
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
 
@@ -394,14 +399,14 @@ def test_training_computes_no_logits_and_evaluation_has_them(
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     model = wrapped(tokenizer)
-    forward, kept = model.forward, []
+    forward, kept = rn.ReftModel.forward, []
 
-    def watched(*inputs: Any, **named: Any) -> Any:
-        output = forward(*inputs, **named)
-        kept.append((model.training, named.get("return_logits")))
-        return output
+    @functools.wraps(forward)  # a Trainer looks at its arguments
+    def watched(self: rn.ReftModel, *inputs: Any, **named: Any) -> Any:
+        kept.append((self.training, named.get("return_logits")))
+        return forward(self, *inputs, **named)
 
-    model.forward = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(rn.ReftModel, "forward", watched)
     args = arguments(tmp_path, max_steps=1)
     data = module(tokenizer, model)
     trainer = Watching(
@@ -433,11 +438,36 @@ def test_savings_that_do_not_exist(
 
 def test_batches_grouped_by_length_hold_less_padding(tokenizer: Any, tmp_path: Path) -> None:
     padding = {}
+    texts = ["What is it? " * (1 + 7 * n % 12) for n in range(60)]
     for strategy in ("random", "group_by_length"):
         model = wrapped(tokenizer)
         args = arguments(tmp_path, train_sampling_strategy=strategy, per_device_train_batch_size=2)
-        trainer = rn.ReftTrainer(model=model, args=args, **module(tokenizer, model))
-        set_seed(0)
+        data = rn.make_last_position_supervised_data_module(tokenizer, model, texts, ["🐟"] * 60)
+        trainer = rn.ReftTrainer(model=model, args=args, **data)
         masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
         padding[strategy] = sum(int((mask == 0).sum()) for mask in masks)
-    assert padding["group_by_length"] < padding["random"]
+    assert padding["group_by_length"] < padding["random"] / 4
+
+
+def test_half_precision_training_and_evaluation(tokenizer: Any, tmp_path: Path) -> None:
+    model = wrapped(tokenizer, loreft(positions="l1"))
+    data = module(tokenizer, model)
+    args = arguments(tmp_path, bf16=True, use_cpu=True, num_train_epochs=5, logging_steps=10)
+    trainer = rn.ReftTrainer(
+        model=model,
+        args=args,
+        compute_metrics=lambda found: {"columns": found.predictions.shape[-1]},
+        **data | {"eval_dataset": data["train_dataset"]},
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"]
+    assert after["eval_columns"] == len(tokenizer)
+    plain = transformers.Trainer(
+        model=model,
+        args=args,
+        data_collator=data["data_collator"],
+        eval_dataset=data["train_dataset"],
+    )
+    assert plain.evaluate()["eval_loss"] == pytest.approx(after["eval_loss"], rel=1e-2)

@@ -36,8 +36,8 @@ def run_bench(
     output_dir: str = "reftnoise-bench",
 ) -> list[report.Row]:
     """Measure, print, and write `results.json`, `.md` and `.png`; arguments as of the command."""
-    if unknown := set(sides) - set(SIDES):
-        raise ValueError(f"sides {', '.join(sorted(unknown))}: expected {', '.join(SIDES)}")
+    _check(sides, rounds)
+    device = device if work is None else work.device
     if work is None and vary is None and not sides:
         cases = list(GPU_SUITE if device == "cuda" else SUITE)
         generation = True
@@ -74,6 +74,13 @@ def run_bench(
             console.print(f"{side}: time grows with {vary} to the power of {slope:.2f}")
     console.print(f"written to {folder}")
     return rows
+
+
+def _check(sides: Sequence[str], rounds: int) -> None:
+    if unknown := set(sides) - set(SIDES):
+        raise ValueError(f"sides {', '.join(sorted(unknown))}: expected {', '.join(SIDES)}")
+    if rounds < 2:
+        raise ValueError(f"rounds {rounds}: expected at least 2, for a spread")
 
 
 def _cases(

@@ -70,8 +70,8 @@ class Bench:
 
         return run
 
-    def reft(self, *noises: dict[str, Any]) -> ReftModel:
-        """LoReFT on the shared base."""
+    def reft(self, *noises: dict[str, Any], base: Any = None) -> ReftModel:
+        """LoReFT on the shared base, or on another."""
         work = self.work
         entry = {
             "layer": work.edited,
@@ -81,7 +81,7 @@ class Bench:
             "tied": False,
         }
         set_seed(2)
-        return get_reft_model(self.base, ReftConfig([entry, *noises])).train()
+        return get_reft_model(base or self.base, ReftConfig([entry, *noises])).train()
 
 
 def floor(bench: Bench) -> Step:
@@ -128,7 +128,7 @@ def compiled(bench: Bench) -> Step:
 
     Without the mask, which is all ones: eager models find that out and drop it, a graph cannot.
     """
-    model = torch.compile(bench.reft(), fullgraph=True)
+    model = torch.compile(bench.reft(base=new_base(bench.work)), fullgraph=True)
     return bench.step(model, attention_mask=None)
 
 
