@@ -1,7 +1,11 @@
 """Cheaper passes against the plain one: the base's own forward, loss and logits."""
 
 import copy
+import functools
+import gc
 import logging
+import pickle
+import weakref
 from typing import Any
 
 import peft
@@ -13,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, MambaForCausalLM
 
 import reftnoise as rn
-from reftnoise.prefix_cache import PrefixCache
+from reftnoise.prefix_cache import PrefixCache, PromptStates
+from reftnoise.probe import is_watched
 
 PROMPTS, COMPLETIONS = [12, 3, 20, 1], [4, 6, 3, 5]
 POSITIONS: list[Any] = ["l1", "l3", "l2+decode", [-2, -1]]
@@ -165,6 +170,15 @@ def test_a_row_without_labels() -> None:
     model, inputs = split(wrapped()), batch()
     inputs["labels"][0] = -100
     assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+
+
+def test_a_batch_without_labels() -> None:
+    model, inputs = split(wrapped()), batch()
+    inputs["labels"][:] = -100
+    inputs["num_items_in_batch"] = 7
+    output, gradients = step(model, inputs, return_logits=False)
+    assert output.loss == 0
+    assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("count", [7, torch.tensor(7)])
@@ -386,6 +400,58 @@ def test_a_loss_of_its_own(caplog: Any) -> None:
     assert_plain(wrapped(base=base), batch(), "the base has a loss_function of its own", caplog)
 
 
+def test_a_loss_that_differs_for_some_tokens_only(caplog: Any) -> None:
+    weights = torch.ones(101).index_fill(0, torch.tensor(50), 9.0)
+
+    def weighted(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets, weights)
+
+    model = wrapped()
+    step(model, batch())
+    model.model.loss_function = weighted  # also after a first pass
+    assert_plain(model, batch(), "the base has a loss_function of its own", caplog)
+
+
+def test_a_forward_replaced_on_the_instance(caplog: Any) -> None:
+    model = wrapped()
+    step(model, batch())
+    model.model.forward = functools.partial(type(model.model).forward, model.model)
+    assert_plain(model, batch(), "forward was replaced on the instance", caplog)
+
+
+def test_a_loss_of_training_alone(caplog: Any) -> None:
+    class Penalised(type(tiny_model())):  # type: ignore[misc]
+        def forward(self, *inputs: Any, **named: Any) -> Any:
+            output = super().forward(*inputs, **named)
+            if self.training and output.loss is not None:
+                output.loss = output.loss + 1
+            return output
+
+    base = tiny_model()
+    base.__class__ = Penalised
+    assert_plain(wrapped(base=base), batch(), "its loss is more than its loss_function", caplog)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_states_that_the_config_asks_for_are_of_the_batch_as_it_is(asked: str, caplog: Any) -> None:
+    base = tiny_model(attn_implementation="eager", **{asked: True})
+    model = wrapped(base=base)
+    assert_plain(model, batch(), "config asks for what it computes in between", caplog)
+    model.split = "auto"
+    output = model(**batch())
+    assert (output.hidden_states or output.attentions)[-1].shape[-2] == 25
+
+
+def test_modules_that_are_sharded_across_processes() -> None:
+    module = nn.Linear(2, 2)
+    assert not is_watched(module)
+    module.register_forward_pre_hook(torch.distributed.fsdp.fully_shard)
+    assert is_watched(module)
+    sharded = type("Sharded", (nn.Linear,), {"__module__": "torch.distributed.fsdp"})(2, 2)
+    assert is_watched(sharded)
+
+
 def test_a_state_space_model(caplog: Any) -> None:
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=101, hidden_size=32, state_size=4, num_hidden_layers=3)
@@ -481,6 +547,44 @@ def test_logits_of_the_first_of_each_pair() -> None:
     assert found.shape == expected.shape == (4, 25, 101)
     attended = inputs["attention_mask"].bool()
     torch.testing.assert_close(found[attended], expected[attended], rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_made_from_another_is_plain() -> None:
+    model, inputs = wrapped(), batch()
+    output = model(**inputs)
+    kind = type(output)  # as accelerate takes it, before it reads the items
+    again = kind(**output.items().mapping)
+    assert type(again) is type(output)
+    assert again.logits is output.logits
+    copied = pickle.loads(pickle.dumps(model(**inputs)))
+    torch.testing.assert_close(copied.logits, output.logits)
+
+
+def test_second_gradients_are_refused_where_they_would_be_wrong() -> None:
+    model, inputs = wrapped(base=tiny_model(attn_implementation="eager")), batch()
+    parameters = list(model.interventions.parameters())
+    loss = model(**inputs, return_logits=False).loss
+    (first, *_) = torch.autograd.grad(loss, parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
+def test_an_output_does_not_keep_keys_and_values() -> None:
+    model, inputs = split(wrapped()), batch()
+    states = []
+    initialise = PromptStates.__init__
+
+    def remembered(self: PromptStates, *args: Any) -> None:
+        initialise(self, *args)
+        states.append(weakref.ref(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptStates, "__init__", remembered)
+        output = model(**inputs)
+    gc.collect()
+    assert states
+    assert not any(state() for state in states)
+    assert output.logits is not None
 
 
 def test_evaluation_computes_logits_on_demand() -> None:

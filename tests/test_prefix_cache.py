@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from architectures import tiny_model
@@ -161,6 +162,20 @@ def test_new_weights_are_noticed() -> None:
     assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
     model.model.load_state_dict(tiny_model("llama", initializer_range=0.1).state_dict())
     assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_prompts_of_a_peft_base_are_not_kept() -> None:
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    base = peft.get_peft_model(tiny_model(), lora)
+    model = split(wrapped(base=base))
+    model.prefix_cache = PrefixCache()
+    expected = plain(model, batch())
+    assert_same(step(model, batch(), return_logits=False), expected)
+    with base.disable_adapter():
+        found = step(model, batch(), return_logits=False)
+        assert found[0].loss != expected[0].loss
+        assert_same(found, plain(model, batch()))
 
 
 def test_new_edits_are_not_of_interest_to_it() -> None:
