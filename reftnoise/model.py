@@ -110,7 +110,8 @@ class ReftModel(nn.Module):
                 interventions × batch × positions, instead of the config's positions.
             output_original_output: in pyreft's form, also run the bare base.
             return_logits: with labels, logits that the loss does not need are computed when they
-                are read; True computes them in the base's own forward, False leaves them out.
+                are read; True computes them in the base's own forward, False leaves them out. In
+                training with SymNoise they are those of the +δ rows.
             inputs: the base's other arguments.
 
         Raises:

@@ -130,7 +130,6 @@ class Runner:
         whole = next(self._against_label_loss(current, inputs, return_logits), None)
         plain = whole or next(self._against_split(inputs), None)
         alignment = None
-        nothing_to_split = False
         if plain is None and split != "never":
             alignment = align(
                 current.layout,
@@ -144,14 +143,14 @@ class Runner:
             elif not self._takes_position_ids and alignment.shift.any():
                 plain = "prompts end at different columns, and the base takes no position_ids"
             elif alignment.cut == 0:
-                plain, nothing_to_split = "nothing comes before the first edit", True
+                plain = "nothing comes before the first edit"
             elif split == "auto" and not alignment.is_worthwhile:
                 plain = "it would save less than a twentieth of the pass"
             else:
                 plain = next(self._against_split_of_base(), None)
         is_training = any(one.unit.training for one in self._engine.units)
         if is_training and torch.is_grad_enabled():
-            if split == "always" and plain is not None and not nothing_to_split:
+            if split == "always" and plain is not None:
                 raise ValueError(f"split 'always': {plain}")
             self._log("all logits are computed", whole)
             self._log("a training pass is not split", plain)

@@ -6,6 +6,7 @@ prompt, is stored once.
 """
 
 import hashlib
+import logging
 import os
 import random
 import shutil
@@ -19,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+logger = logging.getLogger(__name__)
 
 Place = Literal["memory", "disk", "none"]
 
@@ -40,7 +43,8 @@ class PrefixCache:
     recently used would be evicted just before its next use.
 
     Args:
-        place: `"memory"` of the host, or `"disk"`, a temporary file that is mapped into memory.
+        place: `"memory"` of the host, or `"disk"`, a temporary file that is mapped into memory and
+            gone with the process.
         max_bytes: size of the pool, at most; reserved at once on disk.
         directory: for the file; by default the system's for temporary files.
 
@@ -90,6 +94,12 @@ class PrefixCache:
 
     def __len__(self) -> int:
         return len(self._prompts)
+
+    def __repr__(self) -> str:
+        return (
+            f"PrefixCache({self.place!r}, max_bytes={self.max_bytes}): {len(self)} prompts in "
+            f"{self.nbytes} bytes, {self.hits} hits, {self.misses} misses"
+        )
 
     def __contains__(self, tokens: bytes) -> bool:
         return _digest(tokens) in self._prompts
@@ -168,6 +178,14 @@ class PrefixCache:
         ):
             self.clear()
         slots = self.max_bytes // (BLOCK * width * size)
+        if self._pool is None and not slots:
+            needed = BLOCK * width * size
+            logger.warning(
+                "a prefix cache of %d bytes holds nothing: %d tokens take %d bytes",
+                self.max_bytes,
+                BLOCK,
+                needed,
+            )
         if self._pool is None and slots:
             shape = (slots, BLOCK, width)
             if self.place == "memory":

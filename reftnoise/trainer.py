@@ -31,7 +31,7 @@ class ReftTrainer(Trainer):
             `ReftModel.split`); None leaves it as the model has it.
         prefix_cache: keep the prompts' keys and values for the next epochs, in `"memory"` or on
             `"disk"`; a step then costs the completion alone. It needs prompts without noise and a
-            base without dropout, and computes them anew otherwise.
+            base without dropout, and computes them anew otherwise. Or a `PrefixCache`.
         prefix_cache_bytes: size of that cache, at most.
         trainer_arguments: as the Trainer takes them.
     """
@@ -43,7 +43,7 @@ class ReftTrainer(Trainer):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         split: SplitMode | None = None,
-        prefix_cache: Place = "none",
+        prefix_cache: Place | PrefixCache = "none",
         prefix_cache_bytes: int = 2**32,
         **trainer_arguments: Any,
     ) -> None:
@@ -51,8 +51,10 @@ class ReftTrainer(Trainer):
             if trainer_arguments.get("processing_class") is not None:
                 raise ValueError("tokenizer and processing_class are one argument: give one")
             trainer_arguments["processing_class"] = tokenizer
-        self._prefix_cache = None
-        if prefix_cache != "none":
+        self._prefix_cache: PrefixCache | None = None
+        if isinstance(prefix_cache, PrefixCache):
+            self._prefix_cache = prefix_cache
+        elif prefix_cache != "none":
             self._prefix_cache = PrefixCache(prefix_cache, prefix_cache_bytes)
         super().__init__(model=model, args=args, **trainer_arguments)
         if split is not None:

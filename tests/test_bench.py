@@ -96,6 +96,9 @@ def test_varying_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["--sides=[floor,slower]"], "sides slower: expected floor, plain"),
         (["--vary=positions", "--values=[1]"], "vary 'positions' over [1]: expected values and"),
         (["--vary=rank"], "vary 'rank' over []: expected values and"),
+        (["--values=[1]"], "values [1]: expected vary, too"),
+        (["--rounds=1"], "rounds 1: expected at least 2"),
+        (["--work.hidden_size=65"], "hidden_size 65: expected a multiple of 64"),
     ],
 )
 def test_what_it_refuses(

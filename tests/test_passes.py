@@ -128,6 +128,9 @@ def test_nothing_is_split_where_the_prompts_start_is_edited(positions: Any) -> N
     with Calls(model.model.model) as calls:
         assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
     assert calls.widths == [25, 25]
+    model.split = "always"
+    with pytest.raises(ValueError, match="split 'always': nothing comes before the first edit"):
+        model(**inputs)
 
 
 def test_left_padding_without_position_ids_counts_padding_as_the_base_does() -> None:

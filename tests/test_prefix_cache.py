@@ -79,10 +79,11 @@ def test_a_prompt_larger_than_the_budget_is_left_out() -> None:
     assert named(1, 2) in cache
 
 
-def test_a_budget_below_one_block_keeps_nothing() -> None:
+def test_a_budget_below_one_block_keeps_nothing(caplog: pytest.LogCaptureFixture) -> None:
     cache = PrefixCache(max_bytes=1)
     written(cache, 1, 2)
     assert len(cache) == cache.nbytes == 0
+    assert "a prefix cache of 1 bytes holds nothing: 16 tokens take 384 bytes" in caplog.text
 
 
 def test_another_stamp_forgets() -> None:

@@ -388,6 +388,19 @@ def test_a_run_with_every_saving_ends_with_the_same_weights(
     assert cache.nbytes == 0
 
 
+def test_what_the_model_is_told_stays(tokenizer: Any, tmp_path: Path) -> None:
+    model = wrapped(tokenizer, loreft(positions="l1"))
+    model.split, model.prefix_cache = "always", rn.PrefixCache()
+    args = arguments(tmp_path, max_steps=3)
+    rn.ReftTrainer(model=model, args=args, **module(tokenizer, model)).train()
+    assert model.split == "always"
+    assert model.prefix_cache.misses > 0
+    given = rn.PrefixCache("disk", 2**20, tmp_path)
+    trainer = rn.ReftTrainer(model=model, args=args, prefix_cache=given, **module(tokenizer, model))
+    trainer.train()
+    assert given.misses > 0
+
+
 def test_training_computes_no_logits_and_evaluation_has_them(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

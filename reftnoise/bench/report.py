@@ -160,16 +160,19 @@ def draw_lines(path: Path, rows: Sequence[Row], vary: str) -> None:
     """Time of each side over what was varied, both logarithmic."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for side in dict.fromkeys(row["side"] for row in rows):
         own = [row for row in rows if row["side"] == side]
         values, seconds = [row[vary] for row in own], [row["seconds"] for row in own]
         axis.plot(values, [1000 * s for s in seconds], "o-", label=side)
     axis.set(xlabel=vary, ylabel="milliseconds per step", xscale="log", yscale="log")
     axis.set_xticks(values, [f"{value:,d}" for value in values], minor=False)
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend()
+    axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which("{x:,.0f}")
+    axis.set_title(f"from {rows[0]['case']}", fontsize=9, loc="left")
+    axis.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper")
     _save(figure, path)
 
 

@@ -36,7 +36,7 @@ def run_bench(
     output_dir: str = "reftnoise-bench",
 ) -> list[report.Row]:
     """Measure, print, and write `results.json`, `.md` and `.png`; arguments as of the command."""
-    _check(sides, rounds)
+    _check(sides, rounds, vary, values)
     device = device if work is None else work.device
     if work is None and vary is None and not sides:
         cases = list(GPU_SUITE if device == "cuda" else SUITE)
@@ -76,7 +76,9 @@ def run_bench(
     return rows
 
 
-def _check(sides: Sequence[str], rounds: int) -> None:
+def _check(sides: Sequence[str], rounds: int, vary: str | None, values: Sequence[int]) -> None:
+    if values and vary is None:
+        raise ValueError(f"values {list(values)!r}: expected vary, too, the number that takes them")
     if unknown := set(sides) - set(SIDES):
         raise ValueError(f"sides {', '.join(sorted(unknown))}: expected {', '.join(SIDES)}")
     if rounds < 2:
@@ -108,6 +110,8 @@ def _steps(case: Case, rounds: int, console: Console) -> list[report.Row]:
             available.append(side)
         else:
             console.print(f"without {side}: {_INSTALL[package]}")
+    if not available:
+        raise ValueError(f"none of the sides {', '.join(case.sides)} is installed")
     bench = Bench(case.work)
     steps = {side: SIDES[side](bench) for side in available}
     times = interleaved(steps, case.rounds or rounds, case.work.device)

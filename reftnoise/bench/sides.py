@@ -26,7 +26,7 @@ def new_base(work: Workload) -> Any:
         "hidden_size": work.hidden_size,
         "intermediate_size": int(2.75 * work.hidden_size),
         "num_hidden_layers": work.layers,
-        "num_attention_heads": max(1, work.hidden_size // 64),
+        "num_attention_heads": work.heads,
         "vocab_size": work.vocabulary,
         "max_position_embeddings": max(2048, work.prompt + work.completion),
     }

@@ -50,6 +50,17 @@ class Workload:
     dtype: str = "float32"
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size}: expected a multiple of 64, or 2 to 62"
+            )
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return max(1, self.hidden_size // 64)
+
     @property
     def tokens(self) -> int:
         """Tokens of a batch."""
