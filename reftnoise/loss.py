@@ -201,10 +201,10 @@ class _LazyLogits:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return cls.__mro__[2](*args, **kwargs)
 
-    def _become_plain(self: Any, logits: Tensor | None = None) -> Any:
+    def _become_plain(self: Any) -> Any:
         compute = self.__dict__.pop("_compute_logits")
         self.__class__ = type(self).__mro__[2]
-        self["logits"] = compute() if logits is None else logits
+        self["logits"] = compute()
         for field in fields(self):  # in the class's order
             if field.name in self.keys():
                 self.move_to_end(field.name)
@@ -216,8 +216,10 @@ class _LazyLogits:
         return found
 
     @logits.setter
-    def logits(self, value: Tensor | None) -> None:
-        self._become_plain(value)
+    def logits(self: Any, value: Tensor | None) -> None:
+        del self.__dict__["_compute_logits"]
+        self.__class__ = type(self).__mro__[2]
+        self.logits = value
 
     def __getitem__(self: Any, key: Any) -> Any:
         return self.loss if key in (0, "loss") else self._become_plain()[key]

@@ -86,6 +86,9 @@ class Runner:
             outputs = self._engine.trace(current, inputs)
             return outputs if pairs is None else first_of_pairs(outputs, pairs)
         whole, alignment = self._plan(current, inputs, return_logits, split)
+        trained = (parameter.requires_grad for parameter in self._engine.base.parameters())
+        if prefix_cache is not None and alignment is None and any(trained):
+            prefix_cache.clear()  # fused optimizers change weights without a trace
         if whole:
             with self._engine.running(current):
                 outputs = self._engine.base(**inputs)
@@ -190,18 +193,23 @@ class Runner:
         if prefix_cache is not None and (why := next(self._against_reuse(inputs), None)):
             self._log("prompts are not kept from epoch to epoch", why)
             prefix_cache = None
+        stamp: tuple[object, ...] = ()
         last = None if to_end or not self._may_stop() else self._abilities.last_cached
         with self._engine.running(current) as is_ours, without_logits(decoder, is_ours) as seen:
             if prefix_cache is None:
                 states = self._prefill(prompt, last)
             else:
-                states = self._reused(prompt, last, alignment, prefix_cache)
+                with prefix_cache.lock:
+                    states = self._reused(prompt, last, alignment, prefix_cache)
+                stamp = prefix_cache.stamp
             outputs = base(**rest, past_key_values=states, use_cache=True)
         hidden = seen[-1]
 
         def all_hidden() -> Tensor:
             before = seen[0]
             if len(seen) == 1 or len(before) < len(hidden):  # some came from the prefix cache
+                if stamp != self._stamp():
+                    raise RuntimeError("the base has changed since these logits' forward pass")
                 with (
                     self._engine.running(current) as is_ours,
                     without_logits(decoder, is_ours) as s,

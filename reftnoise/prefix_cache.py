@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,8 @@ class PrefixCache:
         self.place, self.max_bytes, self.directory = place, max_bytes, directory
         self.hits = self.misses = 0
         self._random = random.Random(0)  # of its own: the global state stays as it is
-        self._stamp: tuple[object, ...] = ()
+        self.lock = RLock()
+        self.stamp: tuple[object, ...] = ()
         self.clear()
 
     def __reduce__(self) -> Any:  # a copy of a model starts with an empty one
@@ -106,9 +108,9 @@ class PrefixCache:
 
     def belongs_to(self, stamp: tuple[object, ...]) -> None:
         """Forget everything that was stored under another stamp, such as of other weights."""
-        if stamp != self._stamp:
+        if stamp != self.stamp:
             self.clear()
-            self._stamp = stamp
+            self.stamp = stamp
 
     def stacked(
         self, names: Sequence[bytes], lengths: Sequence[int], width: int

@@ -44,6 +44,9 @@ def probe(base: PreTrainedModel) -> Abilities:
                 plain = base(input_ids=tokens, labels=tokens)
             finally:
                 hook.remove()
+            if len(seen) != 1:
+                reason = f"{type(base).__name__} does not call its {base.base_model_prefix!r} once"
+                return Abilities(no_tail=reason, no_prefill=reason)
             states = PromptStates()
             return Abilities(
                 type(seen[0]),
@@ -107,7 +110,7 @@ def has_foreign_hooks(module: nn.Module, but: tuple[str, ...] = ()) -> bool:
         return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     owners = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
-    return not all(owner.startswith(("reftnoise.engine", *but)) for owner in owners)
+    return not all(owner.startswith(("reftnoise.", *but)) for owner in owners)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import torch
 from architectures import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
 import reftnoise as rn
 from reftnoise.prefix_cache import PrefixCache, PromptStates
@@ -561,6 +561,30 @@ def test_an_output_made_from_another_is_plain() -> None:
     assert again.logits is output.logits
     copied = pickle.loads(pickle.dumps(model(**inputs)))
     torch.testing.assert_close(copied.logits, output.logits)
+
+
+def test_logits_that_are_set() -> None:
+    output = wrapped()(**batch())
+    output.logits = None
+    assert output.logits is None
+    assert "logits" not in output
+    output = wrapped()(**batch())
+    output.logits = torch.ones(1)
+    assert output["logits"] is output.logits
+
+
+def test_a_base_that_does_not_call_its_decoder(caplog: Any) -> None:
+    config = OPTConfig(
+        vocab_size=101,
+        hidden_size=32,
+        ffn_dim=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        dropout=0.0,
+        word_embed_proj_dim=32,
+    )
+    model = wrapped(base=OPTForCausalLM(config))
+    assert_plain(model, batch(), "OPTForCausalLM does not call its 'model' once", caplog)
 
 
 def test_second_gradients_are_refused_where_they_would_be_wrong() -> None:

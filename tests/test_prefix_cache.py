@@ -179,6 +179,39 @@ def test_prompts_of_a_peft_base_are_not_kept() -> None:
         assert_same(found, plain(model, batch()))
 
 
+def test_a_fused_optimizer_leaves_nothing_stale() -> None:
+    model, inputs = split(wrapped()), batch()
+    model.prefix_cache = PrefixCache()
+    step(model, inputs)
+    model.split = "auto"
+    model.model.requires_grad_(True)
+    model(**inputs).loss.backward()
+    torch.optim.AdamW(model.model.parameters(), lr=0.05, fused=True).step()
+    model.model.requires_grad_(False)
+    assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+
+
+def test_late_logits_of_another_base_are_refused() -> None:
+    model, inputs = split(wrapped()), batch()
+    model.prefix_cache = PrefixCache()
+    step(model, inputs)
+    output = model(**inputs)
+    with torch.no_grad():
+        model.model.lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="the base has changed since"):
+        output.logits  # noqa: B018
+
+
+def test_another_dtype_starts_anew() -> None:
+    model, inputs = split(wrapped()), batch()
+    model.prefix_cache = PrefixCache()
+    step(model, inputs)
+    model.model.bfloat16()
+    for _ in range(2):
+        found = step(model, inputs, return_logits=False)[0].loss
+        torch.testing.assert_close(found, plain(model, inputs)[0].loss, rtol=1e-3, atol=0)
+
+
 def test_new_edits_are_not_of_interest_to_it() -> None:
     model, inputs = split(wrapped()), batch()
     model.prefix_cache = PrefixCache()

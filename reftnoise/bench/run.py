@@ -36,7 +36,7 @@ def run_bench(
     output_dir: str = "reftnoise-bench",
 ) -> list[report.Row]:
     """Measure, print, and write `results.json`, `.md` and `.png`; arguments as of the command."""
-    _check(sides, rounds, vary, values)
+    _check(sides, rounds, threads, vary, values)
     device = device if work is None else work.device
     if work is None and vary is None and not sides:
         cases = list(GPU_SUITE if device == "cuda" else SUITE)
@@ -76,11 +76,15 @@ def run_bench(
     return rows
 
 
-def _check(sides: Sequence[str], rounds: int, vary: str | None, values: Sequence[int]) -> None:
+def _check(
+    sides: Sequence[str], rounds: int, threads: int, vary: str | None, values: Sequence[int]
+) -> None:
     if values and vary is None:
         raise ValueError(f"values {list(values)!r}: expected vary, too, the number that takes them")
     if unknown := set(sides) - set(SIDES):
         raise ValueError(f"sides {', '.join(sorted(unknown))}: expected {', '.join(SIDES)}")
+    if threads < 1:
+        raise ValueError(f"threads {threads}: expected at least 1")
     if rounds < 2:
         raise ValueError(f"rounds {rounds}: expected at least 2, for a spread")
 
