@@ -31,9 +31,9 @@ def bench(
 ) -> None:
     """Measure training steps and generation beside the floor, LoRA, NEFTune and pyreft.
 
-    The floor is what every method that edits the first edited layer has to do: the frozen base's
-    forward pass, and the backward pass down to that layer's output. Without work, vary and sides,
-    README's table is measured, in about ten minutes.
+    The floor is the frozen base's forward pass, with logits everywhere, and the backward pass down
+    to the first edited layer's output. Without work, vary and sides, README's table is measured,
+    in about ten minutes.
 
     Args:
         work: one workload instead of the table.

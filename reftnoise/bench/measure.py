@@ -68,7 +68,7 @@ def _seconds(step: Step, device: str) -> float:
         step()
         return time.perf_counter() - started
     start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
     torch.cuda.synchronize()
     start.record()
     step()

@@ -15,7 +15,8 @@ from ..positions import Positions
 from ..prefix_cache import PrefixCache
 from .workload import SHAPES, Workload
 
-Step = Callable[[], None]
+Step = Callable[[], Any]
+"""A training step; returns its loss."""
 
 
 def new_base(work: Workload) -> Any:
@@ -63,10 +64,12 @@ class Bench:
         """Gradients of the model's trainable parameters."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-        def run() -> None:
+        def run() -> Tensor:
             for parameter in trained:
                 parameter.grad = None
-            model(**self.batch | options).loss.backward()
+            loss: Tensor = model(**self.batch | options).loss
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
+            return loss.detach()
 
         return run
 
@@ -88,12 +91,14 @@ def floor(bench: Bench) -> Step:
     """Forward of the frozen base, backward to the first edited hidden state."""
     layer = bench.base.model.layers[bench.first_edited]
 
-    def run() -> None:
+    def run() -> Tensor:
         hook = layer.register_forward_hook(lambda _, __, output: output.requires_grad_())
         try:
-            bench.base(**bench.batch).loss.backward()
+            loss: Tensor = bench.base(**bench.batch).loss
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
         finally:
             hook.remove()
+        return loss.detach()
 
     return run
 
@@ -134,24 +139,25 @@ def compiled(bench: Bench) -> Step:
 
 def lora(bench: Bench) -> Step:
     """LoRA of rank 8 on queries and values, by peft."""
-    import peft
-
-    set_seed(2)
-    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return bench.step(peft.get_peft_model(new_base(bench.work), config).train())
+    return bench.step(_lora_model(bench.work))
 
 
 def neftune(bench: Bench) -> Step:
     """The same LoRA under transformers' NEFTune."""
-    import peft
-
-    set_seed(2)
-    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(new_base(bench.work), config).train()
+    model = _lora_model(bench.work)
     embeddings = model.get_input_embeddings()
     embeddings.neftune_noise_alpha = 5.0
     embeddings.register_forward_hook(neftune_post_forward_hook)
     return bench.step(model)
+
+
+def _lora_model(work: Workload) -> Any:
+    import peft
+
+    base = new_base(work)
+    set_seed(2)
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(base, config).train()
 
 
 def pyreft(bench: Bench) -> Step:
@@ -186,7 +192,7 @@ def pyreft(bench: Bench) -> Step:
     inputs = {name: bench.batch[name] for name in ("input_ids", "attention_mask")}
     trained = [p for unit in model.interventions.values() for p in unit.parameters()]
 
-    def run() -> None:
+    def run() -> Tensor:
         for parameter in trained:
             parameter.grad = None
         _, output = model(
@@ -195,6 +201,8 @@ def pyreft(bench: Bench) -> Step:
             labels=bench.batch["labels"],
         )
         output.loss.backward()
+        loss: Tensor = output.loss.detach()
+        return loss
 
     return run
 
