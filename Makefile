@@ -3,13 +3,31 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint build clean
+.PHONY: demo test test-oldest test-newest lint build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reftnoise demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# With the lower bounds of pyproject.toml.
+test-oldest: $(VENV)-oldest/.test
+	$(<D)/bin/python -m pytest
+
+$(VENV)-oldest/.test: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep -oE '"[A-Za-z_-]+(\[[a-z]+\])?>=[0-9.]+"' pyproject.toml \
+		| sed -E 's/"([A-Za-z_-]+).*>=(.*)"/\1==\2/' | sort -u > $(@D)/oldest.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/oldest.txt --editable '.[test]'
+	touch $@
+
+# With today's newest versions of everything but torch.
+test-newest:
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		--editable '.[test]' '$(shell grep ^torch== constraints.txt)'
+	$(VENV)-newest/bin/python -m pytest
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
@@ -29,4 +47,4 @@ build: $(VENV)/.test
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info

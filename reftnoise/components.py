@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .compiled import uncompiled
+
 COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output", "embeddings")
 
 # Children of a decoder layer, by what the models of transformers call them.
@@ -102,6 +104,7 @@ def _text_config(model: PreTrainedModel) -> Any:
 
 
 def _child(layer: nn.Module, component: str) -> nn.Module:
+    layer = uncompiled(layer)
     names = [name for name, _ in layer.named_children()]
     fitting = [n for n in names if _CHILDREN[component].search(n) and not _NORM.search(n)]
     if len(fitting) != 1:
@@ -115,7 +118,7 @@ def _child(layer: nn.Module, component: str) -> nn.Module:
 def _by_path(model: nn.Module, path: str, component: str) -> nn.Module:
     module = model
     for part in re.sub(r"\[(\d+)\]", r".\1", path).split("."):
-        children = dict(module.named_children())
+        children = dict(uncompiled(module).named_children())
         if part not in children:
             raise ValueError(
                 f"component {component!r}: {type(module).__name__} has no {part!r}, but "

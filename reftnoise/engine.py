@@ -20,6 +20,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .compiled import (
+    as_written,
+    calls_as_written,
+    can_edit_outside,
+    edit_outside,
+    put_in_order,
+    uncompiled,
+)
 from .components import Site, input_embeddings
 from .interventions import (
     LowRankRotation,
@@ -36,10 +44,10 @@ from .split import Alignment
 _LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
 _PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()
 
-# torch.compile, which can call only functions of plain numbers while it traces, finds engines here.
-_ENGINES: "WeakValueDictionary[int, Engine]" = WeakValueDictionary()
+# torch.compile, which can call only functions of plain values while it traces, finds engines here.
+_ENGINES: "WeakValueDictionary[str, Engine]" = WeakValueDictionary()
 _NUMBERS = itertools.count()
-_STANDING: set[int] = set()
+_STANDING: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -172,7 +180,7 @@ class Engine:
         self._at_embeddings = [p for p in units if p.site.module is input_embeddings(base)]
         self._chunk: Chunk | None = None
         self._traced_chunk: Chunk | None = None
-        self._number = next(_NUMBERS)
+        self._number = str(next(_NUMBERS))  # torch.compile may take ints for variables
         _ENGINES[self._number] = self
 
     def __reduce__(self) -> Any:
@@ -191,6 +199,8 @@ class Engine:
         checkpointed = checkpointed_modules(self.base)
         with exclusive(base), contextlib.ExitStack() as stack:
             if not any(self._acts(placed, current) for placed in self.units):
+                if not current.is_generation:  # whose caller may put hooks on the base
+                    stack.enter_context(as_written(self.base, self._hooked_modules(base)))
                 yield stack.enter_context(innermost(base))
                 return
             outer = self._chunk
@@ -294,22 +304,32 @@ class Engine:
                     raise RuntimeError("a layer of the base ran, but not the base's own forward")
                 return self._chunk if is_ours() else None
 
+            stack.enter_context(as_written(self.base, self._hooked_modules(base)))
+            stack.enter_context(calls_as_written(base))
             for remove in self._hook(chunk):
                 stack.callback(remove)
             yield is_ours
+
+    def _hooked_modules(self, base: nn.Module) -> list[nn.Module]:
+        return [base, *(site.module for site in self._by_site)]
 
     def _hook(
         self, chunk: Callable[[], Chunk | None], kind: Callable[..., Any] = partial
     ) -> Iterator[Callable[[], None]]:
         """Put hooks on all sites; yields what removes them."""
         for site, placed in self._by_site.items():
+            edit = kind(self._edit_input if site.is_input else self._edit_output, placed, chunk)
+            module = site.module
+            if kind is _StandingHook:
+                module = uncompiled(module)  # which is the one that is traced
+            elif can_edit_outside(module):
+                yield edit_outside(module, edit, is_input=site.is_input)
+                continue
             # First, so that whoever reads hidden states by a hook reads edited ones.
             if site.is_input:
-                edit = kind(self._edit_input, placed, chunk)
-                handle = site.module.register_forward_pre_hook(edit, prepend=True, with_kwargs=True)
+                handle = module.register_forward_pre_hook(edit, prepend=True, with_kwargs=True)
             else:
-                edit = kind(self._edit_output, placed, chunk)
-                handle = site.module.register_forward_hook(edit, prepend=True)
+                handle = module.register_forward_hook(edit, prepend=True)
             yield handle.remove
 
     @contextlib.contextmanager
@@ -431,13 +451,15 @@ class Engine:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
-def _stand_on_base(number: int) -> None:
+def _stand_on_base(number: str) -> None:
     """Put the hooks of an engine's compiled passes on its base, once."""
     engine = _ENGINES[number]
     if number not in _STANDING:
         _STANDING.add(number)
         for _ in engine._hook(lambda: engine._traced_chunk, _StandingHook):
             pass
+        for site in engine._by_site:
+            put_in_order(uncompiled(site.module))
 
 
 class _StandingHook:

@@ -28,6 +28,7 @@ from .positions import (
     prompt_lengths_from_labels,
 )
 from .prefix_cache import PrefixCache
+from .quantised import keep_differentiable
 
 
 class ReftModel(nn.Module):
@@ -45,6 +46,9 @@ class ReftModel(nn.Module):
         ValueError: an entry does not fit the base: layer, width, rank or overlapping positions.
     """
 
+    _hf_peft_config_loaded = True
+    """transformers' Trainer takes quantised models that say so: units are what it trains on them."""
+
     def __init__(self, config: ReftConfig, model: PreTrainedModel) -> None:
         super().__init__()
         if getattr(model.config, "is_encoder_decoder", False):
@@ -54,8 +58,13 @@ class ReftModel(nn.Module):
             )
         if isinstance(model, ReftModel):
             raise ValueError("the model is a ReftModel already: put all units into one ReftConfig")
+        if type(model).__name__ == "OptimizedModule":
+            raise ValueError(
+                "the model is compiled: give the model itself, then torch.compile(reft_model)"
+            )
         self.model: PreTrainedModel = model
         self.reft_config = config
+        keep_differentiable(model)
         placed = place_units(config, model)
         self.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
         self._split: SplitMode = "auto"
@@ -119,8 +128,8 @@ class ReftModel(nn.Module):
                 without labels; `split = "always"` where a pass cannot be split.
         """
         given = {"attention_mask": attention_mask, "labels": labels}
-        given |= {"prompt_lengths": prompt_lengths}
-        inputs |= {name: value for name, value in given.items() if value is not None}
+        given["prompt_lengths"] = prompt_lengths
+        inputs.update({name: value for name, value in given.items() if value is not None})
         if isinstance(input_ids, Mapping):
             batch = {**input_ids, **inputs}
             original = None
@@ -136,7 +145,11 @@ class ReftModel(nn.Module):
             with innermost(inner_model(self.model)):
                 return self.model(**inputs)
         if self._engine.base is not self.model:
-            raise ValueError("nn.DataParallel copies the model: start one process per device")
+            raise ValueError(
+                "the base was replaced. nn.DataParallel copies it: start one process per device; "
+                "so does accelerate's regional compilation: compile the base's layers, or the "
+                "whole ReftModel"
+            )
         width, batch_size = _width_and_batch(inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
@@ -394,6 +407,10 @@ class ReftModel(nn.Module):
     ) -> "ReftModel":
         """pyreft's name and order of arguments for `from_pretrained`."""
         return cls.from_pretrained(model, load_directory)
+
+
+if torch.__version__ < "2.7":  # its dynamo can trace neither the models of transformers nor us
+    ReftModel.forward = torch.compiler.disable(ReftModel.forward)  # type: ignore[method-assign]
 
 
 def get_reft_model(

@@ -31,6 +31,7 @@ from .pairs import first_of_pairs
 from .positions import has_token_labels
 from .prefix_cache import Complete, PrefixCache, PromptStates, pack, unpack
 from .probe import Abilities, has_foreign_hooks, is_watched, probe
+from .quantised import check_gradients
 from .split import PER_TOKEN, Alignment, align, aligned_inputs
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Runner:
         self._engine = engine
         self._logged: set[tuple[str, str]] = set()
         self._known: dict[tuple[object, ...], Abilities] = {}
+        self._is_checked = False
 
     def run(
         self,
@@ -80,11 +82,15 @@ class Runner:
             prefix_cache: where keys and values of prompts are kept from epoch to epoch.
 
         Raises:
-            ValueError: `split="always"`, but a training pass cannot be split.
+            ValueError: `split="always"`, but a training pass cannot be split; or gradients do not
+                pass a quantised base.
         """
         if torch.compiler.is_compiling():
             outputs = self._engine.trace(current, inputs)
             return outputs if pairs is None else first_of_pairs(outputs, pairs)
+        if torch.is_grad_enabled() and not self._is_checked:
+            check_gradients(self._engine.base)
+            self._is_checked = True
         whole, alignment = self._plan(current, inputs, return_logits, split)
         trained = (parameter.requires_grad for parameter in self._engine.base.parameters())
         if prefix_cache is not None and alignment is None and any(trained):

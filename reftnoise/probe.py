@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
+from .compiled import as_written
 from .loss import Tail
 from .prefix_cache import PromptStates
 
@@ -125,7 +126,7 @@ def is_watched(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _alone(base: nn.Module) -> Iterator[None]:
-    """Within the block, the base is in evaluation mode and no hook of others runs."""
+    """Within the block, the base is in evaluation mode, not compiled, and no hook of others runs."""
     modes = [(module, module.training) for module in base.modules()]
     watched = [module for module in base.modules() if is_watched(module)]
     hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in watched]
@@ -133,7 +134,8 @@ def _alone(base: nn.Module) -> Iterator[None]:
         module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
     base.eval()
     try:
-        yield
+        with as_written(base, base.modules()):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

@@ -15,7 +15,7 @@ SYSTEM = sorted((ROOT / "reftnoise").glob("*.py")) + sorted((ROOT / "reftnoise/b
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
     {"interventions"},
-    {"config", "positions", "components", "loss", "prefix_cache", "pairs"},
+    {"compiled", "config", "positions", "components", "loss", "prefix_cache", "pairs", "quantised"},
     {"split", "probe"},
     {"engine"},
     {"placement", "passes"},

@@ -298,7 +298,11 @@ def test_a_plain_prompt_can_be_a_users_turn(byte_bpe: Any) -> None:
 
 PROMPTS, COMPLETIONS = ["Who are you?", "hello", "2 + 2"], [" I am", ' "hello, world"', " = 4"]
 
+# The oldest datasets leaves CSV files to the garbage collector.
+leaves_files_open = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
+
+@leaves_files_open
 @pytest.mark.parametrize("columns", [("prompt", "completion"), ("question", "answer")])
 @pytest.mark.parametrize("kind", ["dataset", "jsonl", "json", "csv", "parquet"])
 @pytest.mark.parametrize("as_text", [True, False])
@@ -529,6 +533,7 @@ def test_a_file_of_another_kind(byte_bpe: Any, tmp_path: Path, name: str) -> Non
         module(byte_bpe, path)
 
 
+@leaves_files_open
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -567,6 +572,7 @@ def test_a_conversation_of_another_form(byte_bpe: Any, messages: list[Any]) -> N
         module(byte_bpe, datasets.Dataset.from_dict({"messages": [messages]}))
 
 
+@leaves_files_open
 @pytest.mark.parametrize(
     ("name", "text"),
     [("a.jsonl", '{"prompt": "a"\n'), ("a.jsonl", ""), ("a.csv", "prompt,completion\n")],
