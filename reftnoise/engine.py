@@ -9,18 +9,20 @@ import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import RLock, get_ident
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .components import Site, input_embeddings
+from .components import Site, Stack, find_stack
+from .composition import calls_forward_itself, inner_model, virtual_tokens
 from .interventions import (
     LowRankRotation,
     NoiseIntervention,
@@ -58,11 +60,6 @@ def exclusive(base: nn.Module) -> RLock:
     return _LOCKS.setdefault(base, RLock())
 
 
-def inner_model(base: PreTrainedModel) -> PreTrainedModel:
-    """The model whose forward runs: a PEFT model generates with the model inside it."""
-    return base.get_base_model() if hasattr(base, "get_base_model") else base
-
-
 @dataclass(frozen=True)
 class PlacedUnit:
     """A unit at its site."""
@@ -81,9 +78,17 @@ class PlacedUnit:
 class Pass:
     """What one forward call, or one generation, edits: the batch's prompts and the selections."""
 
-    layout: PromptLayout
-    selections: dict[str, Selection | None]
+    layout: PromptLayout | None = None
+    """None until the first call, where only the call itself tells."""
+    selections: dict[str, Selection | None] = field(default_factory=dict)
     """By unit key; None where the caller gave no location, so that nothing is edited."""
+    locate: Callable[[Bool[Tensor, "batch width"], int], "Located"] | None = None
+    """From attended tokens, and how many of them are cached, to layout and selections, where these
+    are not known beforehand."""
+    stack: Stack | None = None
+    """Whose layers are edited, in an encoder-decoder model."""
+    entry: nn.Module | None = None
+    """The module whose call begins a chunk; by default the stack or the whole base."""
     is_generation: bool = False
     """Noise is for training passes alone, also when the model is left in training mode."""
     is_assisted: bool = False
@@ -93,6 +98,13 @@ class Pass:
     alignment: Alignment | None = None
     """How the base's rows are shifted against the layout; the selections are shifted already."""
     _noise: dict[str, Tensor] = field(default_factory=dict)
+
+    def settle(self, attended: Bool[Tensor, "batch width"], past: int = 0) -> PromptLayout:
+        """The layout; found from the first call's tokens, if it was not known beforehand."""
+        if self.layout is None:
+            assert self.locate is not None
+            self.layout, self.selections = self.locate(attended, past)
+        return self.layout
 
     @property
     def cut(self) -> int:
@@ -107,6 +119,7 @@ class Pass:
         It is drawn once for the whole batch as given, so it is the plain pass's.
         """
         assert self.alignment is not None
+        assert self.layout is not None
         assert isinstance(one.unit, NoiseIntervention)
         if one.key not in self._noise:
             like = hidden.new_zeros(*self.layout.attended.shape, hidden.shape[-1])
@@ -115,19 +128,28 @@ class Pass:
         return self._noise[one.key][:, offset : offset + hidden.shape[1]]
 
 
+Located: TypeAlias = tuple[PromptLayout, dict[str, Selection | None]]
+
+
 @dataclass
 class Chunk:
     """The columns of a pass that one call of the base sees: [offset, offset + length)."""
 
     current: Pass
+    layout: PromptLayout
     offset: int
+    """Negative where virtual tokens come before the user's."""
     length: int
     batch: int
     _rows: dict[tuple[int, ...], "Rows"] = field(default_factory=dict)
 
     @property
     def _times(self) -> int:
-        return self.batch // self.current.layout.attended.shape[0]
+        return self.batch // self.layout.attended.shape[0]
+
+    def at(self, hidden: Tensor) -> "Chunk":
+        """The chunk that a site's hidden states belong to: this one."""
+        return self
 
     def rows(self, selections: Sequence[Selection]) -> "Rows":
         """Where selections lie in the flattened hidden states, computed once for all sites."""
@@ -140,10 +162,37 @@ class Chunk:
             self._rows[key] = Rows(joint, torch.cat(masks), counts)
         return self._rows[key]
 
-    def columns(self, mask: Bool[Tensor, "batch width"]) -> Bool[Tensor, "batch length"]:
-        """This chunk's part of a mask over the pass's columns."""
-        part = mask[:, self.offset : self.offset + self.length]
+    def tokens(self, device: torch.device) -> dict[str, Tensor]:
+        """What noise asks of tokens."""
+        layout = self.layout
+        found = {"attended": layout.attended, "prompt": layout.prompt}
+        if layout.document_lengths is not None:
+            found["lengths"] = layout.document_lengths
+        return {name: self.columns(values).to(device) for name, values in found.items()}
+
+    def columns(self, values: Shaped[Tensor, "batch width"]) -> Shaped[Tensor, "batch length"]:
+        """This chunk's part of something over the pass's columns; zero at virtual tokens."""
+        part = values[:, max(self.offset, 0) : self.offset + self.length]
+        part = F.pad(part, (max(-self.offset, 0), 0))
         return part.repeat_interleave(self._times, 0)
+
+
+@dataclass
+class TokenlessChunk:
+    """One call of a base that reads no tokens: each site's hidden states tell their number."""
+
+    current: Pass
+    _chunks: dict[tuple[int, int], Chunk] = field(default_factory=dict)
+
+    def at(self, hidden: Tensor) -> Chunk:
+        """The chunk for hidden states [batch, length, width]: all of them are the prompt."""
+        batch, length = hidden.shape[:2]
+        if (batch, length) not in self._chunks:
+            attended = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+            current = replace(self.current)
+            layout = current.settle(attended)
+            self._chunks[batch, length] = Chunk(current, layout, 0, length, batch)
+        return self._chunks[batch, length]
 
 
 class Rows(NamedTuple):
@@ -169,9 +218,8 @@ class Engine:
         self._by_site: dict[Site, list[PlacedUnit]] = defaultdict(list)
         for placed in units:
             self._by_site[placed.site].append(placed)
-        self._at_embeddings = [p for p in units if p.site.module is input_embeddings(base)]
-        self._chunk: Chunk | None = None
-        self._traced_chunk: Chunk | None = None
+        self._chunk: Chunk | TokenlessChunk | None = None
+        self._traced_chunk: Chunk | TokenlessChunk | None = None
         self._number = next(_NUMBERS)
         _ENGINES[self._number] = self
 
@@ -179,10 +227,10 @@ class Engine:
         return Engine, (self.base, self.units)  # a copy has a number, and hooks, of its own
 
     @contextlib.contextmanager
-    def running(self, current: Pass) -> Iterator[Callable[[], bool]]:
-        """Apply `current` to every call of the base within the block.
+    def running(self, *passes: Pass) -> Iterator[Callable[[], bool]]:
+        """Apply passes, one for each stack of the base, to every call of it within the block.
 
-        Yields whether the innermost pass on the base is this one.
+        Yields whether the innermost passes on the base are these.
 
         In a generation, nothing of ours stays on the base once the prompt is in the cache, unless
         a unit edits generated tokens.
@@ -190,7 +238,7 @@ class Engine:
         base = inner_model(self.base)
         checkpointed = checkpointed_modules(self.base)
         with exclusive(base), contextlib.ExitStack() as stack:
-            if not any(self._acts(placed, current) for placed in self.units):
+            if not any(self._acts(one, current) for current in passes for one in self.units):
                 yield stack.enter_context(innermost(base))
                 return
             outer = self._chunk
@@ -202,20 +250,31 @@ class Engine:
                 stack.enter_context(self._replayable(module))
             hooks = stack.enter_context(contextlib.ExitStack())
             is_ours = hooks.enter_context(self._hooked(base))
-            start = base.register_forward_pre_hook(
-                partial(self._start_chunk, current, is_ours), with_kwargs=True
-            )
-            hooks.callback(start.remove)
+            for current in passes:
+                start = self._entry(current).register_forward_pre_hook(
+                    partial(self._start_chunk, current, is_ours), with_kwargs=True
+                )
+                hooks.callback(start.remove)
+            last = passes[-1]  # the decoder's, of two
             edits_decode = any(p.positions and p.positions.decode for p in self.units)
-            if current.is_generation and not (edits_decode or current.is_assisted):
-                end = base.register_forward_hook(
-                    partial(self._end_chunk, current, is_ours, hooks), with_kwargs=True
+            if last.is_generation and not (edits_decode or last.is_assisted):
+                end = self._entry(last).register_forward_hook(
+                    partial(self._end_chunk, last, is_ours, hooks), with_kwargs=True
                 )
                 hooks.callback(end.remove)
             try:
                 yield is_ours
             finally:
                 self._chunk = outer
+
+    def _entry(self, current: Pass) -> nn.Module:
+        """The module whose call begins a chunk of a pass."""
+        base = inner_model(self.base)
+        if current.entry is not None:
+            return current.entry
+        if current.stack is not None:
+            return find_stack(base, current.stack)
+        return base.base_model if calls_forward_itself(self.base) else base
 
     def _start_chunk(
         self,
@@ -227,22 +286,33 @@ class Engine:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not is_ours():
             return args, kwargs
-        tokens: Any = kwargs.get("input_ids", args[0] if args else None)
-        embeds: Any = kwargs.get("inputs_embeds")
-        batch, length = tokens.shape if embeds is None else embeds.shape[:2]
-        offset = cached_length(kwargs.get("past_key_values"))
+        given: Any = kwargs.get("inputs_embeds")
+        if given is None:
+            given = kwargs.get("input_ids", args[0] if args else None)
+            if given is None or given.is_floating_point():
+                self._chunk = TokenlessChunk(current)
+                return args, kwargs
+        batch, length = given.shape[:2]
+        offset = cached_length(kwargs.get("past_key_values")) - virtual_tokens(self.base)
         if kwargs.get("cache_params") is not None:
             offset = current.seen
         current.seen = offset + length
-        self._chunk = Chunk(current, offset, length, batch)
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.shape != (batch, max(offset, 0) + length):
+            mask = torch.ones(batch, max(offset, 0) + length, device=given.device)
+        layout = current.settle(mask.bool(), max(offset, 0))
+        self._chunk = Chunk(current, layout, offset, length, batch)
         return args, self._with_edited_embeddings(self._chunk, kwargs)
 
-    def _with_edited_embeddings(self, chunk: Chunk, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _with_edited_embeddings(
+        self, chunk: Chunk | TokenlessChunk, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
         embeds: Any = inputs.get("inputs_embeds")
-        if embeds is None or not self._at_embeddings:
+        units = [one for one in self.units if one.site.is_embeddings]
+        if embeds is None or not units:
             return inputs
         # The base will not call its embedding.
-        return inputs | {"inputs_embeds": self._apply(self._at_embeddings, chunk, embeds)}
+        return inputs | {"inputs_embeds": self._apply(units, chunk, embeds)}
 
     def trace(self, current: Pass, inputs: dict[str, Any]) -> Any:
         """One call of the base while `torch.compile` traces it: one graph, without a break.
@@ -250,11 +320,17 @@ class Engine:
         Hooks that come and go cannot be traced. Those of a compiled pass stay on the base, and do
         nothing in any other.
         """
+        if current.stack is not None:
+            raise NotImplementedError("torch.compile of an encoder-decoder ReftModel")
         _stand_on_base(self._number)
-        tokens: Any = inputs.get("input_ids")
-        batch, length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[:2]
-        offset = current.layout.attended.shape[1] - length
-        chunk = Chunk(current, offset, length, batch)
+        chunk: Chunk | TokenlessChunk
+        if current.layout is None:
+            chunk = TokenlessChunk(current)
+        else:
+            tokens: Any = inputs.get("input_ids")
+            batch, length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[:2]
+            offset = current.layout.attended.shape[1] - length
+            chunk = Chunk(current, current.layout, offset, length, batch)
         self._traced_chunk = chunk
         try:
             with shared_bases(self._rotations()):
@@ -263,9 +339,11 @@ class Engine:
             self._traced_chunk = None
 
     def _acts(self, placed: PlacedUnit, current: Pass) -> bool:
+        if placed.site.stack != current.stack:
+            return False
         if isinstance(placed.unit, NoiseIntervention):
             return placed.unit.training and not current.is_generation
-        return current.selections[placed.key] is not None
+        return current.layout is None or current.selections[placed.key] is not None
 
     def _rotations(self) -> list[LowRankRotation]:
         modules = [module for placed in self.units for module in placed.unit.modules()]
@@ -281,7 +359,9 @@ class Engine:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        width = current.layout.attended.shape[1]
+        if current.layout is None:
+            return
+        width = current.layout.attended.shape[1] + virtual_tokens(self.base)
         if is_ours() and cached_length(kwargs.get("past_key_values")) >= width:
             hooks.close()
 
@@ -289,8 +369,9 @@ class Engine:
     def _hooked(self, base: nn.Module) -> Iterator[Callable[[], bool]]:
         with innermost(base) as is_ours, contextlib.ExitStack() as stack:
 
-            def chunk() -> Chunk | None:
-                if is_ours() and self._chunk is None:
+            def chunk(site: Site) -> Chunk | TokenlessChunk | None:
+                # Whoever calls the embedding first will give the base `inputs_embeds`.
+                if is_ours() and self._chunk is None and not site.is_embeddings:
                     raise RuntimeError("a layer of the base ran, but not the base's own forward")
                 return self._chunk if is_ours() else None
 
@@ -299,7 +380,7 @@ class Engine:
             yield is_ours
 
     def _hook(
-        self, chunk: Callable[[], Chunk | None], kind: Callable[..., Any] = partial
+        self, chunk: "ChunkOf", kind: Callable[..., Any] = partial
     ) -> Iterator[Callable[[], None]]:
         """Put hooks on all sites; yields what removes them."""
         for site, placed in self._by_site.items():
@@ -345,12 +426,12 @@ class Engine:
     def _edit_output(
         self,
         placed: list[PlacedUnit],
-        chunk_of: Callable[[], Chunk | None],
+        chunk_of: "ChunkOf",
         module: nn.Module,
         args: tuple[Any, ...],
         output: Any,
     ) -> Any:
-        chunk = chunk_of()
+        chunk = chunk_of(placed[0].site)
         if chunk is None:
             return output
         if isinstance(output, tuple):
@@ -360,12 +441,12 @@ class Engine:
     def _edit_input(
         self,
         placed: list[PlacedUnit],
-        chunk_of: Callable[[], Chunk | None],
+        chunk_of: "ChunkOf",
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        chunk = chunk_of()
+        chunk = chunk_of(placed[0].site)
         if chunk is None:
             return args, kwargs
         if args:
@@ -376,14 +457,17 @@ class Engine:
     def _apply(
         self,
         placed: list[PlacedUnit],
-        chunk: Chunk,
+        chunk: Chunk | TokenlessChunk,
         hidden: Float[Tensor, "batch length hidden"],
     ) -> Float[Tensor, "batch length hidden"]:
+        if placed[0].site.stack != chunk.current.stack:  # an embedding that two stacks share
+            return hidden
         if not isinstance(hidden, Tensor) or hidden.dim() != 3:
             raise ValueError(
                 f"{placed[0].site}: expected hidden states [batch, length, width], got "
                 f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
             )
+        chunk = chunk.at(hidden)
         edited: list[PlacedUnit] = []
         for one in placed:
             if not isinstance(one.unit, NoiseIntervention):
@@ -393,10 +477,7 @@ class Engine:
             if chunk.current.alignment is not None and one.unit.training:
                 hidden = hidden + chunk.current.noise(one, hidden, chunk.offset)
             elif one.unit.training and not chunk.current.is_generation:
-                layout = chunk.current.layout
-                attended = chunk.columns(layout.attended).to(hidden.device)
-                prompt = chunk.columns(layout.prompt).to(hidden.device)
-                hidden = one.unit(hidden, attended=attended, prompt=prompt)
+                hidden = one.unit(hidden, **chunk.tokens(hidden.device))
         return self._edit(edited, chunk, hidden)
 
     def _edit(
@@ -430,13 +511,16 @@ class Engine:
         return hidden
 
 
+ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
 def _stand_on_base(number: int) -> None:
     """Put the hooks of an engine's compiled passes on its base, once."""
     engine = _ENGINES[number]
     if number not in _STANDING:
         _STANDING.add(number)
-        for _ in engine._hook(lambda: engine._traced_chunk, _StandingHook):
+        for _ in engine._hook(lambda _: engine._traced_chunk, _StandingHook):
             pass
 
 

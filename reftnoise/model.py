@@ -1,31 +1,33 @@
 """`ReftModel`: a frozen base model with its units; called and generating like the base."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import saving
+from .components import Stack, is_encoder_decoder, trained_modules
+from .composition import inner_model, is_peft_model, section_of, with_peft
 from .config import ReftConfig
-from .engine import Engine, Pass, cached_length, inner_model, innermost
-from .pairs import in_pairs
+from .engine import Engine, Located, Pass, cached_length, innermost
+from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
+from .pairs import first_of_pairs, in_pairs
 from .passes import Runner, SplitMode
 from .placement import place_units
 from .positions import (
     PromptLayout,
+    Selection,
     UnitLocations,
-    checked_lengths,
     explicit_selection,
-    has_token_labels,
     parse_unit_locations,
-    prompt_lengths_from_labels,
 )
 from .prefix_cache import PrefixCache
 
@@ -47,22 +49,23 @@ class ReftModel(nn.Module):
 
     def __init__(self, config: ReftConfig, model: PreTrainedModel) -> None:
         super().__init__()
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder model: which of its two sequences "
-                "positions would count is not defined yet"
-            )
         if isinstance(model, ReftModel):
             raise ValueError("the model is a ReftModel already: put all units into one ReftConfig")
+        section = section_of(model, config.peft)
+        if section is not None and not is_peft_model(model):
+            model = with_peft(model, section)
+        self.reft_config = dataclasses.replace(config, peft=section)
+        self._is_composed = section is not None
         self.model: PreTrainedModel = model
-        self.reft_config = config
         placed = place_units(config, model)
         self.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
         self._split: SplitMode = "auto"
+        self._fused_forward: Callable[..., Any] | None = None
         self.prefix_cache: PrefixCache | None = None
         self._engine = Engine(model, placed)
         self._runner = Runner(self._engine)
         self._is_disabled = False
+        self._continues = bool(inner_model(model).can_generate())
         self.interventions.train(model.training)
         self.training = model.training
         self.register_state_dict_post_hook(saving.keep_trained)  # type: ignore[no-untyped-call]  # torch's
@@ -79,6 +82,9 @@ class ReftModel(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("config", "generation_config"):
             setattr(self.model, name, value)
+        elif name == "forward" and "fused_lm_head" in signature_of(value):
+            # TRL's forward runs the decoder and the head by itself: the base's, among our hooks.
+            self._fused_forward = value.__func__
         else:
             super().__setattr__(name, value)
 
@@ -133,23 +139,28 @@ class ReftModel(nn.Module):
         if input_ids is not None:
             inputs["input_ids"] = input_ids
         if self._is_disabled:
-            with innermost(inner_model(self.model)):
-                return self.model(**inputs)
+            with self._bare():
+                return self._call_base(inputs)
         if self._engine.base is not self.model:
             raise ValueError("nn.DataParallel copies the model: start one process per device")
-        width, batch_size = _width_and_batch(inputs)
+        batch_size = batch_of(inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
         )
         if doubled:
             inputs = in_pairs(inputs, batch_size)
             prompt_lengths = None if prompt_lengths is None else prompt_lengths.repeat(2)
-        layout = self._layout(inputs, prompt_lengths)
-        current = self._pass(layout, unit_locations, batch_size, width)
+        passes = self._passes(inputs, prompt_lengths, unit_locations, times=1 + doubled)
+        pairs = batch_size if doubled else None
+        if inputs.get("fused_lm_head"):
+            passes[0].entry = inner_model(self.model).base_model
+            with self._engine.running(*passes):
+                outputs = self._call_base(inputs)
+            return outputs if pairs is None else first_of_pairs(outputs, pairs)
         return self._runner.run(
-            current,
+            passes,
             inputs,
-            pairs=batch_size if doubled else None,
+            pairs=pairs,
             return_logits=return_logits,
             split=self._split,
             prefix_cache=self.prefix_cache,
@@ -197,22 +208,23 @@ class ReftModel(nn.Module):
             kwargs["input_ids"] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
         if self._is_disabled:
-            with innermost(inner_model(self.model)):
+            with self._bare():
                 return self.model.generate(**kwargs)
-        width, batch_size = _width_and_batch(kwargs)
-        if kwargs.get("attention_mask") is None and kwargs.get("input_ids") is not None:
-            mask = self._infer_attention_mask(kwargs)
+        reads_tokens = self._stacks == (None,) and tokens_of(kwargs) is not None
+        if reads_tokens and kwargs.get("attention_mask") is None and "input_ids" in kwargs:
+            mask = infer_attention_mask(kwargs, self.model.generation_config)
             if mask is not None:
                 kwargs["attention_mask"] = mask
-        attended = _attended(kwargs, width, batch_size)
-        current = self._pass(PromptLayout(attended), unit_locations, batch_size, width)
-        current.is_generation = True
+        prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
+        passes = self._passes(prompt, None, unit_locations)
         drafts = ("assistant_model", "assistant_early_exit")
         settings = kwargs.get("generation_config")
-        current.is_assisted = any(
+        is_assisted = any(
             kwargs.get(name, getattr(settings, name, None)) is not None for name in drafts
         )
-        with self._engine.running(current):
+        for current in passes:
+            current.is_generation, current.is_assisted = True, is_assisted
+        with self._engine.running(*passes):
             return self.model.generate(**kwargs)
 
     @property
@@ -239,59 +251,92 @@ class ReftModel(nn.Module):
         finally:
             self._is_disabled = before
 
-    def _layout(self, inputs: Mapping[str, Any], lengths: Tensor | None) -> PromptLayout:
-        width, batch_size = _width_and_batch(inputs)
-        past = cached_length(inputs.get("past_key_values"))
-        attended = _attended(inputs, past + width, batch_size)
-        labels = inputs.get("labels")
-        if lengths is not None:
-            lengths = checked_lengths(lengths, attended)
-        elif labels is not None and has_token_labels(labels, attended):
-            lengths = prompt_lengths_from_labels(labels, attended)
-        elif past:
-            lengths = attended[:, :past].sum(1)
-        return PromptLayout(attended, lengths)
+    @contextlib.contextmanager
+    def _bare(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(innermost(inner_model(self.model)))
+            if self._is_composed:
+                stack.enter_context(self.model.disable_adapter())
+            yield
 
-    def _pass(
-        self, layout: PromptLayout, unit_locations: UnitLocations | None, batch: int, width: int
-    ) -> Pass:
+    def _call_base(self, inputs: dict[str, Any]) -> Any:
+        if inputs.get("fused_lm_head") and self._fused_forward is not None:
+            return self._fused_forward(inner_model(self.model), **inputs)
+        return self.model(**inputs)
+
+    @property
+    def _stacks(self) -> tuple[Stack | None, ...]:
+        return ("encoder", "decoder") if is_encoder_decoder(self.model) else (None,)
+
+    def _passes(
+        self,
+        inputs: Mapping[str, Any],
+        prompt_lengths: Tensor | None,
+        unit_locations: UnitLocations | None,
+        times: int = 1,
+    ) -> list[Pass]:
+        """What to edit, in each stack; `times` is how often the batch holds each example."""
+        if self._stacks == (None,) and tokens_of(inputs) is not None:
+            layout = read_layout(
+                inputs,
+                prompt_lengths,
+                past=cached_length(inputs.get("past_key_values")),
+                continues=self._continues,
+            )
+            if unit_locations is None:
+                return [Pass(layout, self._select(layout, None))]
+            batch, width = size_of(inputs)
+            return [Pass(layout, self._chosen(unit_locations, batch // times, width, times))]
+        if unit_locations is not None or prompt_lengths is not None:
+            raise ValueError(
+                f"{type(inner_model(self.model)).__name__} tells the length of its sequences only "
+                "when it runs, so unit_locations and prompt_lengths cannot be given: use the "
+                "config's positions"
+            )
+        has_labels = inputs.get("labels") is not None
+
+        def locate(stack: Stack | None, attended: Tensor, past: int) -> Located:
+            lengths = None
+            if past:
+                lengths = attended[:, :past].sum(1)
+            elif has_labels and stack == "decoder":  # which reads a start token before labels
+                lengths = attended.sum(1).clamp(max=1)
+            layout = PromptLayout(attended, lengths)
+            return layout, self._select(layout, stack)
+
+        return [Pass(locate=functools.partial(locate, s), stack=s) for s in self._stacks]
+
+    def _chosen(
+        self, unit_locations: UnitLocations, batch: int, width: int, times: int
+    ) -> dict[str, Selection | None]:
         units = [one for one in self._engine.units if one.positions is not None]
-        if unit_locations is not None:
-            times = layout.attended.shape[0] // batch
-            found = parse_unit_locations(unit_locations, len(units), batch, width)
-            chosen = [
-                None if c is None else explicit_selection(c.to(self.device).repeat(times, 1))
-                for c in found
-            ]
-            return Pass(layout, {o.key: c for o, c in zip(units, chosen, strict=True)})
+        found = parse_unit_locations(unit_locations, len(units), batch, width)
+        chosen = [
+            None if c is None else explicit_selection(c.to(self.device).repeat(times, 1))
+            for c in found
+        ]
+        return {one.key: columns for one, columns in zip(units, chosen, strict=True)}
+
+    def _select(self, layout: PromptLayout, stack: Stack | None) -> dict[str, Selection | None]:
         # Sites with equal positions share one selection, hence one computation of row indices.
         select: Any = layout.select
         if not torch.compiler.is_compiling():  # whose graph has equal operations once anyway
             select = functools.cache(select)
-        return Pass(layout, {o.key: select(o.positions, o.prefix, o.suffix) for o in units})
-
-    def _infer_attention_mask(self, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The mask that `generate` would infer from padding, so that both see the same one."""
-        given, own = kwargs.get("generation_config"), self.model.generation_config
-
-        def setting(name: str) -> Any:  # transformers fills what a given config leaves open
-            values = (kwargs.get(name), getattr(given, name, None), getattr(own, name, None))
-            return next((value for value in values if value is not None), None)
-
-        pad, eos = setting("pad_token_id"), setting("eos_token_id")
-        ends = torch.as_tensor(-1 if eos is None else eos).flatten().tolist()
-        if pad is None or pad in ends or kwargs["input_ids"].is_floating_point():
-            return None
-        return kwargs["input_ids"].ne(pad).long()
+        return {
+            one.key: select(one.positions, one.prefix, one.suffix)
+            for one in self._engine.units
+            if one.positions is not None and one.site.stack == stack
+        }
 
     # -- what the ecosystem asks a model for ---------------------------------------------------
 
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base takes `num_items_in_batch`, as transformers' Trainer determines it."""
-        accepts = getattr(self.model, "accepts_loss_kwargs", None)
+        base = inner_model(self.model)
+        accepts = getattr(base, "accepts_loss_kwargs", None)
         if accepts is None:
-            parameters = inspect.signature(self.model.forward).parameters.values()
+            parameters = inspect.signature(base.forward).parameters.values()
             accepts = any(p.kind is p.VAR_KEYWORD for p in parameters)
         return bool(accepts)
 
@@ -309,8 +354,14 @@ class ReftModel(nn.Module):
             one.unit.to(found or "cpu")
 
     def disable_model_gradients(self) -> None:
-        """Freeze the base."""
-        self.model.requires_grad_(False)
+        """Freeze the base, but for PEFT's parameters and the config's `modules_to_save`.
+
+        Where the config names none, the head of a classifier stays trained.
+        """
+        if not is_peft_model(self.model):
+            self.model.requires_grad_(False)
+        for module in trained_modules(self.model, self.reft_config.modules_to_save):
+            module.requires_grad_(True)
 
     def count_parameters(self) -> tuple[int, int, int]:
         """Trainable parameters of the units and of the base, and all of the base."""
@@ -425,23 +476,8 @@ def get_reft_model(
     return reft_model
 
 
-def _width_and_batch(inputs: Mapping[str, Any]) -> tuple[int, int]:
-    tokens = inputs.get("input_ids")
-    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
-        raise ValueError("expected input_ids or inputs_embeds")
-    return tokens.shape[1], tokens.shape[0]
-
-
-def _attended(inputs: Mapping[str, Any], width: int, batch: int) -> Bool[Tensor, "batch width"]:
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        tokens = inputs.get("input_ids")
-        device = (inputs["inputs_embeds"] if tokens is None else tokens).device
-        return torch.ones(batch, width, dtype=torch.bool, device=device)
-    if mask.shape != (batch, width):
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: expected ({batch}, {width}), one entry "
-            "per token, cached ones included"
-        )
-    return mask.bool()
+def signature_of(function: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a callable itself, not of what it wraps; none for what is not callable."""
+    return (
+        inspect.signature(function, follow_wrapped=False).parameters if callable(function) else {}
+    )

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .components import hidden_size, num_layers
+from .composition import own_state
 from .config import ReftConfig
 
 if TYPE_CHECKING:
@@ -129,8 +131,9 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> "ReftModel":
     config = read_config(directory, model)
     reft_model = ReftModel(config, model)
     loaded = load_weights(reft_model, directory)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(f"model.{name}" in loaded)
+    if config.peft is None:  # else PEFT has said what is trained
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(f"model.{name}" in loaded)
     reft_model.set_device(None)
     reft_model.eval()
     return reft_model
@@ -146,7 +149,9 @@ def read_config(directory: Path, model: PreTrainedModel) -> ReftConfig:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         schema, saved = description["schema_version"], description["base_model"]
-        representations, saved = description["representations"], dict(saved)
+        units = {"representations": description["representations"]}
+        units |= {f.name: description[f.name] for f in fields(ReftConfig) if f.name in description}
+        saved = dict(saved)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
     if schema != SCHEMA_VERSION:
@@ -160,7 +165,7 @@ def read_config(directory: Path, model: PreTrainedModel) -> ReftConfig:
                 f"{saved.get(name)!r}, the given model ({model.config.name_or_path}) {mine!r}"
             )
     try:
-        return ReftConfig(representations=representations)
+        return ReftConfig.from_dict(units)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -205,14 +210,14 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> set[str]:
 
 def keep_trained(module: "ReftModel", state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
-    trained = {f"{prefix}model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
-    for name in [n for n in state if n.startswith(f"{prefix}model.") and n not in trained]:
+    kept = {f"{prefix}model.{name}" for name in _trained(module.model)}
+    for name in [n for n in state if n.startswith(f"{prefix}model.") and n not in kept]:
         del state[name]
 
 
 def expect_trained(module: "ReftModel", keys: Any) -> None:
     """Do not miss what `keep_trained` leaves out."""
-    trained = {f"model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
+    trained = {f"model.{name}" for name in _trained(module.model)}
     frozen = {f"model.{n}" for n in module.model.state_dict()} - trained
 
     def is_frozen(key: str) -> bool:  # the key may begin with the names of modules around ours
@@ -220,6 +225,11 @@ def expect_trained(module: "ReftModel", keys: Any) -> None:
         return any(".".join(parts[start:]) in frozen for start in range(len(parts)))
 
     keys.missing_keys[:] = [key for key in keys.missing_keys if not is_frozen(key)]
+
+
+def _trained(base: PreTrainedModel) -> set[str]:
+    """Names of what is saved of a base: what is trained, and what PEFT needs beside it."""
+    return {n for n, p in base.named_parameters() if p.requires_grad} | own_state(base)
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:

@@ -15,8 +15,8 @@ SYSTEM = sorted((ROOT / "reftnoise").glob("*.py")) + sorted((ROOT / "reftnoise/b
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
     {"interventions"},
-    {"config", "positions", "components", "loss", "prefix_cache", "pairs"},
-    {"split", "probe"},
+    {"positions", "components", "composition", "loss", "prefix_cache", "pairs"},
+    {"config", "inputs", "split", "probe"},
     {"engine"},
     {"placement", "passes"},
     {"model", "saving"},

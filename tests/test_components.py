@@ -150,7 +150,7 @@ def test_a_layer_with_two_attentions_or_no_mlp(component: str) -> None:
     children = ", ".join(name for name, _ in model.model.decoder.layers[0].named_children())
     message = (
         f"component {component!r}: BartDecoderLayer has {children}; name one of them by its "
-        "dotted path, such as 'model.layers[3].mlp.output'"
+        "dotted path, such as 'model.decoder.layers.0.self_attn.output'"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         find_site(model, component, 0)
@@ -160,8 +160,8 @@ def test_a_model_without_a_list_of_layers() -> None:
     model = tiny_model()
     model.config.num_hidden_layers = 5
     message = (
-        "LlamaForCausalLM: found no list of 5 layers; name the component by its dotted path, such "
-        "as 'model.layers[3].output'"
+        "LlamaForCausalLM: found no list of 5 layers; name the component by its dotted path, "
+        "ending in .output or .input; lists of modules: model.layers[0-2]"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         find_site(model, "block_output", 0)
