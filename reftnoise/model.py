@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import saving
+from .chunks import Located, Pass
 from .components import Stack, is_encoder_decoder, trained_modules
 from .composition import inner_model, is_peft_model, section_of, with_peft
 from .config import ReftConfig
-from .engine import Engine, Located, Pass, cached_length, innermost
+from .engine import Engine, cached_length, innermost
 from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
 from .pairs import first_of_pairs, in_pairs
 from .passes import Runner, SplitMode
@@ -139,8 +140,8 @@ class ReftModel(nn.Module):
         if input_ids is not None:
             inputs["input_ids"] = input_ids
         if self._is_disabled:
-            with self._bare():
-                return self._call_base(inputs)
+            with self._bare() as base:
+                return self._call(base, inputs)
         if self._engine.base is not self.model:
             raise ValueError("nn.DataParallel copies the model: start one process per device")
         batch_size = batch_of(inputs)
@@ -155,7 +156,7 @@ class ReftModel(nn.Module):
         if inputs.get("fused_lm_head"):
             passes[0].entry = inner_model(self.model).base_model
             with self._engine.running(*passes):
-                outputs = self._call_base(inputs)
+                outputs = self._call(self.model, inputs)
             return outputs if pairs is None else first_of_pairs(outputs, pairs)
         return self._runner.run(
             passes,
@@ -208,8 +209,8 @@ class ReftModel(nn.Module):
             kwargs["input_ids"] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
         if self._is_disabled:
-            with self._bare():
-                return self.model.generate(**kwargs)
+            with self._bare() as base:
+                return base.generate(**kwargs)
         reads_tokens = self._stacks == (None,) and tokens_of(kwargs) is not None
         if reads_tokens and kwargs.get("attention_mask") is None and "input_ids" in kwargs:
             mask = infer_attention_mask(kwargs, self.model.generation_config)
@@ -252,17 +253,19 @@ class ReftModel(nn.Module):
             self._is_disabled = before
 
     @contextlib.contextmanager
-    def _bare(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(innermost(inner_model(self.model)))
-            if self._is_composed:
-                stack.enter_context(self.model.disable_adapter())
-            yield
+    def _bare(self) -> Iterator[PreTrainedModel]:
+        base = inner_model(self.model)
+        with innermost(base):
+            if not self._is_composed:
+                yield self.model
+                return
+            with self.model.disable_adapter():
+                yield base
 
-    def _call_base(self, inputs: dict[str, Any]) -> Any:
+    def _call(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Any:
         if inputs.get("fused_lm_head") and self._fused_forward is not None:
-            return self._fused_forward(inner_model(self.model), **inputs)
-        return self.model(**inputs)
+            return self._fused_forward(inner_model(base), **inputs)
+        return base(**inputs)
 
     @property
     def _stacks(self) -> tuple[Stack | None, ...]:

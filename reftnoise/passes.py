@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
+from .chunks import Pass
 from .components import takes_position_ids
 from .composition import calls_forward_itself, inner_model, virtual_tokens
-from .engine import Engine, Pass, checkpointed_modules, exclusive, innermost
+from .engine import Engine, checkpointed_modules, exclusive, innermost
 from .interventions import NoiseIntervention
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
 from .pairs import first_of_pairs

@@ -6,9 +6,9 @@ from itertools import combinations
 
 from transformers import PreTrainedModel
 
+from .chunks import PlacedUnit
 from .components import Site, find_site, hidden_size, num_layers, split_component
 from .config import ReftConfig, RepresentationConfig
-from .engine import PlacedUnit
 from .positions import Positions
 
 

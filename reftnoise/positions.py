@@ -205,13 +205,13 @@ class PromptLayout:
         prefix = torch.arange(min(positions.first, width), device=device)[None]
         suffix = torch.arange(min(positions.last, width), device=device)[None]
         explicit = torch.tensor(positions.indices, dtype=torch.long, device=device)[None]
-        wanted = _Wanted(positions, first, last, width)
+        rule = _ShortPrompts(positions, first, last, width)
         ranks = [
             prefix.expand(len(n), -1),
             n - suffix.shape[1] + suffix,
             torch.where(explicit < 0, n + explicit, explicit),
         ]
-        counted = [wanted.in_prefix(ranks[0], n), wanted.in_suffix(ranks[1], n), ranks[2] < n]
+        counted = [rule.in_prefix(ranks[0], n), rule.in_suffix(ranks[1], n), ranks[2] < n]
         rank, mask = torch.cat(ranks, 1), torch.cat(counted, 1)
         mask = mask & (rank >= 0)
         if positions.indices:  # on a short prompt, two of them may mean one token
@@ -273,9 +273,9 @@ class PackedLayout(PromptLayout):
     def select(self, positions: Positions, first: int = 0, last: int = 0) -> Selection:
         """Resolve `positions` in each document; arguments as in `PromptLayout.select`."""
         rank, n = self._rank, self._lengths
-        wanted = _Wanted(positions, first, last, self.attended.shape[1])
-        dense = (wanted.in_prefix(rank, n) & (rank < positions.first)) | (
-            wanted.in_suffix(rank, n) & (n - rank <= positions.last)
+        rule = _ShortPrompts(positions, first, last, self.attended.shape[1])
+        dense = (rule.in_prefix(rank, n) & (rank < positions.first)) | (
+            rule.in_suffix(rank, n) & (n - rank <= positions.last)
         )
         for index in positions.indices:
             dense = dense | (rank == (n + index if index < 0 else index))
@@ -289,7 +289,7 @@ class PackedLayout(PromptLayout):
         return Selection(columns, dense.gather(1, columns))
 
 
-class _Wanted:
+class _ShortPrompts:
     """The paper's rule for prompts that are shorter than prefix and suffix together."""
 
     def __init__(self, positions: Positions, first: int, last: int, width: int) -> None:

@@ -17,6 +17,7 @@ LAYERS = [
     {"interventions"},
     {"positions", "components", "composition", "loss", "prefix_cache", "pairs"},
     {"config", "inputs", "split", "probe"},
+    {"chunks"},
     {"engine"},
     {"placement", "passes"},
     {"model", "saving"},

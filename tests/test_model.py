@@ -205,7 +205,6 @@ def test_prompt_lengths_beyond_the_tokens_mean_all_of_them() -> None:
     assert torch.equal(model(**inputs, prompt_lengths=torch.full((3,), 99)).loss, whole)
 
 
-
 def test_layers_are_those_of_the_text_model() -> None:
     config = Gemma3Config(
         text_config={"num_hidden_layers": 2, "hidden_size": 16, "vocab_size": 9, "head_dim": 8},
