@@ -1,5 +1,6 @@
 """PEFT's methods under units, in one config."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import reftnoise as rn
 from reftnoise.passes import Runner
@@ -301,3 +302,35 @@ def test_sections_survive_files(name: str) -> None:
     assert rn.ReftConfig.from_json(config.to_json()) == config
     assert rn.ReftConfig.from_yaml(config.to_yaml()) == config
     assert rn.ReftConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+TABLE = re.findall(r"^\| (.+) \| `(\{.+\})` \| ([\d,]+) \|$", README, re.MULTILINE)
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+
+
+def test_the_readme_has_every_tested_method() -> None:
+    listed = [json.loads(entry) for _, entry, _ in TABLE]
+    named = {entry.get("peft_type", entry.get("intervention")) for entry in listed}
+    assert {section(name)["peft_type"] for name in SECTIONS} - named == {"randlora", "vblora"}
+    assert {"loreft", "bias", "adapter"} <= named
+
+
+@pytest.mark.parametrize(("method", "entry", "count"), TABLE, ids=[row[0] for row in TABLE])
+def test_the_readmes_counts(method: str, entry: str, count: str) -> None:
+    values, shape, device, times = json.loads(entry), LLAMA_3_8B, "meta", 1
+    if method == "BOFT":  # which reads its weights when it is built
+        small = {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8}
+        shape, device, times = LlamaConfig(**(LLAMA_3_8B.to_dict() | small)), "cpu", 32
+    units, peft_section = ([], values) if "peft_type" in values else ([values], None)
+    with torch.device(device):
+        config = rn.ReftConfig(units, peft=peft_section)
+        model = rn.get_reft_model(LlamaForCausalLM(shape), config, set_device=False)
+    assert f"{times * sum(model.count_parameters()[:2]):,}" == count
