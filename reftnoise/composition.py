@@ -123,8 +123,8 @@ def own_state(base: nn.Module) -> set[str]:
     return added & set(once)
 
 
-def calls_forward_itself(base: nn.Module) -> bool:
-    """Whether PEFT's method calls the inner model's `forward`, past hooks, and may add a loss."""
+def may_add_to_loss(base: nn.Module) -> bool:
+    """Whether PEFT's method does more than call the inner model."""
     if not is_peft_model(base) or virtual_tokens(base):
         return False
     from peft.tuners.tuners_utils import BaseTuner

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .chunks import Chunk, Pass, PlacedUnit, TokenlessChunk, edit_rows
 from .components import Site, find_stack
-from .composition import calls_forward_itself, inner_model, virtual_tokens
+from .composition import inner_model, is_peft_model, virtual_tokens
 from .interventions import (
     LowRankRotation,
     NoiseIntervention,
@@ -127,7 +127,8 @@ class Engine:
             return current.entry
         if current.stack is not None:
             return find_stack(base, current.stack)
-        return base.base_model if calls_forward_itself(self.base) else base
+        # Some of PEFT's methods call the `forward` of the model inside, or parts of it, past hooks.
+        return base.get_decoder() if is_peft_model(self.base) else base
 
     def _start_chunk(
         self,
@@ -161,7 +162,8 @@ class Engine:
         self, chunk: Chunk | TokenlessChunk, inputs: dict[str, Any]
     ) -> dict[str, Any]:
         embeds: Any = inputs.get("inputs_embeds")
-        units = [one for one in self.units if one.site.is_embeddings]
+        stack = chunk.current.stack
+        units = [one for one in self.units if one.site.is_embeddings and one.site.stack == stack]
         if embeds is None or not units:
             return inputs
         # The base will not call its embedding.

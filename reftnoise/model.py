@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from . import saving
 from .chunks import Located, Pass
 from .components import Stack, is_encoder_decoder, trained_modules
-from .composition import inner_model, is_peft_model, section_of, with_peft
+from .composition import inner_model, is_peft_model, section_of, virtual_tokens, with_peft
 from .config import ReftConfig
 from .engine import Engine, cached_length, innermost
 from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
@@ -258,9 +258,11 @@ class ReftModel(nn.Module):
         with innermost(base):
             if not self._is_composed:
                 yield self.model
-                return
-            with self.model.disable_adapter():
+            elif virtual_tokens(self.model):  # which the model inside knows nothing of
                 yield base
+            else:
+                with self.model.disable_adapter():
+                    yield base
 
     def _call(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Any:
         if inputs.get("fused_lm_head") and self._fused_forward is not None:

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .chunks import Pass
 from .components import takes_position_ids
-from .composition import calls_forward_itself, inner_model, virtual_tokens
+from .composition import inner_model, may_add_to_loss, virtual_tokens
 from .engine import Engine, checkpointed_modules, exclusive, innermost
 from .interventions import NoiseIntervention
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
@@ -319,7 +319,7 @@ class Runner:
             yield f"{', '.join(sorted(unknown))} may change the loss"
         if inputs.get("return_dict", inner.config.return_dict) is False:
             yield "outputs are tuples"
-        if virtual_tokens(base) or calls_forward_itself(base):
+        if virtual_tokens(base) or may_add_to_loss(base):
             yield "PEFT's method has virtual tokens, or adds to the loss"
         if inner.loss_function is not ForCausalLMLoss:
             yield "the base has a loss_function of its own"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import pytest
 import torch
 from architectures import tiny_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
 
 import reftnoise as rn
 from reftnoise.passes import Runner
@@ -48,6 +57,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "hra": {"r": 2, **QV},
     "fourierft": {"n_frequency": 10, **QV},
 }
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
 VIRTUAL = ["prefix_tuning", "prompt_tuning", "p_tuning"]
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2, "positions": "f1+l1"}
 
@@ -302,6 +312,56 @@ def test_sections_survive_files(name: str) -> None:
     assert rn.ReftConfig.from_json(config.to_json()) == config
     assert rn.ReftConfig.from_yaml(config.to_yaml()) == config
     assert rn.ReftConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def classifier() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**SMALL, intermediate_size=32)).eval()
+
+
+def seq2seq() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes, **special)).eval()
+
+
+DECODER = {"component": "decoder.block_output", "positions": "all+decode"}
+OTHER_TASKS: dict[str, tuple[Callable[[], Any], list[dict[str, Any]], Tensor]] = {
+    "classifier": (classifier, [LOREFT], torch.tensor([0, 1, 1])),
+    "seq2seq": (
+        seq2seq,
+        [LOREFT, LOREFT | DECODER, {"intervention": "neftune"}],
+        torch.arange(2, 14).view(3, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS)
+@pytest.mark.parametrize(
+    "peft_section",
+    [
+        {"peft_type": "lora", "r": 2},
+        {"peft_type": "prefix_tuning", "num_virtual_tokens": 3},
+        {"peft_type": "prompt_tuning", "num_virtual_tokens": 3},
+    ],
+    ids=lambda one: one["peft_type"],
+)
+def test_other_tasks(task: str, peft_section: dict[str, Any], tmp_path: Path) -> None:
+    build, entries, labels = OTHER_TASKS[task]
+    ids = torch.arange(2, 20).view(3, 6)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    config = rn.ReftConfig(entries, peft=peft_section)
+    model = rn.get_reft_model(build(), config).train()
+    model(**inputs).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert any(p.requires_grad for p in model.model.parameters())
+    model.eval().save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    with model.disabled():
+        bare = model(**inputs).logits
+    torch.testing.assert_close(bare, build()(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
