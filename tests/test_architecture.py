@@ -16,12 +16,12 @@ SYSTEM = sorted((ROOT / "reftnoise").glob("*.py")) + sorted((ROOT / "reftnoise/b
 LAYERS = [
     {"interventions"},
     {"config", "positions", "components", "loss", "prefix_cache", "pairs"},
-    {"split", "probe"},
+    {"split", "probe", "pyreft_state"},
     {"engine"},
     {"placement", "passes"},
     {"model", "saving"},
     {"data", "trainer", "progress"},
-    {"demo", "tiny", "bench"},
+    {"demo", "tiny", "bench", "pyreft_directory", "convert"},
     {"cli"},
     {"__main__"},
 ]
