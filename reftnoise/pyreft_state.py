@@ -86,7 +86,7 @@ def from_pyreft_state(
         gram = wide @ wide.mT
         error = float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max())
         if error <= LARGEST_ROUNDING:
-            state[_RAW] = rotation.to(torch.promote_types(rotation.dtype, torch.float32)) / 2
+            state[_RAW] = rotation / 2
         elif unit_class in _UNCONSTRAINED:
             source = state.pop("learned_source", None)
             if source is not None:

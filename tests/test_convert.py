@@ -238,6 +238,22 @@ def test_what_was_trained_of_the_base(base: str, tmp_path: Path) -> None:
     same(ours(tmp_path / "ours"), theirs(model, LAST))
 
 
+def test_a_base_without_a_head(base: str, tmp_path: Path) -> None:
+    """Its paths begin elsewhere; transformers 4 wrote its class down."""
+    model = tiny_model().model
+    described = {"component": "layers[1].output", "intervention": intervention("loreft")}
+    intervenable = pv.IntervenableModel(described, model)
+    source = Path(saved(intervenable, tmp_path / "theirs"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": str(type(model))}))
+    where = {"sources->base": (None, [LAST])}
+    with torch.no_grad():
+        expected = intervenable({"input_ids": IDS}, unit_locations=where)[1].last_hidden_state
+        convert(source, tmp_path / "ours", base=base)
+        loaded = rn.ReftModel.from_pretrained(tiny_model().model, tmp_path / "ours")
+        same(loaded(input_ids=IDS).last_hidden_state, expected)
+
+
 def test_a_classifier(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
