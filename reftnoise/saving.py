@@ -85,7 +85,7 @@ def save_adapter(
     if not (directory / CARD_NAME).exists():
         files[CARD_NAME] = _card(description["base_model"]["name_or_path"]).encode()
     directory.mkdir(parents=True, exist_ok=True)
-    _replace_all(directory, files)
+    replace_all(directory, files)
 
 
 def upload_adapter(
@@ -127,7 +127,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> "ReftModel":
     """
     from .model import ReftModel
 
-    directory = _local(directory)
+    directory = local_directory(directory, [CONFIG_NAME, WEIGHTS_NAME])
     config = read_config(directory, model)
     reft_model = ReftModel(config, model)
     loaded = load_weights(reft_model, directory)
@@ -252,7 +252,8 @@ def _card(base: str) -> str:
     return _CARD.format(metadata=metadata, base=base or "a base model")
 
 
-def _local(directory: str | Path) -> Path:
+def local_directory(directory: str | Path, files: list[str]) -> Path:
+    """A directory, or those files of a hub repository, downloaded."""
     if Path(directory).is_dir():
         return Path(directory)
     if Path(directory).exists():
@@ -263,14 +264,14 @@ def _local(directory: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(directory, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+        return Path(snapshot_download(directory, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{directory}: no such directory, and not to be had from the hub ({error})"
         ) from None
 
 
-def _replace_all(directory: Path, files: Mapping[str, bytes]) -> None:
+def replace_all(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write files under temporary names; when all are whole, rename them one by one.
 
     Should a rename fail, the config's digest tells on loading that old and new are mixed.

@@ -16,13 +16,13 @@ SYSTEM = sorted((ROOT / "reftnoise").glob("*.py")) + sorted((ROOT / "reftnoise/b
 LAYERS = [
     {"interventions"},
     {"positions", "components", "composition", "loss", "prefix_cache", "pairs"},
-    {"config", "inputs", "split", "probe"},
+    {"config", "inputs", "split", "probe", "pyreft_state"},
     {"chunks"},
     {"engine"},
     {"placement", "passes"},
     {"model", "saving"},
     {"data", "trainer", "progress"},
-    {"demo", "tiny", "bench"},
+    {"demo", "tiny", "bench", "pyreft_directory", "convert"},
     {"cli"},
     {"__main__"},
 ]
