@@ -137,7 +137,7 @@ def to_pyreft_state(unit: ReftIntervention) -> dict[str, Tensor]:
             raise ValueError(f"{_RAW} has linearly dependent rows")
         if isinstance(unit, LoreftIntervention):
             return {name: state[own] for name, own in _SOURCE.items()} | {_PLAIN: basis}
-        layer = nn.Linear(*basis.mT.shape, bias=False, device="meta")
+        layer = nn.Linear(basis.shape[1], basis.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(basis)
         state |= {f"{_PLAIN}.{n}": t for n, t in orthogonal(layer).state_dict().items()}
     return {name: torch.tensor(unit.hidden_size) for name in _BUFFERS} | state
