@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MATHS = sorted((ROOT / "interventions").glob("*.py"))
-SYSTEM = sorted((ROOT / "reftnoise").glob("*.py")) + sorted((ROOT / "reftnoise/bench").glob("*.py"))
+SYSTEM = [
+    path
+    for folder in ("reftnoise", "reftnoise/bench", "reftnoise/integrations")
+    for path in sorted((ROOT / folder).glob("*.py"))
+]
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
@@ -22,7 +26,7 @@ LAYERS = [
     {"placement", "passes"},
     {"model", "saving"},
     {"data", "trainer", "progress"},
-    {"demo", "tiny", "bench"},
+    {"demo", "tiny", "bench", "integrations"},
     {"cli"},
     {"__main__"},
 ]
