@@ -19,6 +19,7 @@ from .components import Stack, is_encoder_decoder, trained_modules
 from .composition import inner_model, is_peft_model, section_of, virtual_tokens, with_peft
 from .config import ReftConfig
 from .engine import Engine, cached_length, innermost
+from .guidance import guidance
 from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
 from .pairs import first_of_pairs, in_pairs
 from .passes import Runner, SplitMode
@@ -216,6 +217,17 @@ class ReftModel(nn.Module):
             mask = infer_attention_mask(kwargs, self.model.generation_config)
             if mask is not None:
                 kwargs["attention_mask"] = mask
+        guided = guidance(kwargs, self.model.generation_config, self._continuation)
+        if guided is not None and self._stacks == (None,):
+            if unit_locations is not None:
+                raise ValueError(
+                    "guidance_scale: unit_locations tell no places in its other prompt"
+                )
+            if virtual_tokens(self.model):
+                raise ValueError(
+                    "guidance_scale: its other prompt would lack PEFT's virtual tokens"
+                )
+            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guided]
         prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
         passes = self._passes(prompt, None, unit_locations)
         drafts = ("assistant_model", "assistant_early_exit")
@@ -227,6 +239,14 @@ class ReftModel(nn.Module):
             current.is_generation, current.is_assisted = True, is_assisted
         with self._engine.running(*passes):
             return self.model.generate(**kwargs)
+
+    def _continuation(self, inputs: dict[str, Any], prompt_lengths: Tensor) -> Any:
+        """One pass of a generation, without noise."""
+        passes = self._passes(inputs, prompt_lengths, None)
+        for current in passes:
+            current.is_generation = True
+        with self._engine.running(*passes):
+            return self.model(**inputs)
 
     @property
     def split(self) -> SplitMode:

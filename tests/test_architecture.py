@@ -21,7 +21,7 @@ LAYERS = [
     {"interventions"},
     {"positions", "components", "composition", "loss", "prefix_cache", "pairs"},
     {"config", "inputs", "split", "probe"},
-    {"chunks"},
+    {"chunks", "guidance"},
     {"engine"},
     {"placement", "passes"},
     {"model", "saving"},
