@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -145,6 +146,8 @@ class ReftModel(nn.Module):
                 return self._call(base, inputs)
         if self._engine.base is not self.model:
             raise ValueError("nn.DataParallel copies the model: start one process per device")
+        if self.training and not torch.compiler.is_compiling():
+            self._warn_of_noise_of_others()
         batch_size = batch_of(inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
@@ -352,6 +355,18 @@ class ReftModel(nn.Module):
             for one in self._engine.units
             if one.positions is not None and one.site.stack == stack
         }
+
+    def _warn_of_noise_of_others(self) -> None:
+        """transformers' NEFTune stands on the embeddings, beside a noise of the config."""
+        for one in self._engine.units:
+            alpha = getattr(one.site.module, "neftune_noise_alpha", None)
+            if alpha is None or not (one.site.is_embeddings and one.positions is None):
+                continue
+            warnings.warn(
+                f"the embeddings are noised twice: by the config's {type(one.unit).__name__} and "
+                f"by transformers' NEFTune (neftune_noise_alpha={alpha}); leave one of them out",
+                stacklevel=3,
+            )
 
     # -- what the ecosystem asks a model for ---------------------------------------------------
 

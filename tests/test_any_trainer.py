@@ -99,3 +99,19 @@ def test_transformers_neftune_is_a_noise_of_ours(
         assert not model.get_input_embeddings()._forward_hooks
     assert torch.equal(ended[0], ended[1])
     assert not torch.equal(ended[0], ended[2])
+
+
+@pytest.mark.parametrize("noise", ["neftune", "gaussian", "symnoise"])
+def test_two_noises_of_the_embeddings_are_told(noise: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = wrapped(tokenizer, loreft(), {"intervention": noise})
+    args = arguments(tmp_path, max_steps=1, neftune_noise_alpha=5.0)
+    trainer = Trainer(model=model, args=args, **module(tokenizer, model))
+    with pytest.warns(UserWarning, match=r"noised twice: .* \(neftune_noise_alpha=5.0\)"):
+        trainer.train()
+
+
+def test_a_noise_elsewhere_is_no_second_one(tokenizer: Any, tmp_path: Path) -> None:
+    elsewhere = {"intervention": "neftune", "component": "block_output", "layer": 1}
+    model = wrapped(tokenizer, loreft(), elsewhere)
+    args = arguments(tmp_path, max_steps=1, neftune_noise_alpha=5.0)
+    Trainer(model=model, args=args, **module(tokenizer, model)).train()
