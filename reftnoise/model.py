@@ -403,6 +403,12 @@ class ReftModel(nn.Module):
         for module in trained_modules(self.model, self.reft_config.modules_to_save):
             module.requires_grad_(True)
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Of the base, as transformers counts them, and of the units."""
+        units = self.interventions.parameters()
+        own = sum(p.numel() for p in units if p.requires_grad or not only_trainable)
+        return own + int(self.model.num_parameters(only_trainable, exclude_embeddings))
+
     def count_parameters(self) -> tuple[int, int, int]:
         """Trainable parameters of the units and of the base, and all of the base."""
         return (

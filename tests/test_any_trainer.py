@@ -8,6 +8,7 @@ import torch
 from test_trainer import COMPLETIONS, PROMPTS, arguments, loreft, module, weights, wrapped
 from torch import Tensor
 from transformers import AutoTokenizer, EvalPrediction, Trainer
+from transformers.trainer_pt_utils import get_model_param_count
 
 import reftnoise as rn
 from reftnoise.tiny import DIRECTORY
@@ -115,3 +116,12 @@ def test_a_noise_elsewhere_is_no_second_one(tokenizer: Any, tmp_path: Path) -> N
     model = wrapped(tokenizer, loreft(), elsewhere)
     args = arguments(tmp_path, max_steps=1, neftune_noise_alpha=5.0)
     Trainer(model=model, args=args, **module(tokenizer, model)).train()
+
+
+def test_parameters_are_counted_as_the_trainer_counts_them(tokenizer: Any) -> None:
+    model = wrapped(tokenizer)
+    for only_trainable in (False, True):
+        counted = model.num_parameters(only_trainable=only_trainable)
+        assert counted == get_model_param_count(model, trainable_only=only_trainable)
+    embeddings = model.get_input_embeddings().weight.numel()
+    assert model.num_parameters() - model.num_parameters(exclude_embeddings=True) == embeddings
