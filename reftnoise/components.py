@@ -5,10 +5,11 @@ one of the encoder's, which reads the prompt, unless it says `decoder.`.
 """
 
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -95,6 +96,21 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
         module = _child(module, name, _name_of(model, module))
     width = hidden_size(model)
     return Site(module, _name_of(model, module), name == "block_input", width, stack)
+
+
+def site_now(model: nn.Module, site: Site) -> Site:
+    """The site with the module that has its name now; itself, if that is the one it had.
+
+    Raises:
+        ValueError: the model has no module of that name any more.
+    """
+    module: Any = model
+    try:
+        for part in _parts(site.name):  # much faster than get_submodule, at every pass
+            module = module._modules[part] if part in module._modules else getattr(module, part)
+    except AttributeError:
+        raise ValueError(f"{site}: the model has no such module any more") from None
+    return site if module is site.module else replace(site, module=module)
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
@@ -223,7 +239,7 @@ def _child(layer: nn.Module, component: str, path: str) -> nn.Module:
 
 def _by_path(model: nn.Module, path: str, component: str) -> nn.Module:
     module = model
-    for part in re.sub(r"\[(\d+)\]", r".\1", path).split("."):
+    for part in _parts(path):
         children = dict(module.named_children())
         if part not in children:
             raise ValueError(
@@ -232,6 +248,11 @@ def _by_path(model: nn.Module, path: str, component: str) -> nn.Module:
             )
         module = children[part]
     return module
+
+
+@functools.cache
+def _parts(path: str) -> list[str]:
+    return re.sub(r"\[(\d+)\]", r".\1", path).split(".")
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

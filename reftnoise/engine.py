@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from threading import RLock, get_ident
 from typing import Any, TypeAlias
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .chunks import Chunk, Pass, PlacedUnit, TokenlessChunk, edit_rows
-from .components import Site, find_stack
+from .components import Site, find_stack, site_now
 from .composition import inner_model, is_peft_model, virtual_tokens
 from .interventions import (
     LowRankRotation,
@@ -67,10 +68,7 @@ class Engine:
 
     def __init__(self, base: PreTrainedModel, units: Sequence[PlacedUnit]) -> None:
         self.base = base
-        self.units = list(units)
-        self._by_site: dict[Site, list[PlacedUnit]] = defaultdict(list)
-        for placed in units:
-            self._by_site[placed.site].append(placed)
+        self._place(units)
         self._chunk: Chunk | TokenlessChunk | None = None
         self._traced_chunk: Chunk | TokenlessChunk | None = None
         self._number = next(_NUMBERS)
@@ -78,6 +76,18 @@ class Engine:
 
     def __reduce__(self) -> Any:
         return Engine, (self.base, self.units)  # a copy has a number, and hooks, of its own
+
+    def _place(self, units: Sequence[PlacedUnit]) -> None:
+        self.units = list(units)
+        self._by_site: dict[Site, list[PlacedUnit]] = defaultdict(list)
+        for placed in units:
+            self._by_site[placed.site].append(placed)
+
+    def _follow_base(self) -> None:
+        """Take the modules that are at the sites now: some may have been replaced since."""
+        current = {site: site_now(self.base, site) for site in self._by_site}
+        if any(now is not site for site, now in current.items()):
+            self._place([replace(placed, site=current[placed.site]) for placed in self.units])
 
     @contextlib.contextmanager
     def running(self, *passes: Pass) -> Iterator[Callable[[], bool]]:
@@ -91,6 +101,7 @@ class Engine:
         base = inner_model(self.base)
         checkpointed = checkpointed_modules(self.base)
         with exclusive(base), contextlib.ExitStack() as stack:
+            self._follow_base()
             if not any(self._acts(one, current) for current in passes for one in self.units):
                 yield stack.enter_context(innermost(base))
                 return

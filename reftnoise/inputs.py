@@ -101,15 +101,17 @@ def read_layout(
 
 def infer_attention_mask(kwargs: Mapping[str, Any], own_config: Any) -> Tensor | None:
     """The mask that `generate` would infer from padding, so that both see the same one."""
-    given = kwargs.get("generation_config")
-
-    def setting(name: str) -> Any:  # transformers fills what a given config leaves open
-        values = (kwargs.get(name), getattr(given, name, None), getattr(own_config, name, None))
-        return next((value for value in values if value is not None), None)
-
-    pad, eos = setting("pad_token_id"), setting("eos_token_id")
+    pad = setting("pad_token_id", kwargs, own_config)
+    eos = setting("eos_token_id", kwargs, own_config)
     ends = torch.as_tensor(-1 if eos is None else eos).flatten().tolist()
     if pad is None or pad in ends or kwargs["input_ids"].is_floating_point():
         return None
     mask: Tensor = kwargs["input_ids"].ne(pad).long()
     return mask
+
+
+def setting(name: str, kwargs: Mapping[str, Any], own_config: Any) -> Any:
+    """A setting of `generate`: transformers fills what a given config leaves open."""
+    given = kwargs.get("generation_config")
+    values = (kwargs.get(name), getattr(given, name, None), getattr(own_config, name, None))
+    return next((value for value in values if value is not None), None)

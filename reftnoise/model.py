@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from .components import Stack, is_encoder_decoder, trained_modules
 from .composition import inner_model, is_peft_model, section_of, virtual_tokens, with_peft
 from .config import ReftConfig
 from .engine import Engine, cached_length, innermost
+from .guidance import guidance
 from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
 from .pairs import first_of_pairs, in_pairs
 from .passes import Runner, SplitMode
@@ -144,6 +146,8 @@ class ReftModel(nn.Module):
                 return self._call(base, inputs)
         if self._engine.base is not self.model:
             raise ValueError("nn.DataParallel copies the model: start one process per device")
+        if self.training and not torch.compiler.is_compiling():
+            self._warn_of_noise_of_others()
         batch_size = batch_of(inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
@@ -216,6 +220,17 @@ class ReftModel(nn.Module):
             mask = infer_attention_mask(kwargs, self.model.generation_config)
             if mask is not None:
                 kwargs["attention_mask"] = mask
+        guided = guidance(kwargs, self.model.generation_config, self._continuation)
+        if guided is not None and self._stacks == (None,):
+            if unit_locations is not None:
+                raise ValueError(
+                    "guidance_scale: unit_locations tell no places in its other prompt"
+                )
+            if virtual_tokens(self.model):
+                raise ValueError(
+                    "guidance_scale: its other prompt would lack PEFT's virtual tokens"
+                )
+            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guided]
         prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
         passes = self._passes(prompt, None, unit_locations)
         drafts = ("assistant_model", "assistant_early_exit")
@@ -227,6 +242,14 @@ class ReftModel(nn.Module):
             current.is_generation, current.is_assisted = True, is_assisted
         with self._engine.running(*passes):
             return self.model.generate(**kwargs)
+
+    def _continuation(self, inputs: dict[str, Any], prompt_lengths: Tensor) -> Any:
+        """One pass of a generation, without noise."""
+        passes = self._passes(inputs, prompt_lengths, None)
+        for current in passes:
+            current.is_generation = True
+        with self._engine.running(*passes):
+            return self.model(**inputs)
 
     @property
     def split(self) -> SplitMode:
@@ -333,6 +356,18 @@ class ReftModel(nn.Module):
             if one.positions is not None and one.site.stack == stack
         }
 
+    def _warn_of_noise_of_others(self) -> None:
+        """transformers' NEFTune stands on the embeddings, beside a noise of the config."""
+        for one in self._engine.units:
+            alpha = getattr(one.site.module, "neftune_noise_alpha", None)
+            if alpha is None or not (one.site.is_embeddings and one.positions is None):
+                continue
+            warnings.warn(
+                f"the embeddings are noised twice: by the config's {type(one.unit).__name__} and "
+                f"by transformers' NEFTune (neftune_noise_alpha={alpha}); leave one of them out",
+                stacklevel=3,
+            )
+
     # -- what the ecosystem asks a model for ---------------------------------------------------
 
     @property
@@ -367,6 +402,12 @@ class ReftModel(nn.Module):
             self.model.requires_grad_(False)
         for module in trained_modules(self.model, self.reft_config.modules_to_save):
             module.requires_grad_(True)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Of the base, as transformers counts them, and of the units."""
+        units = self.interventions.parameters()
+        own = sum(p.numel() for p in units if p.requires_grad or not only_trainable)
+        return own + int(self.model.num_parameters(only_trainable, exclude_embeddings))
 
     def count_parameters(self) -> tuple[int, int, int]:
         """Trainable parameters of the units and of the base, and all of the base."""

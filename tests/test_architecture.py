@@ -10,19 +10,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MATHS = sorted((ROOT / "interventions").glob("*.py"))
-SYSTEM = sorted((ROOT / "reftnoise").glob("*.py")) + sorted((ROOT / "reftnoise/bench").glob("*.py"))
+SYSTEM = [
+    path
+    for folder in ("reftnoise", "reftnoise/bench", "reftnoise/integrations")
+    for path in sorted((ROOT / folder).glob("*.py"))
+]
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
     {"interventions"},
     {"positions", "components", "composition", "loss", "prefix_cache", "pairs"},
     {"config", "inputs", "split", "probe", "pyreft_state"},
-    {"chunks"},
+    {"chunks", "guidance"},
     {"engine"},
     {"placement", "passes"},
     {"model", "saving"},
     {"data", "trainer", "progress"},
-    {"demo", "tiny", "bench", "pyreft_directory", "convert"},
+    {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations"},
     {"cli"},
     {"__main__"},
 ]
