@@ -116,7 +116,7 @@ def own_state(base: nn.Module) -> set[str]:
     added = {
         f"{path}.{name}"
         for path, layer in layers
-        for name in layer.state_dict()  # type: ignore[attr-defined]  # a mix-in of modules
+        for name in layer.state_dict()
         if not name.startswith("base_layer.")
     }
     once = dict(base.named_parameters()) | dict(base.named_buffers())  # layers may share some
