@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
+from transformers import T5Config, T5ForConditionalGeneration
 
 import reftnoise as rn
 
@@ -233,6 +234,53 @@ def test_dtypes_are_those_of_hflm() -> None:
     rounding = max(abs(a[0] - b[0]) for a, b in zip(full, theirs, strict=True))
     assert rounding > 1e-3
     assert max(abs(a[0] - b[0]) for a, b in zip(mine, theirs, strict=True)) < rounding / 2
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's call
+def test_virtual_tokens_before_the_prompt() -> None:
+    pytest.importorskip("peft", reason="needs the extra [test]: peft")
+    base, tokenizer = rn.load_tiny_model()
+    loreft = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
+    section = {"peft_type": "prompt_tuning", "num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+    model = rn.get_reft_model(base, rn.ReftConfig(loreft, peft=section)).eval()
+    expected = []
+    for context, continuation in PAIRS:
+        prompt, scored = tokens_of(tokenizer, context, continuation)
+        labels = torch.tensor([[-100] * len(prompt) + scored])
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([prompt + scored]), labels=labels).loss
+        expected.append(-float(loss) * len(scored))
+    answers = ask(ReftLM(model, tokenizer, batch_size=3), "loglikelihood", *PAIRS)
+    assert [value for value, _ in answers] == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_model() -> None:
+    _, tokenizer = rn.load_tiny_model()
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        d_kv=8,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    base = T5ForConditionalGeneration(config).eval()
+    for parameter in base.parameters():  # larger than default weights
+        parameter.mul_(3)
+    loreft = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
+    decoder = loreft | {"component": "decoder.block_output", "positions": "decode"}
+    model = rn.get_reft_model(base, rn.ReftConfig([loreft | {"positions": "f1+l1"}, decoder]))
+    pairs = [pair for pair in PAIRS if pair[0]]
+    expected = []
+    for context, continuation in pairs:
+        ids = tokenizer(context, return_tensors="pt").input_ids
+        labels = tokenizer(continuation, add_special_tokens=False, return_tensors="pt").input_ids
+        log_probs = model(input_ids=ids, labels=labels).logits[0].log_softmax(-1)
+        total = log_probs.gather(1, labels[0][:, None]).sum()
+        expected.append((float(total), torch.equal(log_probs.argmax(-1), labels[0])))
+    assert_same(ask(ReftLM(model, tokenizer, batch_size=3), "loglikelihood", *pairs), expected)
 
 
 # -- mistakes ------------------------------------------------------------------------------------

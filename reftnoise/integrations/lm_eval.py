@@ -46,7 +46,7 @@ class ReftLM(HFLM):
         chat_template_args: further arguments of the chat template.
 
     Raises:
-        ValueError: the model is not a `ReftModel`, or is an encoder-decoder model.
+        ValueError: the model is not a `ReftModel`.
     """
 
     def __init__(
@@ -83,8 +83,6 @@ class ReftLM(HFLM):
             think_end_token=think_end_token,
             chat_template_args=chat_template_args,
         )
-        if self.backend != "causal":
-            raise ValueError(f"{type(reft_model.model).__name__}: expected a causal language model")
 
     def _loglikelihood_tokens(
         self,
@@ -93,6 +91,8 @@ class ReftLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Each continuation's log-probability, and whether greedy decoding would give it."""
+        if self.backend == "seq2seq":  # an encoder-decoder model reads the context by itself
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         self._check(requests)
         # One row for all requests that differ in the last token alone. Not for those whose
         # tokens are the same while their contexts end elsewhere, which HFLM also puts together.
@@ -157,6 +157,7 @@ class ReftLM(HFLM):
                 attention_mask=mask.to(self.device),
                 prompt_lengths=torch.tensor(starts, device=self.device) + 1,
             ).logits
+        logits = logits[:, -mask.shape[1] :]  # not of virtual tokens that PEFT puts before
         return [
             row[start:end].log_softmax(-1, dtype=self.softmax_dtype)
             for row, start, end in zip(logits, starts, widths, strict=True)
