@@ -478,9 +478,19 @@ class ReftModel(nn.Module):
             self.push_to_hub(hf_repo_name)
 
     @classmethod
-    def from_pretrained(cls, model: PreTrainedModel, directory: str | Path) -> "ReftModel":
-        """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode."""
-        return saving.load_adapter(model, directory)
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        directory: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "ReftModel":
+        """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode.
+
+        Arguments and errors as of `saving.load_adapter`.
+        """
+        return saving.load_adapter(model, directory, revision=revision, token=token)
 
     @classmethod
     def load(

@@ -113,12 +113,20 @@ def upload_adapter(
     return str(commit)
 
 
-def load_adapter(model: PreTrainedModel, directory: str | Path) -> "ReftModel":
+def load_adapter(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> "ReftModel":
     """Wrap `model` with a saved adapter, in evaluation mode.
 
     Args:
         model: the base that the adapter was trained on, or one of its shape.
         directory: an adapter directory, or the name of a hub repository that is one.
+        revision: branch, tag or commit of a hub repository.
+        token: for a private one, as `huggingface_hub` takes it.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
@@ -127,7 +135,8 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> "ReftModel":
     """
     from .model import ReftModel
 
-    directory = local_directory(directory, [CONFIG_NAME, WEIGHTS_NAME])
+    files = [CONFIG_NAME, WEIGHTS_NAME]
+    directory = local_directory(directory, files, revision=revision, token=token)
     config = read_config(directory, model)
     reft_model = ReftModel(config, model)
     loaded = load_weights(reft_model, directory)
@@ -252,7 +261,13 @@ def _card(base: str) -> str:
     return _CARD.format(metadata=metadata, base=base or "a base model")
 
 
-def local_directory(directory: str | Path, files: list[str]) -> Path:
+def local_directory(
+    directory: str | Path,
+    files: list[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
     """A directory, or those files of a hub repository, downloaded."""
     if Path(directory).is_dir():
         return Path(directory)
@@ -264,7 +279,9 @@ def local_directory(directory: str | Path, files: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(directory, allow_patterns=files))
+        return Path(
+            snapshot_download(directory, revision=revision, token=token, allow_patterns=files)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{directory}: no such directory, and not to be had from the hub ({error})"

@@ -53,6 +53,10 @@ second.push_to_hub("me/adapter", commit_message="More training", token=token)
 found["loaded again"] = loads_as("me/adapter", second)
 found["request"] = third.push_to_hub("me/adapter", create_pr=True, token=token)
 found["main unchanged"] = loads_as("me/adapter", second)
+of_request = lambda name: rn.ReftModel.from_pretrained(
+    tiny_model(), name, revision="refs/pr/1", token=token
+)
+found["a revision"] = loads_as("me/adapter", third, of_request)
 
 found["without a token"] = refusal(lambda: first.push_to_hub("me/adapter", token=False))
 nothing = lambda: rn.ReftModel.from_pretrained(tiny_model(), "me/nothing")
@@ -103,7 +107,9 @@ def test_uploads(session: Any) -> None:
         assert address.startswith(f"{session.hub.endpoint}/me/adapter/")
 
 
-@pytest.mark.parametrize("name", ["loaded", "loaded again", "main unchanged", "pyreft's form"])
+@pytest.mark.parametrize(
+    "name", ["loaded", "loaded again", "main unchanged", "a revision", "pyreft's form"]
+)
 def test_what_is_loaded_gives_bit_equal_outputs(name: str, session: Any) -> None:
     assert session.found[name] is True
 
