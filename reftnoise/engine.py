@@ -334,6 +334,11 @@ class Engine:
                 f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
             )
         chunk = chunk.at(hidden)
+        if hidden.shape[:2] != (chunk.batch, chunk.length):
+            raise ValueError(
+                f"{placed[0].site}: expected hidden states [{chunk.batch}, {chunk.length}, width], "
+                f"one per row and token of the input, got {tuple(hidden.shape)}"
+            )
         edited: list[PlacedUnit] = []
         for one in placed:
             if not isinstance(one.unit, NoiseIntervention):
