@@ -1,8 +1,10 @@
 """What one pass over a base edits: the batch's prompts, and the columns that each call sees."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -136,13 +138,27 @@ class TokenlessChunk:
     """One call of a base that reads no tokens: each site's hidden states tell their number."""
 
     current: Pass
+    mask: Tensor | None = None
+    """Of what the base reads, such as samples of sound."""
+    shorten: Callable[[int, Tensor], Tensor] | None = None
+    """From a number of hidden states, and that mask, to theirs."""
     _chunks: dict[tuple[int, int], Chunk] = field(default_factory=dict)
 
+    @classmethod
+    def of_call(cls, current: Pass, base: nn.Module, inputs: Mapping[str, Any]) -> "TokenlessChunk":
+        # Models of sound begin with convolutions, and tell by this which results are padding.
+        shorten: Any = getattr(base, "_get_feature_vector_attention_mask", None)
+        if shorten is not None and "add_adapter" in inspect.signature(shorten).parameters:
+            shorten = partial(shorten, add_adapter=False)  # it comes after the layers
+        return cls(current, inputs.get("attention_mask"), shorten)
+
     def at(self, hidden: Tensor) -> Chunk:
-        """The chunk for hidden states [batch, length, width]: all of them are the prompt."""
+        """The chunk for hidden states [batch, length, width]: all but padding is the prompt."""
         batch, length = hidden.shape[:2]
         if (batch, length) not in self._chunks:
             attended = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+            if self.mask is not None and self.shorten is not None and len(self.mask) == batch:
+                attended = self.shorten(length, self.mask).bool()
             current = replace(self.current)
             layout = current.settle(attended)
             self._chunks[batch, length] = Chunk(current, layout, 0, length, batch)

@@ -142,8 +142,8 @@ def find_layers(model: PreTrainedModel, stack: Stack | None = None) -> nn.Module
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
     raise ValueError(
-        f"{type(model).__name__}: found no list of {count} layers; name the component by its "
-        f"dotted path, ending in .output or .input; lists of modules: {_lists(model)}"
+        f"{type(model).__name__}: found no list of {count or 'its'} layers; name the component by "
+        f"its dotted path, ending in .output or .input; lists of modules: {_lists(model)}"
     )
 
 
@@ -156,7 +156,10 @@ def num_layers(model: PreTrainedModel, stack: Stack | None = None) -> int:
 
 def hidden_size(model: PreTrainedModel) -> int:
     """The width of the residual stream, d."""
-    return int(_text_config(model).hidden_size)
+    width = getattr(_text_config(model), "hidden_size", None)
+    if width is None:
+        raise ValueError(f"{type(model).__name__}: its config has no hidden_size")
+    return int(width)
 
 
 def input_embeddings(model: PreTrainedModel, stack: Stack | None = None) -> nn.Module:

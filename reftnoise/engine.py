@@ -155,7 +155,7 @@ class Engine:
         if given is None:
             given = kwargs.get("input_ids", args[0] if args else None)
             if given is None or given.is_floating_point():
-                self._chunk = TokenlessChunk(current)
+                self._chunk = TokenlessChunk.of_call(current, base, kwargs)
                 return args, kwargs
         batch, length = given.shape[:2]
         offset = cached_length(kwargs.get("past_key_values")) - virtual_tokens(self.base)
@@ -191,7 +191,7 @@ class Engine:
         _stand_on_base(self._number)
         chunk: Chunk | TokenlessChunk
         if current.layout is None:
-            chunk = TokenlessChunk(current)
+            chunk = TokenlessChunk.of_call(current, inner_model(self.base), inputs)
         else:
             tokens: Any = inputs.get("input_ids")
             batch, length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[:2]
@@ -334,6 +334,11 @@ class Engine:
                 f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
             )
         chunk = chunk.at(hidden)
+        if hidden.shape[:2] != (chunk.batch, chunk.length):
+            raise ValueError(
+                f"{placed[0].site}: expected hidden states [{chunk.batch}, {chunk.length}, width], "
+                f"one per row and token of the input, got {tuple(hidden.shape)}"
+            )
         edited: list[PlacedUnit] = []
         for one in placed:
             if not isinstance(one.unit, NoiseIntervention):

@@ -307,7 +307,8 @@ class Runner:
             return
         inner = inner_model(base)
         decoder = inner.base_model
-        tail = [m for child in inner.children() if child is not decoder for m in child.modules()]
+        heads = [child for child in inner.children() if decoder not in (child, inner)]
+        tail = [module for head in heads for module in head.modules()]
         if labels is None:
             yield "there are no labels"
         if return_logits:

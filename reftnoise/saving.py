@@ -243,10 +243,15 @@ def _trained(base: PreTrainedModel) -> set[str]:
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What an adapter needs its base to be. The vocabulary may be resized, so it is not in it."""
+    layers: int | None
+    try:
+        layers = num_layers(model)
+    except ValueError:  # of no use to units at dotted paths
+        layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     return {
         "model_type": model.config.model_type,
         "hidden_size": hidden_size(model),
-        "num_hidden_layers": num_layers(model),
+        "num_hidden_layers": layers,
     }
 
 
