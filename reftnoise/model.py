@@ -78,8 +78,8 @@ class ReftModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
-                raise
+            if name in ("model", "_is_accelerate_prepared"):
+                raise  # the second is accelerate's mark of one object, not of its base
             return getattr(self.model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
