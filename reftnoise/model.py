@@ -20,6 +20,7 @@ from .components import Stack, is_encoder_decoder, trained_modules
 from .composition import inner_model, is_peft_model, section_of, virtual_tokens, with_peft
 from .config import ReftConfig
 from .engine import Engine, cached_length, innermost
+from .fused import call_fused, expect_plain_head, has_fused_head
 from .guidance import guidance
 from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
 from .pairs import first_of_pairs, in_pairs
@@ -85,8 +86,8 @@ class ReftModel(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("config", "generation_config"):
             setattr(self.model, name, value)
-        elif name == "forward" and "fused_lm_head" in signature_of(value):
-            # TRL's forward runs the decoder and the head by itself: the base's, among our hooks.
+        elif name == "forward" and has_fused_head(value):
+            expect_plain_head(inner_model(self.model), [one.site for one in self._engine.units])
             self._fused_forward = value.__func__
         else:
             super().__setattr__(name, value)
@@ -158,7 +159,6 @@ class ReftModel(nn.Module):
         passes = self._passes(inputs, prompt_lengths, unit_locations, times=1 + doubled)
         pairs = batch_size if doubled else None
         if inputs.get("fused_lm_head"):
-            passes[0].entry = inner_model(self.model).base_model
             with self._engine.running(*passes):
                 outputs = self._call(self.model, inputs)
             return outputs if pairs is None else first_of_pairs(outputs, pairs)
@@ -288,9 +288,9 @@ class ReftModel(nn.Module):
                     yield base
 
     def _call(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-        if inputs.get("fused_lm_head") and self._fused_forward is not None:
-            return self._fused_forward(inner_model(base), **inputs)
-        return base(**inputs)
+        if not inputs.get("fused_lm_head") or self._fused_forward is None:
+            return base(**inputs)
+        return call_fused(base, self._fused_forward, inputs)
 
     @property
     def _stacks(self) -> tuple[Stack | None, ...]:
@@ -520,10 +520,3 @@ def get_reft_model(
     if disable_model_grads:
         reft_model.disable_model_gradients()
     return reft_model
-
-
-def signature_of(function: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a callable itself, not of what it wraps; none for what is not callable."""
-    return (
-        inspect.signature(function, follow_wrapped=False).parameters if callable(function) else {}
-    )
