@@ -23,7 +23,7 @@ from .engine import Engine, cached_length, innermost
 from .fused import call_fused, expect_plain_head, has_fused_head
 from .guidance import guidance
 from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
-from .pairs import first_of_pairs, in_pairs
+from .pairs import in_pairs, mean_of_pairs
 from .passes import Runner, SplitMode
 from .placement import place_units
 from .positions import (
@@ -161,7 +161,7 @@ class ReftModel(nn.Module):
         if inputs.get("fused_lm_head"):
             with self._engine.running(*passes):
                 outputs = self._call(self.model, inputs)
-            return outputs if pairs is None else first_of_pairs(outputs, pairs)
+            return outputs if pairs is None else mean_of_pairs(outputs, pairs)
         return self._runner.run(
             passes,
             inputs,
