@@ -35,6 +35,9 @@ from .positions import (
 )
 from .prefix_cache import PrefixCache
 
+# Continuous batching lays prompts out in a way of its own, in passes that are not ours.
+_UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
 
 class ReftModel(nn.Module):
     """A base model whose hidden states are edited, and perturbed in training, by units.
@@ -81,6 +84,8 @@ class ReftModel(nn.Module):
         except AttributeError:
             if name in ("model", "_is_accelerate_prepared"):
                 raise  # the second is accelerate's mark of one object, not of its base
+            if name in _UNEDITED:
+                raise AttributeError(f"{name} would leave edits out: use generate") from None
             return getattr(self.model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
