@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from .components import Site, Stack
 from .interventions import NoiseIntervention, ReftIntervention, Unit
@@ -46,8 +46,6 @@ class Pass:
     are not known beforehand."""
     stack: Stack | None = None
     """Whose layers are edited, in an encoder-decoder model."""
-    entry: nn.Module | None = None
-    """The module whose call begins a chunk; by default the stack or the whole base."""
     is_generation: bool = False
     """Noise is for training passes alone, also when the model is left in training mode."""
     is_assisted: bool = False

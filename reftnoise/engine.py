@@ -134,8 +134,6 @@ class Engine:
     def _entry(self, current: Pass) -> nn.Module:
         """The module whose call begins a chunk of a pass."""
         base = inner_model(self.base)
-        if current.entry is not None:
-            return current.entry
         if current.stack is not None:
             return find_stack(base, current.stack)
         # Some of PEFT's methods call the `forward` of the model inside, or parts of it, past hooks.

@@ -20,9 +20,10 @@ from .components import Stack, is_encoder_decoder, trained_modules
 from .composition import inner_model, is_peft_model, section_of, virtual_tokens, with_peft
 from .config import ReftConfig
 from .engine import Engine, cached_length, innermost
+from .fused import call_fused, expect_plain_head, has_fused_head
 from .guidance import guidance
 from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
-from .pairs import first_of_pairs, in_pairs
+from .pairs import in_pairs, mean_of_pairs
 from .passes import Runner, SplitMode
 from .placement import place_units
 from .positions import (
@@ -33,6 +34,9 @@ from .positions import (
     parse_unit_locations,
 )
 from .prefix_cache import PrefixCache
+
+# Continuous batching lays prompts out in a way of its own, in passes that are not ours.
+_UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class ReftModel(nn.Module):
@@ -78,15 +82,17 @@ class ReftModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
-                raise
+            if name in ("model", "_is_accelerate_prepared"):
+                raise  # the second is accelerate's mark of one object, not of its base
+            if name in _UNEDITED:
+                raise AttributeError(f"{name} would leave edits out: use generate") from None
             return getattr(self.model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("config", "generation_config"):
             setattr(self.model, name, value)
-        elif name == "forward" and "fused_lm_head" in signature_of(value):
-            # TRL's forward runs the decoder and the head by itself: the base's, among our hooks.
+        elif name == "forward" and has_fused_head(value):
+            expect_plain_head(inner_model(self.model), [one.site for one in self._engine.units])
             self._fused_forward = value.__func__
         else:
             super().__setattr__(name, value)
@@ -158,10 +164,9 @@ class ReftModel(nn.Module):
         passes = self._passes(inputs, prompt_lengths, unit_locations, times=1 + doubled)
         pairs = batch_size if doubled else None
         if inputs.get("fused_lm_head"):
-            passes[0].entry = inner_model(self.model).base_model
             with self._engine.running(*passes):
                 outputs = self._call(self.model, inputs)
-            return outputs if pairs is None else first_of_pairs(outputs, pairs)
+            return outputs if pairs is None else mean_of_pairs(outputs, pairs)
         return self._runner.run(
             passes,
             inputs,
@@ -288,9 +293,9 @@ class ReftModel(nn.Module):
                     yield base
 
     def _call(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-        if inputs.get("fused_lm_head") and self._fused_forward is not None:
-            return self._fused_forward(inner_model(base), **inputs)
-        return base(**inputs)
+        if not inputs.get("fused_lm_head") or self._fused_forward is None:
+            return base(**inputs)
+        return call_fused(base, self._fused_forward, inputs)
 
     @property
     def _stacks(self) -> tuple[Stack | None, ...]:
@@ -530,10 +535,3 @@ def get_reft_model(
     if disable_model_grads:
         reft_model.disable_model_gradients()
     return reft_model
-
-
-def signature_of(function: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a callable itself, not of what it wraps; none for what is not callable."""
-    return (
-        inspect.signature(function, follow_wrapped=False).parameters if callable(function) else {}
-    )

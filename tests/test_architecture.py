@@ -20,7 +20,7 @@ SYSTEM = [
 LAYERS = [
     {"interventions"},
     {"positions", "components", "composition", "loss", "prefix_cache", "pairs"},
-    {"config", "inputs", "split", "probe", "pyreft_state"},
+    {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
     {"chunks", "guidance"},
     {"engine"},
     {"placement", "passes"},
