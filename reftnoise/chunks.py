@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from .components import Site, Stack
 from .interventions import NoiseIntervention, ReftIntervention, Unit

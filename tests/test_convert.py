@@ -285,7 +285,7 @@ def test_a_repository(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = pyvene_model([intervention("loreft")], tiny_model())
     source, logits = saved(model, tmp_path / "theirs"), theirs(model, LAST)
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
         assert name == "someone/adapter"
         assert {"config.json", "intkey_*.bin"} <= set(allow_patterns)
         return source
