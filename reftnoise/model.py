@@ -198,15 +198,11 @@ class ReftModel(nn.Module):
             kwargs: as the base's `generate` takes them.
 
         Raises:
-            ValueError: as in `forward`, or `intervene_on_prompt=False`.
+            ValueError: as in `forward`, `intervene_on_prompt=False`, or a base without `generate`.
         """
+        self._expect_generation(intervene_on_prompt)
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        if not intervene_on_prompt:
-            raise ValueError(
-                "intervene_on_prompt False: to edit generated tokens, give the config "
-                "positions 'decode' or 'all+decode'"
-            )
         if isinstance(inputs, Mapping):
             batch = dict(inputs) | kwargs
             original = None
@@ -255,6 +251,15 @@ class ReftModel(nn.Module):
             current.is_generation = True
         with self._engine.running(*passes):
             return self.model(**inputs)
+
+    def _expect_generation(self, intervene_on_prompt: bool) -> None:
+        if not hasattr(self.model, "generate"):
+            raise ValueError(f"generate: {type(inner_model(self.model)).__name__} writes no tokens")
+        if not intervene_on_prompt:
+            raise ValueError(
+                "intervene_on_prompt False: to edit generated tokens, give the config "
+                "positions 'decode' or 'all+decode'"
+            )
 
     @property
     def split(self) -> SplitMode:
