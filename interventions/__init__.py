@@ -1,5 +1,6 @@
 """The mathematics: interventions on hidden states, free of any model, config or file."""
 
+from .adapters import AdapterIntervention, BiasIntervention
 from .base import NoiseIntervention, ReftIntervention
 from .noise import (
     BernoulliNoiseIntervention,
@@ -26,7 +27,9 @@ from .rotation import LowRankRotation, orthonormal_rows, shared_bases
 
 __all__ = [
     "INTERVENTIONS",
+    "AdapterIntervention",
     "BernoulliNoiseIntervention",
+    "BiasIntervention",
     "ConsreftIntervention",
     "DireftIntervention",
     "GaussianNoiseIntervention",

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from typing_extensions import Unpack
@@ -111,7 +111,8 @@ class ReftIntervention(
 
     Args:
         embed_dim: width of the hidden states, $d$.
-        low_rank_dimension: rank of the edit, $1 \le r \le d$.
+        low_rank_dimension: rank of the edit, $1 \le r \le d$; None for classes that have none and
+            so do not take it.
         dropout: probability in [0, 1) that an element of the edit is zeroed while training.
         act_fn: name of a transformers activation applied to the learned source, or None.
         dtype: dtype of the parameters, as a `torch.dtype` or its name.
@@ -124,18 +125,22 @@ class ReftIntervention(
     Paper: ReFT (arXiv:2404.03592), section 3.2.
     """
 
+    default_positions: ClassVar[str] = "l1"
+    """What configurations edit that do not say it."""
+
     def __init__(
         self,
         *,
         embed_dim: int,
-        low_rank_dimension: int,
+        low_rank_dimension: int | None = None,
         dropout: float = 0.0,
         act_fn: str | None = None,
         dtype: torch.dtype | str = torch.float32,
         **pyvene: Unpack[PyveneFields],
     ) -> None:
         reject_unknown(type(self), pyvene)
-        if type(low_rank_dimension) is not int or not 1 <= low_rank_dimension <= embed_dim:
+        is_rank = type(low_rank_dimension) is int and 1 <= low_rank_dimension <= embed_dim
+        if not is_rank and "low_rank_dimension" in constructor_arguments(type(self)):
             raise ValueError(
                 f"low_rank_dimension {low_rank_dimension!r}: expected a rank from 1 to the width "
                 f"of the hidden states, {embed_dim}"
@@ -212,6 +217,7 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
         hidden: Float[Tensor, "batch length hidden"],
         attended: Bool[Tensor, "batch length"] | None = None,
         prompt: Bool[Tensor, "batch length"] | None = None,
+        lengths: Int[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length hidden"]:
         """Draw the noise for `hidden`, of which only shape, dtype and device count.
 
@@ -219,6 +225,7 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
             hidden: the states to be perturbed.
             attended: which of them are tokens and not padding; all, if None.
             prompt: which belong to the prompt.
+            lengths: tokens in each token's document, where a row holds several.
         """
 
     def forward(
@@ -229,11 +236,12 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
         *,
         attended: Bool[Tensor, "batch length"] | None = None,
         prompt: Bool[Tensor, "batch length"] | None = None,
+        lengths: Int[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length hidden"]:
         """Perturb `base` in training mode, return it untouched otherwise."""
         if not self.training:
             return base
-        return base + self.delta(base, attended, prompt)
+        return base + self.delta(base, attended, prompt, lengths)
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""

@@ -18,7 +18,7 @@ from numbers import Real
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -98,6 +98,7 @@ class _ScaledNoise(NoiseIntervention):
         hidden: Float[Tensor, "batch length hidden"],
         attended: Bool[Tensor, "batch length"] | None = None,
         prompt: Bool[Tensor, "batch length"] | None = None,
+        lengths: Int[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length hidden"]:
         r"""Draw $\alpha/\sqrt{Ld}\,\varepsilon$; `prompt` is needed unless `where` is "all"."""
         match = 1.0
@@ -111,11 +112,12 @@ class _ScaledNoise(NoiseIntervention):
         else:
             noise = self.sample(hidden, match)
             if attended is None:
-                lengths: Tensor = torch.tensor([width], device=hidden.device)
-            else:
-                lengths = attended.sum(dim=1).clamp(min=1)
-                noise = noise.masked_fill(~attended[..., None], 0.0)
-            noise = noise * (self.alpha / torch.sqrt(lengths * size))[:, None, None].to(noise)
+                attended = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            if lengths is None:
+                lengths = attended.sum(dim=1, keepdim=True)
+            noise = noise.masked_fill(~attended[..., None], 0.0)
+            scale = self.alpha / torch.sqrt(lengths.clamp(min=1) * size)
+            noise = noise * scale[..., None].to(noise)
         if self.where != "all":
             if prompt is None:
                 raise ValueError(f"where {self.where!r} needs to know which tokens are the prompt")
@@ -175,6 +177,7 @@ class SymNoiseIntervention(_ScaledNoise):
         hidden: Float[Tensor, "batch length hidden"],
         attended: Bool[Tensor, "batch length"] | None = None,
         prompt: Bool[Tensor, "batch length"] | None = None,
+        lengths: Int[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length hidden"]:
         pairs, odd = divmod(hidden.shape[0], 2)
         if odd:
@@ -182,6 +185,7 @@ class SymNoiseIntervention(_ScaledNoise):
                 f"SymNoise got {hidden.shape[0]} rows: expected every example twice, all +δ rows "
                 "first, then all -δ rows"
             )
-        half = [None if mask is None else mask[:pairs] for mask in (attended, prompt)]
+        given = (attended, prompt, lengths)
+        half = [None if values is None else values[:pairs] for values in given]
         noise = super().delta(hidden[:pairs], *half)
         return torch.cat([noise, -noise])

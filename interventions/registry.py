@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 from typing import TypeVar
 
-from . import noise, reft
+from . import adapters, noise, reft
 from .base import NoiseIntervention, ReftIntervention
 
 Unit = ReftIntervention | NoiseIntervention
@@ -17,6 +17,8 @@ INTERVENTIONS: dict[str, type[Unit]] = {
     "nodireft": reft.NodireftIntervention,
     "consreft": reft.ConsreftIntervention,
     "lobireft": reft.LobireftIntervention,
+    "bias": adapters.BiasIntervention,
+    "adapter": adapters.AdapterIntervention,
     "neftune": noise.NeftuneIntervention,
     "gaussian": noise.GaussianNoiseIntervention,
     "bernoulli": noise.BernoulliNoiseIntervention,

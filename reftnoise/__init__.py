@@ -14,7 +14,9 @@ _HOME = {
     "config": ("ReftConfig", "RepresentationConfig"),
     "data": ("ReftDataCollator", "make_last_position_supervised_data_module"),
     "interventions": (
+        "AdapterIntervention",
         "BernoulliNoiseIntervention",
+        "BiasIntervention",
         "ConsreftIntervention",
         "DireftIntervention",
         "GaussianNoiseIntervention",
@@ -33,7 +35,7 @@ _HOME = {
     "positions": ("Positions",),
     "prefix_cache": ("PrefixCache",),
     "tiny": ("load_tiny_examples", "load_tiny_model"),
-    "trainer": ("ReftTrainer", "ReftTrainerForCausalLM"),
+    "trainer": ("ReftTrainer", "ReftTrainerForCausalLM", "ReftTrainerForSequenceClassification"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -46,7 +48,9 @@ if TYPE_CHECKING:  # `as` marks a name as public for type checkers
     from .data import (
         make_last_position_supervised_data_module as make_last_position_supervised_data_module,
     )
+    from .interventions import AdapterIntervention as AdapterIntervention
     from .interventions import BernoulliNoiseIntervention as BernoulliNoiseIntervention
+    from .interventions import BiasIntervention as BiasIntervention
     from .interventions import ConsreftIntervention as ConsreftIntervention
     from .interventions import DireftIntervention as DireftIntervention
     from .interventions import GaussianNoiseIntervention as GaussianNoiseIntervention
@@ -68,6 +72,9 @@ if TYPE_CHECKING:  # `as` marks a name as public for type checkers
     from .tiny import load_tiny_model as load_tiny_model
     from .trainer import ReftTrainer as ReftTrainer
     from .trainer import ReftTrainerForCausalLM as ReftTrainerForCausalLM
+    from .trainer import (
+        ReftTrainerForSequenceClassification as ReftTrainerForSequenceClassification,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -64,7 +64,38 @@ def bench(
     )
 
 
-COMMANDS = {"demo": demo, "bench": bench}
+def convert(
+    source: str,
+    output: str,
+    base: str | None = None,
+    positions: list[int] | str = "l1",
+    dropout: float = 0.0,
+    act_fn: str | None = None,
+) -> None:
+    """Write an adapter of pyreft or pyvene as one of reftnoise, or one of reftnoise as pyreft's.
+
+    What the other format does not hold is told.
+
+    Args:
+        source: adapter directory of either kind, or a hub repository that is one.
+        output: directory for the other kind; new, empty, or an adapter of that kind to replace.
+        base: name or path of the base model, always needed; only its config is read.
+        positions: where a pyreft adapter edits, such as f7+l7.
+        dropout: of a pyreft adapter, for training it further.
+        act_fn: of a pyreft adapter, by transformers' name.
+    """
+    from .convert import convert as convert_adapter
+
+    if base is None:  # no default; jsonargparse 4.40 makes a required option positional
+        raise ValueError("convert: expected --base, the name or path of the base model")
+    print(
+        convert_adapter(
+            source, output, base=base, positions=positions, dropout=dropout, act_fn=act_fn
+        )
+    )
+
+
+COMMANDS = {"demo": demo, "bench": bench, "convert": convert}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -46,7 +46,11 @@ def calls_as_written(base: nn.Module) -> Iterator[None]:
 
     def get_call(*config: Any) -> Callable[..., Any]:
         compiled = get_compiled_call(*config)
-        return lambda *args, **kwargs: (base if is_inside else compiled)(*args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (base if is_inside else compiled)(*args, **kwargs)
+
+        return call
 
     undo = _replace(base, "get_compiled_call", get_call)
     try:

@@ -1,9 +1,16 @@
-"""Find the places of a base model that units can edit, by structure and not by architecture."""
+"""Find the places of a base model that units can edit, by structure and not by architecture.
 
+An encoder-decoder model has two stacks of layers, each with a sequence of its own. A component is
+one of the encoder's, which reads the prompt, unless it says `decoder.`.
+"""
+
+import difflib
+import functools
 import inspect
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,6 +18,8 @@ from transformers import PreTrainedModel
 from .compiled import uncompiled
 
 COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output", "embeddings")
+
+Stack = Literal["encoder", "decoder"]
 
 # Children of a decoder layer, by what the models of transformers call them.
 _CHILDREN = {
@@ -29,6 +38,10 @@ class Site:
     is_input: bool
     width: int | None = field(compare=False)
     """Of its hidden states; None where only a forward pass can tell."""
+    stack: Stack | None = None
+    """Of an encoder-decoder model."""
+    is_embeddings: bool = field(default=False, compare=False)
+    """Whether the module makes hidden states of token ids."""
 
     def __str__(self) -> str:
         return f"{self.name}.{'input' if self.is_input else 'output'}"
@@ -39,85 +52,200 @@ def is_dotted(component: str) -> bool:
     return component.endswith((".output", ".input"))
 
 
+def split_component(component: str) -> tuple[Stack | None, str]:
+    """`"decoder.block_output"` → stack and name; the stack is None where none is named."""
+    stack, _, name = component.partition(".")
+    if name in COMPONENTS and stack in ("encoder", "decoder"):
+        return stack, name  # type: ignore[return-value]  # one of its two literals
+    return None, component
+
+
 def find_site(model: PreTrainedModel, component: str, layer: int | None = None) -> Site:
     """The site that a component name, or a dotted path, means in `model`.
 
     Raises:
         ValueError: there is no such component, layer or module; the message says what there is.
     """
-    if component == "embeddings":
-        embeddings = input_embeddings(model)
-        return Site(embeddings, _name_of(model, embeddings), False, _width(embeddings))
     if is_dotted(component):
         path, _, end = component.rpartition(".")
         module = _by_path(model, path, component)
-        return Site(module, path, end == "input", _width(module, end == "input"))
-    if component not in COMPONENTS:
+        stack = _stack_around(model, module)
+        width = _width(module, end == "input")
+        return Site(module, path, end == "input", width, stack, _embeds(model, module, stack))
+    stack, name = split_component(component)
+    if name not in COMPONENTS:
         raise ValueError(
             f"component {component!r}: expected {', '.join(COMPONENTS)} or a dotted path that ends "
             "in .output or .input, such as 'model.layers[3].mlp.output'"
         )
-    layers = find_layers(model)
+    if not is_encoder_decoder(model):
+        if stack is not None:
+            raise ValueError(
+                f"component {component!r}: {type(model).__name__} is not an encoder-decoder "
+                f"model; expected {name!r}"
+            )
+    elif stack is None:
+        stack = "encoder"
+    if name == "embeddings":
+        embeddings = input_embeddings(model, stack)
+        name = _name_of(model, embeddings)
+        return Site(embeddings, name, False, _width(embeddings), stack, is_embeddings=True)
+    layers = find_layers(model, stack)
     if layer is None or not 0 <= layer < len(layers):
         raise ValueError(f"layer {layer}: {type(model).__name__} has layers 0 to {len(layers) - 1}")
     module = layers[layer]
-    if component in _CHILDREN:
-        module = _child(module, component)
-    return Site(module, _name_of(model, module), component == "block_input", hidden_size(model))
+    if name in _CHILDREN:
+        module = _child(module, name, _name_of(model, module))
+    width = hidden_size(model)
+    return Site(module, _name_of(model, module), name == "block_input", width, stack)
 
 
-def find_layers(model: PreTrainedModel) -> nn.ModuleList:
+def site_now(model: nn.Module, site: Site) -> Site:
+    """The site with the module that has its name now; itself, if that is the one it had.
+
+    Raises:
+        ValueError: the model has no module of that name any more.
+    """
+    module: Any = model
+    try:
+        for part in _parts(site.name):  # much faster than get_submodule, at every pass
+            module = module._modules[part] if part in module._modules else getattr(module, part)
+    except AttributeError:
+        raise ValueError(f"{site}: the model has no such module any more") from None
+    return site if module is site.module else replace(site, module=module)
+
+
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Whether a model reads one sequence and writes another."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def find_stack(model: PreTrainedModel, stack: Stack) -> nn.Module:
+    """The encoder or the decoder of an encoder-decoder model."""
+    found: nn.Module = model.get_encoder() if stack == "encoder" else model.get_decoder()
+    return found
+
+
+def find_layers(model: PreTrainedModel, stack: Stack | None = None) -> nn.ModuleList:
     """The stack of layers: the first list of as many modules as the config counts hidden layers.
 
     It is looked for in the decoder first, since a vision tower may have as many layers.
     """
-    count = _text_config(model).num_hidden_layers
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    for part in (decoder, model):
+    config = _text_config(model)
+    if stack is None:
+        parts = [model.get_decoder() if hasattr(model, "get_decoder") else None, model]
+        names = ["num_hidden_layers"]
+    else:
+        parts = [find_stack(model, stack)]
+        names = [f"{stack}_layers", f"num_{stack}_layers", "num_hidden_layers"]
+    count = next((getattr(config, n) for n in names if getattr(config, n, None)), None)
+    for part in parts:
         for module in part.modules() if isinstance(part, nn.Module) else ():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
     raise ValueError(
-        f"{type(model).__name__}: found no list of {count} layers; name the component by its "
-        "dotted path, such as 'model.layers[3].output'"
+        f"{type(model).__name__}: found no list of {count or 'its'} layers; name the component by "
+        f"its dotted path, ending in .output or .input; lists of modules: {_lists(model)}"
     )
 
 
-def num_layers(model: PreTrainedModel) -> int:
+def num_layers(model: PreTrainedModel, stack: Stack | None = None) -> int:
     """How many layers `find_layers` finds."""
-    return len(find_layers(model))
+    if stack is None and is_encoder_decoder(model):
+        stack = "encoder"
+    return len(find_layers(model, stack))
 
 
 def hidden_size(model: PreTrainedModel) -> int:
     """The width of the residual stream, d."""
-    return int(_text_config(model).hidden_size)
+    width = getattr(_text_config(model), "hidden_size", None)
+    if width is None:
+        raise ValueError(f"{type(model).__name__}: its config has no hidden_size")
+    return int(width)
 
 
-def input_embeddings(model: PreTrainedModel) -> nn.Module:
+def input_embeddings(model: PreTrainedModel, stack: Stack | None = None) -> nn.Module:
     """The module that embeds token ids."""
-    embeddings: nn.Module = model.get_input_embeddings()
+    part: Any = model if stack is None else find_stack(model, stack)
+    try:
+        embeddings: nn.Module = part.get_input_embeddings()
+    except NotImplementedError:
+        raise ValueError(
+            f"component 'embeddings': {type(part).__name__} does not tell its embedding; name it "
+            "by its dotted path, such as 'model.embed_tokens.output'"
+        ) from None
     return embeddings
+
+
+def _embeds(model: PreTrainedModel, module: nn.Module, stack: Stack | None) -> bool:
+    try:
+        return module is input_embeddings(model, stack)
+    except ValueError:
+        return False
+
+
+def trained_modules(model: Any, names: Sequence[str] | None) -> list[nn.Module]:
+    """The modules that `modules_to_save` means; for None, a classifier's or tagger's head.
+
+    A head is what a model without language head has outside of its `base_model`. PEFT trains its
+    own copy of it.
+
+    Raises:
+        ValueError: a name that no module has, or ends with.
+    """
+    if names is None:
+        if hasattr(model, "peft_config") or model.get_output_embeddings() is not None:
+            return []
+        if model.base_model is model:
+            return []
+        return [part for part in model.children() if part is not model.base_model]
+    found = {n: m for n, m in model.named_modules() if n}
+    chosen: list[nn.Module] = []
+    for name in names:
+        fitting = [m for n, m in found.items() if n == name or n.endswith(f".{name}")]
+        if not fitting:
+            near = difflib.get_close_matches(name, {n.rpartition(".")[2] for n in found}, n=3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise ValueError(f"modules_to_save {name!r}: the model has no such module{hint}")
+        chosen += fitting
+    return chosen
 
 
 def _text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config()
 
 
-def _child(layer: nn.Module, component: str) -> nn.Module:
+def _lists(model: nn.Module) -> str:
+    found = [f"{n}[0-{len(m) - 1}]" for n, m in model.named_modules() if _is_list(m)]
+    return ", ".join(found[:8]) or "none"
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) > 0
+
+
+def _stack_around(model: PreTrainedModel, module: nn.Module) -> Stack | None:
+    if not is_encoder_decoder(model):
+        return None
+    is_decoder = any(part is module for part in find_stack(model, "decoder").modules())
+    return "decoder" if is_decoder else "encoder"
+
+
+def _child(layer: nn.Module, component: str, path: str) -> nn.Module:
     layer = uncompiled(layer)
     names = [name for name, _ in layer.named_children()]
     fitting = [n for n in names if _CHILDREN[component].search(n) and not _NORM.search(n)]
     if len(fitting) != 1:
         raise ValueError(
             f"component {component!r}: {type(layer).__name__} has {', '.join(names)}; name one of "
-            "them by its dotted path, such as 'model.layers[3].mlp.output'"
+            f"them by its dotted path, such as '{path}.{names[0]}.output'"
         )
     return layer.get_submodule(fitting[0])
 
 
 def _by_path(model: nn.Module, path: str, component: str) -> nn.Module:
     module = model
-    for part in re.sub(r"\[(\d+)\]", r".\1", path).split("."):
+    for part in _parts(path):
         children = dict(uncompiled(module).named_children())
         if part not in children:
             raise ValueError(
@@ -126,6 +254,11 @@ def _by_path(model: nn.Module, path: str, component: str) -> nn.Module:
             )
         module = children[part]
     return module
+
+
+@functools.cache
+def _parts(path: str) -> list[str]:
+    return re.sub(r"\[(\d+)\]", r".\1", path).split(".")
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

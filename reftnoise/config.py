@@ -8,14 +8,15 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from .components import COMPONENTS, is_dotted
+from .components import COMPONENTS, is_dotted, split_component
+from .composition import read_peft
 from .interventions import (
     NoiseIntervention,
     Unit,
@@ -40,9 +41,10 @@ class RepresentationConfig:
     layer: int | list[int] | str | None = None
     """Layers from 0: one, a list, `"all"` or a range such as `"8-15"`. None for `embeddings`."""
     component: str = "block_output"
-    """One of `COMPONENTS` or a dotted path such as `"model.layers[3].output"`."""
+    """One of `COMPONENTS`, of an encoder-decoder's decoder with `decoder.` before it, or a dotted
+    path such as `"model.layers[3].output"`."""
     positions: str | list[int] = "l1"
-    """Edited positions (`Positions`); noise has none, it has `where`."""
+    """Edited positions (`Positions`), by default the unit's; noise has none, it has `where`."""
     tied: bool = True
     """Whether a prefix and a suffix (`"f5+l5"`) share one set of weights."""
     embed_dim: int | None = None
@@ -70,7 +72,8 @@ class RepresentationConfig:
     @property
     def is_per_layer(self) -> bool:
         """Whether `layer` says where the component is; a dotted path and embeddings do so alone."""
-        return self.component != "embeddings" and not is_dotted(self.component)
+        is_embeddings = split_component(self.component)[1] == "embeddings"
+        return not is_embeddings and not is_dotted(self.component)
 
     def layers(self, count: int) -> list[int]:
         """The layers that `layer` means in a model that has `count` of them."""
@@ -181,7 +184,8 @@ class RepresentationConfig:
             if is_dotted(str(entry.get("component"))):
                 embed_dim = unit.hidden_size  # nothing else will tell when the adapter is loaded
         component = entry.pop("component", "embeddings" if is_noise else "block_output")
-        positions = Positions.parse(entry.pop("positions", "l1")).spec()
+        default = getattr(unit_class, "default_positions", "l1")
+        positions = Positions.parse(entry.pop("positions", default)).spec()
         tied = entry.pop("tied", True)
         if not isinstance(tied, bool):
             raise ValueError(f"tied {tied!r}: expected true or false")
@@ -206,11 +210,15 @@ class RepresentationConfig:
 
 @dataclass
 class ReftConfig:
-    """What is edited and perturbed: see the README's table of units.
+    """What is edited, perturbed and trained: see the README's table of units.
 
     Args:
         representations: one entry or a list; mappings with the fields of `RepresentationConfig`
             and the intervention's own arguments beside them.
+        peft: a method of PEFT under the units: `peft_type` and the arguments of its config, or a
+            `peft.PeftConfig`.
+        modules_to_save: names, or ends of names, of modules of the base that are trained and saved
+            with the units. None for a task head, and nothing else.
 
     Raises:
         ValueError: an entry has an unknown key, name or value; the message says which and what
@@ -218,15 +226,19 @@ class ReftConfig:
     """
 
     representations: list[RepresentationConfig]
+    peft: dict[str, Any] | None = None
+    modules_to_save: list[str] | None = None
 
     def __init__(
         self,
         representations: "Mapping[str, Any] | RepresentationConfig | Sequence[Mapping[str, Any] | RepresentationConfig]",  # noqa: E501  # one type
+        peft: Any = None,
+        modules_to_save: Sequence[str] | None = None,
     ) -> None:
         if isinstance(representations, Mapping | RepresentationConfig):
             representations = [representations]
         is_list = isinstance(representations, Sequence) and not isinstance(representations, str)
-        if not is_list or not representations:
+        if not is_list or not (representations or peft):
             raise ValueError(
                 f"representations {representations!r}: expected an entry or a list of entries"
             )
@@ -236,15 +248,31 @@ class ReftConfig:
             if not isinstance(entry, Mapping | RepresentationConfig):
                 raise ValueError(f"{where}: expected a mapping, got {entry!r}")
             self.representations.append(RepresentationConfig.from_dict(entry, where))
+        self.peft = None if peft is None else read_peft(peft)
+        if isinstance(modules_to_save, str) or not all(
+            isinstance(name, str) and name for name in modules_to_save or ()
+        ):
+            raise ValueError(f"modules_to_save {modules_to_save!r}: expected a list of names")
+        self.modules_to_save = None if modules_to_save is None else list(modules_to_save)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"representations": [entry.to_dict() for entry in self.representations]}
+        values = {
+            "representations": [entry.to_dict() for entry in self.representations],
+            "peft": self.peft,
+            "modules_to_save": self.modules_to_save,
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ReftConfig":
-        if not isinstance(values, Mapping) or set(values) != {"representations"}:
-            raise ValueError(f"expected a mapping with 'representations' alone, got {values!r}")
-        return cls(representations=values["representations"])
+        possible = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping) or "representations" not in values:
+            raise ValueError(f"expected a mapping with 'representations', got {values!r}")
+        if unknown := [key for key in values if key not in possible]:
+            near = difflib.get_close_matches(str(unknown[0]), possible, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown key {unknown[0]!r}; {hint}possible: {', '.join(possible)}")
+        return cls(**values)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -312,16 +340,17 @@ def _agree(unit: Unit, own: Mapping[str, Any], given: Mapping[str, Any]) -> None
 def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
     if not isinstance(component, str):
         raise ValueError(f"component {component!r}: expected a string")
-    if component not in COMPONENTS and not is_dotted(component):
+    name = split_component(component)[1]
+    if name not in COMPONENTS and not is_dotted(component):
         near = difflib.get_close_matches(component, COMPONENTS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"component {component!r}; {hint}possible: {', '.join(COMPONENTS)}, or a dotted path "
             "that ends in .output or .input, such as 'model.layers[3].output'"
         )
-    if component == "embeddings":
+    if name == "embeddings":
         if layer is not None:
-            raise ValueError(f"layer {layer!r}: 'embeddings' has no layers, leave it out")
+            raise ValueError(f"layer {layer!r}: {component!r} has no layers, leave it out")
         return None
     if is_dotted(component) and layer is not None and type(layer) is not int:
         raise ValueError(f"layer {layer!r}: {component!r} is one place, leave the layer out")

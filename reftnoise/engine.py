@@ -9,17 +9,18 @@ import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from threading import RLock, get_ident
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .chunks import Chunk, Pass, PlacedUnit, TokenlessChunk, edit_rows
 from .compiled import (
     as_written,
     calls_as_written,
@@ -28,16 +29,15 @@ from .compiled import (
     put_in_order,
     uncompiled,
 )
-from .components import Site, input_embeddings
+from .components import Site, find_stack, site_now
+from .composition import inner_model, is_peft_model, virtual_tokens
 from .interventions import (
     LowRankRotation,
     NoiseIntervention,
     ReftIntervention,
-    Unit,
     shared_bases,
 )
-from .positions import Positions, PromptLayout, Selection
-from .split import Alignment
+from .positions import Selection
 
 # Threads take turns on a base, and within a thread the innermost pass alone edits: a pass of
 # another ReftModel, or of the bare base, may be run from a hook or a logits processor.
@@ -66,103 +66,6 @@ def exclusive(base: nn.Module) -> RLock:
     return _LOCKS.setdefault(base, RLock())
 
 
-def inner_model(base: PreTrainedModel) -> PreTrainedModel:
-    """The model whose forward runs: a PEFT model generates with the model inside it."""
-    return base.get_base_model() if hasattr(base, "get_base_model") else base
-
-
-@dataclass(frozen=True)
-class PlacedUnit:
-    """A unit at its site."""
-
-    key: str
-    unit: Unit
-    site: Site
-    positions: Positions | None = None
-    """None for noise."""
-    prefix: int = 0
-    """The largest prefix of any unit at this site, for the rule for short prompts."""
-    suffix: int = 0
-
-
-@dataclass
-class Pass:
-    """What one forward call, or one generation, edits: the batch's prompts and the selections."""
-
-    layout: PromptLayout
-    selections: dict[str, Selection | None]
-    """By unit key; None where the caller gave no location, so that nothing is edited."""
-    is_generation: bool = False
-    """Noise is for training passes alone, also when the model is left in training mode."""
-    is_assisted: bool = False
-    """Whether the base drafts for itself, so that it reads the prompt more than once."""
-    seen: int = 0
-    """Columns that calls of the base have read, for caches that do not tell (state-space)."""
-    alignment: Alignment | None = None
-    """How the base's rows are shifted against the layout; the selections are shifted already."""
-    _noise: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def cut(self) -> int:
-        """Columns before it hold no edit."""
-        return 0 if self.alignment is None else self.alignment.cut
-
-    def noise(
-        self, one: PlacedUnit, hidden: Float[Tensor, "batch length hidden"], offset: int
-    ) -> Float[Tensor, "batch length hidden"]:
-        """This call's part of the noise of a shifted pass.
-
-        It is drawn once for the whole batch as given, so it is the plain pass's.
-        """
-        assert self.alignment is not None
-        assert isinstance(one.unit, NoiseIntervention)
-        if one.key not in self._noise:
-            like = hidden.new_zeros(*self.layout.attended.shape, hidden.shape[-1])
-            masks = (self.layout.attended.to(like.device), self.layout.prompt.to(like.device))
-            self._noise[one.key] = self.alignment.take(one.unit.delta(like, *masks))
-        return self._noise[one.key][:, offset : offset + hidden.shape[1]]
-
-
-@dataclass
-class Chunk:
-    """The columns of a pass that one call of the base sees: [offset, offset + length)."""
-
-    current: Pass
-    offset: int
-    length: int
-    batch: int
-    _rows: dict[tuple[int, ...], "Rows"] = field(default_factory=dict)
-
-    @property
-    def _times(self) -> int:
-        return self.batch // self.current.layout.attended.shape[0]
-
-    def rows(self, selections: Sequence[Selection]) -> "Rows":
-        """Where selections lie in the flattened hidden states, computed once for all sites."""
-        key = tuple(id(selection) for selection in selections)
-        if key not in self._rows:
-            parts = [s.repeat(self._times).within(self.offset, self.length) for s in selections]
-            indices, masks = zip(*parts, strict=True)
-            counts = [len(mask) for mask in masks]
-            joint = None if indices[0] is None else torch.cat(indices)
-            self._rows[key] = Rows(joint, torch.cat(masks), counts)
-        return self._rows[key]
-
-    def columns(self, mask: Bool[Tensor, "batch width"]) -> Bool[Tensor, "batch length"]:
-        """This chunk's part of a mask over the pass's columns."""
-        part = mask[:, self.offset : self.offset + self.length]
-        return part.repeat_interleave(self._times, 0)
-
-
-class Rows(NamedTuple):
-    """Rows of flattened hidden states that the units at a site edit, one unit after the other."""
-
-    indices: Int[Tensor, " n"] | None
-    """None for all rows, of a single unit."""
-    mask: Bool[Tensor, " n"]
-    counts: list[int]
-
-
 class Engine:
     """Applies placed units to the forward passes of a base model.
 
@@ -173,24 +76,32 @@ class Engine:
 
     def __init__(self, base: PreTrainedModel, units: Sequence[PlacedUnit]) -> None:
         self.base = base
-        self.units = list(units)
-        self._by_site: dict[Site, list[PlacedUnit]] = defaultdict(list)
-        for placed in units:
-            self._by_site[placed.site].append(placed)
-        self._at_embeddings = [p for p in units if p.site.module is input_embeddings(base)]
-        self._chunk: Chunk | None = None
-        self._traced_chunk: Chunk | None = None
+        self._place(units)
+        self._chunk: Chunk | TokenlessChunk | None = None
+        self._traced_chunk: Chunk | TokenlessChunk | None = None
         self._number = str(next(_NUMBERS))  # torch.compile may take ints for variables
         _ENGINES[self._number] = self
 
     def __reduce__(self) -> Any:
         return Engine, (self.base, self.units)  # a copy has a number, and hooks, of its own
 
-    @contextlib.contextmanager
-    def running(self, current: Pass) -> Iterator[Callable[[], bool]]:
-        """Apply `current` to every call of the base within the block.
+    def _place(self, units: Sequence[PlacedUnit]) -> None:
+        self.units = list(units)
+        self._by_site: dict[Site, list[PlacedUnit]] = defaultdict(list)
+        for placed in units:
+            self._by_site[placed.site].append(placed)
 
-        Yields whether the innermost pass on the base is this one.
+    def _follow_base(self) -> None:
+        """Take the modules that are at the sites now: some may have been replaced since."""
+        current = {site: site_now(self.base, site) for site in self._by_site}
+        if any(now is not site for site, now in current.items()):
+            self._place([replace(placed, site=current[placed.site]) for placed in self.units])
+
+    @contextlib.contextmanager
+    def running(self, *passes: Pass) -> Iterator[Callable[[], bool]]:
+        """Apply passes, one for each stack of the base, to every call of it within the block.
+
+        Yields whether the innermost passes on the base are these.
 
         In a generation, nothing of ours stays on the base once the prompt is in the cache, unless
         a unit edits generated tokens.
@@ -198,8 +109,9 @@ class Engine:
         base = inner_model(self.base)
         checkpointed = checkpointed_modules(self.base)
         with exclusive(base), contextlib.ExitStack() as stack:
-            if not any(self._acts(placed, current) for placed in self.units):
-                if not current.is_generation:  # whose caller may put hooks on the base
+            self._follow_base()
+            if not any(self._acts(one, current) for current in passes for one in self.units):
+                if not passes[-1].is_generation:  # whose caller may put hooks on the base
                     stack.enter_context(as_written(self.base, self._hooked_modules(base)))
                 yield stack.enter_context(innermost(base))
                 return
@@ -212,20 +124,30 @@ class Engine:
                 stack.enter_context(self._replayable(module))
             hooks = stack.enter_context(contextlib.ExitStack())
             is_ours = hooks.enter_context(self._hooked(base))
-            start = base.register_forward_pre_hook(
-                partial(self._start_chunk, current, is_ours), with_kwargs=True
-            )
-            hooks.callback(start.remove)
+            for current in passes:
+                start = self._entry(current).register_forward_pre_hook(
+                    partial(self._start_chunk, current, is_ours), with_kwargs=True
+                )
+                hooks.callback(start.remove)
+            last = passes[-1]  # the decoder's, of two
             edits_decode = any(p.positions and p.positions.decode for p in self.units)
-            if current.is_generation and not (edits_decode or current.is_assisted):
-                end = base.register_forward_hook(
-                    partial(self._end_chunk, current, is_ours, hooks), with_kwargs=True
+            if last.is_generation and not (edits_decode or last.is_assisted):
+                end = self._entry(last).register_forward_hook(
+                    partial(self._end_chunk, last, is_ours, hooks), with_kwargs=True
                 )
                 hooks.callback(end.remove)
             try:
                 yield is_ours
             finally:
                 self._chunk = outer
+
+    def _entry(self, current: Pass) -> nn.Module:
+        """The module whose call begins a chunk of a pass."""
+        base = inner_model(self.base)
+        if current.stack is not None:
+            return find_stack(base, current.stack)
+        # Some of PEFT's methods call the `forward` of the model inside, or parts of it, past hooks.
+        return base.get_decoder() if is_peft_model(self.base) else base
 
     def _start_chunk(
         self,
@@ -237,22 +159,34 @@ class Engine:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not is_ours():
             return args, kwargs
-        tokens: Any = kwargs.get("input_ids", args[0] if args else None)
-        embeds: Any = kwargs.get("inputs_embeds")
-        batch, length = tokens.shape if embeds is None else embeds.shape[:2]
-        offset = cached_length(kwargs.get("past_key_values"))
+        given: Any = kwargs.get("inputs_embeds")
+        if given is None:
+            given = kwargs.get("input_ids", args[0] if args else None)
+            if given is None or given.is_floating_point():
+                self._chunk = TokenlessChunk.of_call(current, base, kwargs)
+                return args, kwargs
+        batch, length = given.shape[:2]
+        offset = cached_length(kwargs.get("past_key_values")) - virtual_tokens(self.base)
         if kwargs.get("cache_params") is not None:
             offset = current.seen
         current.seen = offset + length
-        self._chunk = Chunk(current, offset, length, batch)
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.shape != (batch, max(offset, 0) + length):
+            mask = torch.ones(batch, max(offset, 0) + length, device=given.device)
+        layout = current.settle(mask.bool(), max(offset, 0))
+        self._chunk = Chunk(current, layout, offset, length, batch)
         return args, self._with_edited_embeddings(self._chunk, kwargs)
 
-    def _with_edited_embeddings(self, chunk: Chunk, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _with_edited_embeddings(
+        self, chunk: Chunk | TokenlessChunk, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
         embeds: Any = inputs.get("inputs_embeds")
-        if embeds is None or not self._at_embeddings:
+        stack = chunk.current.stack
+        units = [one for one in self.units if one.site.is_embeddings and one.site.stack == stack]
+        if embeds is None or not units:
             return inputs
         # The base will not call its embedding.
-        return inputs | {"inputs_embeds": self._apply(self._at_embeddings, chunk, embeds)}
+        return inputs | {"inputs_embeds": self._apply(units, chunk, embeds)}
 
     def trace(self, current: Pass, inputs: dict[str, Any]) -> Any:
         """One call of the base while `torch.compile` traces it: one graph, without a break.
@@ -260,11 +194,17 @@ class Engine:
         Hooks that come and go cannot be traced. Those of a compiled pass stay on the base, and do
         nothing in any other.
         """
+        if current.stack is not None:
+            raise NotImplementedError("torch.compile of an encoder-decoder ReftModel")
         _stand_on_base(self._number)
-        tokens: Any = inputs.get("input_ids")
-        batch, length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[:2]
-        offset = current.layout.attended.shape[1] - length
-        chunk = Chunk(current, offset, length, batch)
+        chunk: Chunk | TokenlessChunk
+        if current.layout is None:
+            chunk = TokenlessChunk.of_call(current, inner_model(self.base), inputs)
+        else:
+            tokens: Any = inputs.get("input_ids")
+            batch, length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[:2]
+            offset = current.layout.attended.shape[1] - length
+            chunk = Chunk(current, current.layout, offset, length, batch)
         self._traced_chunk = chunk
         try:
             with shared_bases(self._rotations()):
@@ -273,9 +213,11 @@ class Engine:
             self._traced_chunk = None
 
     def _acts(self, placed: PlacedUnit, current: Pass) -> bool:
+        if placed.site.stack != current.stack:
+            return False
         if isinstance(placed.unit, NoiseIntervention):
             return placed.unit.training and not current.is_generation
-        return current.selections[placed.key] is not None
+        return current.layout is None or current.selections[placed.key] is not None
 
     def _rotations(self) -> list[LowRankRotation]:
         modules = [module for placed in self.units for module in placed.unit.modules()]
@@ -291,7 +233,9 @@ class Engine:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        width = current.layout.attended.shape[1]
+        if current.layout is None:
+            return
+        width = current.layout.attended.shape[1] + virtual_tokens(self.base)
         if is_ours() and cached_length(kwargs.get("past_key_values")) >= width:
             hooks.close()
 
@@ -299,8 +243,9 @@ class Engine:
     def _hooked(self, base: nn.Module) -> Iterator[Callable[[], bool]]:
         with innermost(base) as is_ours, contextlib.ExitStack() as stack:
 
-            def chunk() -> Chunk | None:
-                if is_ours() and self._chunk is None:
+            def chunk(site: Site) -> Chunk | TokenlessChunk | None:
+                # Whoever calls the embedding first will give the base `inputs_embeds`.
+                if is_ours() and self._chunk is None and not site.is_embeddings:
                     raise RuntimeError("a layer of the base ran, but not the base's own forward")
                 return self._chunk if is_ours() else None
 
@@ -314,7 +259,7 @@ class Engine:
         return [base, *(site.module for site in self._by_site)]
 
     def _hook(
-        self, chunk: Callable[[], Chunk | None], kind: Callable[..., Any] = partial
+        self, chunk: "ChunkOf", kind: Callable[..., Any] = partial
     ) -> Iterator[Callable[[], None]]:
         """Put hooks on all sites; yields what removes them."""
         for site, placed in self._by_site.items():
@@ -365,12 +310,12 @@ class Engine:
     def _edit_output(
         self,
         placed: list[PlacedUnit],
-        chunk_of: Callable[[], Chunk | None],
+        chunk_of: "ChunkOf",
         module: nn.Module,
         args: tuple[Any, ...],
         output: Any,
     ) -> Any:
-        chunk = chunk_of()
+        chunk = chunk_of(placed[0].site)
         if chunk is None:
             return output
         if isinstance(output, tuple):
@@ -380,12 +325,12 @@ class Engine:
     def _edit_input(
         self,
         placed: list[PlacedUnit],
-        chunk_of: Callable[[], Chunk | None],
+        chunk_of: "ChunkOf",
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        chunk = chunk_of()
+        chunk = chunk_of(placed[0].site)
         if chunk is None:
             return args, kwargs
         if args:
@@ -396,13 +341,21 @@ class Engine:
     def _apply(
         self,
         placed: list[PlacedUnit],
-        chunk: Chunk,
+        chunk: Chunk | TokenlessChunk,
         hidden: Float[Tensor, "batch length hidden"],
     ) -> Float[Tensor, "batch length hidden"]:
+        if placed[0].site.stack != chunk.current.stack:  # an embedding that two stacks share
+            return hidden
         if not isinstance(hidden, Tensor) or hidden.dim() != 3:
             raise ValueError(
                 f"{placed[0].site}: expected hidden states [batch, length, width], got "
                 f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
+            )
+        chunk = chunk.at(hidden)
+        if hidden.shape[:2] != (chunk.batch, chunk.length):
+            raise ValueError(
+                f"{placed[0].site}: expected hidden states [{chunk.batch}, {chunk.length}, width], "
+                f"one per row and token of the input, got {tuple(hidden.shape)}"
             )
         edited: list[PlacedUnit] = []
         for one in placed:
@@ -413,10 +366,7 @@ class Engine:
             if chunk.current.alignment is not None and one.unit.training:
                 hidden = hidden + chunk.current.noise(one, hidden, chunk.offset)
             elif one.unit.training and not chunk.current.is_generation:
-                layout = chunk.current.layout
-                attended = chunk.columns(layout.attended).to(hidden.device)
-                prompt = chunk.columns(layout.prompt).to(hidden.device)
-                hidden = one.unit(hidden, attended=attended, prompt=prompt)
+                hidden = one.unit(hidden, **chunk.tokens(hidden.device))
         return self._edit(edited, chunk, hidden)
 
     def _edit(
@@ -450,13 +400,16 @@ class Engine:
         return hidden
 
 
+ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
 def _stand_on_base(number: str) -> None:
     """Put the hooks of an engine's compiled passes on its base, once."""
     engine = _ENGINES[number]
     if number not in _STANDING:
         _STANDING.add(number)
-        for _ in engine._hook(lambda: engine._traced_chunk, _StandingHook):
+        for _ in engine._hook(lambda _: engine._traced_chunk, _StandingHook):
             pass
         for site in engine._by_site:
             put_in_order(uncompiled(site.module))
@@ -477,28 +430,6 @@ class _StandingHook:
 
 def _no_edit(*_: Any) -> None:
     """Leave a module's input or output as it is."""
-
-
-def edit_rows(
-    hidden: Float[Tensor, "batch length hidden"],
-    units: Sequence[ReftIntervention],
-    rows: Rows,
-) -> Float[Tensor, "batch length hidden"]:
-    """Add each unit's edit to those of its rows that the mask holds.
-
-    Rows outside the mask are added exact zeros, which keeps every shape static: no
-    synchronisation with the device, and a NaN in padding stays where it is.
-    """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    mask = rows.mask.to(hidden.device)[:, None]
-    if rows.indices is None:
-        delta = units[0].delta(flat.masked_fill(~mask, 0)).to(hidden.dtype)
-        return (flat + delta.masked_fill(~mask, 0)).view_as(hidden)
-    indices = rows.indices.to(hidden.device)
-    parts = flat.index_select(0, indices).split_with_sizes(rows.counts)
-    deltas = [unit.delta(part) for unit, part in zip(units, parts, strict=True)]
-    delta = torch.cat([found.to(hidden.dtype) for found in deltas]).masked_fill(~mask, 0)
-    return flat.index_add(0, indices, delta).view_as(hidden)
 
 
 def cached_length(cache: Any) -> int:

@@ -1,34 +1,43 @@
 """`ReftModel`: a frozen base model with its units; called and generating like the base."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import saving
+from .chunks import Located, Pass
+from .components import Stack, is_encoder_decoder, trained_modules
+from .composition import inner_model, is_peft_model, section_of, virtual_tokens, with_peft
 from .config import ReftConfig
-from .engine import Engine, Pass, cached_length, inner_model, innermost
-from .pairs import in_pairs
+from .engine import Engine, cached_length, innermost
+from .fused import call_fused, expect_plain_head, has_fused_head
+from .guidance import guidance
+from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
+from .pairs import in_pairs, mean_of_pairs
 from .passes import Runner, SplitMode
 from .placement import place_units
 from .positions import (
     PromptLayout,
+    Selection,
     UnitLocations,
-    checked_lengths,
     explicit_selection,
-    has_token_labels,
     parse_unit_locations,
-    prompt_lengths_from_labels,
 )
 from .prefix_cache import PrefixCache
 from .quantised import keep_differentiable
+
+# Continuous batching lays prompts out in a way of its own, in passes that are not ours.
+_UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class ReftModel(nn.Module):
@@ -47,31 +56,32 @@ class ReftModel(nn.Module):
     """
 
     _hf_peft_config_loaded = True
-    """transformers' Trainer takes quantised models that say so: units are what it trains on them."""
+    """By which transformers' Trainer knows that units are trained, not the quantised base."""
 
     def __init__(self, config: ReftConfig, model: PreTrainedModel) -> None:
         super().__init__()
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder model: which of its two sequences "
-                "positions would count is not defined yet"
-            )
         if isinstance(model, ReftModel):
             raise ValueError("the model is a ReftModel already: put all units into one ReftConfig")
         if type(model).__name__ == "OptimizedModule":
             raise ValueError(
                 "the model is compiled: give the model itself, then torch.compile(reft_model)"
             )
-        self.model: PreTrainedModel = model
-        self.reft_config = config
         keep_differentiable(model)
+        section = section_of(model, config.peft)
+        if section is not None and not is_peft_model(model):
+            model = with_peft(model, section)
+        self.reft_config = dataclasses.replace(config, peft=section)
+        self._is_composed = section is not None
+        self.model: PreTrainedModel = model
         placed = place_units(config, model)
         self.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
         self._split: SplitMode = "auto"
+        self._fused_forward: Callable[..., Any] | None = None
         self.prefix_cache: PrefixCache | None = None
         self._engine = Engine(model, placed)
         self._runner = Runner(self._engine)
         self._is_disabled = False
+        self._continues = bool(inner_model(model).can_generate())
         self.interventions.train(model.training)
         self.training = model.training
         self.register_state_dict_post_hook(saving.keep_trained)  # type: ignore[no-untyped-call]  # torch's
@@ -81,13 +91,18 @@ class ReftModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
-                raise
+            if name in ("model", "_is_accelerate_prepared"):
+                raise  # the second is accelerate's mark of one object, not of its base
+            if name in _UNEDITED:
+                raise AttributeError(f"{name} would leave edits out: use generate") from None
             return getattr(self.model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("config", "generation_config"):
             setattr(self.model, name, value)
+        elif name == "forward" and has_fused_head(value):
+            expect_plain_head(inner_model(self.model), [one.site for one in self._engine.units])
+            self._fused_forward = value.__func__
         else:
             super().__setattr__(name, value)
 
@@ -142,27 +157,33 @@ class ReftModel(nn.Module):
         if input_ids is not None:
             inputs["input_ids"] = input_ids
         if self._is_disabled:
-            with innermost(inner_model(self.model)):
-                return self.model(**inputs)
+            with self._bare() as base:
+                return self._call(base, inputs)
         if self._engine.base is not self.model:
             raise ValueError(
                 "the base was replaced. nn.DataParallel copies it: start one process per device; "
                 "so does accelerate's regional compilation: compile the base's layers, or the "
                 "whole ReftModel"
             )
-        width, batch_size = _width_and_batch(inputs)
+        if self.training and not torch.compiler.is_compiling():
+            self._warn_of_noise_of_others()
+        batch_size = batch_of(inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
         )
         if doubled:
             inputs = in_pairs(inputs, batch_size)
             prompt_lengths = None if prompt_lengths is None else prompt_lengths.repeat(2)
-        layout = self._layout(inputs, prompt_lengths)
-        current = self._pass(layout, unit_locations, batch_size, width)
+        passes = self._passes(inputs, prompt_lengths, unit_locations, times=1 + doubled)
+        pairs = batch_size if doubled else None
+        if inputs.get("fused_lm_head"):
+            with self._engine.running(*passes):
+                outputs = self._call(self.model, inputs)
+            return outputs if pairs is None else mean_of_pairs(outputs, pairs)
         return self._runner.run(
-            current,
+            passes,
             inputs,
-            pairs=batch_size if doubled else None,
+            pairs=pairs,
             return_logits=return_logits,
             split=self._split,
             prefix_cache=self.prefix_cache,
@@ -190,15 +211,11 @@ class ReftModel(nn.Module):
             kwargs: as the base's `generate` takes them.
 
         Raises:
-            ValueError: as in `forward`, or `intervene_on_prompt=False`.
+            ValueError: as in `forward`, `intervene_on_prompt=False`, or a base without `generate`.
         """
+        self._expect_generation(intervene_on_prompt)
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        if not intervene_on_prompt:
-            raise ValueError(
-                "intervene_on_prompt False: to edit generated tokens, give the config "
-                "positions 'decode' or 'all+decode'"
-            )
         if isinstance(inputs, Mapping):
             batch = dict(inputs) | kwargs
             original = None
@@ -210,23 +227,52 @@ class ReftModel(nn.Module):
             kwargs["input_ids"] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
         if self._is_disabled:
-            with innermost(inner_model(self.model)):
-                return self.model.generate(**kwargs)
-        width, batch_size = _width_and_batch(kwargs)
-        if kwargs.get("attention_mask") is None and kwargs.get("input_ids") is not None:
-            mask = self._infer_attention_mask(kwargs)
+            with self._bare() as base:
+                return base.generate(**kwargs)
+        reads_tokens = self._stacks == (None,) and tokens_of(kwargs) is not None
+        if reads_tokens and kwargs.get("attention_mask") is None and "input_ids" in kwargs:
+            mask = infer_attention_mask(kwargs, self.model.generation_config)
             if mask is not None:
                 kwargs["attention_mask"] = mask
-        attended = _attended(kwargs, width, batch_size)
-        current = self._pass(PromptLayout(attended), unit_locations, batch_size, width)
-        current.is_generation = True
+        guided = guidance(kwargs, self.model.generation_config, self._continuation)
+        if guided is not None and self._stacks == (None,):
+            if unit_locations is not None:
+                raise ValueError(
+                    "guidance_scale: unit_locations tell no places in its other prompt"
+                )
+            if virtual_tokens(self.model):
+                raise ValueError(
+                    "guidance_scale: its other prompt would lack PEFT's virtual tokens"
+                )
+            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guided]
+        prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
+        passes = self._passes(prompt, None, unit_locations)
         drafts = ("assistant_model", "assistant_early_exit")
         settings = kwargs.get("generation_config")
-        current.is_assisted = any(
+        is_assisted = any(
             kwargs.get(name, getattr(settings, name, None)) is not None for name in drafts
         )
-        with self._engine.running(current):
+        for current in passes:
+            current.is_generation, current.is_assisted = True, is_assisted
+        with self._engine.running(*passes):
             return self.model.generate(**kwargs)
+
+    def _continuation(self, inputs: dict[str, Any], prompt_lengths: Tensor) -> Any:
+        """One pass of a generation, without noise."""
+        passes = self._passes(inputs, prompt_lengths, None)
+        for current in passes:
+            current.is_generation = True
+        with self._engine.running(*passes):
+            return self.model(**inputs)
+
+    def _expect_generation(self, intervene_on_prompt: bool) -> None:
+        if not hasattr(self.model, "generate"):
+            raise ValueError(f"generate: {type(inner_model(self.model)).__name__} writes no tokens")
+        if not intervene_on_prompt:
+            raise ValueError(
+                "intervene_on_prompt False: to edit generated tokens, give the config "
+                "positions 'decode' or 'all+decode'"
+            )
 
     @property
     def split(self) -> SplitMode:
@@ -252,59 +298,108 @@ class ReftModel(nn.Module):
         finally:
             self._is_disabled = before
 
-    def _layout(self, inputs: Mapping[str, Any], lengths: Tensor | None) -> PromptLayout:
-        width, batch_size = _width_and_batch(inputs)
-        past = cached_length(inputs.get("past_key_values"))
-        attended = _attended(inputs, past + width, batch_size)
-        labels = inputs.get("labels")
-        if lengths is not None:
-            lengths = checked_lengths(lengths, attended)
-        elif labels is not None and has_token_labels(labels, attended):
-            lengths = prompt_lengths_from_labels(labels, attended)
-        elif past:
-            lengths = attended[:, :past].sum(1)
-        return PromptLayout(attended, lengths)
+    @contextlib.contextmanager
+    def _bare(self) -> Iterator[PreTrainedModel]:
+        base = inner_model(self.model)
+        with innermost(base):
+            if not self._is_composed:
+                yield self.model
+            elif virtual_tokens(self.model):  # which the model inside knows nothing of
+                yield base
+            else:
+                with self.model.disable_adapter():
+                    yield base
 
-    def _pass(
-        self, layout: PromptLayout, unit_locations: UnitLocations | None, batch: int, width: int
-    ) -> Pass:
+    def _call(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+        if not inputs.get("fused_lm_head") or self._fused_forward is None:
+            return base(**inputs)
+        return call_fused(base, self._fused_forward, inputs)
+
+    @property
+    def _stacks(self) -> tuple[Stack | None, ...]:
+        return ("encoder", "decoder") if is_encoder_decoder(self.model) else (None,)
+
+    def _passes(
+        self,
+        inputs: Mapping[str, Any],
+        prompt_lengths: Tensor | None,
+        unit_locations: UnitLocations | None,
+        times: int = 1,
+    ) -> list[Pass]:
+        """What to edit, in each stack; `times` is how often the batch holds each example."""
+        if self._stacks == (None,) and tokens_of(inputs) is not None:
+            layout = read_layout(
+                inputs,
+                prompt_lengths,
+                past=cached_length(inputs.get("past_key_values")),
+                continues=self._continues,
+            )
+            if unit_locations is None:
+                return [Pass(layout, self._select(layout, None))]
+            batch, width = size_of(inputs)
+            return [Pass(layout, self._chosen(unit_locations, batch // times, width, times))]
+        if unit_locations is not None or prompt_lengths is not None:
+            raise ValueError(
+                f"{type(inner_model(self.model)).__name__} tells the length of its sequences only "
+                "when it runs, so unit_locations and prompt_lengths cannot be given: use the "
+                "config's positions"
+            )
+        has_labels = inputs.get("labels") is not None
+
+        def locate(stack: Stack | None, attended: Tensor, past: int) -> Located:
+            lengths = None
+            if past:
+                lengths = attended[:, :past].sum(1)
+            elif has_labels and stack == "decoder":  # which reads a start token before labels
+                lengths = attended.sum(1).clamp(max=1)
+            layout = PromptLayout(attended, lengths)
+            return layout, self._select(layout, stack)
+
+        return [Pass(locate=functools.partial(locate, s), stack=s) for s in self._stacks]
+
+    def _chosen(
+        self, unit_locations: UnitLocations, batch: int, width: int, times: int
+    ) -> dict[str, Selection | None]:
         units = [one for one in self._engine.units if one.positions is not None]
-        if unit_locations is not None:
-            times = layout.attended.shape[0] // batch
-            found = parse_unit_locations(unit_locations, len(units), batch, width)
-            chosen = [
-                None if c is None else explicit_selection(c.to(self.device).repeat(times, 1))
-                for c in found
-            ]
-            return Pass(layout, {o.key: c for o, c in zip(units, chosen, strict=True)})
+        found = parse_unit_locations(unit_locations, len(units), batch, width)
+        chosen = [
+            None if c is None else explicit_selection(c.to(self.device).repeat(times, 1))
+            for c in found
+        ]
+        return {one.key: columns for one, columns in zip(units, chosen, strict=True)}
+
+    def _select(self, layout: PromptLayout, stack: Stack | None) -> dict[str, Selection | None]:
         # Sites with equal positions share one selection, hence one computation of row indices.
         select: Any = layout.select
         if not torch.compiler.is_compiling():  # whose graph has equal operations once anyway
             select = functools.cache(select)
-        return Pass(layout, {o.key: select(o.positions, o.prefix, o.suffix) for o in units})
+        return {
+            one.key: select(one.positions, one.prefix, one.suffix)
+            for one in self._engine.units
+            if one.positions is not None and one.site.stack == stack
+        }
 
-    def _infer_attention_mask(self, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The mask that `generate` would infer from padding, so that both see the same one."""
-        given, own = kwargs.get("generation_config"), self.model.generation_config
-
-        def setting(name: str) -> Any:  # transformers fills what a given config leaves open
-            values = (kwargs.get(name), getattr(given, name, None), getattr(own, name, None))
-            return next((value for value in values if value is not None), None)
-
-        pad, eos = setting("pad_token_id"), setting("eos_token_id")
-        ends = torch.as_tensor(-1 if eos is None else eos).flatten().tolist()
-        if pad is None or pad in ends or kwargs["input_ids"].is_floating_point():
-            return None
-        return kwargs["input_ids"].ne(pad).long()
+    def _warn_of_noise_of_others(self) -> None:
+        """transformers' NEFTune stands on the embeddings, beside a noise of the config."""
+        for one in self._engine.units:
+            alpha = getattr(one.site.module, "neftune_noise_alpha", None)
+            if alpha is None or not (one.site.is_embeddings and one.positions is None):
+                continue
+            warnings.warn(
+                f"the embeddings are noised twice: by the config's {type(one.unit).__name__} and "
+                f"by transformers' NEFTune (neftune_noise_alpha={alpha}); leave one of them out",
+                stacklevel=3,
+            )
 
     # -- what the ecosystem asks a model for ---------------------------------------------------
 
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base takes `num_items_in_batch`, as transformers' Trainer determines it."""
-        accepts = getattr(self.model, "accepts_loss_kwargs", None)
+        base = inner_model(self.model)
+        accepts = getattr(base, "accepts_loss_kwargs", None)
         if accepts is None:
-            parameters = inspect.signature(self.model.forward).parameters.values()
+            parameters = inspect.signature(base.forward).parameters.values()
             accepts = any(p.kind is p.VAR_KEYWORD for p in parameters)
         return bool(accepts)
 
@@ -322,8 +417,20 @@ class ReftModel(nn.Module):
             one.unit.to(found or "cpu")
 
     def disable_model_gradients(self) -> None:
-        """Freeze the base."""
-        self.model.requires_grad_(False)
+        """Freeze the base, but for PEFT's parameters and the config's `modules_to_save`.
+
+        Where the config names none, the head of a classifier stays trained.
+        """
+        if not is_peft_model(self.model):
+            self.model.requires_grad_(False)
+        for module in trained_modules(self.model, self.reft_config.modules_to_save):
+            module.requires_grad_(True)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Of the base, as transformers counts them, and of the units."""
+        units = self.interventions.parameters()
+        own = sum(p.numel() for p in units if p.requires_grad or not only_trainable)
+        return own + int(self.model.num_parameters(only_trainable, exclude_embeddings))
 
     def count_parameters(self) -> tuple[int, int, int]:
         """Trainable parameters of the units and of the base, and all of the base."""
@@ -394,9 +501,19 @@ class ReftModel(nn.Module):
             self.push_to_hub(hf_repo_name)
 
     @classmethod
-    def from_pretrained(cls, model: PreTrainedModel, directory: str | Path) -> "ReftModel":
-        """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode."""
-        return saving.load_adapter(model, directory)
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        directory: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "ReftModel":
+        """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode.
+
+        Arguments and errors as of `saving.load_adapter`.
+        """
+        return saving.load_adapter(model, directory, revision=revision, token=token)
 
     @classmethod
     def load(
@@ -407,10 +524,6 @@ class ReftModel(nn.Module):
     ) -> "ReftModel":
         """pyreft's name and order of arguments for `from_pretrained`."""
         return cls.from_pretrained(model, load_directory)
-
-
-if torch.__version__ < "2.7":  # its dynamo can trace neither the models of transformers nor us
-    ReftModel.forward = torch.compiler.disable(ReftModel.forward)  # type: ignore[method-assign]
 
 
 def get_reft_model(
@@ -440,25 +553,3 @@ def get_reft_model(
     if disable_model_grads:
         reft_model.disable_model_gradients()
     return reft_model
-
-
-def _width_and_batch(inputs: Mapping[str, Any]) -> tuple[int, int]:
-    tokens = inputs.get("input_ids")
-    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
-        raise ValueError("expected input_ids or inputs_embeds")
-    return tokens.shape[1], tokens.shape[0]
-
-
-def _attended(inputs: Mapping[str, Any], width: int, batch: int) -> Bool[Tensor, "batch width"]:
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        tokens = inputs.get("input_ids")
-        device = (inputs["inputs_embeds"] if tokens is None else tokens).device
-        return torch.ones(batch, width, dtype=torch.bool, device=device)
-    if mask.shape != (batch, width):
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: expected ({batch}, {width}), one entry "
-            "per token, cached ones included"
-        )
-    return mask.bool()

@@ -1,6 +1,6 @@
 """Every example twice in one batch, for SymNoise, with the loss of the pair's mean."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,19 +26,40 @@ def in_pairs(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
         doubled["logits_to_keep"] = inputs["logits_to_keep"]
     if inputs.get("num_items_in_batch") is not None:
         doubled["num_items_in_batch"] = 2 * inputs["num_items_in_batch"]
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):  # ends of packed documents, of all rows in turn
+        if inputs.get(name) is not None:
+            ends = inputs[name]
+            doubled[name] = torch.cat([ends, ends[-1] + ends[1:]])
     return doubled
 
 
 def first_of_pairs(outputs: Any, batch: int) -> Any:
     """The outputs for the +δ rows, with the pair's loss: as many rows as the caller gave."""
+    return _join_pairs(outputs, batch, lambda plus, _: plus)
 
-    def first(value: Any) -> Any:
+
+def mean_of_pairs(outputs: Any, batch: int) -> Any:
+    """Each pair's mean, for callers that make their loss of log-probabilities: the pair's loss.
+
+    What is no number, such as whether a token is the likeliest, is that of the +δ rows.
+    """
+    return _join_pairs(
+        outputs,
+        batch,
+        lambda plus, minus: (plus + minus) / 2 if plus.is_floating_point() else plus,
+    )
+
+
+def _join_pairs(outputs: Any, batch: int, join: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    def joined(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[:batch] if value.dim() and value.shape[0] == 2 * batch else value
+            if not value.dim() or value.shape[0] != 2 * batch:
+                return value
+            return join(value[:batch], value[batch:])
         if isinstance(value, tuple | list):
-            return type(value)(first(part) for part in value)
+            return type(value)(joined(part) for part in value)
         return value
 
     if isinstance(outputs, Mapping):
-        return type(outputs)(**{name: first(value) for name, value in outputs.items()})
-    return first(outputs)
+        return type(outputs)(**{name: joined(value) for name, value in outputs.items()})
+    return joined(outputs)

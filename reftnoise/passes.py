@@ -13,7 +13,7 @@ Whether a base allows them is found out on the base itself, once, with eight tok
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
+from .chunks import Pass
 from .components import takes_position_ids
-from .engine import Engine, Pass, checkpointed_modules, exclusive, inner_model, innermost
+from .composition import inner_model, may_add_to_loss, virtual_tokens
+from .engine import Engine, checkpointed_modules, exclusive, innermost
 from .interventions import NoiseIntervention
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
 from .pairs import first_of_pairs
@@ -61,7 +63,7 @@ class Runner:
 
     def run(
         self,
-        current: Pass,
+        passes: Sequence[Pass],
         inputs: dict[str, Any],
         *,
         pairs: int | None = None,
@@ -72,7 +74,7 @@ class Runner:
         """One call of the base; returns its output class with its loss.
 
         Args:
-            current: the edits.
+            passes: the edits of each stack.
             inputs: of the base.
             pairs: for a batch that holds each of so many examples twice, return the first half.
             return_logits: True has the base compute all; False leaves them out where they are not
@@ -85,6 +87,7 @@ class Runner:
             ValueError: `split="always"`, but a training pass cannot be split; or gradients do not
                 pass a quantised base.
         """
+        current = passes[0]
         if torch.compiler.is_compiling():
             outputs = self._engine.trace(current, inputs)
             return outputs if pairs is None else first_of_pairs(outputs, pairs)
@@ -96,7 +99,7 @@ class Runner:
         if prefix_cache is not None and alignment is None and any(trained):
             prefix_cache.clear()  # fused optimizers change weights without a trace
         if whole:
-            with self._engine.running(current):
+            with self._engine.running(*passes):
                 outputs = self._engine.base(**inputs)
             return outputs if pairs is None else first_of_pairs(outputs, pairs)
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -140,6 +143,7 @@ class Runner:
         plain = whole or next(self._against_split(inputs), None)
         alignment = None
         if plain is None and split != "never":
+            assert current.layout is not None
             alignment = align(
                 current.layout,
                 current.selections.values(),
@@ -185,14 +189,14 @@ class Runner:
         *,
         to_end: bool,
     ) -> Decoded:
+        assert current.layout is not None
         base, cut = self._engine.base, alignment.cut
         decoder = inner_model(base).base_model
         moved = {id(s): alignment.select(s) for s in current.selections.values() if s is not None}
         selections = {k: s and moved[id(s)] for k, s in current.selections.items()}
+        layout = current.layout
         current = replace(current, selections=selections, alignment=alignment)
-        aligned = aligned_inputs(
-            alignment, inputs, current.layout, position_ids=self._takes_position_ids
-        )
+        aligned = aligned_inputs(alignment, inputs, layout, position_ids=self._takes_position_ids)
         prompt = {name: value[:, :cut] for name, value in aligned.items()}
         rest = {name: value[:, cut:] for name, value in aligned.items()}
         rest["attention_mask"] = aligned["attention_mask"]
@@ -304,9 +308,13 @@ class Runner:
     ) -> Iterator[str]:
         """Reasons to leave the loss to the base."""
         base, labels = self._engine.base, inputs.get("labels")
+        if current.layout is None:
+            yield "the base tells the length of its sequences only when it runs"
+            return
         inner = inner_model(base)
         decoder = inner.base_model
-        tail = [m for child in inner.children() if child is not decoder for m in child.modules()]
+        heads = [child for child in inner.children() if decoder not in (child, inner)]
+        tail = [module for head in heads for module in head.modules()]
         if labels is None:
             yield "there are no labels"
         if return_logits:
@@ -318,8 +326,8 @@ class Runner:
             yield f"{', '.join(sorted(unknown))} may change the loss"
         if inputs.get("return_dict", inner.config.return_dict) is False:
             yield "outputs are tuples"
-        if getattr(getattr(base, "active_peft_config", None), "is_prompt_learning", False):
-            yield "PEFT puts virtual tokens before the labels"
+        if virtual_tokens(base) or may_add_to_loss(base):
+            yield "PEFT's method has virtual tokens, or adds to the loss"
         if inner.loss_function is not ForCausalLMLoss:
             yield "the base has a loss_function of its own"
         if "forward" in vars(inner):  # device maps and offloading do that

@@ -1,13 +1,14 @@
 """Put the units of a config at the sites of a model."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
 from transformers import PreTrainedModel
 
-from .components import Site, find_site, hidden_size, num_layers
+from .chunks import PlacedUnit
+from .components import Site, find_site, hidden_size, num_layers, split_component
 from .config import ReftConfig, RepresentationConfig
-from .engine import PlacedUnit
 from .positions import Positions
 
 
@@ -25,7 +26,9 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
     taken: dict[str, int] = {}
     for index, entry in enumerate(config.representations):
         try:
-            layers = entry.layers(num_layers(model)) if entry.is_per_layer else [None]
+            layers: Sequence[int | None] = [None]
+            if entry.is_per_layer:
+                layers = entry.layers(num_layers(model, split_component(entry.component)[0]))
             for positions in entry.parts():
                 for layer in layers:
                     site = find_site(model, entry.component, layer)

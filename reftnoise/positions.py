@@ -154,12 +154,13 @@ class Selection:
     ) -> tuple[Int[Tensor, " rows"] | None, Bool[Tensor, " rows"]]:
         """Flat row indices into the [batch · length] columns from `offset`, and their mask.
 
+        Columns before 0, where virtual tokens stand, are not selected.
         None instead of indices stands for every row. Slots that do not count point at some row of
         their own sequence.
         """
         batch = self.mask.shape[0]
         if self.columns is None:
-            known = self.mask[:, offset : offset + length]
+            known = F.pad(self.mask[:, max(offset, 0) : offset + length], (max(-offset, 0), 0))
             beyond = self.mask.new_full((batch, length - known.shape[1]), self.decode)
             return None, torch.cat([known, beyond], dim=1).flatten()
         relative = self.columns - offset
@@ -175,6 +176,9 @@ class PromptLayout:
         attended: True at tokens, False at padding, on either side or in between.
         prompt_lengths: attended tokens in each row's prompt; all of them, if None.
     """
+
+    document_lengths: Int[Tensor, "batch width"] | None = None
+    """For rows packed with several documents, the tokens of each column's document."""
 
     def __init__(
         self,
@@ -198,22 +202,16 @@ class PromptLayout:
         """
         n = self.lengths[:, None]
         device, width = self.attended.device, self.attended.shape[1]
-        wanted = max(positions.first, first) + max(positions.last, last)
-        short = n < min(wanted, width + 1)
         prefix = torch.arange(min(positions.first, width), device=device)[None]
         suffix = torch.arange(min(positions.last, width), device=device)[None]
-        last = suffix.shape[1]
         explicit = torch.tensor(positions.indices, dtype=torch.long, device=device)[None]
+        rule = _ShortPrompts(positions, first, last, width)
         ranks = [
             prefix.expand(len(n), -1),
-            n - last + suffix,
+            n - suffix.shape[1] + suffix,
             torch.where(explicit < 0, n + explicit, explicit),
         ]
-        counted = [
-            ~short & (prefix < n) | short & (prefix < n // 2),
-            ~short | (last - suffix <= (n + 1) // 2),
-            ranks[2] < n,
-        ]
+        counted = [rule.in_prefix(ranks[0], n), rule.in_suffix(ranks[1], n), ranks[2] < n]
         rank, mask = torch.cat(ranks, 1), torch.cat(counted, 1)
         mask = mask & (rank >= 0)
         if positions.indices:  # on a short prompt, two of them may mean one token
@@ -223,11 +221,96 @@ class PromptLayout:
         if not positions.is_dense:
             return Selection(columns, mask)
         dense = torch.zeros_like(self.attended).scatter_reduce(1, columns, mask, "amax")
+        return self._with_words(dense, positions)
+
+    def _with_words(self, dense: Bool[Tensor, "batch width"], positions: Positions) -> Selection:
+        """A mask over all columns, with the prompt and what follows it where they are asked for."""
         if positions.all:
             dense = dense | self.prompt
         if positions.decode:
             dense = dense | (self.attended & ~self.prompt)
         return Selection(None, dense, decode=positions.decode)
+
+
+class PackedLayout(PromptLayout):
+    """The layout of rows that hold several documents one after the other.
+
+    Args:
+        attended: True at tokens.
+        position_ids: which begin anew with each document.
+        labels: each document's prompt ends before its first label that is not -100; without
+            labels, all of it is prompt.
+    """
+
+    def __init__(
+        self,
+        attended: Bool[Tensor, "batch width"],
+        position_ids: Int[Tensor, "batch width"],
+        labels: Int[Tensor, "batch width"] | None = None,
+    ) -> None:
+        super().__init__(attended)
+        starts = document_starts(attended, position_ids)
+        document = (starts.cumsum(1) - 1).clamp(min=0)
+
+        def per_document(mask: Tensor) -> Tensor:
+            counts = torch.zeros_like(document).scatter_add(1, document, mask.long())
+            return counts.gather(1, document)
+
+        def within(mask: Tensor) -> Tensor:
+            """How many of a document's columns up to this one are in the mask."""
+            counted = mask.cumsum(1)
+            before = torch.where(starts, counted - mask.long(), 0)
+            return counted - before.cummax(1).values
+
+        self.document_lengths = per_document(attended)
+        self._rank = within(attended) - 1
+        self._lengths = self.document_lengths
+        if labels is not None:
+            before_label = within(labels != -100) == 0
+            self._lengths = per_document(attended & before_label).clamp(min=1)
+        self.prompt = attended & (self._rank < self._lengths)
+
+    def select(self, positions: Positions, first: int = 0, last: int = 0) -> Selection:
+        """Resolve `positions` in each document; arguments as in `PromptLayout.select`."""
+        rank, n = self._rank, self._lengths
+        rule = _ShortPrompts(positions, first, last, self.attended.shape[1])
+        dense = (rule.in_prefix(rank, n) & (rank < positions.first)) | (
+            rule.in_suffix(rank, n) & (n - rank <= positions.last)
+        )
+        for index in positions.indices:
+            dense = dense | (rank == (n + index if index < 0 else index))
+        dense = dense & self.prompt
+        if positions.is_dense:
+            return self._with_words(dense, positions)
+        if torch.compiler.is_compiling():  # the number of columns would break the graph
+            return Selection(None, dense)
+        count = max(1, int(dense.sum(1).amax()))
+        columns = torch.argsort((~dense).to(torch.uint8), dim=1, stable=True)[:, :count]
+        return Selection(columns, dense.gather(1, columns))
+
+
+class _ShortPrompts:
+    """The paper's rule for prompts that are shorter than prefix and suffix together."""
+
+    def __init__(self, positions: Positions, first: int, last: int, width: int) -> None:
+        # A prompt cannot be longer than the width, which also keeps huge counts within int64.
+        self._limit = min(max(positions.first, first) + max(positions.last, last), width + 1)
+
+    def in_prefix(self, rank: Tensor, n: Tensor) -> Tensor:
+        """Whether a rank counts as one of the first tokens of a prompt of n."""
+        return torch.where(n < self._limit, rank < n // 2, rank < n)
+
+    def in_suffix(self, rank: Tensor, n: Tensor) -> Tensor:
+        """Whether a rank counts as one of the last tokens of a prompt of n."""
+        return (n >= self._limit) | (n - rank <= (n + 1) // 2)
+
+
+def document_starts(
+    attended: Bool[Tensor, "batch width"], position_ids: Int[Tensor, "batch width"]
+) -> Bool[Tensor, "batch width"]:
+    """The columns where a document begins: position ids do not go on counting."""
+    follows = F.pad(position_ids.diff(dim=1) == 1, (1, 0))
+    return attended & ~follows
 
 
 def explicit_selection(columns: Int[Tensor, "batch positions"]) -> Selection:

@@ -52,7 +52,7 @@ def probe(base: PreTrainedModel) -> Abilities:
             return Abilities(
                 type(seen[0]),
                 _no_tail(base, seen[0], plain, tokens),
-                _no_prefill(base, states, plain.logits, tokens),
+                _no_prefill(base, states, plain, tokens),
                 max((i for i, one in enumerate(states.layers) if one.is_initialized), default=0),
             )
     except Exception as error:  # of whatever model this is
@@ -75,19 +75,26 @@ def _no_tail(
 
 
 def _no_prefill(
-    base: PreTrainedModel, states: PromptStates, logits: Tensor, tokens: Tensor
+    base: PreTrainedModel, states: PromptStates, plain: ModelOutput, tokens: Tensor
 ) -> str | None:
     half = TOKENS // 2
     if scaling := _rope_that_depends_on_length(base):
         return f"{type(base).__name__} has {scaling} position embeddings, which depend on length"
+    problem = f"{type(base).__name__} does not keep all it needs in a cache"
     try:
         base(input_ids=tokens[:, :half], past_key_values=states, use_cache=True)
         kept = all(isinstance(layer, DynamicLayer) for layer in states.layers)
         rest = base(input_ids=tokens[:, half:], past_key_values=states, use_cache=True).logits
-        same = kept and states.get_seq_length() == TOKENS and _close(rest, logits[:, half:])
+        if kept and states.get_seq_length() == TOKENS and _close(rest, plain.logits[:, half:]):
+            return None
     except Exception as error:
-        return f"{type(base).__name__} cannot continue from a cache: {error}"
-    return None if same else f"{type(base).__name__} does not keep all it needs in a cache"
+        problem = f"{type(base).__name__} cannot continue from a cache: {error}"
+    cache = plain.get("past_key_values", plain.get("cache_params"))
+    for layer in getattr(cache, "layers", ()):
+        if not isinstance(layer, DynamicLayer):
+            kind = type(layer).__name__
+            return f"{type(base).__name__} keeps states ({kind}) beside keys and values"
+    return problem
 
 
 def _rope_that_depends_on_length(base: nn.Module) -> str | None:
@@ -126,7 +133,7 @@ def is_watched(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _alone(base: nn.Module) -> Iterator[None]:
-    """Within the block, the base is in evaluation mode, not compiled, and no hook of others runs."""
+    """Within the block, the base is in evaluation mode, uncompiled, and no hook of others runs."""
     modes = [(module, module.training) for module in base.modules()]
     watched = [module for module in base.modules() if is_watched(module)]
     hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in watched]

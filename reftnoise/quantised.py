@@ -5,6 +5,7 @@ gradient then takes the residual stream alone.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ def keep_differentiable(base: nn.Module) -> None:
     training. Weights that are packed already are unpacked.
     """
     for module in base.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+        if vars(module).get("support_avx512bf16_for_cpu", False):
+            vars(module)["support_avx512bf16_for_cpu"] = False
             module.state_dict()  # unpacks in place, so that the file is the same on every CPU
 
 
@@ -32,7 +33,8 @@ def check_gradients(base: nn.Module) -> None:
         ValueError: the two differ by more than quantised activations explain.
     """
     for name, module in one_of_each_kind(base):
-        inputs = torch.arange(2 * module.in_features, device=_device(module, base))  # type: ignore[arg-type]
+        width: Any = module.in_features
+        inputs = torch.arange(2 * width, device=_device(module, base))
         inputs = inputs.sin().to(base.dtype).view(1, 2, -1).requires_grad_()  # type: ignore[arg-type]
         try:
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):

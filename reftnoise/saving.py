@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .components import hidden_size, num_layers
+from .composition import own_state
 from .config import ReftConfig
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def save_adapter(
     if not (directory / CARD_NAME).exists():
         files[CARD_NAME] = _card(description["base_model"]["name_or_path"]).encode()
     directory.mkdir(parents=True, exist_ok=True)
-    _replace_all(directory, files)
+    replace_all(directory, files)
 
 
 def upload_adapter(
@@ -111,12 +113,20 @@ def upload_adapter(
     return str(commit)
 
 
-def load_adapter(model: PreTrainedModel, directory: str | Path) -> "ReftModel":
+def load_adapter(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> "ReftModel":
     """Wrap `model` with a saved adapter, in evaluation mode.
 
     Args:
         model: the base that the adapter was trained on, or one of its shape.
         directory: an adapter directory, or the name of a hub repository that is one.
+        revision: branch, tag or commit of a hub repository.
+        token: for a private one, as `huggingface_hub` takes it.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
@@ -125,12 +135,14 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> "ReftModel":
     """
     from .model import ReftModel
 
-    directory = _local(directory)
+    files = [CONFIG_NAME, WEIGHTS_NAME]
+    directory = local_directory(directory, files, revision=revision, token=token)
     config = read_config(directory, model)
     reft_model = ReftModel(config, model)
     loaded = load_weights(reft_model, directory)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(f"model.{name}" in loaded)
+    if config.peft is None:  # else PEFT has said what is trained
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(f"model.{name}" in loaded)
     reft_model.set_device(None)
     reft_model.eval()
     return reft_model
@@ -146,7 +158,9 @@ def read_config(directory: Path, model: PreTrainedModel) -> ReftConfig:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         schema, saved = description["schema_version"], description["base_model"]
-        representations, saved = description["representations"], dict(saved)
+        units = {"representations": description["representations"]}
+        units |= {f.name: description[f.name] for f in fields(ReftConfig) if f.name in description}
+        saved = dict(saved)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
     if schema != SCHEMA_VERSION:
@@ -160,7 +174,7 @@ def read_config(directory: Path, model: PreTrainedModel) -> ReftConfig:
                 f"{saved.get(name)!r}, the given model ({model.config.name_or_path}) {mine!r}"
             )
     try:
-        return ReftConfig(representations=representations)
+        return ReftConfig.from_dict(units)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -205,14 +219,14 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> set[str]:
 
 def keep_trained(module: "ReftModel", state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
-    trained = {f"{prefix}model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
-    for name in [n for n in state if n.startswith(f"{prefix}model.") and n not in trained]:
+    kept = {f"{prefix}model.{name}" for name in _trained(module.model)}
+    for name in [n for n in state if n.startswith(f"{prefix}model.") and n not in kept]:
         del state[name]
 
 
 def expect_trained(module: "ReftModel", keys: Any) -> None:
     """Do not miss what `keep_trained` leaves out."""
-    trained = {f"model.{n}" for n, p in module.model.named_parameters() if p.requires_grad}
+    trained = {f"model.{name}" for name in _trained(module.model)}
     frozen = {f"model.{n}" for n in module.model.state_dict()} - trained
 
     def is_frozen(key: str) -> bool:  # the key may begin with the names of modules around ours
@@ -222,12 +236,22 @@ def expect_trained(module: "ReftModel", keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if not is_frozen(key)]
 
 
+def _trained(base: PreTrainedModel) -> set[str]:
+    """Names of what is saved of a base: what is trained, and what PEFT needs beside it."""
+    return {n for n, p in base.named_parameters() if p.requires_grad} | own_state(base)
+
+
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What an adapter needs its base to be. The vocabulary may be resized, so it is not in it."""
+    layers: int | None
+    try:
+        layers = num_layers(model)
+    except ValueError:  # of no use to units at dotted paths
+        layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     return {
         "model_type": model.config.model_type,
         "hidden_size": hidden_size(model),
-        "num_hidden_layers": num_layers(model),
+        "num_hidden_layers": layers,
     }
 
 
@@ -242,7 +266,14 @@ def _card(base: str) -> str:
     return _CARD.format(metadata=metadata, base=base or "a base model")
 
 
-def _local(directory: str | Path) -> Path:
+def local_directory(
+    directory: str | Path,
+    files: list[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """A directory, or those files of a hub repository, downloaded."""
     if Path(directory).is_dir():
         return Path(directory)
     if Path(directory).exists():
@@ -253,14 +284,16 @@ def _local(directory: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(directory, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+        return Path(
+            snapshot_download(directory, revision=revision, token=token, allow_patterns=files)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{directory}: no such directory, and not to be had from the hub ({error})"
         ) from None
 
 
-def _replace_all(directory: Path, files: Mapping[str, bytes]) -> None:
+def replace_all(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write files under temporary names; when all are whole, rename them one by one.
 
     Should a rename fail, the config's digest tells on loading that old and new are mixed.

@@ -77,8 +77,9 @@ class ReftTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # Label smoothing and compute_loss_func take the labels away, which tell the prompt's end.
         labels, tokens = inputs.get("labels"), inputs.get("input_ids")
-        if "prompt_lengths" not in inputs and tokens is not None and labels is not None:
-            mask = inputs.get("attention_mask")
+        mask = inputs.get("attention_mask")
+        is_packed = mask is None and "position_ids" in inputs
+        if not ("prompt_lengths" in inputs or tokens is None or labels is None or is_packed):
             attended = torch.ones_like(tokens).bool() if mask is None else mask.bool()
             if has_token_labels(labels, attended):
                 lengths = prompt_lengths_from_labels(labels, attended)
@@ -114,8 +115,8 @@ class ReftTrainer(Trainer):
         saving.load_weights(self.model, self.state.best_model_checkpoint)
 
 
-ReftTrainerForCausalLM = ReftTrainer
-"""pyreft's name for the trainer of causal language models."""
+ReftTrainerForCausalLM = ReftTrainerForSequenceClassification = ReftTrainer
+"""pyreft's names for the trainer, which is one for all tasks."""
 
 
 def last_complete_checkpoint(output_dir: str) -> str:

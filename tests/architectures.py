@@ -26,7 +26,7 @@ _LLAMA_LIKE: dict[str, Any] = {
     "max_position_embeddings": 128,
     **_SPECIAL,
 }
-_CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE | {"head_dim": 8},
@@ -57,16 +57,20 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         **_SPECIAL,
     },
 }
-ARCHITECTURES = list(_CONFIGS)
+ARCHITECTURES = list(CONFIGS)
 
 
 def tiny_model(architecture: str = "llama", **changes: Any) -> Any:
     """A random model in evaluation mode, the same at every call."""
     set_seed(0)
-    config = AutoConfig.for_model(architecture, **(_CONFIGS[architecture] | changes))
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # larger than default weights, so that an edit changes what is generated
+    config = AutoConfig.for_model(architecture, **(CONFIGS[architecture] | changes))
+    return with_large_weights(AutoModelForCausalLM.from_config(config))
+
+
+def with_large_weights(model: Any) -> Any:
+    """The model in evaluation mode, with weights that let an edit change what it generates."""
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
-    return model
+    return model.eval()

@@ -10,18 +10,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MATHS = sorted((ROOT / "interventions").glob("*.py"))
-SYSTEM = sorted((ROOT / "reftnoise").glob("*.py")) + sorted((ROOT / "reftnoise/bench").glob("*.py"))
+SYSTEM = [
+    path
+    for folder in ("reftnoise", "reftnoise/bench", "reftnoise/integrations")
+    for path in sorted((ROOT / folder).glob("*.py"))
+]
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
     {"interventions"},
-    {"compiled", "config", "positions", "components", "loss", "prefix_cache", "pairs", "quantised"},
-    {"split", "probe"},
+    {"positions", "compiled", "composition", "loss", "prefix_cache", "pairs", "quantised"},
+    {"components"},
+    {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
+    {"chunks", "guidance"},
     {"engine"},
     {"placement", "passes"},
     {"model", "saving"},
     {"data", "trainer", "progress"},
-    {"demo", "tiny", "bench"},
+    {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations"},
     {"cli"},
     {"__main__"},
 ]

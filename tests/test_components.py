@@ -1,14 +1,27 @@
 """Components are found by structure, on architectures that name their modules differently."""
 
+import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import tiny_model
+from tiny_models import examples_of, model_of
 from torch import Tensor, nn
-from transformers import BartConfig, BartForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BartConfig,
+    BartForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
+import reftnoise as rn
 from reftnoise.components import COMPONENTS, Site, find_layers, find_site, hidden_size, num_layers
 
 WIDTH, LAYERS = 32, 3
@@ -150,7 +163,7 @@ def test_a_layer_with_two_attentions_or_no_mlp(component: str) -> None:
     children = ", ".join(name for name, _ in model.model.decoder.layers[0].named_children())
     message = (
         f"component {component!r}: BartDecoderLayer has {children}; name one of them by its "
-        "dotted path, such as 'model.layers[3].mlp.output'"
+        "dotted path, such as 'model.decoder.layers.0.self_attn.output'"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         find_site(model, component, 0)
@@ -160,8 +173,86 @@ def test_a_model_without_a_list_of_layers() -> None:
     model = tiny_model()
     model.config.num_hidden_layers = 5
     message = (
-        "LlamaForCausalLM: found no list of 5 layers; name the component by its dotted path, such "
-        "as 'model.layers[3].output'"
+        "LlamaForCausalLM: found no list of 5 layers; name the component by its dotted path, "
+        "ending in .output or .input; lists of modules: model.layers[0-2]"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         find_site(model, "block_output", 0)
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+}
+
+
+def test_layers_that_stand_in_no_list_are_named_by_their_path(tmp_path: Path) -> None:
+    """ALBERT's layers are one module, called three times."""
+    base = AlbertForSequenceClassification(AlbertConfig(**SMALL, embedding_size=16))
+    unit: dict[str, Any] = {"intervention": "loreft", "low_rank_dimension": 2, "positions": "f1"}
+    message = (
+        "representations[0]: AlbertForSequenceClassification: found no list of 3 layers; name the "
+        "component by its dotted path, ending in .output or .input; lists of modules: "
+        "albert.encoder.albert_layer_groups[0-0], "
+        "albert.encoder.albert_layer_groups.0.albert_layers[0-0]"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        rn.get_reft_model(base, rn.ReftConfig(unit | {"layer": "all"}))
+    unit["component"] = "albert.encoder.albert_layer_groups[0].output"
+    model = rn.get_reft_model(base, rn.ReftConfig(unit))
+    inputs = {"input_ids": torch.arange(3, 9)[None]}
+    model(**inputs, labels=torch.tensor([1])).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.interventions.parameters())
+    expected = model.eval()(**inputs).logits
+    model.save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(loaded(**inputs).logits, expected)
+
+
+def test_an_embedding_that_the_model_does_not_tell_is_named_by_its_path() -> None:
+    base = model_of("wav2vec2")
+    message = (
+        "representations[0]: component 'embeddings': Wav2Vec2ForSequenceClassification does not "
+        "tell its embedding; name it by its dotted path, such as 'model.embed_tokens.output'"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        rn.get_reft_model(base, rn.ReftConfig({"intervention": "neftune"}))
+    path = "wav2vec2.feature_projection.output"
+    rn.get_reft_model(base, rn.ReftConfig({"intervention": "neftune", "component": path}))
+
+
+def test_a_config_without_layers_or_width() -> None:
+    base = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    )
+    message = (
+        "ResNetForImageClassification: found no list of its layers; name the component by its "
+        "dotted path, ending in .output or .input; lists of modules: resnet.encoder.stages[0-0]"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        num_layers(base)
+    message = "ResNetForImageClassification: its config has no hidden_size"
+    with pytest.raises(ValueError, match=exactly(message)):
+        hidden_size(base)
+
+
+def test_hidden_states_that_are_not_one_per_token() -> None:
+    """XLNet's are [length, batch, width]; those of an image tower belong to patches."""
+    config = XLNetConfig(vocab_size=101, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    base = XLNetForSequenceClassification(config)
+    loreft = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
+    model = rn.get_reft_model(base, rn.ReftConfig(loreft))
+    message = (
+        "transformer.layer.0.output: expected hidden states [1, 6, width], one per row and token "
+        "of the input, got (6, 1, 32)"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        model(input_ids=torch.arange(3, 9)[None])
+    path = "model.vision_tower.encoder.layers[0].output"
+    unit = {"intervention": "loreft", "low_rank_dimension": 2, "component": path}
+    model = rn.get_reft_model(model_of("llava"), rn.ReftConfig(unit))
+    with pytest.raises(ValueError, match=r"one per row and token of the input, got \(1, 5, 32\)"):
+        model(**examples_of("llava")[0])

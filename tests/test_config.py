@@ -24,7 +24,7 @@ NOISE = [name for name in INTERVENTIONS if name not in REFT]
 OTHER_THAN_DEFAULT: dict[str, Any] = {
     "low_rank_dimension": 3,
     "dropout": 0.25,
-    "act_fn": "gelu",
+    "act_fn": "relu",
     "dtype": "bfloat16",
     "add_bias": True,
     "alpha": 7.5,
@@ -240,7 +240,8 @@ def test_untied_units_are_all_prefixes_before_all_suffixes() -> None:
 REFT_KEYS = "layer, component, embed_dim, positions, tied, intervention, low_rank_dimension"
 NOISE_KEYS = "layer, component, embed_dim, intervention, alpha, length, unit_variance, where"
 NAMES = (
-    "loreft, noreft, direft, nodireft, consreft, lobireft, neftune, gaussian, bernoulli, symnoise"
+    "loreft, noreft, direft, nodireft, consreft, lobireft, bias, adapter, neftune, "
+    "gaussian, bernoulli, symnoise"
 )
 COMPONENTS = (
     "block_output, block_input, attention_output, mlp_output, embeddings, or a dotted path that "
@@ -399,7 +400,7 @@ def test_not_a_list_of_entries(representations: Any) -> None:
 
 @pytest.mark.parametrize("values", [[], None, "x", {}, {"representation": []}])
 def test_not_a_config(values: Any) -> None:
-    message = f"expected a mapping with 'representations' alone, got {values!r}"
+    message = f"expected a mapping with 'representations', got {values!r}"
     with pytest.raises(ValueError, match=exactly(message)):
         rn.ReftConfig.from_dict(values)
 

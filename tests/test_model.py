@@ -12,8 +12,6 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GenerationConfig,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -205,12 +203,6 @@ def test_prompt_lengths_beyond_the_tokens_mean_all_of_them() -> None:
     model, inputs = wrapped(), batch()
     whole = model(**inputs, prompt_lengths=inputs["attention_mask"].sum(1)).loss
     assert torch.equal(model(**inputs, prompt_lengths=torch.full((3,), 99)).loss, whole)
-
-
-def test_encoder_decoder_models_are_refused() -> None:
-    base = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=1))
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
-        wrapped(model=base)
 
 
 def test_layers_are_those_of_the_text_model() -> None:

@@ -168,7 +168,7 @@ def test_new_weights_are_noticed() -> None:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 def test_prompts_of_a_peft_base_are_not_kept() -> None:
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    base = peft.get_peft_model(tiny_model(), lora)
+    base = peft.get_peft_model(tiny_model(), lora).requires_grad_(False)
     model = split(wrapped(base=base))
     model.prefix_cache = PrefixCache()
     expected = plain(model, batch())

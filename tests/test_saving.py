@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import reftnoise as rn
 from reftnoise.interventions import INTERVENTIONS
+from reftnoise.interventions.base import constructor_arguments
 
 REFT = [name for name, unit in INTERVENTIONS.items() if issubclass(unit, rn.ReftIntervention)]
 NOISE = [name for name in INTERVENTIONS if name not in REFT]
@@ -83,17 +84,17 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_loading_gives_bit_equal_outputs(
     name: str, tied: bool, dtype: str, base_dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    entry = {
+    entry: dict[str, Any] = {
         "layer": [0, 1],
         "intervention": name,
-        "low_rank_dimension": 3,
         "positions": "f2+l3",
         "tied": tied,
         "dropout": 0.25,
         "dtype": dtype,
     }
-    if name not in ("consreft", "lobireft"):
-        entry["act_fn"] = "gelu"
+    known = constructor_arguments(INTERVENTIONS[name])
+    entry |= {"act_fn": "silu"} if "act_fn" in known else {}
+    entry |= {"low_rank_dimension": 3} if "low_rank_dimension" in known else {}
     reft_model = train(wrapped(entry, tiny_model().to(base_dtype)))
     reft_model.save_pretrained(tmp_path)
     base = tiny_model().to(base_dtype)

@@ -20,13 +20,14 @@ from reftnoise.interventions import (
 )
 
 REFT = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"]
+ADAPTERS = ["bias", "adapter"]
 NOISE = ["neftune", "gaussian", "bernoulli", "symnoise"]
 
 # For every argument of a registered class, a value that is no class's default.
 OTHER_VALUES: dict[str, list[Any]] = {
     "low_rank_dimension": [3],
     "dropout": [0.25],
-    "act_fn": ["gelu"],
+    "act_fn": ["relu"],
     "dtype": ["bfloat16", torch.float64],
     "add_bias": [True],
     "alpha": [2.5, 10, 0],
@@ -37,13 +38,13 @@ OTHER_VALUES: dict[str, list[Any]] = {
 
 
 def default(name: str) -> ReftIntervention | NoiseIntervention:
-    required = {"low_rank_dimension": 2} if name in REFT else {}
+    required = {"low_rank_dimension": 2} if name in (*REFT, "adapter") else {}
     return INTERVENTIONS[name](embed_dim=8, **required)
 
 
 CASES = [
     (name, argument, value)
-    for name in (*REFT, *NOISE)
+    for name in (*REFT, *ADAPTERS, *NOISE)
     for argument in default(name).arguments()
     for value in OTHER_VALUES[argument]
     if (name, argument) != ("nodireft", "add_bias")  # which must stay False
@@ -73,12 +74,12 @@ def assert_equal_units(one: Any, other: Any) -> None:
 
 
 def test_the_family_is_registered() -> None:
-    assert list(INTERVENTIONS) == [*REFT, *NOISE]
-    assert all(issubclass(INTERVENTIONS[name], ReftIntervention) for name in REFT)
+    assert list(INTERVENTIONS) == [*REFT, *ADAPTERS, *NOISE]
+    assert all(issubclass(INTERVENTIONS[name], ReftIntervention) for name in (*REFT, *ADAPTERS))
     assert all(issubclass(INTERVENTIONS[name], NoiseIntervention) for name in NOISE)
 
 
-@pytest.mark.parametrize("name", [*REFT, *NOISE])
+@pytest.mark.parametrize("name", [*REFT, *ADAPTERS, *NOISE])
 def test_a_name_and_its_class_are_one(name: str) -> None:
     assert intervention_name(intervention_class(name)) == name
 
@@ -86,7 +87,7 @@ def test_a_name_and_its_class_are_one(name: str) -> None:
 def test_an_unknown_name_lists_the_known_and_the_nearest() -> None:
     with pytest.raises(ValueError, match="'lorft' is not registered; did you mean 'loreft'") as e:
         intervention_class("lorft")
-    assert all(name in str(e.value) for name in (*REFT, *NOISE))
+    assert all(name in str(e.value) for name in (*REFT, *ADAPTERS, *NOISE))
     with pytest.raises(ValueError, match="'xyz' is not registered; known: loreft, noreft"):
         intervention_class("xyz")
 
@@ -124,7 +125,7 @@ def test_only_interventions_are_registered(cls: type) -> None:
 # -- arguments -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*REFT, *NOISE])
+@pytest.mark.parametrize("name", [*REFT, *ADAPTERS, *NOISE])
 def test_the_arguments_of_a_default_rebuild_it(name: str) -> None:
     unit = default(name)
     arguments = json.loads(json.dumps(unit.arguments()))

@@ -1,0 +1,203 @@
+"""PEFT's methods under the same config: a `peft` section, or a `PeftModel` that is ready.
+
+What PEFT trains is trained, saved and loaded with the units; virtual tokens that a method puts
+before the user's do not count as positions.
+"""
+
+import difflib
+import enum
+import inspect
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+# Of a PEFT config: where it came from and how it is used, not what it is.
+_NOT_SAVED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+}
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def inner_model(base: PreTrainedModel) -> PreTrainedModel:
+    """The model whose forward runs: a PEFT model generates with the model inside it."""
+    return base.get_base_model() if hasattr(base, "get_base_model") else base
+
+
+def virtual_tokens(base: nn.Module) -> int:
+    """Tokens that PEFT puts before the user's, as embeddings or in the cache."""
+    config: Any = getattr(base, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
+
+
+def is_peft_model(base: nn.Module) -> bool:
+    """Whether a model is PEFT's wrapper around another."""
+    return hasattr(base, "get_base_model") and hasattr(base, "peft_config")
+
+
+def read_peft(section: Any) -> dict[str, Any]:
+    """A `peft` section as plain values: `peft_type`, and the arguments of that method's config.
+
+    Args:
+        section: such a mapping, with `peft_type` in any case (`"lora"`), or a `peft.PeftConfig`.
+
+    Raises:
+        ValueError: an unknown method, argument or value; the message says what is possible.
+        ImportError: peft is not installed.
+    """
+    peft = _peft()
+    if isinstance(section, peft.PeftConfig):
+        return _as_section(section)
+    if not isinstance(section, Mapping) or "peft_type" not in section:
+        raise ValueError(
+            f"peft {section!r}: expected a mapping with 'peft_type', such as "
+            "{'peft_type': 'lora', 'r': 8}, or a peft.PeftConfig"
+        )
+    return _as_section(_config(peft, section))
+
+
+def with_peft(model: PreTrainedModel, section: Mapping[str, Any]) -> Any:
+    """`model` inside PEFT's wrapper, with what PEFT trains set to be trained.
+
+    Raises:
+        ValueError: PEFT finds nothing in the model to adapt, or needs further arguments.
+    """
+    peft = _peft()
+    config = _config(peft, section)
+    if config.task_type is None:
+        config.task_type = _task(model)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"peft {section['peft_type']}: {error}") from None
+
+
+def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The section for a config: `given`, or that of a ready PEFT model if it is to be trained.
+
+    Raises:
+        ValueError: the given section is another than the model's.
+    """
+    given = None if given is None else dict(given)
+    if not is_peft_model(base):
+        return given
+    active: Any = base.active_peft_config
+    own = _as_section(active)
+    if given is None:
+        return own if any(parameter.requires_grad for parameter in base.parameters()) else None
+    for key, value in given.items():
+        if key != "task_type" and own.get(key) != value:
+            raise ValueError(
+                f"peft: the config has {key} {value!r}, the given PeftModel {own.get(key)!r}"
+            )
+    return given
+
+
+def own_state(base: nn.Module) -> set[str]:
+    """Names of the tensors that PEFT adds to a base, trained or not, each under one name alone."""
+    if not is_peft_model(base):
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(path, m) for path, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
+    added = {
+        f"{path}.{name}"
+        for path, layer in layers
+        for name in layer.state_dict()
+        if not name.startswith("base_layer.")
+    }
+    once = dict(base.named_parameters()) | dict(base.named_buffers())  # layers may share some
+    return added & set(once)
+
+
+def may_add_to_loss(base: nn.Module) -> bool:
+    """Whether PEFT's method does more than call the inner model."""
+    if not is_peft_model(base) or virtual_tokens(base):
+        return False
+    from peft.tuners.tuners_utils import BaseTuner
+
+    tuner: Any = type(base.base_model)
+    return tuner.forward is not BaseTuner.forward and base.base_model is not inner_model(base)
+
+
+def _config(peft: ModuleType, section: Mapping[str, Any]) -> Any:
+    arguments = dict(section)
+    given = arguments.pop("peft_type")
+    name = str(getattr(given, "value", given)).upper()
+    kinds = {kind.value: cls for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"did you mean {near[0].lower()!r}? " if near else ""
+        known = ", ".join(kind.lower() for kind in sorted(kinds))
+        raise ValueError(f"peft_type {given!r}; {hint}peft has {known}")
+    possible = [n for n in inspect.signature(kinds[name]).parameters if n not in _NOT_SAVED]
+    if unknown := [key for key in arguments if key not in possible]:
+        near = difflib.get_close_matches(str(unknown[0]), possible, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"peft: unknown key {unknown[0]!r} for {kinds[name].__name__}; {hint}possible: "
+            f"{', '.join(possible)}"
+        )
+    try:
+        return kinds[name](**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"peft {name.lower()}: {error}") from None
+
+
+def _as_section(config: Any) -> dict[str, Any]:
+    """What differs from the defaults, as JSON values."""
+    values = {
+        field.name: _plain(getattr(config, field.name))
+        for field in fields(config)
+        if field.name not in _NOT_SAVED and getattr(config, field.name) != _default(field)
+    }
+    return {"peft_type": config.peft_type.value.lower()} | values
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _task(model: PreTrainedModel) -> str | None:
+    name = type(model).__name__
+    for ending, task in _TASKS.items():
+        if name.endswith(ending):
+            return task
+    if not model.can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError:
+        raise ImportError(
+            "the config has a peft section, which needs peft: pip install 'reftnoise[peft]'"
+        ) from None
+    return peft

@@ -1,0 +1,73 @@
+"""TRL's fused head: log-probabilities of labels from hidden states and the head's weight.
+
+TRL replaces a model's `forward` by a function that runs the decoder and the head by itself. A
+`ReftModel` keeps that function and lends it to its base for the length of a pass, so that it runs
+where the base's own forward would: inside PEFT's wrapper, and among our hooks.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .components import Site
+from .composition import inner_model
+
+
+def has_fused_head(forward: Any) -> bool:
+    """Whether a function, or one that it wraps, has TRL's argument `fused_lm_head`."""
+    while callable(forward):
+        if "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters:
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+def expect_plain_head(base: PreTrainedModel, sites: Iterable[Site]) -> None:
+    """Refuse edits that a fused head would leave out: it reads the head's weight and no more.
+
+    Raises:
+        ValueError: a unit's site is the head, or PEFT adapts it.
+    """
+    head: nn.Module | None = base.get_output_embeddings()
+    edits = [f"the unit at {site}" for site in sites if site.module is head]
+    if hasattr(head, "base_layer"):
+        edits.append("PEFT's adapter on the head")
+    if edits:
+        raise ValueError(
+            f"TRL takes log-probabilities from the weight of the head alone, so {edits[0]} would "
+            "have no effect: leave it out"
+        )
+
+
+def call_fused(
+    base: PreTrainedModel, function: Callable[..., Any], inputs: Mapping[str, Any]
+) -> Any:
+    """Call `base` with `function` as the forward of the model in it.
+
+    Raises:
+        ValueError: TRL has put its head on PEFT's wrapper as well.
+    """
+    inner = inner_model(base)
+    if base is not inner and has_fused_head(vars(base).get("forward")):
+        raise ValueError(
+            "TRL was given the PEFT model under the units, perhaps as ref_model: its adapter is in "
+            "training. Leave ref_model out, and TRL loads the base"
+        )
+    before, own = vars(inner).get("forward"), inner.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("fused_lm_head"):
+            return function(inner, *args, **kwargs)
+        return own(*args, **kwargs)  # for a pass within this one
+
+    inner.forward = forward
+    try:
+        return base(**inputs)
+    finally:
+        if before is None:
+            del inner.forward
+        else:
+            inner.forward = before
