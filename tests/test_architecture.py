@@ -19,7 +19,7 @@ SYSTEM = [
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
     {"interventions"},
-    {"positions", "components", "composition", "loss", "prefix_cache", "pairs"},
+    {"positions", "components", "composition", "loss", "prefix_cache", "pairs", "devices"},
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
     {"chunks", "guidance"},
     {"engine"},
