@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from .chunks import Chunk, Pass, PlacedUnit, TokenlessChunk, edit_rows
 from .components import Site, find_stack, site_now
 from .composition import inner_model, is_peft_model, virtual_tokens
+from .devices import gather_for, is_part
 from .interventions import (
     LowRankRotation,
     NoiseIntervention,
@@ -106,6 +107,8 @@ class Engine:
                 yield stack.enter_context(innermost(base))
                 return
             outer = self._chunk
+            for placed in self.units:
+                gather_for(placed.unit, "delta")
             # What is recomputed in the backward pass must not depend on what is computed outside:
             # with reentrant checkpointing, a shared basis would be differentiated several times.
             if not checkpointed:
@@ -211,7 +214,8 @@ class Engine:
 
     def _rotations(self) -> list[LowRankRotation]:
         modules = [module for placed in self.units for module in placed.unit.modules()]
-        return [module for module in modules if isinstance(module, LowRankRotation)]
+        rotations = [module for module in modules if isinstance(module, LowRankRotation)]
+        return [module for module in rotations if not is_part(module.weight)]
 
     def _end_chunk(
         self,
