@@ -42,6 +42,9 @@ _ENGINES: "WeakValueDictionary[int, Engine]" = WeakValueDictionary()
 _NUMBERS = itertools.count()
 _STANDING: set[int] = set()
 
+_CHECKPOINT_FUNCTIONS = ("checkpoint_fn", "_gradient_checkpointing_func")
+"""What recomputes: of torch's CheckpointWrapper, which FSDP puts around layers; of transformers."""
+
 
 @contextlib.contextmanager
 def innermost(base: nn.Module) -> Iterator[Callable[[], bool]]:
@@ -268,7 +271,8 @@ class Engine:
         The recomputation comes when our hooks have left the base, so the checkpoint function of
         the module is wrapped to bring them back with the chunk of this very call.
         """
-        checkpoint = module._gradient_checkpointing_func
+        name = next(name for name in _CHECKPOINT_FUNCTIONS if name in vars(module))
+        checkpoint = getattr(module, name)
 
         def checkpoint_with_edits(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             chunk = self._chunk
@@ -283,13 +287,13 @@ class Engine:
                 finally:
                     self._chunk = outer
 
-            return checkpoint(run, *args, **kwargs)  # type: ignore[operator]
+            return checkpoint(run, *args, **kwargs)
 
-        module._gradient_checkpointing_func = checkpoint_with_edits  # type: ignore[assignment]
+        setattr(module, name, checkpoint_with_edits)
         try:
             yield
         finally:
-            module._gradient_checkpointing_func = checkpoint
+            setattr(module, name, checkpoint)
 
     def _edit_output(
         self,
@@ -426,6 +430,6 @@ def checkpointed_modules(base: nn.Module) -> list[nn.Module]:
         for module in base.modules()
         if module.training
         and torch.is_grad_enabled()
-        and getattr(module, "gradient_checkpointing", False)
-        and hasattr(module, "_gradient_checkpointing_func")
+        and any(name in vars(module) for name in _CHECKPOINT_FUNCTIONS)
+        and vars(module).get("gradient_checkpointing", "checkpoint_fn" in vars(module))
     ]
