@@ -186,9 +186,18 @@ def edit_rows(
     mask = rows.mask.to(hidden.device)[:, None]
     if rows.indices is None:
         delta = units[0].delta(flat.masked_fill(~mask, 0)).to(hidden.dtype)
-        return (flat + delta.masked_fill(~mask, 0)).view_as(hidden)
+        return _shaped_like(hidden, flat + delta.masked_fill(~mask, 0))
     indices = rows.indices.to(hidden.device)
     parts = flat.index_select(0, indices).split_with_sizes(rows.counts)
     deltas = [unit.delta(part) for unit, part in zip(units, parts, strict=True)]
     delta = torch.cat([found.to(hidden.dtype) for found in deltas]).masked_fill(~mask, 0)
-    return flat.index_add(0, indices, delta).view_as(hidden)
+    return _shaped_like(hidden, flat.index_add(0, indices, delta))
+
+
+def _shaped_like(hidden: Tensor, flat: Tensor) -> Tensor:
+    """Fresh `flat` in the shape of `hidden`, not as a view.
+
+    FSDP2 gathers for the backward pass by a hook on a layer's output, which an in-place operation
+    on a view would drop.
+    """
+    return torch.ops.aten._unsafe_view(flat, hidden.shape)

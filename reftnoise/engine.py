@@ -31,6 +31,7 @@ from .compiled import (
 )
 from .components import Site, find_stack, site_now
 from .composition import inner_model, is_peft_model, virtual_tokens
+from .devices import gather_for, is_part
 from .interventions import (
     LowRankRotation,
     NoiseIntervention,
@@ -48,6 +49,9 @@ _PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()
 _ENGINES: "WeakValueDictionary[str, Engine]" = WeakValueDictionary()
 _NUMBERS = itertools.count()
 _STANDING: set[str] = set()
+
+_CHECKPOINT_FUNCTIONS = ("checkpoint_fn", "_gradient_checkpointing_func")
+"""What recomputes: of torch's CheckpointWrapper, which FSDP puts around layers; of transformers."""
 
 
 @contextlib.contextmanager
@@ -116,6 +120,8 @@ class Engine:
                 yield stack.enter_context(innermost(base))
                 return
             outer = self._chunk
+            for placed in self.units:
+                gather_for(placed.unit, "delta")
             # What is recomputed in the backward pass must not depend on what is computed outside:
             # with reentrant checkpointing, a shared basis would be differentiated several times.
             if not checkpointed:
@@ -221,7 +227,8 @@ class Engine:
 
     def _rotations(self) -> list[LowRankRotation]:
         modules = [module for placed in self.units for module in placed.unit.modules()]
-        return [module for module in modules if isinstance(module, LowRankRotation)]
+        rotations = [module for module in modules if isinstance(module, LowRankRotation)]
+        return [module for module in rotations if not is_part(module.weight)]
 
     def _end_chunk(
         self,
@@ -284,7 +291,8 @@ class Engine:
         The recomputation comes when our hooks have left the base, so the checkpoint function of
         the module is wrapped to bring them back with the chunk of this very call.
         """
-        checkpoint = module._gradient_checkpointing_func
+        name = next(name for name in _CHECKPOINT_FUNCTIONS if name in vars(module))
+        checkpoint = getattr(module, name)
 
         def checkpoint_with_edits(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             chunk = self._chunk
@@ -299,13 +307,13 @@ class Engine:
                 finally:
                     self._chunk = outer
 
-            return checkpoint(run, *args, **kwargs)  # type: ignore[operator]
+            return checkpoint(run, *args, **kwargs)
 
-        module._gradient_checkpointing_func = checkpoint_with_edits  # type: ignore[assignment]
+        setattr(module, name, checkpoint_with_edits)
         try:
             yield
         finally:
-            module._gradient_checkpointing_func = checkpoint
+            setattr(module, name, checkpoint)
 
     def _edit_output(
         self,
@@ -444,6 +452,6 @@ def checkpointed_modules(base: nn.Module) -> list[nn.Module]:
         for module in base.modules()
         if module.training
         and torch.is_grad_enabled()
-        and getattr(module, "gradient_checkpointing", False)
-        and hasattr(module, "_gradient_checkpointing_func")
+        and any(name in vars(module) for name in _CHECKPOINT_FUNCTIONS)
+        and vars(module).get("gradient_checkpointing", "checkpoint_fn" in vars(module))
     ]

@@ -19,6 +19,7 @@ from .chunks import Located, Pass
 from .components import Stack, is_encoder_decoder, trained_modules
 from .composition import inner_model, is_peft_model, section_of, virtual_tokens, with_peft
 from .config import ReftConfig
+from .devices import device_of, size
 from .engine import Engine, cached_length, innermost
 from .fused import call_fused, expect_plain_head, has_fused_head
 from .guidance import guidance
@@ -409,11 +410,7 @@ class ReftModel(nn.Module):
             (self if set_model else self.interventions).to(device)
             return
         for one in self._engine.units:
-            found = next((p.device for p in one.site.module.parameters()), self.model.device)
-            if found.type == "meta":  # offloaded: the weights come when the module runs
-                found = getattr(
-                    getattr(one.site.module, "_hf_hook", None), "execution_device", None
-                )
+            found = device_of(one.site.module) or device_of(self.model)
             one.unit.to(found or "cpu")
 
     def disable_model_gradients(self) -> None:
@@ -435,9 +432,9 @@ class ReftModel(nn.Module):
     def count_parameters(self) -> tuple[int, int, int]:
         """Trainable parameters of the units and of the base, and all of the base."""
         return (
-            sum(p.numel() for p in self.interventions.parameters() if p.requires_grad),
-            sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            sum(p.numel() for p in self.model.parameters()),
+            sum(size(p) for p in self.interventions.parameters() if p.requires_grad),
+            sum(size(p) for p in self.model.parameters() if p.requires_grad),
+            sum(size(p) for p in self.model.parameters()),
         )
 
     def print_trainable_parameters(self) -> None:

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import ModelOutput
 from .chunks import Pass
 from .components import takes_position_ids
 from .composition import inner_model, may_add_to_loss, virtual_tokens
+from .devices import is_spread
 from .engine import Engine, checkpointed_modules, exclusive, innermost
 from .interventions import NoiseIntervention
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
@@ -303,7 +304,7 @@ class Runner:
     def _takes_position_ids(self) -> bool:
         return takes_position_ids(inner_model(self._engine.base))
 
-    def _against_label_loss(
+    def _against_label_loss(  # noqa: PLR0912  # a list of reasons
         self, current: Pass, inputs: Mapping[str, Any], return_logits: bool | None
     ) -> Iterator[str]:
         """Reasons to leave the loss to the base."""
@@ -332,6 +333,8 @@ class Runner:
             yield "the base has a loss_function of its own"
         if "forward" in vars(inner):  # device maps and offloading do that
             yield "the base's forward was replaced on the instance"
+        if is_spread(base):
+            yield "the base is spread over processes"
         if any(is_watched(module) for module in [inner, *tail]):
             yield "a hook of others reads the head"
         if any(one.site.module in {inner, decoder, *tail} for one in self._engine.units):

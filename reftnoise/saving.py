@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .components import hidden_size, num_layers
 from .composition import own_state
 from .config import ReftConfig
+from .devices import is_part, part_like, takes_weights_of_one_process
 
 if TYPE_CHECKING:
     from .model import ReftModel
@@ -62,7 +63,10 @@ def save_adapter(
         reft_model: the model whose units, and whose trained base parameters, are written.
         directory: created if needed. An adapter in it is replaced; a model card is kept.
         state_dict: what to write instead of `reft_model.state_dict()`, when a sharded model's
-            owner gathered it.
+            owner gathered it. What is frozen of the base is left out.
+
+    Raises:
+        ValueError: the directory is a file, or the weights are not whole.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -75,7 +79,14 @@ def save_adapter(
         },
         **reft_model.reft_config.to_dict(),
     }
-    state = reft_model.state_dict() if state_dict is None else state_dict
+    state = dict(reft_model.state_dict() if state_dict is None else state_dict)
+    _drop_frozen(reft_model, state)
+    own = dict(reft_model.named_parameters()) if state_dict is None else state
+    if parts := [name for name in state if name in own and is_part(own[name])]:
+        raise ValueError(
+            f"{parts[0]} is spread over processes: gather the weights in all of them, as by "
+            "accelerator.get_state_dict(model), and pass them as state_dict"
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     weights = safetensors.torch.save(tensors)
     description["base_parameters"] = sorted(n for n in tensors if n.startswith("model."))
@@ -191,8 +202,8 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> set[str]:
         state = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or damaged ({error})") from None
-    own = {**dict(reft_model.named_parameters()), **dict(reft_model.named_buffers())}
     expected = [name for name in reft_model.state_dict() if name.startswith("interventions.")]
+    own = {**dict(reft_model.named_parameters()), **dict(reft_model.named_buffers())}
     if missing := [name for name in expected if name not in state]:
         raise ValueError(f"{path}: the config names {missing[0]}, the file does not hold it")
     text = (Path(directory) / CONFIG_NAME).read_text(encoding="utf-8")
@@ -212,13 +223,22 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> set[str]:
                 f"{path}: {name} has shape {tuple(tensor.shape)}, the config says "
                 f"{tuple(own[name].shape)}"
             )
-        own[name].data = own[name].data.to(tensor.dtype)  # as it was when it was saved
-    reft_model.load_state_dict(state, strict=False)  # checked above, with better words
+        if own[name].dtype != tensor.dtype:  # as it was when it was saved
+            own[name].data = own[name].data.to(tensor.dtype)
+    parts = {name: part_like(own[name], tensor) for name, tensor in state.items()}
+    reft_model.load_state_dict(parts, strict=False)  # checked above, with better words
+    for unit in reft_model.interventions.values():  # which may keep R, and FSDP2 tells of no change
+        unit.train(unit.training)
     return set(state)
 
 
 def keep_trained(module: "ReftModel", state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
+    if not takes_weights_of_one_process(module):
+        _drop_frozen(module, state, prefix)
+
+
+def _drop_frozen(module: "ReftModel", state: dict[str, Any], prefix: str = "") -> None:
     kept = {f"{prefix}model.{name}" for name in _trained(module.model)}
     for name in [n for n in state if n.startswith(f"{prefix}model.") and n not in kept]:
         del state[name]

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from . import saving
+from .devices import whole_state
 from .model import ReftModel
 from .passes import SplitMode
 from .positions import has_token_labels, prompt_lengths_from_labels
@@ -60,6 +62,19 @@ class ReftTrainer(Trainer):
         if split is not None:
             self.model.split = split
 
+    def create_accelerator_and_postprocess(self) -> None:
+        # For models that are not transformers' own, the Trainer has DDP search each step for
+        # parameters without a gradient. Units have gradients, whatever the batch.
+        args, base = self.args, getattr(self.model, "model", None)
+        is_open = args.ddp_find_unused_parameters is None
+        if is_open and base and not any(p.requires_grad for p in base.parameters()):
+            args.ddp_find_unused_parameters = False
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            if is_open:
+                args.ddp_find_unused_parameters = None
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` continues from the last complete checkpoint."""
         if resume_from_checkpoint is True:
@@ -97,7 +112,20 @@ class ReftTrainer(Trainer):
             inputs = {"return_logits": False} | inputs
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter. All processes must call it, and one writes."""
+        if not (self.accelerator.is_fsdp2 or self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
+        # The Trainer would gather the frozen base, too, or nothing.
+        adapter = self.accelerator.unwrap_model(self.model)
+        self._save(output_dir, whole_state(adapter, is_kept=self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         directory = Path(output_dir or self.args.output_dir)
         adapter = self.accelerator.unwrap_model(self.model)
         adapter.save_pretrained(directory, state_dict=state_dict)
@@ -106,12 +134,31 @@ class ReftTrainer(Trainer):
             tokenizer.save_pretrained(directory)
         torch.save(self.args, directory / TRAINING_ARGS_NAME)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save = self.model_wrapped.save_checkpoint  # with the frozen base, unless it is told
+        self.model_wrapped.save_checkpoint = partial(save, exclude_frozen_parameters=True)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            del self.model_wrapped.save_checkpoint
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The trainer state comes next: it says that the checkpoint is complete, for all processes.
+        self.accelerator.wait_for_everyone()
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: ReftModel | None = None
     ) -> None:
         saving.load_weights(model or self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:  # whose optimizer has weights of its own
+            super()._load_best_model()
+            return
         saving.load_weights(self.model, self.state.best_model_checkpoint)
 
 

@@ -19,7 +19,7 @@ SYSTEM = [
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
     {"interventions"},
-    {"positions", "compiled", "composition", "loss", "prefix_cache", "pairs", "quantised"},
+    {"compiled", "composition", "devices", "loss", "pairs", "positions", "prefix_cache", "quantised"},
     {"components"},
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
     {"chunks", "guidance"},

@@ -1,0 +1,115 @@
+"""Parameters that are not whole, or not here: spread over processes, or offloaded.
+
+FSDP2 (`fully_shard`) and ZeRO-3 of DeepSpeed gather a module's parameters while its forward runs.
+At other times those of FSDP2 are DTensors, and those of ZeRO-3 are empty, with attributes whose
+names begin with `ds_`. accelerate, which offloads, leaves parameters on the meta device, and loads
+them by hooks on the modules.
+"""
+
+import os
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module computes; None if it does not tell."""
+    parameter = next(module.parameters(), None)
+    if parameter is None or not parameter.is_meta:
+        return None if parameter is None else parameter.device
+    for child in module.modules():
+        hook = getattr(child, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if (device := getattr(one, "execution_device", None)) is not None:
+                return torch.device(device)
+    return None
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether this process holds a part of a parameter that others hold the rest of."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether processes hold parts of a module's parameters at least while it does not run."""
+    if any(isinstance(child, FSDPModule) for child in module.modules()):
+        return True
+    return any(is_part(parameter) for parameter in module.parameters())
+
+
+def size(parameter: Tensor) -> int:
+    """Elements of the whole parameter."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def gather_for(module: nn.Module, method: str) -> None:
+    """Have FSDP2 gather a module that it shards by itself for `method`, as for `forward`.
+
+    Raises:
+        ValueError: modules within `module` are sharded by themselves.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, FSDPModule):
+            raise ValueError(
+                f"{type(module).__name__}: FSDP2 shards its {name!r} by itself; call fully_shard "
+                "on the intervention, or on the whole model alone"
+            )
+    if isinstance(module, FSDPModule) and method not in vars(module):
+        register_fsdp_forward_method(module, method)
+
+
+def whole_state(module: nn.Module, is_kept: bool = True) -> dict[str, Tensor]:
+    """`module.state_dict()` with whole tensors. All processes must call it: each gives its parts.
+
+    Args:
+        module: parameters in parts, or not.
+        is_kept: whether this process needs the result; it is empty otherwise.
+    """
+    state = module.state_dict()  # before parameters are looked at: it has FSDP2 shard them again
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        whole = _whole(parameters.get(name, tensor))
+        if is_kept:
+            found[name] = whole
+    return found
+
+
+def part_like(own: Tensor, whole: Tensor) -> Tensor:
+    """The part of `whole` that this process holds where it holds `own`."""
+    if not isinstance(own, DTensor):
+        return whole
+    mesh = own.device_mesh
+    everywhere = [Replicate()] * mesh.ndim  # all processes have read the file
+    known = DTensor.from_local(whole.to(mesh.device_type), mesh, everywhere, run_check=False)
+    return known.redistribute(mesh, own.placements)
+
+
+def takes_weights_of_one_process(module: nn.Module) -> bool:
+    """Whether accelerate is about to shard `module` by its `cpu_ram_efficient_loading`.
+
+    It reads the state of one process, empties the module, shards it, and fills it with that state,
+    which must then hold the frozen base, too.
+    """
+    parameter = next(module.parameters(), None)
+    if isinstance(parameter, DTensor):
+        return parameter.is_meta
+    asked = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    is_asked = all(os.environ.get(name, "").lower() in ("1", "true") for name in asked)
+    return is_asked and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        on_mesh: Any = tensor.to(tensor.device_mesh.device_type)  # from where FSDP2 offloads it to
+        whole: Tensor = on_mesh.full_tensor()
+        return whole.detach().cpu()
+    if not hasattr(tensor, "ds_id"):
+        return tensor.detach()
+    deepspeed: Any = import_module("deepspeed")
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().to("cpu", copy=True)
