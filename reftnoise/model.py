@@ -303,6 +303,11 @@ class ReftModel(nn.Module):
         return call_fused(base, self._fused_forward, inputs)
 
     @property
+    def labels_end_prompts(self) -> bool:
+        """Whether labels are what the base writes after a prompt, so that they tell its end."""
+        return self._continues and self._stacks == (None,)
+
+    @property
     def _stacks(self) -> tuple[Stack | None, ...]:
         return ("encoder", "decoder") if is_encoder_decoder(self.model) else (None,)
 
@@ -319,7 +324,7 @@ class ReftModel(nn.Module):
                 inputs,
                 prompt_lengths,
                 past=cached_length(inputs.get("past_key_values")),
-                continues=self._continues,
+                continues=self.labels_end_prompts,
             )
             if unit_locations is None:
                 return [Pass(layout, self._select(layout, None))]
