@@ -336,14 +336,13 @@ class ReftModel(nn.Module):
                 "when it runs, so unit_locations and prompt_lengths cannot be given: use the "
                 "config's positions"
             )
-        has_labels = inputs.get("labels") is not None
 
         def locate(stack: Stack | None, attended: Tensor, past: int) -> Located:
             lengths = None
-            if past:
-                lengths = attended[:, :past].sum(1)
-            elif has_labels and stack == "decoder":  # which reads a start token before labels
+            if stack == "decoder":  # which reads a start token, then what it writes or labels say
                 lengths = attended.sum(1).clamp(max=1)
+            elif past:
+                lengths = attended[:, :past].sum(1)
             layout = PromptLayout(attended, lengths)
             return layout, self._select(layout, stack)
 
