@@ -317,6 +317,11 @@ class ReftModel(nn.Module):
         return call_fused(base, self._fused_forward, inputs)
 
     @property
+    def labels_end_prompts(self) -> bool:
+        """Whether labels are what the base writes after a prompt, so that they tell its end."""
+        return self._continues and self._stacks == (None,)
+
+    @property
     def _stacks(self) -> tuple[Stack | None, ...]:
         return ("encoder", "decoder") if is_encoder_decoder(self.model) else (None,)
 
@@ -333,7 +338,7 @@ class ReftModel(nn.Module):
                 inputs,
                 prompt_lengths,
                 past=cached_length(inputs.get("past_key_values")),
-                continues=self._continues,
+                continues=self.labels_end_prompts,
             )
             if unit_locations is None:
                 return [Pass(layout, self._select(layout, None))]
@@ -345,14 +350,13 @@ class ReftModel(nn.Module):
                 "when it runs, so unit_locations and prompt_lengths cannot be given: use the "
                 "config's positions"
             )
-        has_labels = inputs.get("labels") is not None
 
         def locate(stack: Stack | None, attended: Tensor, past: int) -> Located:
             lengths = None
-            if past:
-                lengths = attended[:, :past].sum(1)
-            elif has_labels and stack == "decoder":  # which reads a start token before labels
+            if stack == "decoder":  # which reads a start token, then what it writes or labels say
                 lengths = attended.sum(1).clamp(max=1)
+            elif past:
+                lengths = attended[:, :past].sum(1)
             layout = PromptLayout(attended, lengths)
             return layout, self._select(layout, stack)
 

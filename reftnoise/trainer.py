@@ -93,13 +93,13 @@ class ReftTrainer(Trainer):
         # Label smoothing and compute_loss_func take the labels away, which tell the prompt's end.
         labels, tokens = inputs.get("labels"), inputs.get("input_ids")
         mask = inputs.get("attention_mask")
+        adapter = self.accelerator.unwrap_model(model)
         is_packed = mask is None and "position_ids" in inputs
         if not ("prompt_lengths" in inputs or tokens is None or labels is None or is_packed):
             attended = torch.ones_like(tokens).bool() if mask is None else mask.bool()
-            if has_token_labels(labels, attended):
+            if has_token_labels(labels, attended) and getattr(adapter, "labels_end_prompts", True):
                 lengths = prompt_lengths_from_labels(labels, attended)
                 inputs = inputs | {"prompt_lengths": lengths}
-        adapter = self.accelerator.unwrap_model(model)
         returns_outputs = kwargs.get("return_outputs", bool(args and args[0]))
         if model.training and not returns_outputs and isinstance(adapter, ReftModel):
             inputs = {"return_logits": False} | inputs

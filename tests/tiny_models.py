@@ -296,12 +296,16 @@ MODELS: dict[str, tuple[Kind, dict[str, Any]]] = {
 @functools.cache
 def model_of(architecture: str) -> Any:
     """A random model in evaluation mode without dropout, made once: leave its weights alone."""
+    return new_model(MODELS[architecture][0].auto, architecture)
+
+
+def new_model(auto: Any, architecture: str, **changes: Any) -> Any:
+    """The same, made anew, for a task of its own."""
     set_seed(0)
-    kind, values = MODELS[architecture]
-    config = AutoConfig.for_model(architecture, **values)
+    config = AutoConfig.for_model(architecture, **(MODELS[architecture][1] | changes))
     rates = [n for n, v in config.to_dict().items() if "drop" in n and isinstance(v, float)]
     config.update(dict.fromkeys(rates, 0.0))
-    return with_large_weights(kind.auto.from_config(config))
+    return with_large_weights(auto.from_config(config))
 
 
 @functools.cache
