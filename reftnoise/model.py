@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,8 @@ from .positions import (
 )
 from .prefix_cache import PrefixCache
 from .quantised import keep_differentiable
+
+logger = logging.getLogger(__name__)
 
 # Continuous batching lays prompts out in a way of its own, in passes that are not ours.
 _UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -168,6 +171,7 @@ class ReftModel(nn.Module):
             )
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_noise_of_others()
+            self._warn_of_guessed_prompts(inputs, prompt_lengths, unit_locations)
         batch_size = batch_of(inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
@@ -396,6 +400,16 @@ class ReftModel(nn.Module):
                 stacklevel=3,
             )
 
+    def _warn_of_guessed_prompts(self, inputs: Mapping[str, Any], *known: Any) -> None:
+        """Some trainers keep the labels to themselves, which tell where prompts end."""
+        is_told = any(value is not None for value in (inputs.get("labels"), *known))
+        if is_told or not (self._continues and torch.is_grad_enabled() and self._stacks == (None,)):
+            return
+        _warn_once(
+            "training without labels or prompt_lengths: every token counts as the prompt's, so "
+            "positions such as 'l1' are counted from the end of the completion"
+        )
+
     # -- what the ecosystem asks a model for ---------------------------------------------------
 
     @property
@@ -554,3 +568,8 @@ def get_reft_model(
     if disable_model_grads:
         reft_model.disable_model_gradients()
     return reft_model
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
