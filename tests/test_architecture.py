@@ -19,7 +19,16 @@ SYSTEM = [
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
     {"interventions"},
-    {"compiled", "composition", "devices", "loss", "pairs", "positions", "prefix_cache", "quantised"},
+    {
+        "compiled",
+        "composition",
+        "devices",
+        "loss",
+        "pairs",
+        "positions",
+        "prefix_cache",
+        "quantised",
+    },
     {"components"},
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
     {"chunks", "guidance"},
