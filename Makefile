@@ -3,13 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest test-newest lint build clean
+.PHONY: demo test test-quantised test-oldest test-newest lint build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reftnoise demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# Apart from the rest, since torchao prints when transformers is imported.
+test-quantised: $(VENV)-quantised/.test
+	$(<D)/bin/python -m pytest tests/test_quantised.py
+
+$(VENV)-quantised/.test: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantised]'
+	touch $@
 
 # With the lower bounds of pyproject.toml.
 test-oldest: $(VENV)-oldest/.test
@@ -47,4 +56,4 @@ build: $(VENV)/.test
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-quantised $(VENV)-oldest $(VENV)-newest build dist *.egg-info
