@@ -325,7 +325,7 @@ def test_checkpoints_train_as_what_they_stand_for(method: str, saved: Path, tmp_
     pytest.importorskip("gptqmodel", reason="needs gptqmodel, which transformers loads both by")
     plain = checkpoint(method, saved, tmp_path)
     settings = (
-        GPTQConfig(bits=4, backend="torch") if method == "gptq" else AwqConfig(backend="torch")
+        GPTQConfig(bits=4, backend="torch") if method == "gptq" else AwqConfig(backend="torch_awq")
     )
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
     expected_loss, expected = gradients(wrapped(plain).train(), "never")
