@@ -475,11 +475,13 @@ class ReftModel(nn.Module):
 
         Args:
             save_directory: created if needed.
-            state_dict: tensors to write instead of the model's own, when these are sharded.
+            state_dict: tensors to write instead of the model's own, when these are sharded. What
+                is frozen of the base is left out.
             is_main_process: whether this process is the one that writes.
         """
         if is_main_process:
-            saving.save_adapter(self, save_directory, state_dict)
+            state = None if state_dict is None else saving.without_frozen(self, state_dict)
+            saving.save_adapter(self, save_directory, state)
 
     def push_to_hub(
         self,

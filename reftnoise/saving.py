@@ -63,7 +63,7 @@ def save_adapter(
         reft_model: the model whose units, and whose trained base parameters, are written.
         directory: created if needed. An adapter in it is replaced; a model card is kept.
         state_dict: what to write instead of `reft_model.state_dict()`, when a sharded model's
-            owner gathered it. What is frozen of the base is left out.
+            owner gathered it.
 
     Raises:
         ValueError: the directory is a file, or the weights are not whole.
@@ -79,8 +79,9 @@ def save_adapter(
         },
         **reft_model.reft_config.to_dict(),
     }
-    state = dict(reft_model.state_dict() if state_dict is None else state_dict)
-    _drop_frozen(reft_model, state)
+    state = (
+        without_frozen(reft_model, reft_model.state_dict()) if state_dict is None else state_dict
+    )
     own = dict(reft_model.named_parameters()) if state_dict is None else state
     if parts := [name for name in state if name in own and is_part(own[name])]:
         raise ValueError(
@@ -235,13 +236,16 @@ def load_weights(reft_model: "ReftModel", directory: str | Path) -> set[str]:
 def keep_trained(module: "ReftModel", state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
     if not takes_weights_of_one_process(module):
-        _drop_frozen(module, state, prefix)
+        for name in set(state) - set(without_frozen(module, state, prefix)):
+            del state[name]
 
 
-def _drop_frozen(module: "ReftModel", state: dict[str, Any], prefix: str = "") -> None:
+def without_frozen(
+    module: "ReftModel", state: Mapping[str, Tensor], prefix: str = ""
+) -> dict[str, Tensor]:
+    """The part of a state that an adapter holds."""
     kept = {f"{prefix}model.{name}" for name in _trained(module.model)}
-    for name in [n for n in state if n.startswith(f"{prefix}model.") and n not in kept]:
-        del state[name]
+    return {n: t for n, t in state.items() if n in kept or not n.startswith(f"{prefix}model.")}
 
 
 def expect_trained(module: "ReftModel", keys: Any) -> None:

@@ -15,6 +15,7 @@ import distributed_worker as worker
 import pytest
 import torch
 from architectures import tiny_model
+from safetensors.torch import load_file
 
 import reftnoise as rn
 
@@ -101,6 +102,13 @@ def test_a_sharded_model_saves_what_it_computes(trained: Launch) -> None:
 def test_shards_are_not_saved_as_if_they_were_whole(trained: Launch) -> None:
     assert "is spread over processes: gather the weights in all" in trained["saved"]["error"]
     assert not (trained.folder / "in parts").exists()
+
+
+def test_what_is_gathered_of_the_frozen_base_is_not_saved(tmp_path: Path) -> None:
+    model = worker.wrapped()  # DeepSpeed gathers all parameters, for any model
+    everything = {name: p.detach() for name, p in model.named_parameters()}
+    model.save_pretrained(tmp_path, state_dict=everything)
+    assert load_file(tmp_path / "reft_model.safetensors").keys() == model.state_dict().keys()
 
 
 def test_what_sharding_excludes(trained: Launch) -> None:
