@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .compiled import uncompiled
+from .composition import inner_model
 
 COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output", "embeddings")
 
@@ -66,6 +67,7 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
     Raises:
         ValueError: there is no such component, layer or module; the message says what there is.
     """
+    model = inner_model(model)
     if is_dotted(component):
         path, _, end = component.rpartition(".")
         module = _by_path(model, path, component)
@@ -184,8 +186,8 @@ def _embeds(model: PreTrainedModel, module: nn.Module, stack: Stack | None) -> b
         return False
 
 
-def trained_modules(model: Any, names: Sequence[str] | None) -> list[nn.Module]:
-    """The modules that `modules_to_save` means; for None, a classifier's or tagger's head.
+def trained_modules(model: Any, names: Sequence[str] | None) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` means, by path; for None, a classifier's or tagger's head.
 
     A head is what a model without language head has outside of its `base_model`. PEFT trains its
     own copy of it.
@@ -194,20 +196,19 @@ def trained_modules(model: Any, names: Sequence[str] | None) -> list[nn.Module]:
         ValueError: a name that no module has, or ends with.
     """
     if names is None:
-        if hasattr(model, "peft_config") or model.get_output_embeddings() is not None:
-            return []
-        if model.base_model is model:
-            return []
-        return [part for part in model.children() if part is not model.base_model]
+        has_none = model.base_model is model or model.get_output_embeddings() is not None
+        if has_none or hasattr(model, "peft_config"):
+            return {}
+        return {n: part for n, part in model.named_children() if part is not model.base_model}
     found = {n: m for n, m in model.named_modules() if n}
-    chosen: list[nn.Module] = []
+    chosen: dict[str, nn.Module] = {}
     for name in names:
-        fitting = [m for n, m in found.items() if n == name or n.endswith(f".{name}")]
+        fitting = {n: m for n, m in found.items() if n == name or n.endswith(f".{name}")}
         if not fitting:
             near = difflib.get_close_matches(name, {n.rpartition(".")[2] for n in found}, n=3)
             hint = f"; near: {', '.join(near)}" if near else ""
             raise ValueError(f"modules_to_save {name!r}: the model has no such module{hint}")
-        chosen += fitting
+        chosen |= fitting
     return chosen
 
 

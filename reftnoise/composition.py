@@ -4,10 +4,11 @@ What PEFT trains is trained, saved and loaded with the units; virtual tokens tha
 before the user's do not count as positions.
 """
 
+import contextlib
 import difflib
 import enum
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from types import ModuleType
 from typing import Any
@@ -37,10 +38,20 @@ def inner_model(base: PreTrainedModel) -> PreTrainedModel:
     return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
-def virtual_tokens(base: nn.Module) -> int:
-    """Tokens that PEFT puts before the user's, as embeddings or in the cache."""
+def virtual_tokens(base: nn.Module, stack: str | None = None) -> int:
+    """Tokens that PEFT puts before the user's, as embeddings or in the cache.
+
+    Args:
+        base: a model, PEFT's or not.
+        stack: of an encoder-decoder model, which has embeddings before the encoder's tokens, or a
+            cache before the decoder's.
+    """
     config: Any = getattr(base, "active_peft_config", None)
-    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
+    if not getattr(config, "is_prompt_learning", False):
+        return 0
+    if stack is not None and (stack == "decoder") != (config.peft_type.value == "PREFIX_TUNING"):
+        return 0
+    return int(config.num_virtual_tokens)
 
 
 def is_peft_model(base: nn.Module) -> bool:
@@ -81,7 +92,7 @@ def with_peft(model: PreTrainedModel, section: Mapping[str, Any]) -> Any:
         config.task_type = _task(model)
     try:
         return peft.get_peft_model(model, config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"peft {section['peft_type']}: {error}") from None
 
 
@@ -93,11 +104,24 @@ def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, An
     """
     given = None if given is None else dict(given)
     if not is_peft_model(base):
+        if hasattr(base, "peft_config"):
+            raise ValueError(
+                "the model has an adapter of PEFT inside already, from another ReftModel or from "
+                "add_adapter: give a fresh one, or the PeftModel"
+            )
         return given
     active: Any = base.active_peft_config
     own = _as_section(active)
+    if given is None and not any(parameter.requires_grad for parameter in base.parameters()):
+        return None
+    names = list(base.peft_config)  # type: ignore[arg-type]  # PEFT's dictionary of adapters
+    if names != ["default"]:
+        raise ValueError(
+            f"the PeftModel has the adapters {', '.join(names)}: to be trained and saved with "
+            "units, it must have one, named 'default'"
+        )
     if given is None:
-        return own if any(parameter.requires_grad for parameter in base.parameters()) else None
+        return own
     for key, value in given.items():
         if key != "task_type" and own.get(key) != value:
             raise ValueError(
@@ -120,7 +144,30 @@ def own_state(base: nn.Module) -> set[str]:
         if not name.startswith("base_layer.")
     }
     once = dict(base.named_parameters()) | dict(base.named_buffers())  # layers may share some
-    return added & set(once)
+    prompts = {n for n in once if n.startswith("prompt_encoder.") or ".adaption_" in n}
+    return added & set(once) | prompts
+
+
+@contextlib.contextmanager
+def without_peft(base: Any) -> Iterator[None]:
+    """Within the block, the model inside PEFT's wrapper is as if there were none."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    with contextlib.ExitStack() as stack:
+        if virtual_tokens(base):  # PEFT can switch them off for generating models alone
+            for module in base.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper) and not module.disable_adapters:
+                    module.enable_adapters(False)
+                    stack.callback(module.enable_adapters, True)
+        else:
+            stack.enter_context(base.disable_adapter())
+        try:
+            yield
+        finally:
+            stack.close()
+            for parameter, is_trained in flags:  # which PEFT sets anew
+                parameter.requires_grad_(is_trained)
 
 
 def may_add_to_loss(base: nn.Module) -> bool:
@@ -188,7 +235,7 @@ def _task(model: PreTrainedModel) -> str | None:
     for ending, task in _TASKS.items():
         if name.endswith(ending):
             return task
-    if not model.can_generate():
+    if not model.can_generate() or model.main_input_name != "input_ids":
         return None
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 

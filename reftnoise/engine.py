@@ -30,7 +30,7 @@ from .compiled import (
     uncompiled,
 )
 from .components import Site, find_stack, site_now
-from .composition import inner_model, is_peft_model, virtual_tokens
+from .composition import inner_model, may_add_to_loss, virtual_tokens
 from .devices import gather_for, is_part
 from .interventions import (
     LowRankRotation,
@@ -48,7 +48,6 @@ _PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()
 # torch.compile, which can call only functions of plain values while it traces, finds engines here.
 _ENGINES: "WeakValueDictionary[str, Engine]" = WeakValueDictionary()
 _NUMBERS = itertools.count()
-_STANDING: set[str] = set()
 
 _CHECKPOINT_FUNCTIONS = ("checkpoint_fn", "_gradient_checkpointing_func")
 """What recomputes: of torch's CheckpointWrapper, which FSDP puts around layers; of transformers."""
@@ -83,6 +82,10 @@ class Engine:
         self._place(units)
         self._chunk: Chunk | TokenlessChunk | None = None
         self._traced_chunk: Chunk | TokenlessChunk | None = None
+        self._standing: dict[Site, Callable[[], None]] = {}
+        """Sites with hooks of compiled passes, and what removes them."""
+        self._is_inside = False
+        """Whether a call that the chunk is of goes on, so that embeddings belong to it."""
         self._number = str(next(_NUMBERS))  # torch.compile may take ints for variables
         _ENGINES[self._number] = self
 
@@ -97,7 +100,7 @@ class Engine:
 
     def _follow_base(self) -> None:
         """Take the modules that are at the sites now: some may have been replaced since."""
-        current = {site: site_now(self.base, site) for site in self._by_site}
+        current = {site: site_now(inner_model(self.base), site) for site in self._by_site}
         if any(now is not site for site, now in current.items()):
             self._place([replace(placed, site=current[placed.site]) for placed in self.units])
 
@@ -131,10 +134,13 @@ class Engine:
             hooks = stack.enter_context(contextlib.ExitStack())
             is_ours = hooks.enter_context(self._hooked(base))
             for current in passes:
-                start = self._entry(current).register_forward_pre_hook(
+                entry = self._entry(current)
+                start = entry.register_forward_pre_hook(
                     partial(self._start_chunk, current, is_ours), with_kwargs=True
                 )
+                leave = entry.register_forward_hook(partial(self._leave, is_ours), always_call=True)
                 hooks.callback(start.remove)
+                hooks.callback(leave.remove)
             last = passes[-1]  # the decoder's, of two
             edits_decode = any(p.positions and p.positions.decode for p in self.units)
             if last.is_generation and not (edits_decode or last.is_assisted):
@@ -153,7 +159,8 @@ class Engine:
         if current.stack is not None:
             return find_stack(base, current.stack)
         # Some of PEFT's methods call the `forward` of the model inside, or parts of it, past hooks.
-        return base.get_decoder() if is_peft_model(self.base) else base
+        calls_parts = virtual_tokens(self.base) or may_add_to_loss(self.base)
+        return base.get_decoder() if calls_parts else base
 
     def _start_chunk(
         self,
@@ -165,6 +172,7 @@ class Engine:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not is_ours():
             return args, kwargs
+        self._is_inside = True
         given: Any = kwargs.get("inputs_embeds")
         if given is None:
             given = kwargs.get("input_ids", args[0] if args else None)
@@ -172,16 +180,26 @@ class Engine:
                 self._chunk = TokenlessChunk.of_call(current, base, kwargs)
                 return args, kwargs
         batch, length = given.shape[:2]
-        offset = cached_length(kwargs.get("past_key_values")) - virtual_tokens(self.base)
+        cache = kwargs.get("past_key_values")
+        offset = cached_length(cache) - virtual_tokens(self.base, current.stack)
         if kwargs.get("cache_params") is not None:
             offset = current.seen
         current.seen = offset + length
+        if current.stack == "encoder" or (current.stack and cache is not None and offset <= 0):
+            current.layout = None  # another prompt, as of long speech's next part
+        width = offset + length  # without virtual tokens, which come first
         mask = kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.shape != (batch, max(offset, 0) + length):
-            mask = torch.ones(batch, max(offset, 0) + length, device=given.device)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= width:
+            mask = mask[:, -width:]
+        else:
+            mask = torch.ones(batch, width, device=given.device)
         layout = current.settle(mask.bool(), max(offset, 0))
         self._chunk = Chunk(current, layout, offset, length, batch)
         return args, self._with_edited_embeddings(self._chunk, kwargs)
+
+    def _leave(self, is_ours: Callable[[], bool], *_: Any) -> None:
+        if is_ours():
+            self._is_inside = False
 
     def _with_edited_embeddings(
         self, chunk: Chunk | TokenlessChunk, inputs: dict[str, Any]
@@ -240,7 +258,7 @@ class Engine:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        if current.layout is None:
+        if current.layout is None or current.stack is not None:
             return
         width = current.layout.attended.shape[1] + virtual_tokens(self.base)
         if is_ours() and cached_length(kwargs.get("past_key_values")) >= width:
@@ -252,7 +270,9 @@ class Engine:
 
             def chunk(site: Site) -> Chunk | TokenlessChunk | None:
                 # Whoever calls the embedding first will give the base `inputs_embeds`.
-                if is_ours() and self._chunk is None and not site.is_embeddings:
+                if site.is_embeddings and not self._is_inside:
+                    return None
+                if is_ours() and self._chunk is None:
                     raise RuntimeError("a layer of the base ran, but not the base's own forward")
                 return self._chunk if is_ours() else None
 
@@ -415,10 +435,12 @@ ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]
 def _stand_on_base(number: str) -> None:
     """Put the hooks of an engine's compiled passes on its base, once."""
     engine = _ENGINES[number]
-    if number not in _STANDING:
-        _STANDING.add(number)
-        for _ in engine._hook(lambda _: engine._traced_chunk, _StandingHook):
-            pass
+    engine._follow_base()
+    if engine._standing.keys() != engine._by_site.keys():  # at first, or modules were replaced
+        for remove in engine._standing.values():
+            remove()
+        hooks = engine._hook(lambda _: engine._traced_chunk, _StandingHook)
+        engine._standing = dict(zip(engine._by_site, hooks, strict=True))
         for site in engine._by_site:
             put_in_order(uncompiled(site.module))
 

@@ -75,6 +75,8 @@ def read_layout(
     if not continues or labels is None or not has_token_labels(labels, attended):
         labels = None
     position_ids = inputs.get("position_ids")
+    if position_ids is not None and position_ids.shape == attended[:1].shape:
+        position_ids = position_ids.expand_as(attended)  # one row for all
     if inputs.get("attention_mask") is None and not past and position_ids is not None:
         # Without a mask, transformers attends within documents whose position ids begin anew.
         is_packed = position_ids.shape == attended.shape and (

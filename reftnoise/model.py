@@ -18,10 +18,17 @@ from transformers import PreTrainedModel
 from . import saving
 from .chunks import Located, Pass
 from .components import Stack, is_encoder_decoder, trained_modules
-from .composition import inner_model, is_peft_model, section_of, virtual_tokens, with_peft
+from .composition import (
+    inner_model,
+    is_peft_model,
+    section_of,
+    virtual_tokens,
+    with_peft,
+    without_peft,
+)
 from .config import ReftConfig
 from .devices import device_of, size
-from .engine import Engine, cached_length, innermost
+from .engine import Engine, cached_length, exclusive, innermost
 from .fused import call_fused, expect_plain_head, has_fused_head
 from .guidance import guidance
 from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
@@ -306,14 +313,12 @@ class ReftModel(nn.Module):
     @contextlib.contextmanager
     def _bare(self) -> Iterator[PreTrainedModel]:
         base = inner_model(self.model)
-        with innermost(base):
-            if not self._is_composed:
-                yield self.model
-            elif virtual_tokens(self.model):  # which the model inside knows nothing of
-                yield base
-            else:
-                with self.model.disable_adapter():
+        with exclusive(base), innermost(base):
+            if self._is_composed:
+                with without_peft(self.model):
                     yield base
+            else:
+                yield self.model
 
     def _call(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Any:
         if not inputs.get("fused_lm_head") or self._fused_forward is None:
@@ -438,7 +443,7 @@ class ReftModel(nn.Module):
         """
         if not is_peft_model(self.model):
             self.model.requires_grad_(False)
-        for module in trained_modules(self.model, self.reft_config.modules_to_save):
+        for module in trained_modules(self.model, self.reft_config.modules_to_save).values():
             module.requires_grad_(True)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .components import hidden_size, num_layers
+from .components import hidden_size, num_layers, trained_modules
 from .composition import own_state
 from .config import ReftConfig
 from .devices import is_part, part_like, takes_weights_of_one_process
@@ -82,6 +82,11 @@ def save_adapter(
     state = (
         without_frozen(reft_model, reft_model.state_dict()) if state_dict is None else state_dict
     )
+    if reft_model.reft_config.peft is not None and not own_state(reft_model.model):
+        raise ValueError(
+            "the config has a peft section, but the model holds nothing of it: was it merged or "
+            "unloaded? Wrap the merged model without the section"
+        )
     own = dict(reft_model.named_parameters()) if state_dict is None else state
     if parts := [name for name in state if name in own and is_part(own[name])]:
         raise ValueError(
@@ -152,9 +157,11 @@ def load_adapter(
     config = read_config(directory, model)
     reft_model = ReftModel(config, model)
     loaded = load_weights(reft_model, directory)
-    if config.peft is None:  # else PEFT has said what is trained
-        for name, parameter in model.named_parameters():
+    for name, parameter in reft_model.model.named_parameters():
+        if config.peft is None:  # else PEFT has said what it trains
             parameter.requires_grad_(f"model.{name}" in loaded)
+    for part in trained_modules(reft_model.model, config.modules_to_save).values():
+        part.requires_grad_(True)
     reft_model.set_device(None)
     reft_model.eval()
     return reft_model
@@ -244,13 +251,13 @@ def without_frozen(
     module: "ReftModel", state: Mapping[str, Tensor], prefix: str = ""
 ) -> dict[str, Tensor]:
     """The part of a state that an adapter holds."""
-    kept = {f"{prefix}model.{name}" for name in _trained(module.model)}
+    kept = {f"{prefix}model.{name}" for name in _kept(module)}
     return {n: t for n, t in state.items() if n in kept or not n.startswith(f"{prefix}model.")}
 
 
 def expect_trained(module: "ReftModel", keys: Any) -> None:
     """Do not miss what `keep_trained` leaves out."""
-    trained = {f"model.{name}" for name in _trained(module.model)}
+    trained = {f"model.{name}" for name in _kept(module)}
     frozen = {f"model.{n}" for n in module.model.state_dict()} - trained
 
     def is_frozen(key: str) -> bool:  # the key may begin with the names of modules around ours
@@ -260,9 +267,14 @@ def expect_trained(module: "ReftModel", keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if not is_frozen(key)]
 
 
-def _trained(base: PreTrainedModel) -> set[str]:
-    """Names of what is saved of a base: what is trained, and what PEFT needs beside it."""
-    return {n for n, p in base.named_parameters() if p.requires_grad} | own_state(base)
+def _kept(module: "ReftModel") -> set[str]:
+    """Names of what is saved of a base: what is trained or named to be, and what PEFT adds."""
+    base = module.model
+    once = dict(base.named_parameters()) | dict(base.named_buffers())  # tied ones under one name
+    named = trained_modules(base, module.reft_config.modules_to_save).values()
+    chosen = {id(t) for part in named for t in (*part.parameters(), *part.buffers())}
+    trained = {name for name, t in once.items() if t.requires_grad or id(t) in chosen}
+    return trained | own_state(base)
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
