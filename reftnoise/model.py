@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,7 +30,14 @@ from .devices import device_of, size
 from .engine import Engine, cached_length, exclusive, innermost
 from .fused import call_fused, expect_plain_head, has_fused_head
 from .guidance import guidance
-from .inputs import batch_of, infer_attention_mask, read_layout, size_of, tokens_of
+from .inputs import (
+    batch_of,
+    infer_attention_mask,
+    read_layout,
+    size_of,
+    tokens_of,
+    warn_of_doubtful_prompts,
+)
 from .pairs import in_pairs, mean_of_pairs
 from .passes import Runner, SplitMode
 from .placement import place_units
@@ -44,8 +50,6 @@ from .positions import (
 )
 from .prefix_cache import PrefixCache
 from .quantised import keep_differentiable
-
-logger = logging.getLogger(__name__)
 
 # Continuous batching lays prompts out in a way of its own, in passes that are not ours.
 _UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -92,6 +96,7 @@ class ReftModel(nn.Module):
         self._engine = Engine(model, placed)
         self._runner = Runner(self._engine)
         self._is_disabled = False
+        self._has_looked_at_labels = False
         self._continues = bool(inner_model(model).can_generate())
         self.interventions.train(model.training)
         self.training = model.training
@@ -178,7 +183,6 @@ class ReftModel(nn.Module):
             )
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_noise_of_others()
-            self._warn_of_guessed_prompts(inputs, prompt_lengths, unit_locations)
         batch_size = batch_of(inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
@@ -187,6 +191,9 @@ class ReftModel(nn.Module):
             inputs = in_pairs(inputs, batch_size)
             prompt_lengths = None if prompt_lengths is None else prompt_lengths.repeat(2)
         passes = self._passes(inputs, prompt_lengths, unit_locations, times=1 + doubled)
+        if self.training and self._continues and not torch.compiler.is_compiling():
+            known = prompt_lengths if unit_locations is None else unit_locations
+            self._doubt_prompts(passes[0].layout, inputs.get("labels"), known)
         pairs = batch_size if doubled else None
         if inputs.get("fused_lm_head"):
             with self._engine.running(*passes):
@@ -405,15 +412,14 @@ class ReftModel(nn.Module):
                 stacklevel=3,
             )
 
-    def _warn_of_guessed_prompts(self, inputs: Mapping[str, Any], *known: Any) -> None:
-        """Some trainers keep the labels to themselves, which tell where prompts end."""
-        is_told = any(value is not None for value in (inputs.get("labels"), *known))
-        if is_told or not (self._continues and torch.is_grad_enabled() and self._stacks == (None,)):
+    def _doubt_prompts(self, layout: PromptLayout | None, labels: Any, known: Any) -> None:
+        """Of labels, only the first training pass is looked at: it waits for the device."""
+        after_prompt = any(one.positions and one.positions.decode for one in self._engine.units)
+        if layout is None or known is not None or after_prompt or not torch.is_grad_enabled():
             return
-        _warn_once(
-            "training without labels or prompt_lengths: every token counts as the prompt's, so "
-            "positions such as 'l1' are counted from the end of the completion"
-        )
+        if labels is None or not self._has_looked_at_labels:
+            self._has_looked_at_labels = labels is not None
+            warn_of_doubtful_prompts(layout, labels)
 
     # -- what the ecosystem asks a model for ---------------------------------------------------
 
@@ -575,8 +581,3 @@ def get_reft_model(
     if disable_model_grads:
         reft_model.disable_model_gradients()
     return reft_model
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
