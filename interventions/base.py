@@ -241,7 +241,8 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
         """Perturb `base` in training mode, return it untouched otherwise."""
         if not self.training:
             return base
-        return base + self.delta(base, attended, prompt, lengths)
+        packed = {} if lengths is None else {"lengths": lengths}
+        return base + self.delta(base, attended, prompt, **packed)
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""

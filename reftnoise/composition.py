@@ -26,6 +26,9 @@ _NOT_SAVED = {
     "revision",
     "runtime_config",
 }
+# What PEFT finds out by the model, where a section leaves it open.
+_FOUND_OUT = {"task_type", "target_modules", "feedforward_modules", "num_transformer_submodules"}
+_FOUND_OUT |= {"num_attention_heads", "num_layers", "token_dim", "modules_to_save"}
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -120,14 +123,16 @@ def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, An
             f"the PeftModel has the adapters {', '.join(names)}: to be trained and saved with "
             "units, it must have one, named 'default'"
         )
-    if given is None:
-        return own
-    for key, value in given.items():
-        if key != "task_type" and own.get(key) != value:
+    given = own if given is None else given
+    for key in (*given, *own):
+        if key == "task_type" or (key in _FOUND_OUT and key not in given):
+            continue
+        if own.get(key) != given.get(key):
             raise ValueError(
-                f"peft: the config has {key} {value!r}, the given PeftModel {own.get(key)!r}"
+                f"peft: the config has {key} {given.get(key)!r}, the given PeftModel "
+                f"{own.get(key)!r}"
             )
-    return given
+    return own
 
 
 def own_state(base: nn.Module) -> set[str]:

@@ -222,10 +222,25 @@ def _site(unit: StoredUnit, base: PreTrainedModel) -> Site:
     return site
 
 
+def _refuse_section(source: Path) -> None:
+    """Raise for an adapter with a method of PEFT, which pyreft's format does not hold."""
+    try:
+        description = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+        section = description.get("peft")
+    except (OSError, ValueError, AttributeError):
+        return  # which `read_config` tells
+    if section is not None:
+        raise ValueError(
+            f"{source}: has a peft section ({section.get('peft_type')}), which pyreft's format "
+            "does not hold"
+        )
+
+
 # -- ours → theirs -------------------------------------------------------------------------------
 
 
 def _to_pyreft(source: Path, output: Path, name: str) -> str:
+    _refuse_section(source)
     names = _trained_of_base(source)
     base = _structure(name, names)
     reft_model = ReftModel(read_config(source, base), base)

@@ -219,7 +219,10 @@ class Engine:
         nothing in any other.
         """
         if current.stack is not None:
-            raise NotImplementedError("torch.compile of an encoder-decoder ReftModel")
+            raise ValueError(
+                "torch.compile of a ReftModel takes bases with one sequence: compile the layers of "
+                "this encoder-decoder model one by one, layer.compile()"
+            )
         _stand_on_base(self._number)
         chunk: Chunk | TokenlessChunk
         if current.layout is None:

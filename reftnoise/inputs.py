@@ -37,6 +37,9 @@ def size_of(inputs: Mapping[str, Any]) -> tuple[int, int]:
 
 def batch_of(inputs: Mapping[str, Any]) -> int:
     """Rows of a batch of any kind: tokens, pixels, audio."""
+    tokens = tokens_of(inputs)
+    if tokens is not None:
+        return tokens.shape[0]
     first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1), None)
     if first is None:
         raise ValueError("expected inputs with a batch dimension")

@@ -46,6 +46,7 @@ from .positions import (
     Selection,
     UnitLocations,
     explicit_selection,
+    has_token_labels,
     parse_unit_locations,
 )
 from .prefix_cache import PrefixCache
@@ -83,12 +84,12 @@ class ReftModel(nn.Module):
             )
         keep_differentiable(model)
         section = section_of(model, config.peft)
+        placed = place_units(config, model)  # first: where it raises, PEFT has changed nothing
         if section is not None and not is_peft_model(model):
             model = with_peft(model, section)
         self.reft_config = dataclasses.replace(config, peft=section)
         self._is_composed = section is not None
         self.model: PreTrainedModel = model
-        placed = place_units(config, model)
         self.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
         self._split: SplitMode = "auto"
         self._fused_forward: Callable[..., Any] | None = None
@@ -118,7 +119,7 @@ class ReftModel(nn.Module):
             setattr(self.model, name, value)
         elif name == "forward" and has_fused_head(value):
             expect_plain_head(inner_model(self.model), [one.site for one in self._engine.units])
-            self._fused_forward = value.__func__
+            self._fused_forward = getattr(value, "__func__", value)
         else:
             super().__setattr__(name, value)
 
@@ -189,7 +190,8 @@ class ReftModel(nn.Module):
         )
         if doubled:
             inputs = in_pairs(inputs, batch_size)
-            prompt_lengths = None if prompt_lengths is None else prompt_lengths.repeat(2)
+            if prompt_lengths is not None:
+                prompt_lengths = torch.as_tensor(prompt_lengths).repeat(2)
         passes = self._passes(inputs, prompt_lengths, unit_locations, times=1 + doubled)
         if self.training and self._continues and not torch.compiler.is_compiling():
             known = prompt_lengths if unit_locations is None else unit_locations
@@ -243,7 +245,7 @@ class ReftModel(nn.Module):
                     original = self.generate(**batch)
             return original, self.generate(**batch, unit_locations=unit_locations)
         if inputs is not None:
-            kwargs["input_ids"] = inputs
+            kwargs[inner_model(self.model).main_input_name] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
         if self._is_disabled:
             with self._bare() as base:
@@ -349,6 +351,11 @@ class ReftModel(nn.Module):
         times: int = 1,
     ) -> list[Pass]:
         """What to edit, in each stack; `times` is how often the batch holds each example."""
+        if inputs.get("cache_params") is not None:
+            raise ValueError(
+                "cache_params hold states, which do not tell how many tokens they are of: give the "
+                "whole input, or use generate"
+            )
         if self._stacks == (None,) and tokens_of(inputs) is not None:
             layout = read_layout(
                 inputs,
@@ -367,8 +374,15 @@ class ReftModel(nn.Module):
                 "config's positions"
             )
 
+        labels: Any = inputs.get("labels")
+        mask = inputs.get("decoder_attention_mask")
+
         def locate(stack: Stack | None, attended: Tensor, past: int) -> Located:
             lengths = None
+            if stack == "decoder" and mask is None and has_token_labels(labels, attended):
+                # Padded labels are padding, but for the start token before them.
+                attended = (labels != -100).flip(1).cummax(1).values.flip(1) & attended
+                attended[:, 0] = True
             if stack == "decoder":  # which reads a start token, then what it writes or labels say
                 lengths = attended.sum(1).clamp(max=1)
             elif past:

@@ -17,13 +17,16 @@ def in_pairs(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
         )
     doubled = {
         name: torch.cat([value, value])
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
+        if isinstance(value, Tensor)
+        and value.dim()
+        and value.shape[0] == batch
+        and name not in ("num_items_in_batch", "logits_to_keep")
         else value
         for name, value in inputs.items()
-        if name not in ("num_items_in_batch", "logits_to_keep")
     }
-    if "logits_to_keep" in inputs:
-        doubled["logits_to_keep"] = inputs["logits_to_keep"]
+    places = inputs.get("position_ids")
+    if isinstance(places, Tensor) and places.dim() == 3:  # axes × rows × tokens, of images in text
+        doubled["position_ids"] = torch.cat([places, places], 1)
     if inputs.get("num_items_in_batch") is not None:
         doubled["num_items_in_batch"] = 2 * inputs["num_items_in_batch"]
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):  # ends of packed documents, of all rows in turn
@@ -34,7 +37,10 @@ def in_pairs(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
 
 
 def first_of_pairs(outputs: Any, batch: int) -> Any:
-    """The outputs for the +δ rows, with the pair's loss: as many rows as the caller gave."""
+    """The outputs for the +δ rows, with the pair's loss: as many rows as the caller gave.
+
+    A cache holds both, so it is left out.
+    """
     return _join_pairs(outputs, batch, lambda plus, _: plus)
 
 
@@ -61,5 +67,5 @@ def _join_pairs(outputs: Any, batch: int, join: Callable[[Tensor, Tensor], Tenso
         return value
 
     if isinstance(outputs, Mapping):
-        return type(outputs)(**{name: joined(value) for name, value in outputs.items()})
+        return type(outputs)(**{n: joined(v) for n, v in outputs.items() if n != "past_key_values"})
     return joined(outputs)

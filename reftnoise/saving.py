@@ -274,7 +274,7 @@ def _kept(module: "ReftModel") -> set[str]:
     named = trained_modules(base, module.reft_config.modules_to_save).values()
     chosen = {id(t) for part in named for t in (*part.parameters(), *part.buffers())}
     trained = {name for name, t in once.items() if t.requires_grad or id(t) in chosen}
-    return trained | own_state(base)
+    return trained if module.reft_config.peft is None else trained | own_state(base)
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:

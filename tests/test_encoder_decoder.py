@@ -154,8 +154,9 @@ def test_noise_on_an_embedding_that_both_stacks_share(
     delta = noisy[noised] - clean[noised]
     if noise == "symnoise":
         torch.testing.assert_close(delta[:3], -delta[3:], atol=1e-6, rtol=0)
-    widths = torch.full((3,), batch["labels"].shape[1])
-    lengths = widths if noised else batch["attention_mask"].sum(1)
+    attended = batch["labels"] != -100 if noised else batch["attention_mask"]
+    lengths = attended.sum(1)  # padding of labels is padding, too
+    assert lengths.unique().numel() > 1
     for row, length in enumerate(lengths.tolist()):
         bound = 5 / (length * 32) ** 0.5
         assert 0.9 * bound < delta[row, :length].abs().max() <= bound * 1.001

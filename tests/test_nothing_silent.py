@@ -14,6 +14,8 @@ from test_peft import QV, seq2seq
 from torch import Tensor
 
 import reftnoise as rn
+from reftnoise.inputs import batch_of
+from reftnoise.pairs import in_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -220,3 +222,44 @@ def test_missing_arguments_of_peft_are_one_line() -> None:
     config = rn.ReftConfig(LOREFT, peft={"peft_type": "prompt_tuning"})
     with pytest.raises(ValueError, match=r"^peft prompt_tuning: "):
         rn.get_reft_model(tiny_model(), config)
+
+
+def test_a_section_that_leaves_out_what_the_model_has() -> None:
+    base = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=4, lora_alpha=64, **QV))
+    with pytest.raises(ValueError, match=r"peft: the config has lora_alpha None, the given .* 64"):
+        rn.get_reft_model(base, rn.ReftConfig(LOREFT, peft=LORA))
+
+
+def test_a_config_that_does_not_fit_leaves_the_base_as_it_was() -> None:
+    base = tiny_model()
+    with pytest.raises(ValueError, match="layer 99: the model has layers 0 to 2"):
+        rn.get_reft_model(base, rn.ReftConfig(LOREFT | {"layer": 99}, peft=LORA))
+    assert not hasattr(base, "peft_config")
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_states_do_not_tell_how_many_tokens_they_are_of() -> None:
+    base = copy.deepcopy(tiny_models.model_of("mamba"))
+    model = rn.get_reft_model(base, rn.ReftConfig(LOREFT)).eval()
+    cache = base(input_ids=IDS, use_cache=True).cache_params
+    with pytest.raises(ValueError, match="cache_params hold states, which do not tell"):
+        model(input_ids=IDS[:, :1], cache_params=cache)
+
+
+def test_symnoise_with_places_on_several_axes() -> None:
+    ids = torch.arange(8).view(2, 4)
+    places = torch.arange(24).view(3, 2, 4)
+    inputs = {"position_ids": places, "input_ids": ids, "labels": ids}
+    doubled = in_pairs(inputs, batch_of(inputs))
+    assert torch.equal(doubled["position_ids"], torch.cat([places, places], 1))
+    assert torch.equal(doubled["input_ids"], torch.cat([ids, ids]))
+
+
+def test_a_frozen_peft_model_stays_out_of_the_adapter(tmp_path: Path) -> None:
+    base = peft.get_peft_model(tiny_model(), peft.LoraConfig(**QV)).requires_grad_(False)
+    model = rn.get_reft_model(base, rn.ReftConfig(LOREFT))
+    assert not any("lora" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path)
+    merged = base.merge_and_unload()
+    loaded = rn.ReftModel.from_pretrained(merged, tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model))
