@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import saving
-from .chunks import Located, Pass
-from .components import Stack, is_encoder_decoder, trained_modules
+from .components import trained_modules
 from .composition import (
     inner_model,
     is_peft_model,
@@ -27,27 +25,21 @@ from .composition import (
 )
 from .config import ReftConfig
 from .devices import device_of, size
-from .engine import Engine, cached_length, exclusive, innermost
+from .engine import Engine, exclusive, innermost
 from .fused import call_fused, expect_plain_head, has_fused_head
 from .guidance import guidance
 from .inputs import (
     batch_of,
     infer_attention_mask,
-    read_layout,
-    size_of,
-    tokens_of,
     warn_of_doubtful_prompts,
 )
+from .locating import Locator
 from .pairs import in_pairs, mean_of_pairs
 from .passes import Runner, SplitMode
 from .placement import place_units
 from .positions import (
     PromptLayout,
-    Selection,
     UnitLocations,
-    explicit_selection,
-    has_token_labels,
-    parse_unit_locations,
 )
 from .prefix_cache import PrefixCache
 from .quantised import keep_differentiable
@@ -65,7 +57,8 @@ class ReftModel(nn.Module):
 
     Args:
         config: the units.
-        model: the base, a transformers model. Its weights are neither copied nor changed.
+        model: the base, a transformers model. Its weights are neither copied nor changed; a `peft`
+            section puts PEFT's layers into it.
 
     Raises:
         ValueError: an entry does not fit the base: layer, width, rank or overlapping positions.
@@ -95,10 +88,10 @@ class ReftModel(nn.Module):
         self._fused_forward: Callable[..., Any] | None = None
         self.prefix_cache: PrefixCache | None = None
         self._engine = Engine(model, placed)
+        self._locator = Locator(self._engine)
         self._runner = Runner(self._engine)
         self._is_disabled = False
         self._has_looked_at_labels = False
-        self._continues = bool(inner_model(model).can_generate())
         self.interventions.train(model.training)
         self.training = model.training
         self.register_state_dict_post_hook(saving.keep_trained)  # type: ignore[no-untyped-call]  # torch's
@@ -192,8 +185,8 @@ class ReftModel(nn.Module):
             inputs = in_pairs(inputs, batch_size)
             if prompt_lengths is not None:
                 prompt_lengths = torch.as_tensor(prompt_lengths).repeat(2)
-        passes = self._passes(inputs, prompt_lengths, unit_locations, times=1 + doubled)
-        if self.training and self._continues and not torch.compiler.is_compiling():
+        passes = self._locator.passes(inputs, prompt_lengths, unit_locations, times=1 + doubled)
+        if self.training and self._locator.continues and not torch.compiler.is_compiling():
             known = prompt_lengths if unit_locations is None else unit_locations
             self._doubt_prompts(passes[0].layout, inputs.get("labels"), known)
         pairs = batch_size if doubled else None
@@ -250,13 +243,16 @@ class ReftModel(nn.Module):
         if self._is_disabled:
             with self._bare() as base:
                 return base.generate(**kwargs)
-        reads_tokens = self._stacks == (None,) and tokens_of(kwargs) is not None
-        if reads_tokens and kwargs.get("attention_mask") is None and "input_ids" in kwargs:
+        if (
+            self._locator.reads_tokens(kwargs)
+            and kwargs.get("attention_mask") is None
+            and "input_ids" in kwargs
+        ):
             mask = infer_attention_mask(kwargs, self.model.generation_config)
             if mask is not None:
                 kwargs["attention_mask"] = mask
         guided = guidance(kwargs, self.model.generation_config, self._continuation)
-        if guided is not None and self._stacks == (None,):
+        if guided is not None and self._locator.stacks == (None,):
             if unit_locations is not None:
                 raise ValueError(
                     "guidance_scale: unit_locations tell no places in its other prompt"
@@ -267,7 +263,7 @@ class ReftModel(nn.Module):
                 )
             kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guided]
         prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
-        passes = self._passes(prompt, None, unit_locations)
+        passes = self._locator.passes(prompt, None, unit_locations)
         drafts = ("assistant_model", "assistant_early_exit")
         settings = kwargs.get("generation_config")
         is_assisted = any(
@@ -280,7 +276,7 @@ class ReftModel(nn.Module):
 
     def _continuation(self, inputs: dict[str, Any], prompt_lengths: Tensor) -> Any:
         """One pass of a generation, without noise."""
-        passes = self._passes(inputs, prompt_lengths, None)
+        passes = self._locator.passes(inputs, prompt_lengths, None)
         for current in passes:
             current.is_generation = True
         with self._engine.running(*passes):
@@ -337,82 +333,7 @@ class ReftModel(nn.Module):
     @property
     def labels_end_prompts(self) -> bool:
         """Whether labels are what the base writes after a prompt, so that they tell its end."""
-        return self._continues and self._stacks == (None,)
-
-    @property
-    def _stacks(self) -> tuple[Stack | None, ...]:
-        return ("encoder", "decoder") if is_encoder_decoder(self.model) else (None,)
-
-    def _passes(
-        self,
-        inputs: Mapping[str, Any],
-        prompt_lengths: Tensor | None,
-        unit_locations: UnitLocations | None,
-        times: int = 1,
-    ) -> list[Pass]:
-        """What to edit, in each stack; `times` is how often the batch holds each example."""
-        if inputs.get("cache_params") is not None:
-            raise ValueError(
-                "cache_params hold states, which do not tell how many tokens they are of: give the "
-                "whole input, or use generate"
-            )
-        if self._stacks == (None,) and tokens_of(inputs) is not None:
-            layout = read_layout(
-                inputs,
-                prompt_lengths,
-                past=cached_length(inputs.get("past_key_values")),
-                continues=self.labels_end_prompts,
-            )
-            if unit_locations is None:
-                return [Pass(layout, self._select(layout, None))]
-            batch, width = size_of(inputs)
-            return [Pass(layout, self._chosen(unit_locations, batch // times, width, times))]
-        if unit_locations is not None or prompt_lengths is not None:
-            raise ValueError(
-                f"{type(inner_model(self.model)).__name__} tells the length of its sequences only "
-                "when it runs, so unit_locations and prompt_lengths cannot be given: use the "
-                "config's positions"
-            )
-
-        labels: Any = inputs.get("labels")
-        mask = inputs.get("decoder_attention_mask")
-
-        def locate(stack: Stack | None, attended: Tensor, past: int) -> Located:
-            lengths = None
-            if stack == "decoder" and mask is None and has_token_labels(labels, attended):
-                # Padded labels are padding, but for the start token before them.
-                attended = (labels != -100).flip(1).cummax(1).values.flip(1) & attended
-                attended[:, 0] = True
-            if stack == "decoder":  # which reads a start token, then what it writes or labels say
-                lengths = attended.sum(1).clamp(max=1)
-            elif past:
-                lengths = attended[:, :past].sum(1)
-            layout = PromptLayout(attended, lengths)
-            return layout, self._select(layout, stack)
-
-        return [Pass(locate=functools.partial(locate, s), stack=s) for s in self._stacks]
-
-    def _chosen(
-        self, unit_locations: UnitLocations, batch: int, width: int, times: int
-    ) -> dict[str, Selection | None]:
-        units = [one for one in self._engine.units if one.positions is not None]
-        found = parse_unit_locations(unit_locations, len(units), batch, width)
-        chosen = [
-            None if c is None else explicit_selection(c.to(self.device).repeat(times, 1))
-            for c in found
-        ]
-        return {one.key: columns for one, columns in zip(units, chosen, strict=True)}
-
-    def _select(self, layout: PromptLayout, stack: Stack | None) -> dict[str, Selection | None]:
-        # Sites with equal positions share one selection, hence one computation of row indices.
-        select: Any = layout.select
-        if not torch.compiler.is_compiling():  # whose graph has equal operations once anyway
-            select = functools.cache(select)
-        return {
-            one.key: select(one.positions, one.prefix, one.suffix)
-            for one in self._engine.units
-            if one.positions is not None and one.site.stack == stack
-        }
+        return self._locator.labels_end_prompts
 
     def _warn_of_noise_of_others(self) -> None:
         """transformers' NEFTune stands on the embeddings, beside a noise of the config."""

@@ -33,7 +33,7 @@ LAYERS = [
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
     {"chunks", "guidance"},
     {"engine"},
-    {"placement", "passes"},
+    {"locating", "passes", "placement"},
     {"model", "saving"},
     {"data", "trainer", "progress"},
     {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations"},

@@ -1,0 +1,130 @@
+"""Find what a call edits: the tokens of its prompts, for each stack of the base."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunks import Located, Pass
+from .components import Stack, is_encoder_decoder
+from .composition import inner_model
+from .engine import Engine, cached_length
+from .inputs import read_layout, size_of, tokens_of
+from .positions import (
+    PromptLayout,
+    Selection,
+    UnitLocations,
+    explicit_selection,
+    has_token_labels,
+    parse_unit_locations,
+)
+
+
+class Locator:
+    """Makes the passes of calls of a base.
+
+    Args:
+        engine: the base with its units.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.continues = bool(inner_model(engine.base).can_generate())
+        """Whether the base writes tokens after a prompt."""
+        self.stacks: tuple[Stack | None, ...] = (None,)
+        """With a sequence each; None for that of a base that has one."""
+        if is_encoder_decoder(engine.base):
+            self.stacks = ("encoder", "decoder")
+
+    @property
+    def labels_end_prompts(self) -> bool:
+        """Whether labels are what the base writes after a prompt, so that they tell its end."""
+        return self.continues and self.stacks == (None,)
+
+    def reads_tokens(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether inputs are the tokens of one sequence, whose length is known before it runs."""
+        return self.stacks == (None,) and tokens_of(inputs) is not None
+
+    def passes(
+        self,
+        inputs: Mapping[str, Any],
+        prompt_lengths: Tensor | None,
+        unit_locations: UnitLocations | None,
+        times: int = 1,
+    ) -> list[Pass]:
+        """What to edit, in each stack.
+
+        Args:
+            inputs: of the base.
+            prompt_lengths: as `ReftModel.forward` takes them.
+            unit_locations: likewise.
+            times: how often the batch holds each example.
+
+        Raises:
+            ValueError: inputs that do not tell where their tokens are.
+        """
+        if inputs.get("cache_params") is not None:
+            raise ValueError(
+                "cache_params hold states, which do not tell how many tokens they are of: give the "
+                "whole input, or use generate"
+            )
+        if self.reads_tokens(inputs):
+            layout = read_layout(
+                inputs,
+                prompt_lengths,
+                past=cached_length(inputs.get("past_key_values")),
+                continues=self.labels_end_prompts,
+            )
+            if unit_locations is None:
+                return [Pass(layout, self._select(layout, None))]
+            batch, width = size_of(inputs)
+            return [Pass(layout, self._chosen(unit_locations, batch // times, width, times))]
+        if unit_locations is not None or prompt_lengths is not None:
+            raise ValueError(
+                f"{type(inner_model(self._engine.base)).__name__} tells the length of its "
+                "sequences only when it runs, so unit_locations and prompt_lengths cannot be "
+                "given: use the config's positions"
+            )
+        locate = functools.partial(self._locate, inputs)
+        return [Pass(locate=functools.partial(locate, one), stack=one) for one in self.stacks]
+
+    def _locate(
+        self, inputs: Mapping[str, Any], stack: Stack | None, attended: Tensor, past: int
+    ) -> Located:
+        labels: Any = inputs.get("labels")
+        lengths = None
+        if stack == "decoder":  # which reads a start token, then what it writes or labels say
+            is_padded = inputs.get("decoder_attention_mask") is None
+            if is_padded and has_token_labels(labels, attended):
+                # Padded labels are padding, but for the start token before them.
+                attended = (labels != -100).flip(1).cummax(1).values.flip(1) & attended
+                attended[:, 0] = True
+            lengths = attended.sum(1).clamp(max=1)
+        elif past:
+            lengths = attended[:, :past].sum(1)
+        layout = PromptLayout(attended, lengths)
+        return layout, self._select(layout, stack)
+
+    def _chosen(
+        self, unit_locations: UnitLocations, batch: int, width: int, times: int
+    ) -> dict[str, Selection | None]:
+        units = [one for one in self._engine.units if one.positions is not None]
+        found = parse_unit_locations(unit_locations, len(units), batch, width)
+        device = self._engine.base.device
+        chosen = [
+            None if c is None else explicit_selection(c.to(device).repeat(times, 1)) for c in found
+        ]
+        return {one.key: columns for one, columns in zip(units, chosen, strict=True)}
+
+    def _select(self, layout: PromptLayout, stack: Stack | None) -> dict[str, Selection | None]:
+        # Sites with equal positions share one selection, hence one computation of row indices.
+        select: Any = layout.select
+        if not torch.compiler.is_compiling():  # whose graph has equal operations once anyway
+            select = functools.cache(select)
+        return {
+            one.key: select(one.positions, one.prefix, one.suffix)
+            for one in self._engine.units
+            if one.positions is not None and one.site.stack == stack
+        }
