@@ -83,7 +83,8 @@ def edit_outside(
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """What `torch.compile(module)` was made of; the module itself if it is none."""
-    return module._modules.get("_orig_mod") or module
+    inside = module._modules.get("_orig_mod")
+    return module if inside is None else inside
 
 
 def put_in_order(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def keep_differentiable(base: nn.Module) -> None:
@@ -18,12 +19,12 @@ def keep_differentiable(base: nn.Module) -> None:
     training. Weights that are packed already are unpacked.
     """
     for module in base.modules():
-        if vars(module).get("support_avx512bf16_for_cpu", False):
-            vars(module)["support_avx512bf16_for_cpu"] = False
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # of no tensor
             module.state_dict()  # unpacks in place, so that the file is the same on every CPU
 
 
-def check_gradients(base: nn.Module) -> None:
+def check_gradients(base: PreTrainedModel) -> None:
     r"""Compare the backward pass of quantised linear layers, one of each kind, with their forward.
 
     A linear layer f has one derivative J everywhere, with $J x = (f(x) - f(-x)) / 2$, so that
@@ -34,8 +35,8 @@ def check_gradients(base: nn.Module) -> None:
     """
     for name, module in one_of_each_kind(base):
         width: Any = module.in_features
-        inputs = torch.arange(2 * width, device=_device(module, base))
-        inputs = inputs.sin().to(base.dtype).view(1, 2, -1).requires_grad_()  # type: ignore[arg-type]
+        inputs = torch.arange(2 * width, device=_device(module, base)).sin()
+        inputs = inputs.to(base.dtype).view(1, 2, width).requires_grad_()
         try:
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
                 outputs = module.forward(inputs)
@@ -81,7 +82,7 @@ def _is_quantised(module: nn.Module) -> bool:
     return type(weight) not in (Tensor, nn.Parameter) or not usual
 
 
-def _device(module: nn.Module, base: nn.Module) -> torch.device:
+def _device(module: nn.Module, base: PreTrainedModel) -> torch.device:
     tensors = (*module.parameters(), *module.buffers())
     found = next((t.device for t in tensors if t.device.type != "meta"), None)
-    return base.device if found is None else found  # type: ignore[return-value]
+    return base.device if found is None else found

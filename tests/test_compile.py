@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_compiled_passes() -> None:
-    cases = Path(__file__).with_name("compiled_passes.py")
+
+@pytest.mark.parametrize("name", ["compiled_passes.py", "compiled_bases.py"])
+def test_in_a_process_of_its_own(name: str) -> None:
+    cases = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
         env=os.environ | {"REFTNOISE_TEST_UNCHECKED": "1"},
