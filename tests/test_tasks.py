@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import reftnoise as rn
+from reftnoise.components import find_layers
 
 READ_LAST = ["llama", "gpt2"]  # the others read their first column, which may be padding
 CLASSIFIERS = ["bert", "roberta", "deberta-v2", "distilbert", *READ_LAST]
@@ -154,7 +155,7 @@ def test_positions_of_an_image_are_its_patches_after_the_class_token() -> None:
     inputs = padded(examples_of("vit"))
     for positions, columns in {"f1": [0], "l1": [4], "f2+l1": [0, 1, 4]}.items():
         model = wrapped(base, positions, layer=0)
-        assert edited_columns(model, base.vit.layers[0], inputs) == [columns] * 3
+        assert edited_columns(model, find_layers(base)[0], inputs) == [columns] * 3
 
 
 def test_positions_of_a_sound_end_where_its_padding_begins() -> None:
