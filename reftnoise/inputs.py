@@ -42,7 +42,11 @@ def batch_of(inputs: Mapping[str, Any]) -> int:
         return tokens.shape[0]
     first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1), None)
     if first is None:
-        raise ValueError("expected inputs with a batch dimension")
+        raise ValueError(
+            f"expected inputs with a batch dimension, got {', '.join(inputs) or 'none'}; a Trainer "
+            "other than ReftTrainer leaves out columns of the base's own: set "
+            "remove_unused_columns=False"
+        )
     return first.shape[0]
 
 

@@ -1,5 +1,6 @@
 """transformers' Trainer, saving adapters and nothing else."""
 
+import inspect
 import json
 import warnings
 from functools import partial
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from . import saving
+from .composition import inner_model
 from .devices import whole_state
 from .model import ReftModel
 from .passes import SplitMode
@@ -88,6 +90,14 @@ class ReftTrainer(Trainer):
         finally:
             adapter.prefix_cache = before
             self._prefix_cache.clear()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The Trainer leaves out columns that `forward` does not name: the base's may take more.
+        super()._set_signature_columns_if_needed()
+        adapter = self.accelerator.unwrap_model(self.model)
+        if isinstance(adapter, ReftModel):
+            taken = inspect.signature(inner_model(adapter.model).forward).parameters
+            self._signature_columns += [n for n in taken if n not in self._signature_columns]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # Label smoothing and compute_loss_func take the labels away, which tell the prompt's end.
