@@ -208,7 +208,8 @@ def trained_modules(model: Any, names: Sequence[str] | None) -> dict[str, nn.Mod
             near = difflib.get_close_matches(name, {n.rpartition(".")[2] for n in found}, n=3)
             hint = f"; near: {', '.join(near)}" if near else ""
             raise ValueError(f"modules_to_save {name!r}: the model has no such module{hint}")
-        chosen |= fitting
+        # PEFT's wrapper of a module trains a copy of it, and keeps the original.
+        chosen |= {n: m for n, m in fitting.items() if not hasattr(m, "original_module")}
     return chosen
 
 

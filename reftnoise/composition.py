@@ -149,8 +149,8 @@ def own_state(base: nn.Module) -> set[str]:
         if not name.startswith("base_layer.")
     }
     once = dict(base.named_parameters()) | dict(base.named_buffers())  # layers may share some
-    prompts = {n for n in once if n.startswith("prompt_encoder.") or ".adaption_" in n}
-    return added & set(once) | prompts
+    others = ("prompt_encoder.", ".adaption_", ".modules_to_save.")
+    return added & set(once) | {name for name in once if any(part in name for part in others)}
 
 
 @contextlib.contextmanager

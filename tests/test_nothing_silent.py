@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 from architectures import tiny_model
-from test_peft import QV, seq2seq
+from test_peft import QV, classifier, seq2seq
 from torch import Tensor
 
 import reftnoise as rn
@@ -263,3 +263,19 @@ def test_a_frozen_peft_model_stays_out_of_the_adapter(tmp_path: Path) -> None:
     merged = base.merge_and_unload()
     loaded = rn.ReftModel.from_pretrained(merged, tmp_path)
     torch.testing.assert_close(logits(loaded), logits(model))
+
+
+def test_one_copy_of_a_head_is_trained_and_it_is_saved(tmp_path: Path) -> None:
+    section = {"peft_type": "lora", "r": 2, "modules_to_save": ["classifier"]}
+    config = rn.ReftConfig(
+        LOREFT | {"positions": "f1"}, peft=section, modules_to_save=["classifier"]
+    )
+    model = perturbed(rn.get_reft_model(classifier(), config))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert not [name for name in trained if "original_module" in name]
+    assert any(".classifier.modules_to_save." in name for name in trained)
+    model.requires_grad_(False)
+    model.save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(classifier(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert [name for name, p in loaded.named_parameters() if p.requires_grad] == trained
