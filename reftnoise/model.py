@@ -489,6 +489,10 @@ class ReftModel(nn.Module):
         return cls.from_pretrained(model, load_directory)
 
 
+if torch.__version__ < "2.8":  # which cannot trace our passes, nor many models of transformers
+    ReftModel.forward = torch.compiler.disable(ReftModel.forward)  # type: ignore[method-assign,no-untyped-call]  # torch's
+
+
 def get_reft_model(
     model: PreTrainedModel,
     reft_config: ReftConfig,
