@@ -1,7 +1,7 @@
 """Adapt an image classifier: LoReFT beside training the classification head alone.
 
-The images are drawn on the spot: a shape in a colour, somewhere on a noisy ground. A small ViT
-first learns the colours, all of it trained; frozen, it is then adapted to tell the shapes.
+The images are drawn on the spot: a square, disc, triangle or cross of some colour on noise. A small
+ViT first learns filled shapes, all of it trained. Frozen, it is adapted to outlines.
 
     python examples/vit.py
     python examples/vit.py --model google/vit-base-patch16-224
@@ -16,7 +16,6 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import (
     AutoModelForImageClassification,
     PrinterCallback,
@@ -31,38 +30,42 @@ import reftnoise as rn
 from reftnoise.progress import RichProgressCallback
 
 CONSOLE = Console()
-COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
+COLOURS = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
 SHAPES = ("square", "disc", "triangle", "cross")
 
 Rows = list[dict[str, Any]]
 
 
-def drawn(count: int, size: int, label: str, seed: int) -> Rows:
-    """Images [3, size, size] of values around -1 to 1, labelled by colour or by shape."""
+def drawn(count: int, size: int, *, filled: bool, seed: int) -> Rows:
+    """Images [3, size, size] with values around -1 and 1, labelled by their shape."""
     draw = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size]
+    y, x = np.mgrid[:size, :size] - size / 2
     rows = []
     for _ in range(count):
-        colour, shape = draw.integers(len(COLOURS)), draw.integers(len(SHAPES))
-        radius = draw.uniform(0.2, 0.3) * size
-        right, down = (draw.uniform(radius, size - radius) for _ in range(2))
-        across, along = np.abs(x - right), y - down
-        inside = [
-            np.maximum(across, np.abs(along)) < radius,
-            across**2 + along**2 < radius**2,
-            (np.abs(along) < radius) & (across < (along + radius) / 2),
-            (np.minimum(across, np.abs(along)) < radius / 3)
-            & (np.maximum(across, np.abs(along)) < radius),
-        ][shape]
-        pixels = draw.normal(0, 0.2, (3, size, size))
-        pixels += np.array(list(COLOURS.values()))[colour][:, None, None] * inside
-        rows.append(
-            {
-                "pixel_values": torch.tensor(2 * pixels - 1, dtype=torch.float32),
-                "labels": int(colour if label == "colour" else shape),
-            }
-        )
+        label = int(draw.integers(len(SHAPES)))
+        colour = COLOURS[draw.integers(len(COLOURS))]
+        right, down = draw.uniform(-0.1 * size, 0.1 * size, 2)
+        radius = draw.uniform(0.28, 0.36) * size
+        shape = inside(label, x - right, y - down, radius)
+        if not filled:
+            shape &= ~inside(label, x - right, y - down, radius - 0.06 * size)
+        pixels = draw.normal(0, 0.1, (3, size, size)) + colour[:, None, None] * shape
+        values = torch.tensor(2 * pixels - 1, dtype=torch.float32)
+        rows.append({"pixel_values": values, "labels": label})
     return rows
+
+
+def inside(label: int, x: Any, y: Any, radius: float) -> Any:
+    """Which points belong to a shape around the origin."""
+    across, down = np.abs(x), np.abs(y)
+    match SHAPES[label]:
+        case "square":
+            return np.maximum(across, down) < radius
+        case "disc":
+            return x**2 + y**2 < radius**2
+        case "triangle":
+            return (down < radius) & (across < (y + radius) / 2)
+    return (np.minimum(across, down) < radius / 3) & (np.maximum(across, down) < radius)
 
 
 def train(model: Any, rows: Rows, *, steps: int, learning_rate: float, name: str) -> None:
@@ -73,12 +76,12 @@ def train(model: Any, rows: Rows, *, steps: int, learning_rate: float, name: str
             per_device_train_batch_size=32,
             learning_rate=learning_rate,
             warmup_steps=0.1,
+            remove_unused_columns=False,  # `pixel_values` is the base's
             logging_steps=10,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,  # pixels, which a ReftModel hands on without naming them
         )
         bar = RichProgressCallback(CONSOLE, name)
         trainer = Trainer(model, args, train_dataset=rows, callbacks=[bar])
@@ -91,34 +94,35 @@ def accuracy(model: Any, rows: Rows) -> float:
     """The share of images whose class is found."""
     model.eval()
     pixels = torch.stack([row["pixel_values"] for row in rows]).to(model.device)
-    chosen: Tensor = torch.cat(
-        [model(pixel_values=p).logits.argmax(1) for p in torch.split(pixels, 64)]
-    )
-    return float((chosen.cpu() == torch.tensor([row["labels"] for row in rows])).float().mean())
+    parts = torch.split(pixels, 64)
+    chosen = torch.cat([model(pixel_values=part).logits.argmax(1) for part in parts]).cpu()
+    return float((chosen == torch.tensor([row["labels"] for row in rows])).float().mean())
 
 
 def small_vit(size: int, steps: int) -> Any:
-    """A ViT that tells colours."""
+    """A ViT that tells filled shapes."""
     config = ViTConfig(
         image_size=size,
-        patch_size=4,
+        patch_size=size // 4,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_labels=len(COLOURS),
+        num_labels=len(SHAPES),
     )
     model = ViTForImageClassification(config)
-    train(model, drawn(512, size, "colour", 1), steps=steps, learning_rate=1e-3, name="base")
+    rows = drawn(4096, size, filled=True, seed=1)
+    train(model, rows, steps=steps, learning_rate=2e-3, name="base")
     return model
 
 
 def main(
     model: str | None = None,
+    base_steps: int = 800,
     steps: int = 300,
     rank: int = 4,
     positions: str = "all",
-    learning_rate: float = 4e-3,
+    learning_rate: float = 1e-2,
     images: int = 1024,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -126,6 +130,7 @@ def main(
 
     Args:
         model: directory or hub name of an image classifier; by default a small one, trained here.
+        base_steps: of the small one's training.
         steps: of the optimizer, of 32 images each.
         rank: of the edits.
         positions: patches that are edited: `f1` is the class token, `all` are all.
@@ -135,20 +140,21 @@ def main(
     """
     set_seed(seed)
     if model is None:
-        base = small_vit(size=32, steps=steps)
+        base = small_vit(32, base_steps)
     else:
         base = AutoModelForImageClassification.from_pretrained(
             model, num_labels=len(SHAPES), ignore_mismatched_sizes=True, dtype=torch.float32
         )
     size = base.config.image_size
-    training, test = drawn(images, size, "shape", 2), drawn(images // 2, size, "shape", 3)
+    training = drawn(images, size, filled=False, seed=2)
+    test = drawn(images // 2, size, filled=False, seed=3)
     loreft = {
         "layer": "all",
         "intervention": "loreft",
         "low_rank_dimension": rank,
         "positions": positions,
     }
-    table = Table("trained", "parameters", "accuracy", title="shapes")
+    table = Table("trained", "parameters", "accuracy", title="outlines of shapes")
     found = {}
     for name in ("head", "head and LoReFT"):
         set_seed(seed)
