@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.utils.generic import find_labels
 
 from . import saving
 from .composition import inner_model
@@ -63,6 +64,8 @@ class ReftTrainer(Trainer):
         super().__init__(model=model, args=args, **trainer_arguments)
         if split is not None:
             self.model.split = split
+        if self.args.label_names is None and isinstance(self.model, ReftModel):
+            self.label_names = find_labels(type(inner_model(self.model.model)))
 
     def create_accelerator_and_postprocess(self) -> None:
         # For models that are not transformers' own, the Trainer has DDP search each step for

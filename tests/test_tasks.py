@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     Trainer,
@@ -248,3 +249,51 @@ def test_a_classifier_trains_with_metrics(trainer_class: Any, tmp_path: Path) ->
         chosen = model.eval()(input_ids=ids).logits.argmax(1)
     right = (chosen == torch.stack([row["labels"] for row in rows])).float().mean()
     assert float(right) == pytest.approx(max(history))
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, rn.ReftTrainer])
+def test_a_base_gets_the_columns_that_it_reads(trainer_class: Any, tmp_path: Path) -> None:
+    is_ours = trainer_class is rn.ReftTrainer
+    seen: list[set[str]] = []
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=is_ours,
+    )
+    cases = [
+        (classifier(), examples_of("bert")[0] | {"token_type_ids": torch.ones(1, 9).long()}),
+        (classifier("distilbert"), examples_of("distilbert")[0]),
+        (new_model(AutoModelForImageClassification, "vit"), examples_of("vit")[0]),
+        (new_model(AutoModelForAudioClassification, "wav2vec2"), examples_of("wav2vec2")[0]),
+    ]
+    for base, inputs in cases:
+        base.register_forward_pre_hook(
+            lambda _, __, kwargs: seen.append({n for n, v in kwargs.items() if v is not None}),
+            with_kwargs=True,
+        )
+        row = {name: value[0] for name, value in inputs.items()}
+        if is_ours:
+            row["source"] = torch.tensor(0)
+        trainer_class(wrapped(base, "f1"), args, train_dataset=[row]).train()
+        assert set(inputs) <= seen[-1]
+        assert "source" not in seen[-1]
+
+
+def test_answers_in_a_text_are_labels(tmp_path: Path) -> None:
+    base = new_model(AutoModelForQuestionAnswering, "bert")
+    rows = [
+        {"input_ids": row["input_ids"], "start_positions": n % 3, "end_positions": n % 3 + 1}
+        for n, row in enumerate(dataset(6))
+    ]
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    model = wrapped(base, "f1")
+    found = rn.ReftTrainer(model, args).predict(rows)
+    assert [part.tolist() for part in found.label_ids] == [[0, 1, 2] * 2, [1, 2, 3] * 2]
+    ids = torch.stack([row["input_ids"] for row in rows])
+    starts, ends = (torch.tensor(part) for part in found.label_ids)
+    with torch.no_grad():
+        loss = model(input_ids=ids, start_positions=starts, end_positions=ends).loss
+    assert found.metrics["test_loss"] == pytest.approx(float(loss))
