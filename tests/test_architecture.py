@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[1]
 MATHS = sorted((ROOT / "interventions").glob("*.py"))
 SYSTEM = [
     path
-    for folder in ("reftnoise", "reftnoise/bench", "reftnoise/integrations")
+    for folder in ("reftnoise", "reftnoise/bench", "reftnoise/integrations", "reftnoise/tasks")
     for path in sorted((ROOT / folder).glob("*.py"))
 ]
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
-    {"interventions"},
+    {"interventions", "recipe"},
     {
         "compiled",
         "composition",
@@ -36,7 +36,7 @@ LAYERS = [
     {"locating", "passes", "placement"},
     {"model", "saving"},
     {"data", "trainer", "progress"},
-    {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations"},
+    {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations", "tasks"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,1 @@
+"""Tasks: one file each, with prompt, answer extraction and metric."""

@@ -1,0 +1,55 @@
+"""What a task is: how a row becomes a prompt, and how what a model writes is scored."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row as a task sees it.
+
+    Args:
+        prompt: what the model reads, before the data's template.
+        completion: what training teaches to write after it.
+        answer: what a prediction is compared with.
+        choices: the completions of which likelihood chooses; empty where a task has none.
+        choice_answers: the answer that each choice stands for.
+    """
+
+    prompt: str
+    completion: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    choice_answers: tuple[str, ...] = ()
+
+
+class Task(ABC):
+    """A task; its constructor's arguments stand beside its name in a recipe."""
+
+    name: ClassVar[str]
+    max_new_tokens: ClassVar[int] = 32
+    generation: ClassVar[Mapping[str, Any]] = {"do_sample": False}
+    """Further arguments of `generate`, as the task's authors chose them."""
+
+    @abstractmethod
+    def question(self, row: Mapping[str, Any]) -> Question:
+        """The prompt, completion and answer of a row.
+
+        Raises:
+            ValueError: a column is missing, or what stands in it is not what the task knows.
+        """
+
+    def extract(self, text: str) -> str:
+        """The answer that a generated text gives; "" if it gives none."""
+        return text.strip()
+
+    def is_right(self, prediction: str, answer: str) -> bool:
+        """Whether an extracted answer is the right one."""
+        return prediction == answer
+
+    def scores(self, predictions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+        """The task's metrics over all rows, the main one first."""
+        right = sum(map(self.is_right, predictions, answers))
+        return {"accuracy": right / len(answers)}
