@@ -35,8 +35,9 @@ LAYERS = [
     {"engine"},
     {"locating", "passes", "placement"},
     {"model", "saving"},
-    {"data", "trainer", "progress"},
+    {"data", "trainer", "progress", "scoring"},
     {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations", "tasks"},
+    {"evaluation"},
     {"cli"},
     {"__main__"},
 ]

@@ -25,11 +25,21 @@ class Question:
     choice_answers: tuple[str, ...] = ()
 
 
+def column(row: Mapping[str, Any], name: str) -> str:
+    """The text in a row's column; a ValueError names the columns that there are."""
+    if name not in row:
+        raise ValueError(f"no column {name!r} in {', '.join(map(str, row))}")
+    if not isinstance(row[name], str):
+        raise ValueError(f"column {name!r}: expected a text, got {row[name]!r}")
+    return row[name]
+
+
 class Task(ABC):
     """A task; its constructor's arguments stand beside its name in a recipe."""
 
     name: ClassVar[str]
-    max_new_tokens: ClassVar[int] = 32
+    max_new_tokens: ClassVar[int | None] = 32
+    """Of an answer; None for as many as the longest choice has, and an end-of-text token."""
     generation: ClassVar[Mapping[str, Any]] = {"do_sample": False}
     """Further arguments of `generate`, as the task's authors chose them."""
 
