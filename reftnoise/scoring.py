@@ -13,14 +13,22 @@ Row: TypeAlias = tuple[list[int], list[int]]
 """Tokens of a prompt, and of what follows it."""
 
 
-def rows_alike(rows: Sequence[Row]) -> dict[tuple[tuple[int, ...], ...], list[int]]:
-    """Indices of rows that one pass scores: they differ in the last token alone.
+Read: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def what_is_read(row: Row) -> Read:
+    """A row without its last token, which is predicted, never read."""
+    return tuple(row[0]), tuple(row[1][:-1])
+
+
+def rows_alike(rows: Sequence[Row]) -> dict[Read, list[int]]:
+    """Indices of the rows that differ in the last token alone, so that one pass scores them.
 
     Rows of the same tokens whose prompts end elsewhere are not alike: edits land elsewhere.
     """
-    alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    for index, (prompt, rest) in enumerate(rows):
-        alike.setdefault((tuple(prompt), tuple(rest[:-1])), []).append(index)
+    alike: dict[Read, list[int]] = {}
+    for index, row in enumerate(rows):
+        alike.setdefault(what_is_read(row), []).append(index)
     return alike
 
 
@@ -36,7 +44,6 @@ def next_token_log_probs(
         limit: tokens that are read at most; longer prompts lose their beginning.
         dtype: of the softmax; by default that of the logits.
     """
-    # The last token is predicted, never read.
     first = None if limit is None else -limit - 1
     tokens = [torch.tensor((prompt + rest)[first:-1]) for prompt, rest in rows]
     widths = [len(row) for row in tokens]

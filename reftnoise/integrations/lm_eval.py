@@ -12,11 +12,11 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..model import ReftModel
+from ..scoring import next_token_log_probs, rows_alike, what_is_read
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +94,7 @@ class ReftLM(HFLM):
         if self.backend == "seq2seq":  # an encoder-decoder model reads the context by itself
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         self._check(requests)
-        # One row for all requests that differ in the last token alone. Not for those whose
-        # tokens are the same while their contexts end elsewhere, which HFLM also puts together.
-        sharing: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-        for index, request in enumerate(requests):
-            sharing.setdefault(_row_of(request), []).append(index)
+        sharing = rows_alike([request[1:] for request in requests])
         rows = [requests[indices[0]] for indices in sharing.values()]
         rows.sort(key=lambda row: (-len(row[1] + row[2]), row[1:]))
         find_size = None
@@ -112,7 +108,7 @@ class ReftLM(HFLM):
             for chunk in Collator.get_chunks(rows, n=size, fn=find_size):
                 for row, log_probs in zip(chunk, self._log_probs(chunk), strict=True):
                     greedy = log_probs.argmax(-1)
-                    for index in sharing[_row_of(row)]:
+                    for index in sharing[what_is_read(row[1:])]:
                         strings, _, continuation = requests[index]
                         tokens = torch.tensor(continuation, device=log_probs.device)
                         total = log_probs.gather(1, tokens[:, None]).sum()
@@ -139,31 +135,16 @@ class ReftLM(HFLM):
                 self.max_length,
             )
 
-    @torch.no_grad()
     def _log_probs(self, rows: list[Request]) -> list[Tensor]:
         """Of the vocabulary, [continuation, vocabulary] for each row, before each token."""
-        # The last token is predicted, never read.
-        tokens = [torch.tensor((c + d)[-self.max_length - 1 : -1]) for _, c, d in rows]
-        widths = [len(row) for row in tokens]
-        starts = [width - len(d) for width, (_, _, d) in zip(widths, rows, strict=True)]
-        mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         with torch.autocast(
             self.device.type,
             self.mixed_precision_dtype,
             enabled=self.mixed_precision_dtype is not None,
         ):
-            logits = self.model(
-                input_ids=pad_sequence(tokens, batch_first=True).to(self.device),
-                attention_mask=mask.to(self.device),
-                prompt_lengths=torch.tensor(starts, device=self.device) + 1,
-            ).logits
-        logits = logits[:, -mask.shape[1] :]  # not of virtual tokens that PEFT puts before
-        return [
-            row[start:end].log_softmax(-1, dtype=self.softmax_dtype)
-            for row, start, end in zip(logits, starts, widths, strict=True)
-        ]
-
-
-def _row_of(request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The prompt, and what the model reads after it."""
-    return tuple(request[1]), tuple(request[2][:-1])
+            return next_token_log_probs(
+                self.model,
+                [request[1:] for request in rows],
+                limit=self.max_length,
+                dtype=self.softmax_dtype,
+            )
