@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
 
 from .hints import nearest
 
@@ -55,9 +55,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: it holds something else.
     """
-    parser = ArgumentParser(exit_on_error=False)
     try:
-        values = parser._load_value(Path(path).read_text(encoding="utf-8"))
+        values = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: no YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
@@ -87,7 +86,8 @@ def explained(error: Exception, parser: ArgumentParser) -> str:
         found = match.groupdict()
         name, group = found["name"], found.get("group")
         if name.startswith("--"):
-            return f"unknown option {name!r}; {nearest(name, [f'--{one}' for one in known])}"
+            options = [f"--{one}" for one in known]
+            return f"unknown option {name!r}; {nearest(name, options, '--help lists them')}"
         place, names = "", list(dict.fromkeys(one.split(".")[0] for one in known))
         if group is not None:
             place = f"{group}: "

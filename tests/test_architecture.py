@@ -12,22 +12,24 @@ ROOT = Path(__file__).parents[1]
 MATHS = sorted((ROOT / "interventions").glob("*.py"))
 SYSTEM = [
     path
-    for folder in ("reftnoise", "reftnoise/bench", "reftnoise/integrations", "reftnoise/tasks")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for folder in (".", "bench", "integrations", "report", "study", "tasks")
+    for path in sorted((ROOT / "reftnoise" / folder).glob("*.py"))
 ]
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
-    {"interventions", "recipe"},
+    {"interventions", "hints", "recipe", "tiny"},
     {
         "compiled",
         "composition",
         "devices",
         "loss",
         "pairs",
+        "parsing",
         "positions",
         "prefix_cache",
         "quantised",
+        "tasks",
     },
     {"components"},
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
@@ -35,9 +37,14 @@ LAYERS = [
     {"engine"},
     {"locating", "passes", "placement"},
     {"model", "saving"},
+    {"bases", "sources"},
+    {"templates"},
     {"data", "trainer", "progress", "scoring"},
-    {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations", "tasks"},
-    {"evaluation"},
+    {"demo", "bench", "pyreft_directory", "convert", "integrations"},
+    {"evaluation", "inspection"},
+    {"runs", "run_scores"},
+    {"study"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]
