@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import Messages, _max_length, _tokenize, _truncate
 from .scoring import Row, next_token_log_probs, rows_alike
 from .tasks.base import Question, Task
+from .tokenization import Messages
+from .tokenization import smallest_limit as _max_length
+from .tokenization import tokenize as _tokenize
+from .tokenization import truncate as _truncate
 
 logger = logging.getLogger(__name__)
 

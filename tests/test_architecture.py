@@ -30,6 +30,7 @@ LAYERS = [
         "prefix_cache",
         "quantised",
         "tasks",
+        "tokenization",
     },
     {"components"},
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
