@@ -7,7 +7,8 @@ import inspect
 import json as json_format
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from .recipe import Recipe
 from .study.grid import Study
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
     from rich.console import Console
 
 
@@ -262,9 +264,10 @@ def _run(name: str, *arguments: str) -> int:
     else:
         parser = parser_of(config, prog, summary)
         parser.add_function_arguments(function, skip={first.name}, as_group=False)
+        parser.usage = f"{prog} [{'DIRECTORY' if name == 'eval' else 'FILE.yaml'}] [OPTIONS]"
         arguments = _with_file(name, arguments)
     try:
-        parsed = parser.parse_args(list(arguments))
+        parsed = parser.parse_args(list(_flags(parser, arguments)))
         values = {} if config is None else {first.name: built(config, parser, parsed)}
         given = parser.instantiate(parsed)
     except ArgumentError as error:
@@ -289,6 +292,14 @@ def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
         expected = "the directory of a run" if name == "eval" else "a YAML file"
         raise FileNotFoundError(f"{name}: {first}: expected {expected}")
     return ("--config", first, *rest)
+
+
+def _flags(parser: "ArgumentParser", arguments: Sequence[str]) -> Iterator[str]:
+    """`--quiet` for `--quiet true`."""
+    flags = {f"--{action.dest}" for action in parser._actions if action.metavar == "{true,false}"}
+    for argument, after in zip_longest(arguments, arguments[1:]):
+        is_alone = argument in flags and after not in ("true", "false")
+        yield f"{argument}=true" if is_alone else argument
 
 
 def _overview() -> str:
