@@ -71,22 +71,20 @@ def train(
         print_run(recipe, summary, entries)
 
 
-def evaluate(
-    recipe: Recipe, base: bool = False, quiet: bool = False, json: bool = False
-) -> None:
+def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool = False) -> None:
     """Score the adapter of a run on its recipe's task, and write the scores beside it.
 
     Args:
-        recipe: the directory of a run, given first; options such as --evaluation.data or
-            --evaluation.by replace what its recipe says.
+        recipe: the directory of a run or of an adapter, given first; options such as
+            --evaluation.data or --evaluation.by replace what the run's recipe says.
         base: also score the base without its adapter.
         quiet: print nothing but errors.
         json: print the scores as JSON, and no progress.
     """
-    from .loading import load_run
     from .run_scores import save_scores, score
+    from .runs import load_trained
 
-    model, tokenizer = load_run(recipe)
+    model, tokenizer = load_trained(recipe)
     found = score(recipe, model, tokenizer, base=base, console=_progress_console(quiet or json))
     save_scores(Path(recipe.output_dir), found)
     entries = [entry for entry, _ in found]
@@ -106,10 +104,11 @@ def study(study: Study, quiet: bool = False, json: bool = False) -> None:
         quiet: print nothing but errors.
         json: print the results as JSON, and no progress.
     """
-    from .report import write_report
     from .study.runner import run_study
 
     results = run_study(study, console=_progress_console(quiet or json))
+    from .report import write_report  # after hours of work, not before: it needs an extra
+
     page = write_report(study.output_dir)
     if json:
         _print_json(results)
@@ -284,14 +283,17 @@ def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(commented)
     first, *rest = commented
     path = Path(first)
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        if name == "eval":
-            rest = ["--output_dir", first, *rest]
-        return ("--config", str(path / "recipe.yaml"), *rest)
-    if not path.is_file():
-        expected = "the directory of a run" if name == "eval" else "a YAML file"
-        raise FileNotFoundError(f"{name}: {first}: expected {expected}")
-    return ("--config", first, *rest)
+    if name != "eval":
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: {first}: expected a YAML file")
+        return ("--config", first, *rest)
+    place = ("--output_dir", first)
+    if (path / "recipe.yaml").is_file():
+        return ("--config", str(path / "recipe.yaml"), *place, *rest)
+    if (path / "reft_config.json").is_file():
+        saved = json_format.loads((path / "reft_config.json").read_text(encoding="utf-8"))
+        return ("--model", saved["base_model"]["name_or_path"], *place, *rest)
+    raise FileNotFoundError(f"eval: {first}: expected the directory of a run or of an adapter")
 
 
 def _flags(parser: "ArgumentParser", arguments: Sequence[str]) -> Iterator[str]:

@@ -69,13 +69,7 @@ def train_recipe(
     config, task, args = reft_config(recipe), get_task(recipe.task), training_arguments(recipe)
     checkpoint = _checkpoint(directory, resume, overwrite)
     set_seed(recipe.seed)
-    base, tokenizer = load_base(
-        recipe.model,
-        revision=recipe.revision,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        quantization=recipe.quantization,
-    )
+    base, tokenizer = _base(recipe)
     reft_model = get_reft_model(base, config)
     data_module = _data_module(recipe, task, tokenizer, reft_model)
     is_main = int(os.environ.get("RANK", "0")) == 0
@@ -110,6 +104,27 @@ def train_recipe(
         replace_all(directory, {SUMMARY: text.encode()})
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return reft_model.eval(), tokenizer, summary
+
+
+def load_trained(recipe: Recipe) -> tuple[ReftModel, Any]:
+    """The base of a recipe with the adapter in its output_dir, in evaluation mode; its tokenizer.
+
+    The directory is that of a run, or of an adapter alone.
+    """
+    directory = Path(recipe.output_dir)
+    inside = directory / ADAPTER
+    base, tokenizer = _base(recipe)
+    return ReftModel.from_pretrained(base, inside if inside.is_dir() else directory), tokenizer
+
+
+def _base(recipe: Recipe) -> tuple[Any, Any]:
+    return load_base(
+        recipe.model,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        quantization=recipe.quantization,
+    )
 
 
 def reft_config(recipe: Recipe) -> ReftConfig:
