@@ -35,7 +35,9 @@ LAYERS = [
     {"engine"},
     {"locating", "passes", "placement"},
     {"model", "saving"},
-    {"data", "trainer", "progress", "scoring"},
+    {"data", "trainer", "progress"},
+    {"scoring"},
+    {"generation"},
     {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations", "tasks"},
     {"evaluation"},
     {"cli"},
@@ -43,7 +45,12 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # Who may import inside a function: `saving` builds a ReftModel, commands start quickly.
-LATE = {"saving": {"model"}, "cli": set(LEVEL) - {"__main__"}, "demo": set(LEVEL) - {"__main__"}}
+LATE = {
+    "saving": {"model"},
+    "evaluation": {"integrations"},
+    "cli": set(LEVEL) - {"__main__"},
+    "demo": set(LEVEL) - {"__main__"},
+}
 
 by_file = {"ids": lambda path: str(path.relative_to(ROOT))}
 
