@@ -1,6 +1,5 @@
 """Score a model on a task's rows: by what it writes, or by which choice it finds most likely."""
 
-import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from .model import ReftModel
 from .scoring import Progress, choice_log_probs
 from .tasks.base import Question, Task
 from .tasks.classifier import ClassifierTask
+from .templates import render
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def evaluate(
             predictions = texts
         else:
             _expect_causal(model)
-            prompts = [_rendered(template, question) for question in questions]
+            prompts = _rendered(template, questions, rows, tokenizer)
             if by == "generation":
                 if max_new_tokens is None:
                     max_new_tokens = _enough(model, tokenizer, task, prompts, questions)
@@ -145,12 +145,16 @@ def _questions(task: Task, rows: Sequence[Row]) -> list[Question]:
     return questions
 
 
-def _rendered(template: str, question: Question) -> str | Messages:
-    if template == "plain":
-        return question.prompt
+def _rendered(
+    template: str, questions: Sequence[Question], rows: Sequence[Row], tokenizer: Any
+) -> list[str | Messages]:
+    """Prompts as training has them; a conversation for the tokenizer's chat template."""
     if template == "chat":
-        return [{"role": "user", "content": question.prompt}]
-    raise ValueError(f"template {template!r}: expected plain or chat")
+        return [[{"role": "user", "content": question.prompt}] for question in questions]
+    return [
+        render(template, question.prompt, row, tokenizer)
+        for question, row in zip(questions, rows, strict=True)
+    ]
 
 
 @contextmanager
@@ -250,64 +254,3 @@ def _by_head(
         if progress is not None:
             progress(min(start + batch_size, len(order)), len(order))
     return predictions
-
-
-# -- lm-evaluation-harness -------------------------------------------------------------------------
-
-
-def evaluate_with_harness(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    limit: int | None = None,
-    batch_size: int | str = 16,
-) -> dict[str, dict[str, float]]:
-    """Scores of lm-evaluation-harness: those of each task and group, under the harness' names.
-
-    Args:
-        model: a `ReftModel`, or a causal language model of transformers.
-        tokenizer: of the base.
-        tasks: names of tasks or groups, such as `ifeval`.
-        limit: rows of each task; all by default.
-        batch_size: rows per forward pass, or "auto".
-
-    Raises:
-        ValueError: a task that the harness does not have.
-        ImportError: the harness is not installed.
-    """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-
-        from .integrations.lm_eval import ReftLM
-    except ImportError as error:
-        raise ImportError(
-            f"lm_eval tasks need lm-evaluation-harness: pip install 'reftnoise[lm-eval]' ({error})"
-        ) from error
-    manager = TaskManager()
-    for name in tasks:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"lm_eval task {name!r}: lm-evaluation-harness has none such{hint}")
-    is_wrapped = isinstance(model, ReftModel)
-    lm = (ReftLM if is_wrapped else HFLM)(model, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
-    return {name: _numbers(result) for name, result in found["results"].items()}
-
-
-def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """Its metrics, named `acc` or, where a filter reads answers, `exact_match,strict-match`."""
-    return {
-        name.removesuffix(",none"): float(value)
-        for name, value in result.items()
-        if isinstance(value, int | float) and "_stderr" not in name and "," in name
-    }

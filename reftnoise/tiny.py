@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-DIRECTORY = Path(str(files("reftnoise"))) / "assets" / "tiny-chat"
+NAME = "tiny-chat"
+DIRECTORY = Path(str(files("reftnoise"))) / "assets" / NAME
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,24 @@ ROOT = Path(__file__).parents[1]
 MATHS = sorted((ROOT / "interventions").glob("*.py"))
 SYSTEM = [
     path
-    for folder in ("reftnoise", "reftnoise/bench", "reftnoise/integrations", "reftnoise/tasks")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for folder in (".", "bench", "integrations", "report", "study", "tasks")
+    for path in sorted((ROOT / "reftnoise" / folder).glob("*.py"))
 ]
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
-    {"interventions", "recipe"},
+    {"interventions", "hints", "recipe", "tiny"},
     {
         "compiled",
         "composition",
         "devices",
         "loss",
         "pairs",
+        "parsing",
         "positions",
         "prefix_cache",
         "quantised",
+        "tasks",
     },
     {"components"},
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
@@ -35,11 +37,14 @@ LAYERS = [
     {"engine"},
     {"locating", "passes", "placement"},
     {"model", "saving"},
-    {"data", "trainer", "progress"},
-    {"scoring"},
-    {"generation"},
-    {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations", "tasks"},
-    {"evaluation"},
+    {"bases", "sources"},
+    {"templates"},
+    {"data", "generation", "trainer", "progress", "scoring"},
+    {"demo", "bench", "pyreft_directory", "convert", "integrations"},
+    {"evaluation", "inspection"},
+    {"runs", "run_scores"},
+    {"study"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]
@@ -47,7 +52,6 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 # Who may import inside a function: `saving` builds a ReftModel, commands start quickly.
 LATE = {
     "saving": {"model"},
-    "evaluation": {"integrations"},
     "cli": set(LEVEL) - {"__main__"},
     "demo": set(LEVEL) - {"__main__"},
 }
