@@ -5,7 +5,6 @@ are exactly those that `tokenizer(prompt)` gives, so training edits the position
 will. A conversation becomes one example per assistant turn, with all that precedes it as prompt.
 """
 
-import glob
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +13,18 @@ from typing import Any, TypeAlias
 
 import datasets
 import torch
-from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from .components import takes_position_ids
 from .model import ReftModel
+from .sources import load_rows
+from .tokenization import smallest_limit, tokenize, truncate
 
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 Examples: TypeAlias = datasets.Dataset | str | Path | Sequence[str]
-Messages: TypeAlias = Sequence[Mapping[str, str]]
 
 
 def make_last_position_supervised_data_module(
@@ -72,11 +70,11 @@ def make_last_position_supervised_data_module(
         ValueError: no examples, unequal counts, missing columns, an empty prompt or completion.
         FileNotFoundError: a path that does not exist.
     """
-    limit = _max_length(tokenizer, model, max_length)
+    limit = smallest_limit(tokenizer, model, max_length)
     base = model.model if isinstance(model, ReftModel) else model
     counts = hasattr(base, "forward") and takes_position_ids(base)
 
-    def tokenize(source: Examples, targets: Sequence[str] | None, name: str) -> datasets.Dataset:
+    def tokenized(source: Examples, targets: Sequence[str] | None, name: str) -> datasets.Dataset:
         return tokenize_examples(
             load_examples(source, targets, prompt_column, completion_column),
             tokenizer,
@@ -90,10 +88,10 @@ def make_last_position_supervised_data_module(
         )
 
     return {
-        "train_dataset": tokenize(prompts, completions, "training"),
+        "train_dataset": tokenized(prompts, completions, "training"),
         "eval_dataset": None
         if eval_prompts is None
-        else tokenize(eval_prompts, eval_completions, "evaluation"),
+        else tokenized(eval_prompts, eval_completions, "evaluation"),
         "data_collator": ReftDataCollator(tokenizer, position_ids=counts),
     }
 
@@ -117,7 +115,7 @@ def load_examples(
     elif isinstance(source, datasets.Dataset):
         loaded = source
     elif isinstance(source, str | Path):
-        loaded = _load_file_or_hub(str(source))
+        loaded = load_rows(source)
     else:
         raise ValueError(
             "completions are missing: without them, prompts are a datasets.Dataset (one split), a "
@@ -126,21 +124,6 @@ def load_examples(
     if len(loaded) == 0:
         raise ValueError("no examples: expected at least one prompt and completion")
     return loaded
-
-
-def _load_file_or_hub(source: str) -> datasets.Dataset:
-    kind = _LOADERS.get(Path(source).suffix)
-    if kind is None and not Path(source).exists():
-        return datasets.load_dataset(source, split="train")
-    if kind is None:
-        raise ValueError(f"{source}: expected a file that ends in {', '.join(_LOADERS)}")
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: no such file")
-    try:
-        return datasets.load_dataset(kind, data_files=glob.escape(source), split="train")
-    except (DatasetGenerationError, StopIteration, ValueError) as error:
-        reason = str(error.__cause__ or error) or "no rows in it"
-        raise ValueError(f"{source}: not a readable {kind} file ({reason})") from None
 
 
 def tokenize_examples(
@@ -181,13 +164,13 @@ def tokenize_examples(
     truncated = cut_short = 0
     for index, (prompt, completion) in enumerate(pairs):
         try:
-            prompt_ids, target_ids = _tokenize(tokenizer, prompt, completion, nonstop)
+            prompt_ids, target_ids = tokenize(tokenizer, prompt, completion, nonstop)
         except Exception as error:  # of the tokenizer or its chat template, too
             raise ValueError(f"{name} example {index}: {error}") from error
         if max_length is not None and len(prompt_ids) + len(target_ids) > max_length:
             truncated += 1
             whole = len(target_ids)
-            prompt_ids, target_ids = _truncate(tokenizer, prompt_ids, target_ids, max_length)
+            prompt_ids, target_ids = truncate(tokenizer, prompt_ids, target_ids, max_length)
             cut_short += len(target_ids) < whole
         rows["input_ids"].append(prompt_ids + target_ids)
         rows["labels"].append([IGNORED_LABEL] * len(prompt_ids) + target_ids)
@@ -228,77 +211,6 @@ def _assistant_turns(conversations: Iterable[Any], name: str) -> Iterator[tuple[
                 )
             if message["role"] == "assistant":
                 yield conversation[:turn], message["content"]
-
-
-def _tokenize(
-    tokenizer: Any, prompt: str | Messages, completion: str, nonstop: bool
-) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and completion; the prompt's are those that generation will see."""
-    if not isinstance(completion, str):
-        raise ValueError(f"completion {completion!r}: expected a text")
-    if not isinstance(prompt, str | list):
-        raise ValueError(f"prompt {prompt!r}: expected a text")
-    ends_itself = False
-    is_plain = isinstance(prompt, str)
-    if isinstance(prompt, str):
-        text = prompt
-    else:
-        answer = {"role": "assistant", "content": completion}
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
-        if whole.startswith(text):
-            ends_itself = whole.removeprefix(text).strip() != completion.strip()
-            completion = whole.removeprefix(text)
-    # A chat template writes the special tokens itself.
-    prompt_ids: list[int] = tokenizer(text, add_special_tokens=is_plain)["input_ids"]
-    if not prompt_ids:
-        raise ValueError("the prompt is empty, so there is no position to edit")
-    joint: list[int] = tokenizer(text + completion, add_special_tokens=is_plain)["input_ids"]
-    if joint[: len(prompt_ids)] == prompt_ids:
-        target_ids = joint[len(prompt_ids) :]
-    else:  # a token would reach across the boundary
-        target_ids = _tokenize_alone(tokenizer, completion)
-    end = tokenizer.eos_token_id
-    if not (nonstop or ends_itself or end is None or target_ids[-1:] == [end]):
-        target_ids = [*target_ids, end]
-    if not target_ids:
-        raise ValueError("the completion is empty, so there is nothing to learn")
-    return prompt_ids, target_ids
-
-
-def _tokenize_alone(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text in the middle of another: no token that stands for a space before it."""
-    line: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    joint: list[int] = tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"]
-    if joint[: len(line)] == line:
-        return joint[len(line) :]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _truncate(
-    tokenizer: Any, prompt_ids: list[int], target_ids: list[int], max_length: int
-) -> tuple[list[int], list[int]]:
-    """Drop the prompt's beginning, but not a beginning-of-text token; then the completion's end."""
-    starts = len(prompt_ids) > 1 and prompt_ids[0] == tokenizer.bos_token_id
-    start, rest = prompt_ids[:starts], prompt_ids[starts:]
-    target_ids = target_ids[: max_length - len(start) - 1]
-    return start + rest[len(start) + len(target_ids) - max_length :], target_ids
-
-
-def _max_length(tokenizer: Any, model: Any, max_length: int | None) -> int | None:
-    """The smallest of what is asked for, what the tokenizer and what the model's context allow."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    limits = [
-        max_length,
-        getattr(tokenizer, "model_max_length", None),
-        getattr(config, "max_position_embeddings", None),
-    ]
-    smallest = min((limit for limit in limits if limit is not None), default=None)
-    if smallest is not None and smallest < 3:
-        raise ValueError(f"max_length {smallest}: expected at least 3 tokens")
-    return smallest
 
 
 @dataclass

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .data import Messages, _max_length, _tokenize
 from .generation import generated
 from .model import ReftModel
 from .scoring import Progress, choice_log_probs
 from .tasks.base import Question, Task
 from .tasks.classifier import ClassifierTask
-from .templates import render
+from .templates import fill
+from .tokenization import Messages, smallest_limit, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,10 @@ def evaluate(
             predictions = texts
         else:
             _expect_causal(model)
-            prompts = _rendered(template, questions, rows, tokenizer)
+            prompts = [
+                fill(template, question.prompt, row)
+                for question, row in zip(questions, rows, strict=True)
+            ]
             if by == "generation":
                 if max_new_tokens is None:
                     max_new_tokens = _enough(model, tokenizer, task, prompts, questions)
@@ -145,18 +148,6 @@ def _questions(task: Task, rows: Sequence[Row]) -> list[Question]:
     return questions
 
 
-def _rendered(
-    template: str, questions: Sequence[Question], rows: Sequence[Row], tokenizer: Any
-) -> list[str | Messages]:
-    """Prompts as training has them; a conversation for the tokenizer's chat template."""
-    if template == "chat":
-        return [[{"role": "user", "content": question.prompt}] for question in questions]
-    return [
-        render(template, question.prompt, row, tokenizer)
-        for question, row in zip(questions, rows, strict=True)
-    ]
-
-
 @contextmanager
 def _evaluating(model: Any, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients, and draws of their own; afterwards all is as it was."""
@@ -192,8 +183,8 @@ def _enough(
     needed = task.max_new_tokens
     if needed is None:
         after = {c: prompt for prompt, q in zip(prompts, questions, strict=True) for c in q.choices}
-        needed = 1 + max(len(_tokenize(tokenizer, p, c, True)[1]) for c, p in after.items())
-    limit = _max_length(tokenizer, model, None)
+        needed = 1 + max(len(tokenize(tokenizer, p, c, True)[1]) for c, p in after.items())
+    limit = smallest_limit(tokenizer, model, None)
     if limit is not None and needed > limit // 2:
         logger.warning(
             "task %r needs %d new tokens, of a context of %d it gets %d",
@@ -236,7 +227,7 @@ def _by_head(
     progress: Progress | None,
 ) -> list[str]:
     """The predictions of a classification head."""
-    limit = min(task.max_length, _max_length(tokenizer, model, None) or task.max_length)
+    limit = min(task.max_length, smallest_limit(tokenizer, model, None) or task.max_length)
     encoded = [tokenizer(*task.texts(row), truncation=True, max_length=limit) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: -len(encoded[index]["input_ids"]))
     predictions = [""] * len(rows)

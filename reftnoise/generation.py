@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import Messages, _max_length, _tokenize
 from .scoring import Progress, Row, without_beginnings
+from .tokenization import Messages, smallest_limit, tokenize
 
 
 def generated(
@@ -34,7 +34,7 @@ def generated(
     Raises:
         ValueError: `max_new_tokens` is below 1 or as long as the model's context.
     """
-    limit = _max_length(tokenizer, model, None)
+    limit = smallest_limit(tokenizer, model, None)
     if max_new_tokens < 1 or (limit is not None and limit - max_new_tokens < 2):
         room = "" if limit is None else f" and at most {limit - 2}, for a context of {limit}"
         raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 1{room}")
@@ -82,4 +82,4 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:
-    return _tokenize(tokenizer, prompt, " ", True)[0]  # which completion follows does not matter
+    return tokenize(tokenizer, prompt, " ", True)[0]  # which completion follows does not matter

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import Messages, _max_length, _tokenize, _truncate
 from .model import ReftModel
+from .tokenization import Messages, smallest_limit, tokenize, truncate
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ def choice_log_probs(
     """
     rows: list[Row] = []
     for prompt, texts in zip(prompts, choices, strict=True):
-        rows += [_tokenize(tokenizer, prompt, text, True) for text in texts]
-    rows = without_beginnings(tokenizer, rows, _max_length(tokenizer, model, None))
+        rows += [tokenize(tokenizer, prompt, text, True) for text in texts]
+    rows = without_beginnings(tokenizer, rows, smallest_limit(tokenizer, model, None))
     groups = sorted(rows_alike(rows).values(), key=lambda group: -sum(map(len, rows[group[0]])))
     sums = torch.empty(len(rows))
     for start in range(0, len(groups), batch_size):
@@ -124,7 +124,7 @@ def without_beginnings(tokenizer: Any, rows: Sequence[Row], limit: int | None) -
             limit,
         )
     return [
-        _truncate(tokenizer, prompt, rest, limit)
+        truncate(tokenizer, prompt, rest, limit)
         if len(prompt) + len(rest) > limit
         else (prompt, rest)
         for prompt, rest in rows

@@ -30,6 +30,7 @@ LAYERS = [
         "prefix_cache",
         "quantised",
         "tasks",
+        "tokenization",
     },
     {"components"},
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
@@ -50,11 +51,7 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # Who may import inside a function: `saving` builds a ReftModel, commands start quickly.
-LATE = {
-    "saving": {"model"},
-    "cli": set(LEVEL) - {"__main__"},
-    "demo": set(LEVEL) - {"__main__"},
-}
+LATE = {"saving": {"model"}, "cli": set(LEVEL) - {"__main__"}, "demo": set(LEVEL) - {"__main__"}}
 
 by_file = {"ids": lambda path: str(path.relative_to(ROOT))}
 
