@@ -98,6 +98,8 @@ def evaluate(
             predictions = texts
         else:
             _expect_causal(model)
+            if template == "chat" and tokenizer.chat_template is None:
+                raise ValueError("template 'chat': the tokenizer has no chat template")
             prompts = [
                 fill(template, question.prompt, row)
                 for question, row in zip(questions, rows, strict=True)

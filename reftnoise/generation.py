@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from .scoring import Progress, Row, without_beginnings
 from .tokenization import Messages, smallest_limit, tokenize
@@ -39,30 +38,32 @@ def generated(
         room = "" if limit is None else f" and at most {limit - 2}, for a context of {limit}"
         raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 1{room}")
     rows: list[Row] = [(_prompt_tokens(tokenizer, prompt), []) for prompt in prompts]
-    tokens = without_beginnings(tokenizer, rows, None if limit is None else limit - max_new_tokens)
+    left = None if limit is None else limit - max_new_tokens
+    tokens = [prompt for prompt, _ in without_beginnings(tokenizer, rows, left)]
     ends = _ends(model, tokenizer)
     pad = next(n for n in (tokenizer.pad_token_id, *ends, 0) if n is not None)
     settings = {"do_sample": False} | dict(generation or {})
     if not settings["do_sample"]:  # what the base would sample with is unused, and warned of
         settings = {"temperature": None, "top_p": None, "top_k": None} | settings
     texts = [""] * len(prompts)
-    order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index][0]))
+    order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        ids = [torch.tensor(tokens[index][0]) for index in indices]
-        mask = [torch.ones_like(one) for one in ids]
-        padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
+        width = max(len(tokens[index]) for index in indices)
+        # A row's own token pads it: a repetition penalty counts the padding's token as written,
+        # and where that is the end-of-text token, a row would end later for being padded.
+        ids = torch.tensor([tokens[n][:1] * (width - len(tokens[n])) + tokens[n] for n in indices])
+        lengths = torch.tensor([len(tokens[n]) for n in indices])
+        mask = torch.arange(width) >= width - lengths[:, None]
         written = model.generate(
-            input_ids=padded.to(model.device),
-            attention_mask=pad_sequence(mask, batch_first=True, padding_side="left").to(
-                model.device
-            ),
+            input_ids=ids.to(model.device),
+            attention_mask=mask.long().to(model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=ends or None,
             **settings,
         )
-        for index, new in zip(indices, written[:, padded.shape[1] :].tolist(), strict=True):
+        for index, new in zip(indices, written[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(new) if token in ends), None)
             texts[index] = tokenizer.decode(
                 new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
