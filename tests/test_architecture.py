@@ -40,7 +40,7 @@ LAYERS = [
     {"model", "saving"},
     {"bases", "sources"},
     {"templates"},
-    {"data", "trainer", "progress", "scoring"},
+    {"data", "generation", "trainer", "progress", "scoring"},
     {"demo", "bench", "pyreft_directory", "convert", "integrations"},
     {"evaluation", "inspection"},
     {"runs", "run_scores"},

@@ -5,18 +5,28 @@ taken for the prompt's end, so edits such as those of `l1` land on the continuat
 the model where each context ends.
 """
 
+import difflib
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..model import ReftModel
 from ..scoring import next_token_log_probs, rows_alike, what_is_read
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import Collator
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ImportError(
+        f"lm-evaluation-harness: pip install 'reftnoise[lm-eval]' ({error})"
+    ) from error
 
 logger = logging.getLogger(__name__)
 
@@ -148,3 +158,50 @@ class ReftLM(HFLM):
                 limit=self.max_length,
                 dtype=self.softmax_dtype,
             )
+
+
+def evaluate_with_harness(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    batch_size: int | str = 16,
+) -> dict[str, dict[str, float]]:
+    """Scores of lm-evaluation-harness: those of each task and group, under the harness' names.
+
+    Args:
+        model: a `ReftModel`, or a causal language model of transformers.
+        tokenizer: of the base.
+        tasks: names of tasks or groups, such as `ifeval`.
+        limit: rows of each task; all by default.
+        batch_size: rows per forward pass, or "auto".
+
+    Raises:
+        ValueError: a task that the harness does not have.
+    """
+    manager = TaskManager()
+    for name in tasks:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"lm_eval task {name!r}: lm-evaluation-harness has none such{hint}")
+    is_wrapped = isinstance(model, ReftModel)
+    lm = (ReftLM if is_wrapped else HFLM)(model, tokenizer=tokenizer, batch_size=batch_size)
+    found = simple_evaluate(
+        model=lm,
+        tasks=list(tasks),
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    return {name: _numbers(result) for name, result in found["results"].items()}
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """Its metrics, named `acc` or, where a filter reads answers, `exact_match,strict-match`."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in result.items()
+        if isinstance(value, int | float) and "_stderr" not in name and "," in name
+    }
