@@ -66,7 +66,7 @@ def train(
     if json:
         _print_json(summary | {"scores": entries, "output_dir": recipe.output_dir})
     elif not quiet:
-        from .tables import print_run
+        from .printing import print_run
 
         print_run(recipe, summary, entries)
 
@@ -91,7 +91,7 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
     if json:
         _print_json(entries)
     elif not quiet:
-        from .tables import print_scores
+        from .printing import print_scores
 
         print_scores(entries)
 
