@@ -8,11 +8,11 @@ import json as json_format
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
 from .bench.workload import Workload
 from .hints import nearest
 from .recipe import Recipe
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_overview())
         return 0
     if arguments[0] == "--version":
-        print(__version__)
+        print(version("reftnoise"))
         return 0
     logging.basicConfig(format="%(name)s: %(message)s")
     try:

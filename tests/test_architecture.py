@@ -38,7 +38,7 @@ LAYERS = [
     {"engine"},
     {"locating", "passes", "placement"},
     {"model", "saving"},
-    {"bases", "sources"},
+    {"bases", "sources", "tokenization"},
     {"templates"},
     {"encoding", "progress"},
     {"streams", "tables"},
@@ -52,8 +52,14 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-# Who may import inside a function: `saving` builds a ReftModel, commands start quickly.
-LATE = {"saving": {"model"}, "cli": set(LEVEL) - {"__main__"}, "demo": set(LEVEL) - {"__main__"}}
+# Who may import inside a function: `saving` builds a ReftModel, lm-evaluation-harness is an extra,
+# commands start quickly.
+LATE = {
+    "saving": {"model"},
+    "run_scores": {"integrations"},
+    "cli": {"__init__", *LEVEL} - {"__main__"},
+    "demo": set(LEVEL) - {"__main__"},
+}
 
 by_file = {"ids": lambda path: str(path.relative_to(ROOT))}
 
