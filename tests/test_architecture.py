@@ -42,7 +42,7 @@ LAYERS = [
     {"templates"},
     {"encoding", "progress"},
     {"streams", "tables"},
-    {"data", "generation", "trainer", "scoring"},
+    {"classifiers", "data", "generation", "trainer", "scoring"},
     {"demo", "bench", "pyreft_directory", "convert", "integrations"},
     {"evaluation", "inspection"},
     {"runs", "run_scores", "printing"},
