@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 MATHS = sorted((ROOT / "interventions").glob("*.py"))
 SYSTEM = [
     path
-    for folder in ("reftnoise", "reftnoise/bench", "reftnoise/integrations", "reftnoise/tasks")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for folder in (".", "bench", "integrations", "report", "study", "tasks")
+    for path in sorted((ROOT / "reftnoise" / folder).glob("*.py"))
 ]
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
@@ -37,7 +37,9 @@ LAYERS = [
     {"model", "saving"},
     {"data", "trainer", "progress", "scoring"},
     {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations", "tasks"},
-    {"evaluation"},
+    {"evaluation", "inspection"},
+    {"study"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]
