@@ -18,7 +18,6 @@ from .engine import Engine
 from .interventions import LowRankRotation, NoiseIntervention
 from .model import ReftModel
 
-
 Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
 """A text; or a conversation, which the tokenizer's chat template makes a text of."""
 

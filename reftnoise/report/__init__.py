@@ -1,0 +1,1 @@
+"""Reports of runs and studies: one HTML page without scripts, and its pictures."""
