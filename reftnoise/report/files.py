@@ -129,7 +129,7 @@ def read_study(directory: Path) -> Study:
     lines = _lines(directory / "results.jsonl")
     if not lines:
         raise ValueError(f"{directory}: no cell of the study is finished yet")
-    combinations: dict[tuple[str, ...], Combination] = {}
+    combinations: dict[tuple[tuple[str, str], ...], Combination] = {}
     axes: list[str] = []
     for line in lines:
         cell = {str(axis): str(value) for axis, value in line["cell"].items()}

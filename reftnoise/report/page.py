@@ -2,11 +2,14 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+Style: TypeAlias = Literal["", "number", "changed", "up", "down", "text"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,12 @@ class Cell:
     """A table's cell; style is one of the page's classes."""
 
     text: str
-    style: Literal["", "number", "changed", "up", "down", "text"] = ""
+    style: Style = ""
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is aligned to the right."""
+        return self.style in ("number", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Section:
     """A part of the page under a heading."""
 
     title: str
-    blocks: list[Block] = field(default_factory=list)
+    blocks: Sequence[Block] = ()
 
 
 def number(text: str) -> Cell:
@@ -117,9 +125,8 @@ def pictures(sections: Sequence[Section]) -> list[Picture]:
 
 def markdown(table: Table) -> str:
     """The table as Markdown."""
-    lines = [[column for column in table.columns], *[[c.text for c in row] for row in table.rows]]
-    escaped = [" | ".join(text.replace("|", "\\|") or " " for text in line) for line in lines]
-    numeric = [cell.style not in ("", "text") for cell in table.rows[0]] if table.rows else []
-    rule = "|".join("---:" if is_number else "---" for is_number in numeric)
+    lines = [table.columns, *[[cell.text for cell in row] for row in table.rows]]
+    escaped = [" | ".join(text.replace("|", "\\|") for text in line) for line in lines]
+    rule = "|".join("---:" if cell.is_number else "---" for cell in table.rows[0])
     head, *rows = [f"| {line} |" for line in escaped]
     return "\n".join([head, f"|{rule}|", *rows]) + "\n"
