@@ -102,18 +102,18 @@ def draw_lines(
 
 def draw_noise(losses: Mapping[str, tuple[float, Sequence[float]]]) -> Figure:
     """For each model, its loss without noise as a diamond and each draw's loss as a dot."""
-    figure, axes = new_axes(1.3 + 0.5 * len(losses))
-    for row, (clean, noisy) in enumerate(losses.values()):
-        named = row == 0
-        axes.scatter(noisy, _spread(row, len(noisy)), s=22, facecolors="none", edgecolors="C1",
-                     label="with noise, one dot a draw" if named else None)  # fmt: skip
-        axes.scatter([clean], [row], s=55, marker="D", color="C0",
-                     label="without noise" if named else None, zorder=3)  # fmt: skip
-    axes.set_yticks(range(len(losses)), list(losses))
-    axes.set_ylim(len(losses) - 0.5, -0.5)
-    axes.set_xlabel("loss per token")
-    axes.grid(axis="x")
-    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    figure = Figure(figsize=(WIDTH, 0.7 + 1.0 * len(losses)), layout="constrained")
+    grid: Any = figure.subplots(len(losses), 1, squeeze=False)  # losses may be far apart
+    for axes, (name, (clean, noisy)) in zip(grid[:, 0], losses.items(), strict=True):
+        dots = axes.scatter(noisy, _spread(0, len(noisy)), s=24, facecolors="none", edgecolors="C1")
+        diamond = axes.scatter([clean], [0], s=55, marker="D", color="C0", zorder=3)
+        axes.set_yticks([0], [name])
+        axes.set_ylim(0.5, -0.5)
+        axes.margins(x=0.1)
+        axes.grid(axis="x")
+    grid[-1, 0].set_xlabel("loss per token")
+    figure.legend([diamond, dots], ["without noise", "with noise, a dot a draw"], frameon=False,
+                  loc="outside upper left", ncols=2)  # fmt: skip
     return figure
 
 
@@ -126,7 +126,7 @@ def draw_heat(norms: Any, sites: Sequence[str], tokens: Sequence[str]) -> Figure
     """‖edit‖ / ‖h‖, a row per site from the first at the bottom, a column per token."""
     is_short = len(tokens) <= 48
     width = max(WIDTH, 1.6 + 0.27 * len(tokens)) if is_short else 2 * WIDTH
-    figure, axes = new_axes(max(2.2, min(9.0, 1.4 + 0.24 * len(sites))), width)
+    figure, axes = new_axes(min(10.0, (2.1 if is_short else 1.4) + 0.24 * len(sites)), width)
     label, names = common_label(sites)
     image = axes.imshow(norms, aspect="auto", origin="lower", cmap="cividis", vmin=0,
                         interpolation="nearest")  # fmt: skip
@@ -140,7 +140,7 @@ def draw_heat(norms: Any, sites: Sequence[str], tokens: Sequence[str]) -> Figure
         axes.set_xlabel("token of the prompt")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, label="‖edit‖ / ‖h‖", pad=0.02)
+    bar = figure.colorbar(image, ax=axes, label="‖edit‖ / ‖h‖", pad=0.02, aspect=30)
     bar.outline.set_visible(False)
     return figure
 
@@ -171,12 +171,13 @@ def draw_panels(
 ) -> Figure:
     """A panel per dataset, a row per combination, in percent.
 
-    A row is (name, mean, values). Of differences, the values are the interval's ends, and 0 is
-    marked; otherwise they are the seeds', and the mean is a bar through them.
+    A row is (name, mean, values). Of differences, the values are the interval's ends, 0 is marked,
+    and the dot is open where the interval holds it; otherwise they are the seeds', and the mean is
+    a bar through them.
     """
     rows = {name: max(1, len(panel)) for name, panel in panels.items()}
     height = sum(0.36 * count + 0.75 for count in rows.values())
-    figure = Figure(figsize=(WIDTH + 1.2, height + 0.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH + 0.4, height + 0.3), layout="constrained")
     grid: Any = figure.subplots(
         len(panels), 1, squeeze=False, sharex=is_difference,
         gridspec_kw={"height_ratios": [count + 1.2 for count in rows.values()]},
@@ -185,7 +186,9 @@ def draw_panels(
         for row, (_, mean, values) in enumerate(panel):
             if is_difference:
                 axes.plot([100 * v for v in values], [row, row], color="C0", linewidth=2)
-                axes.plot(100 * mean, row, "o", color="C0", markersize=7)
+                is_open = values[0] <= 0 <= values[1]
+                axes.plot(100 * mean, row, "o", color="C0", markersize=7, markeredgewidth=2,
+                          markerfacecolor=axes.get_facecolor() if is_open else None)  # fmt: skip
             else:
                 axes.scatter([100 * v for v in values], _spread(row, len(values)), s=26,
                              facecolors="none", edgecolors="C0")  # fmt: skip

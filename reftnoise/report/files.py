@@ -10,9 +10,13 @@ import numpy.typing as npt
 import yaml
 
 Line = dict[str, Any]
+Key = tuple[tuple[str, str], ...]
 
 SEED = "seed"
 """The axis that every study has."""
+
+DATA_AXES = ("data", "dataset", "task")
+"""Of these, the first that a study has comes before its other axes."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Combination:
     axes: dict[str, str]
     cells: dict[str, Line]
     """By seed."""
+
+    @property
+    def key(self) -> Key:
+        """By which it is known from others."""
+        return tuple(self.axes.items())
 
     def right(self, seeds: list[str]) -> npt.NDArray[np.float64] | None:
         """[seeds, items]: whether each answer is right; None where that was not written.
@@ -129,24 +138,31 @@ def read_study(directory: Path) -> Study:
     lines = _lines(directory / "results.jsonl")
     if not lines:
         raise ValueError(f"{directory}: no cell of the study is finished yet")
-    combinations: dict[tuple[tuple[str, str], ...], Combination] = {}
-    axes: list[str] = []
+    found: dict[Key, Combination] = {}
+    values: dict[str, list[str]] = {}
     for line in lines:
         cell = {str(axis): str(value) for axis, value in line["cell"].items()}
         seed = cell.pop(SEED, "0")
-        axes += [axis for axis in cell if axis not in axes]
-        found = combinations.setdefault(tuple(cell.items()), Combination(cell, {}))
-        found.cells[seed] = line
+        for axis, value in cell.items():
+            values.setdefault(axis, []).append(value)
+        one = Combination(cell, {})
+        found.setdefault(one.key, one).cells[seed] = line
+    first = next((name for name in DATA_AXES if name in values), None)
+    axes = sorted(values, key=lambda axis: axis != first)
     baseline = _mapping(path, text).get("baseline") or {}
     for axis in baseline:
         if axis not in axes:
             raise ValueError(f"{path}: baseline {axis!r}: the study has axes {', '.join(axes)}")
+
+    def place(one: Combination) -> list[int]:  # cells may be finished in any order
+        return [values[axis].index(one.axes[axis]) if axis in one.axes else -1 for axis in axes]
+
     return Study(
         directory=directory,
         text=text,
         baseline={str(axis): str(value) for axis, value in baseline.items()},
         axes=axes,
-        combinations=list(combinations.values()),
+        combinations=sorted(found.values(), key=place),
     )
 
 

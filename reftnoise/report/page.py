@@ -8,7 +8,6 @@ from typing import Literal, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-
 Style: TypeAlias = Literal["", "number", "changed", "up", "down", "text"]
 
 

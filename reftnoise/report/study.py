@@ -1,16 +1,14 @@
 """A study's page: every combination with its interval, and how it differs from the baseline."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from ..study.statistics import Difference, mean_interval, paired_difference
+from ..study.statistics import Difference, Interval, mean_interval, paired_difference
 from .figures import draw_panels, picture
-from .files import Combination, Study
+from .files import DATA_AXES, Combination, Key, Study
 from .formats import duration, memory, score, signed
-from .page import Block, Cell, Folded, Section, Style, Table, Text, markdown, number
-
-DATA_AXES = ("data", "dataset", "task")
-"""The axes, the first of which that a study has makes panels of its pictures."""
+from .page import Cell, Folded, Section, Style, Table, Text, markdown, number
 
 ACCURACY = "accuracy"
 NONE = "–"
@@ -18,75 +16,108 @@ NONE = "–"
 Panels = dict[str, list[tuple[str, float, Sequence[float]]]]
 
 
-def study_sections(study: Study) -> list[Section]:
-    """The sections of a study's page."""
-    results: list[Block] = [Text(_explanation(study)), results_table(study)]
-    drawn: list[Block] = []
-    differences, accuracies = _difference_panels(study), _seed_panels(study)
+@dataclass(frozen=True)
+class Outcome:
+    """What is concluded about a combination; None where its cells do not tell."""
+
+    combination: Combination
+    mean: Interval | None
+    difference: Difference | None
+    """To the baseline, over the seeds that both have."""
+
+
+def study_page(study: Study) -> tuple[list[Section], str]:
+    """The sections of a study's page, and its table as Markdown."""
+    found = [_outcome(study, one) for one in study.combinations]
+    table, text = _table(study, found), _explanation(study)
+    sections = [Section("Results", [Text(text), table])]
+    differences = _panels(
+        study,
+        {
+            one.combination.key: (one.difference.mean, (one.difference.low, one.difference.high))
+            for one in found
+            if one.difference is not None
+        },
+    )
     if differences:
-        about = f"Difference to {_baseline(study)} in points, with 95 % intervals"
-        label = f"difference to {_baseline(study)}, points"
-        draw = partial(draw_panels, differences, label, is_difference=True)
-        drawn.append(picture("differences", about, draw))
-    if accuracies:
-        about = "Accuracy of each seed, a dot, and the mean over seeds, a bar"
-        draw = partial(draw_panels, accuracies, "accuracy, %", is_difference=False)
-        drawn.append(picture("seeds", about, draw))
-    sections = [Section("Results", results)]
-    if differences:
-        sections.append(Section("Differences to the baseline", drawn[:1]))
-    if accuracies:
-        sections.append(Section("Seeds", drawn[-1:]))
+        about = (
+            f"Difference to {_baseline(study)} in points, with 95\u00a0% intervals; the dot is "
+            "open where the interval holds 0."
+        )
+        draw = partial(
+            draw_panels, differences, f"difference to {_baseline(study)}, points",
+            is_difference=True,
+        )  # fmt: skip
+        drawn = picture("differences", about, draw)
+        sections.append(Section("Differences to the baseline", [Text(about), drawn]))
+    seeds = _panels(
+        study,
+        {
+            one.key: (mean, [cell["scores"][ACCURACY] for cell in one.cells.values()])
+            for one in study.combinations
+            if (mean := one.mean("scores", ACCURACY)) is not None
+        },
+    )
+    if seeds:
+        about = "Accuracy of each seed, a dot, and the mean over seeds, a bar."
+        draw = partial(draw_panels, seeds, "accuracy, %", is_difference=False)
+        sections.append(Section("Seeds", [Text(about), picture("seeds", about, draw)]))
     if study.text:
         sections.append(Section("Study", [Folded("study.yaml", study.text)]))
-    return sections
+    return sections, f"{markdown(table)}\n{text}\n"
 
 
-def results_markdown(study: Study) -> str:
-    """The table and what its numbers mean."""
-    return f"{markdown(results_table(study))}\n{_explanation(study)}\n"
+def _outcome(study: Study, one: Combination) -> Outcome:
+    right = one.right(list(one.cells))
+    mean = None if right is None else mean_interval(right)
+    baseline = study.baseline_of(one)
+    common = [] if baseline is None else [seed for seed in one.cells if seed in baseline.cells]
+    if baseline is None or not common:
+        return Outcome(one, mean, None)
+    ours, theirs = one.right(common), baseline.right(common)
+    if ours is None or theirs is None:
+        return Outcome(one, mean, None)
+    return Outcome(one, mean, paired_difference(ours, theirs))
 
 
-def results_table(study: Study) -> Table:
+def _table(study: Study, found: Sequence[Outcome]) -> Table:
     """A row per combination of axes."""
-    others = [name for name in _score_names(study) if name != ACCURACY]
+    cells = [cell for one in study.combinations for cell in one.cells.values()]
+    names = dict.fromkeys(name for cell in cells for name in cell["scores"])
+    others = [name for name in names if name != ACCURACY]
     columns = [*study.axes, "seeds", ACCURACY, "95 % interval"]
     if study.baseline:
         columns += [f"− {_baseline(study)}", "95 % interval", "p"]
     columns += [*others, "parameters", "time", "peak memory"]
-    return Table(columns, [_row(study, one, others) for one in study.combinations])
+    return Table(columns, [_row(study, one, others) for one in found])
 
 
-def _row(study: Study, one: Combination, others: Sequence[str]) -> list[Cell]:
+def _row(study: Study, outcome: Outcome, others: Sequence[str]) -> list[Cell]:
+    one = outcome.combination
     cells = [Cell(one.axes.get(axis, "")) for axis in study.axes]
-    cells += [number(str(len(one.cells))), *_mean_cells(one)]
+    cells += [number(str(len(one.cells))), *_mean_cells(outcome)]
     if study.baseline:
-        cells += _difference_cells(study, one)
+        cells += _difference_cells(outcome.difference)
     cells += [number(score(one.mean("scores", name)) or NONE) for name in others]
-    parameters, peak = one.mean("parameters"), one.mean("peak_memory_bytes")
-    seconds = one.mean("seconds")
-    return [
-        *cells,
-        number(NONE if parameters is None else f"{parameters:,.0f}"),
-        number(NONE if seconds is None else duration(seconds)),
-        number(NONE if peak is None else memory(peak)),
-    ]
+    sizes = (("parameters", "{:,.0f}".format), ("seconds", duration), ("peak_memory_bytes", memory))
+    for key, shown in sizes:
+        value = one.mean(key)
+        cells.append(number(NONE if value is None else shown(value)))
+    return cells
 
 
-def _mean_cells(one: Combination) -> list[Cell]:
-    right = one.right(list(one.cells))
-    if right is None:
-        mean = one.mean("scores", ACCURACY)
+def _mean_cells(outcome: Outcome) -> list[Cell]:
+    found = outcome.mean
+    if found is None:
+        mean = outcome.combination.mean("scores", ACCURACY)
         return [number(NONE if mean is None else _percent(mean)), number(NONE)]
-    found = mean_interval(right)
     return [
         number(_percent(found.mean)),
         number(f"{_percent(found.low)} to {_percent(found.high)}"),
     ]
 
 
-def _difference_cells(study: Study, one: Combination) -> list[Cell]:
-    found = difference(study, one)
+def _difference_cells(found: Difference | None) -> list[Cell]:
     if found is None:
         return [number(NONE)] * 3
     style: Style = "up" if found.low > 0 else "down" if found.high < 0 else "number"
@@ -97,53 +128,26 @@ def _difference_cells(study: Study, one: Combination) -> list[Cell]:
     ]
 
 
-def difference(study: Study, one: Combination) -> Difference | None:
-    """To the baseline, over the seeds that both have; None where there is nothing to compare."""
-    baseline = study.baseline_of(one)
-    if baseline is None:
-        return None
-    common = [seed for seed in one.cells if seed in baseline.cells]
-    if not common:
-        return None
-    ours, theirs = one.right(common), baseline.right(common)
-    return None if ours is None or theirs is None else paired_difference(ours, theirs)
-
-
-def _difference_panels(study: Study) -> Panels:
+def _panels(study: Study, values: Mapping[Key, tuple[float, Sequence[float]]]) -> Panels:
+    """Rows of a picture, by dataset where the study has several."""
     panels: Panels = {}
     for one in study.combinations:
-        found = difference(study, one)
-        if found is not None:
+        if one.key in values:
             title, name = _place(study, one)
-            panels.setdefault(title, []).append((name, found.mean, (found.low, found.high)))
-    return panels
-
-
-def _seed_panels(study: Study) -> Panels:
-    panels: Panels = {}
-    for one in study.combinations:
-        values = [cell["scores"].get(ACCURACY) for cell in one.cells.values()]
-        if None not in values:
-            title, name = _place(study, one)
-            panels.setdefault(title, []).append((name, sum(values) / len(values), values))
+            panels.setdefault(title, []).append((name, *values[one.key]))
     return panels
 
 
 def _place(study: Study, one: Combination) -> tuple[str, str]:
     """The panel of a combination, and its name there."""
-    axis = next((name for name in DATA_AXES if name in study.axes), None)
-    if axis is None or len(study.axes) == 1:
+    axis = study.axes[0]
+    if axis not in DATA_AXES or len(study.axes) == 1:
         return "", one.name()
     return one.axes.get(axis, ""), one.name(without=(axis,))
 
 
 def _baseline(study: Study) -> str:
     return ", ".join(f"{axis} {value}" for axis, value in study.baseline.items())
-
-
-def _score_names(study: Study) -> list[str]:
-    cells = [cell for one in study.combinations for cell in one.cells.values()]
-    return list(dict.fromkeys(name for cell in cells for name in cell["scores"]))
 
 
 def _explanation(study: Study) -> str:

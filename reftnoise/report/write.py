@@ -7,7 +7,7 @@ from ..saving import replace_all
 from .files import is_study, read_run, read_study
 from .page import Section, pictures, render
 from .run import run_sections
-from .study import results_markdown, study_sections
+from .study import study_page
 
 
 def write_report(
@@ -51,9 +51,10 @@ def write_report(
             if value is not None:
                 raise ValueError(f"{name}: {directory} is a study; expected a run's directory")
         study = read_study(directory)
-        sections, title = study_sections(study), f"Study {directory.resolve().name}"
+        sections, table = study_page(study)
+        title = f"Study {directory.resolve().name}"
         subtitle = f"{len(study.combinations)} combinations of {', '.join(study.axes)}"
-        files["results.md"] = results_markdown(study).encode()
+        files["results.md"] = table.encode()
     else:
         run = read_run(directory)
         if device is not None:
