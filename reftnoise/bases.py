@@ -62,4 +62,3 @@ def load_base(
         return (model if quantization else model.to(target)).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:  # of torch, for a device that is not there
         raise ValueError(f"device {device!r}: {error}") from None
-

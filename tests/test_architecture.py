@@ -18,7 +18,7 @@ SYSTEM = [
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
-    {"interventions", "recipe"},
+    {"interventions", "recipe", "hints"},
     {
         "compiled",
         "composition",
@@ -37,7 +37,10 @@ LAYERS = [
     {"model", "saving"},
     {"data", "trainer", "progress", "scoring"},
     {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations", "tasks"},
-    {"evaluation"},
+    {"bases"},
+    {"evaluation", "loading", "describe"},
+    {"generation"},
+    {"chat"},
     {"cli"},
     {"__main__"},
 ]
