@@ -14,11 +14,11 @@ from transformers import TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .answers import sampling
-from .data import _max_length
-from .evaluation import _ends, _prompt_tokens
+from .generation import ends_of, prompt_tokens
 from .hints import nearest
 from .loading import load_adapted
 from .model import ReftModel
+from .tokenization import smallest_limit
 
 SIGN = "› "
 
@@ -143,7 +143,7 @@ class Conversation:
             self._say(f"not answered: {error}")
             return
         shown = _Shown(self._tokenizer, self._console)
-        ends = _ends(self._model, self._tokenizer)
+        ends = ends_of(self._model, self._tokenizer)
         device = self._model.device
         with contextlib.ExitStack() as stack:
             stack.callback(shown.end)
@@ -166,7 +166,7 @@ class Conversation:
 
         The oldest messages are left out where they leave no room for it.
         """
-        limit = _max_length(self._tokenizer, self._model, None)
+        limit = smallest_limit(self._tokenizer, self._model, None)
         room = self._max_new_tokens if limit is None else min(self._max_new_tokens, limit // 2)
         for start in range(0, len(messages), 2):
             tokens = self._tokens(messages[start:])
@@ -186,8 +186,8 @@ class Conversation:
         if self._system:
             messages = [{"role": "system", "content": self._system}, *messages]
         if self._has_template:
-            return _prompt_tokens(self._tokenizer, messages)
-        return _prompt_tokens(self._tokenizer, "\n".join(one["content"] for one in messages))
+            return prompt_tokens(self._tokenizer, messages)
+        return prompt_tokens(self._tokenizer, "\n".join(one["content"] for one in messages))
 
     # -- commands --------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from ..config import ReftConfig
-from ..evaluation import generated
+from ..generation import generated
 from ..inspection import (
     Guess,
     LensRow,
