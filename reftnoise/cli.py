@@ -8,6 +8,7 @@ import json as json_format
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -94,6 +95,123 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
         from .printing import print_scores
 
         print_scores(entries)
+
+
+def generate(
+    adapter: str,
+    prompt: str | None = None,
+    input: str | None = None,  # noqa: A002  # the option's name
+    output: str | None = None,
+    column: str = "prompt",
+    compare: bool = False,
+    model: str | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Answer prompts with an adapted model, beside its base if asked.
+
+    Args:
+        adapter: directory of a run or an adapter, or the hub name of an adapter.
+        prompt: a text.
+        input: a file of JSON lines with more of them.
+        output: file for the answers as JSON lines; they are printed by default.
+        column: of the prompts in input.
+        compare: let the base without its adapter answer, too.
+        model: the base, where it lies elsewhere than when the adapter was saved.
+        chat: give each prompt as a user's message; by default where the tokenizer has a template.
+        system: a message before each prompt.
+        max_new_tokens: of each answer.
+        temperature: of sampling; 0 for the most likely token at every step.
+        top_p: sample from the most likely tokens that have this probability together.
+        top_k: sample from so many most likely tokens.
+        repetition_penalty: above 1, tokens that were there before are less likely.
+        batch_size: prompts per forward pass.
+        seed: of sampling.
+        json: print the answers as JSON.
+    """
+    import io
+
+    from rich.console import Console
+
+    from .answers import answer_prompts
+
+    rows = answer_prompts(
+        adapter,
+        prompts=[] if prompt is None else [prompt],
+        input=input,
+        output=output,
+        column=column,
+        compare=compare,
+        model=model,
+        console=Console(file=io.StringIO()) if json else None,
+        chat=chat,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    if json:
+        _print_json(rows)
+
+
+def chat(
+    adapter: str,
+    model: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Talk with an adapted model; /off, /on and /scale 0.5 turn its edits down and up.
+
+    Args:
+        adapter: directory of a run or an adapter, or the hub name of an adapter.
+        model: the base, where it lies elsewhere than when the adapter was saved.
+        system: a message before the conversation.
+        max_new_tokens: of each answer.
+        temperature: of sampling; 0 for the most likely token at every step.
+        seed: of sampling.
+    """
+    from .chat import chat as start_chat
+
+    start_chat(
+        adapter,
+        model=model,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+def inspect_adapter(directory: str, json: bool = False) -> None:
+    """Tell what an adapter or a run is: base, units, norms, parameters, scores.
+
+    Args:
+        directory: of a run or an adapter, or the hub name of an adapter.
+        json: print it as JSON.
+    """
+    from rich.console import Console
+
+    from .describe import describe, show
+
+    found = describe(directory)
+    if json:
+        _print_json(asdict(found))
+    else:
+        show(found, Console(highlight=False))
 
 
 def study(study: Study, quiet: bool = False, json: bool = False) -> None:
@@ -217,9 +335,12 @@ def convert(
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
+    "generate": generate,
+    "chat": chat,
     "eval": evaluate,
     "study": study,
     "report": report,
+    "inspect": inspect_adapter,
     "bench": bench,
     "convert": convert,
 }

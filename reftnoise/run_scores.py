@@ -73,7 +73,10 @@ def score(
 
 
 def save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -> None:
-    """Write the evaluations of a run beside it."""
+    """Write evaluations beside a run, in the place of earlier ones of the same rows."""
+    path = directory / SCORES
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    entries = {_of_what(entry): entry for entry in [*earlier, *(entry for entry, _ in found)]}
     lines = [
         {"adapter": entry["adapter"], **_row(evaluation, index)}
         for entry, evaluation in found
@@ -81,8 +84,12 @@ def save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -
         for index in range(entry["rows"])
     ]
     predictions = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    text = json.dumps([entry for entry, _ in found], indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(list(entries.values()), indent=2, ensure_ascii=False) + "\n"
     replace_all(directory, {PREDICTIONS: predictions.encode(), SCORES: text.encode()})
+
+
+def _of_what(entry: Entry) -> tuple[Any, ...]:
+    return tuple(entry.get(name) for name in ("task", "data", "split", "by", "adapter"))
 
 
 def _row(evaluation: Evaluation, index: int) -> dict[str, Any]:
