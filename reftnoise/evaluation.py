@@ -235,7 +235,10 @@ def _by_head(
     predictions = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        batch = tokenizer.pad([encoded[index] for index in indices], return_tensors="pt")
+        # On the right: encoders count positions from the first column on.
+        batch = tokenizer.pad(
+            [encoded[index] for index in indices], padding_side="right", return_tensors="pt"
+        )
         logits = model(**batch.to(model.device)).logits
         if logits.shape[1:] != (task.num_labels,):
             raise ValueError(

@@ -166,6 +166,8 @@ def evaluate_with_harness(
     tasks: Sequence[str],
     limit: int | None = None,
     batch_size: int | str = 16,
+    *,
+    include_path: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Scores of lm-evaluation-harness: those of each task and group, under the harness' names.
 
@@ -175,11 +177,12 @@ def evaluate_with_harness(
         tasks: names of tasks or groups, such as `ifeval`.
         limit: rows of each task; all by default.
         batch_size: rows per forward pass, or "auto".
+        include_path: folder of tasks of one's own.
 
     Raises:
         ValueError: a task that the harness does not have.
     """
-    manager = TaskManager()
+    manager = TaskManager(include_path=include_path)
     for name in tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
