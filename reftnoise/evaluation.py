@@ -166,7 +166,7 @@ def _evaluating(model: Any, seed: int) -> Iterator[None]:
 
 
 def _expect_causal(model: Any) -> None:
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         kind = type(model.model if isinstance(model, ReftModel) else model).__name__
         raise ValueError(f"the task needs a causal language model, got {kind}")
 

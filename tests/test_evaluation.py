@@ -22,13 +22,15 @@ LABELS = ["in the forest", "in a big house", "no"]
 ROWS = [
     {"prompt": "Where does a bear live?", "completion": " in the forest"},
     {"prompt": "What colour is the big house that you see?", "completion": " no"},
-    {"prompt": "Who?", "completion": " in a big house"},
+    {"prompt": "Who?", "completion": " no"},
     {"prompt": "Is it here?\nOr is it in the house, or behind it?", "completion": " no"},
     {"prompt": "Where?", "completion": " in the forest"},
 ]
 PROMPTS = [row["prompt"] for row in ROWS]
-SIDES = pytest.mark.parametrize("side", ["left", "right"])
-PADS = pytest.mark.parametrize("pads_with", ["pad", "eos", "nothing"])
+PADDINGS = pytest.mark.parametrize(
+    ("side", "pads_with"),
+    [("left", "pad"), ("left", "eos"), ("right", "eos"), ("right", "nothing")],
+)
 
 
 def task_of_labels() -> Task:
@@ -76,8 +78,7 @@ def text_of(model: Any, tokenizer: Any, ids: list[int], **settings: Any) -> str:
 # -- by likelihood ---------------------------------------------------------------------------------
 
 
-@SIDES
-@PADS
+@PADDINGS
 @pytest.mark.parametrize("positions", [None, "f1+l1", "all"])
 def test_likelihood_is_that_of_each_row_alone(
     positions: str | None, side: str, pads_with: str
@@ -143,8 +144,7 @@ def test_absolute_positions_count_no_padding() -> None:
 # -- by generation ---------------------------------------------------------------------------------
 
 
-@SIDES
-@PADS
+@PADDINGS
 @pytest.mark.parametrize("positions", [None, "f1+l1", "all+decode"])
 def test_generation_is_that_of_each_row_alone(
     positions: str | None, side: str, pads_with: str
@@ -169,7 +169,7 @@ def test_generation_is_that_of_each_row_alone(
     assert answers.right == [False] + [True] * (len(ROWS) - 1)
 
 
-@PADS
+@pytest.mark.parametrize("pads_with", ["pad", "eos"])
 def test_repetition_penalties_leave_padding_out(pads_with: str) -> None:
     model, tokenizer = loaded()
     rows = [{"instruction": prompt, "output": "no"} for prompt in PROMPTS]
@@ -312,7 +312,7 @@ def test_a_task_gets_half_the_context(caplog: pytest.LogCaptureFixture) -> None:
 # -- classifiers -----------------------------------------------------------------------------------
 
 
-@SIDES
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("subset", ["mnli", "stsb"])
 @torch.no_grad()
 def test_classifiers(subset: str, side: str) -> None:
