@@ -169,29 +169,44 @@ def test_generation_is_that_of_each_row_alone(
     assert answers.right == [False] + [True] * (len(ROWS) - 1)
 
 
+def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
+    turn = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"])
+
+
 @pytest.mark.parametrize("pads_with", ["pad", "eos"])
 def test_repetition_penalties_leave_padding_out(pads_with: str) -> None:
-    model, tokenizer = loaded()
+    model, tokenizer = loaded(None)
     rows = [{"instruction": prompt, "output": "no"} for prompt in PROMPTS]
-    settings = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2}
+    settings = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2}
     expected = [
-        text_of(model, tokenizer, tokenizer(prompt).input_ids, max_new_tokens=20, **settings)
+        text_of(model, tokenizer, chat_ids(tokenizer, prompt), max_new_tokens=20, **settings)
         for prompt in PROMPTS
     ]
-    assert expected != generated(model, tokenizer, PROMPTS, max_new_tokens=20)
     padding(tokenizer, "right", pads_with)
     task = get_task({"name": "instruct", **settings})
-    answers = evaluate(model, tokenizer, task, rows, max_new_tokens=20)
+    answers = evaluate(model, tokenizer, task, rows, max_new_tokens=20, template="chat")
     assert answers.texts == expected
+
+
+def test_a_text_ends_where_the_base_ends_it() -> None:
+    model, tokenizer = loaded()
+    whole = generated(model, tokenizer, PROMPTS, max_new_tokens=12)
+    end = tokenizer(whole[0], add_special_tokens=False).input_ids[2]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    found = generated(model, tokenizer, PROMPTS, max_new_tokens=12)
+    word = tokenizer.decode([end])
+    assert found[0] == whole[0].split(word)[0]
+    for text, longer in zip(found, whole, strict=True):
+        assert word not in text
+        assert longer.startswith(text)
 
 
 def test_generation_in_a_chat() -> None:
     model, tokenizer = loaded()
     answers = evaluate(model, tokenizer, get_task("text"), ROWS, template="chat", max_new_tokens=8)
     for prompt, text in zip(PROMPTS, answers.texts, strict=True):
-        turn = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
-        assert text == text_of(model, tokenizer, ids, max_new_tokens=8)
+        assert text == text_of(model, tokenizer, chat_ids(tokenizer, prompt), max_new_tokens=8)
 
 
 def test_as_many_tokens_as_the_longest_label() -> None:
