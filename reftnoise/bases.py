@@ -20,9 +20,10 @@ def load_base(
     device: str = "auto",
     quantization: dict[str, Any] | None = None,
     auto_class: Any = AutoModelForCausalLM,
+    padding_side: str = "left",
     **arguments: Any,
 ) -> tuple[Any, Any]:
-    """A model in evaluation mode and its tokenizer, padding on the left.
+    """A model in evaluation mode, and its tokenizer.
 
     Args:
         name: directory or hub name, or tiny-chat.
@@ -31,6 +32,7 @@ def load_base(
         device: where the model goes; auto is a GPU where there is one.
         quantization: transformers' quantization_config as a mapping.
         auto_class: the class of transformers that loads the model.
+        padding_side: of the tokenizer.
         arguments: further ones of its `from_pretrained`, such as num_labels.
 
     Raises:
@@ -51,7 +53,9 @@ def load_base(
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, revision=revision, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, revision=revision, padding_side=padding_side
+        )
         model = auto_class.from_pretrained(directory, revision=revision, dtype=dtype, **arguments)
     except OSError as error:
         raise OSError(f"{name}: {str(error).splitlines()[0]}") from None
@@ -62,4 +66,3 @@ def load_base(
         return (model if quantization else model.to(target)).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:  # of torch, for a device that is not there
         raise ValueError(f"device {device!r}: {error}") from None
-

@@ -7,17 +7,19 @@ import inspect
 import json as json_format
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
 from .bench.workload import Workload
 from .hints import nearest
 from .recipe import Recipe
 from .study.grid import Study
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
     from rich.console import Console
 
 
@@ -64,34 +66,32 @@ def train(
     if json:
         _print_json(summary | {"scores": entries, "output_dir": recipe.output_dir})
     elif not quiet:
-        from .tables import print_run
+        from .printing import print_run
 
         print_run(recipe, summary, entries)
 
 
-def evaluate(
-    recipe: Recipe, base: bool = False, quiet: bool = False, json: bool = False
-) -> None:
+def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool = False) -> None:
     """Score the adapter of a run on its recipe's task, and write the scores beside it.
 
     Args:
-        recipe: the directory of a run, given first; options such as --evaluation.data or
-            --evaluation.by replace what its recipe says.
+        recipe: the directory of a run or of an adapter, given first; options such as
+            --evaluation.data or --evaluation.by replace what the run's recipe says.
         base: also score the base without its adapter.
         quiet: print nothing but errors.
         json: print the scores as JSON, and no progress.
     """
-    from .loading import load_run
     from .run_scores import save_scores, score
+    from .runs import load_trained
 
-    model, tokenizer = load_run(recipe)
+    model, tokenizer = load_trained(recipe)
     found = score(recipe, model, tokenizer, base=base, console=_progress_console(quiet or json))
     save_scores(Path(recipe.output_dir), found)
     entries = [entry for entry, _ in found]
     if json:
         _print_json(entries)
     elif not quiet:
-        from .tables import print_scores
+        from .printing import print_scores
 
         print_scores(entries)
 
@@ -104,10 +104,11 @@ def study(study: Study, quiet: bool = False, json: bool = False) -> None:
         quiet: print nothing but errors.
         json: print the results as JSON, and no progress.
     """
-    from .report import write_report
     from .study.runner import run_study
 
     results = run_study(study, console=_progress_console(quiet or json))
+    from .report import write_report  # after hours of work, not before: it needs an extra
+
     page = write_report(study.output_dir)
     if json:
         _print_json(results)
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_overview())
         return 0
     if arguments[0] == "--version":
-        print(__version__)
+        print(version("reftnoise"))
         return 0
     logging.basicConfig(format="%(name)s: %(message)s")
     try:
@@ -262,9 +263,10 @@ def _run(name: str, *arguments: str) -> int:
     else:
         parser = parser_of(config, prog, summary)
         parser.add_function_arguments(function, skip={first.name}, as_group=False)
+        parser.usage = f"{prog} [{'DIRECTORY' if name == 'eval' else 'FILE.yaml'}] [OPTIONS]"
         arguments = _with_file(name, arguments)
     try:
-        parsed = parser.parse_args(list(arguments))
+        parsed = parser.parse_args(list(_flags(parser, arguments)))
         values = {} if config is None else {first.name: built(config, parser, parsed)}
         given = parser.instantiate(parsed)
     except ArgumentError as error:
@@ -281,14 +283,25 @@ def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(commented)
     first, *rest = commented
     path = Path(first)
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        if name == "eval":
-            rest = ["--output_dir", first, *rest]
-        return ("--config", str(path / "recipe.yaml"), *rest)
-    if not path.is_file():
-        expected = "the directory of a run" if name == "eval" else "a YAML file"
-        raise FileNotFoundError(f"{name}: {first}: expected {expected}")
-    return ("--config", first, *rest)
+    if name != "eval":
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: {first}: expected a YAML file")
+        return ("--config", first, *rest)
+    place = ("--output_dir", first)
+    if (path / "recipe.yaml").is_file():
+        return ("--config", str(path / "recipe.yaml"), *place, *rest)
+    if (path / "reft_config.json").is_file():
+        saved = json_format.loads((path / "reft_config.json").read_text(encoding="utf-8"))
+        return ("--model", saved["base_model"]["name_or_path"], *place, *rest)
+    raise FileNotFoundError(f"eval: {first}: expected the directory of a run or of an adapter")
+
+
+def _flags(parser: "ArgumentParser", arguments: Sequence[str]) -> Iterator[str]:
+    """`--quiet` for `--quiet true`."""
+    flags = {f"--{action.dest}" for action in parser._actions if action.metavar == "{true,false}"}
+    for argument, after in zip_longest(arguments, arguments[1:]):
+        is_alone = argument in flags and after not in ("true", "false")
+        yield f"{argument}=true" if is_alone else argument
 
 
 def _overview() -> str:

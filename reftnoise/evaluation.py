@@ -90,7 +90,7 @@ def evaluate(
     questions = _questions(task, rows)
     answers = [question.answer for question in questions]
     more: dict[str, float] = {}
-    with _evaluating(model, seed):
+    with evaluating(model, seed):
         if isinstance(task, ClassifierTask):
             if template != "plain":
                 raise ValueError(f"template {template!r}: a classifier reads its texts as they are")
@@ -151,7 +151,7 @@ def _questions(task: Task, rows: Sequence[Row]) -> list[Question]:
 
 
 @contextmanager
-def _evaluating(model: Any, seed: int) -> Iterator[None]:
+def evaluating(model: Any, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients, and draws of their own; afterwards all is as it was."""
     was_training = [module for module in model.modules() if module.training]
     devices = [model.device] if model.device.type == "cuda" else []

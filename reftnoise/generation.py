@@ -37,10 +37,10 @@ def generated(
     if max_new_tokens < 1 or (limit is not None and limit - max_new_tokens < 2):
         room = "" if limit is None else f" and at most {limit - 2}, for a context of {limit}"
         raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 1{room}")
-    rows: list[Row] = [(_prompt_tokens(tokenizer, prompt), []) for prompt in prompts]
+    rows: list[Row] = [(prompt_tokens(tokenizer, prompt), []) for prompt in prompts]
     left = None if limit is None else limit - max_new_tokens
     tokens = [prompt for prompt, _ in without_beginnings(tokenizer, rows, left)]
-    ends = _ends(model, tokenizer)
+    ends = ends_of(model, tokenizer)
     pad = next(n for n in (tokenizer.pad_token_id, *ends, 0) if n is not None)
     settings = {"do_sample": False} | dict(generation or {})
     if not settings["do_sample"]:  # what the base would sample with is unused, and warned of
@@ -73,7 +73,7 @@ def generated(
     return texts
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """What ends a text: the token that training puts there, and those that the base writes."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = [own] if isinstance(own, int) else list(own or [])
@@ -82,5 +82,6 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
     return sorted(set(ends))
 
 
-def _prompt_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:
+def prompt_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:
+    """The tokens of a prompt, as training has them."""
     return tokenize(tokenizer, prompt, " ", True)[0]  # which completion follows does not matter

@@ -6,7 +6,7 @@ Everything is measured on a `ReftModel` in evaluation mode; the mode it was in c
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,9 @@ from .composition import inner_model
 from .engine import Engine
 from .interventions import LowRankRotation, NoiseIntervention
 from .model import ReftModel
+
+Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
+"""A text; or a conversation, which the tokenizer's chat template makes a text of."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,7 @@ class NoiseLosses:
     noisy: list[float]
 
 
-def edit_norms(
-    reft_model: ReftModel, tokenizer: Any, prompt: str, *, add_special_tokens: bool = True
-) -> EditNorms:
+def edit_norms(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> EditNorms:
     r"""How far each edit moves the hidden states of a prompt: $\|h' - h\| / \|h\|$.
 
     h is the hidden state as the site's units find it, after the edits of sites before it, and h′
@@ -64,15 +65,14 @@ def edit_norms(
     Args:
         reft_model: the model.
         tokenizer: of its base.
-        prompt: a text.
-        add_special_tokens: as the tokenizer takes it; False where a chat template wrote them.
+        prompt: a text, or a conversation for its chat template.
 
     Raises:
         ValueError: an encoder-decoder model, whose sites have two sequences.
     """
     if is_encoder_decoder(inner_model(reft_model.model)):
         raise ValueError("edit norms: expected a model with one sequence, not an encoder-decoder")
-    inputs = _encode(reft_model, tokenizer, prompt, add_special_tokens)
+    inputs = _encode(reft_model, tokenizer, prompt)
     with _evaluating(reft_model), _watched(reft_model._engine) as seen:
         reft_model(**inputs)
     tokens = [tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist()]
@@ -143,10 +143,9 @@ def compare_subspaces(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[
 def logit_lens(
     reft_model: ReftModel,
     tokenizer: Any,
-    prompt: str,
+    prompt: Prompt,
     *,
     top: int = 5,
-    add_special_tokens: bool = True,
 ) -> list[LensRow]:
     """The likeliest next tokens that each layer's hidden state gives, without and with the edit.
 
@@ -158,9 +157,8 @@ def logit_lens(
     Args:
         reft_model: the model.
         tokenizer: of its base.
-        prompt: a text.
+        prompt: a text, or a conversation for its chat template.
         top: tokens per layer.
-        add_special_tokens: as the tokenizer takes it; False where a chat template wrote them.
 
     Raises:
         ValueError: the base is an encoder-decoder or has no language model's head.
@@ -169,7 +167,7 @@ def logit_lens(
     head = None if is_encoder_decoder(base) else base.get_output_embeddings()
     if head is None:
         raise ValueError(f"logit lens: {type(base).__name__} is no causal language model")
-    inputs = _encode(reft_model, tokenizer, prompt, add_special_tokens)
+    inputs = _encode(reft_model, tokenizer, prompt)
 
     def guesses() -> list[list[Guess]]:
         with _outputs(base) as (layers, tail):
@@ -212,7 +210,8 @@ def noise_losses(
     noises = [u for u in reft_model.interventions.values() if isinstance(u, NoiseIntervention)]
     if not noises:
         raise ValueError("the config has no noise: there are no two losses to compare")
-    with _evaluating(reft_model), torch.random.fork_rng():
+    devices = [reft_model.device] if reft_model.device.type == "cuda" else []
+    with _evaluating(reft_model), torch.random.fork_rng(devices):
         clean = _mean_loss(reft_model, batches)
         torch.manual_seed(seed)
         reft_model.training = True  # the model itself pairs rows; its parts stay as they are
@@ -243,10 +242,12 @@ def _projection(unit: nn.Module) -> Tensor | None:
     return None
 
 
-def _encode(
-    reft_model: ReftModel, tokenizer: Any, prompt: str, add_special_tokens: bool
-) -> dict[str, Tensor]:
-    encoded = tokenizer(prompt, add_special_tokens=add_special_tokens, return_tensors="pt")
+def _encode(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> dict[str, Tensor]:
+    is_text = isinstance(prompt, str)
+    if not is_text:
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    # A chat template writes the special tokens itself.
+    encoded = tokenizer(prompt, add_special_tokens=is_text, return_tensors="pt")
     if encoded["input_ids"].shape[1] == 0:
         raise ValueError(f"prompt {prompt!r}: it has no tokens")
     return {n: _on_device(encoded[n], reft_model) for n in ("input_ids", "attention_mask")}

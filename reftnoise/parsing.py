@@ -21,6 +21,13 @@ _UNKNOWN = (
     re.compile(r"Option '(?P<name>[^']+)' is not accepted"),
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
 )
+_WRONG = {
+    re.compile(r"Expected an? <class '(\w+)'>\. Got value: (.*)"): r"expected \1, got '\2'",
+    re.compile(r"Expected a typing\.(.+?)\. Got value: (.*)"): r"expected \1, got '\2'",
+    re.compile(r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)"): (
+        r"expected one of \1, got \2"
+    ),
+}
 
 
 def parser_of(config: type, prog: str = "reftnoise", description: str = "") -> ArgumentParser:
@@ -95,10 +102,8 @@ def explained(error: Exception, parser: ArgumentParser) -> str:
         return f"{place}unknown key {name.split('.')[0]!r}; {nearest(name.split('.')[0], names)}"
     if match := re.match(r'Parser key "([^"]+)": (.*)', message):
         key, reason = match.groups()
-        if wrong := re.match(r"Expected an? (?:<class '(\w+)'>|typing\.(.+?))\. Got value: (.*)", reason):
-            reason = f"expected {wrong[1] or wrong[2]}, got {wrong[3]!r}"
-        elif wrong := re.match(r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", reason):
-            reason = f"expected one of {wrong[1]}, got {wrong[2]}"
+        for pattern, words in _WRONG.items():
+            reason = pattern.sub(words, reason)
         return reason if key == "config" else f"{key}: {reason}"
     return message
 

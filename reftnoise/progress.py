@@ -65,6 +65,8 @@ def progress_of(
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console) as bar:
+    with Progress(
+        *columns, TimeRemainingColumn(elapsed_when_finished=True), console=console
+    ) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -55,13 +55,12 @@ class TrainingConfig:
         adam_beta2: of AdamW.
         max_grad_norm: longer gradients are clipped.
         bf16: autocast to bfloat16.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory.
         group_by_length: batches of examples of about equal length, which hold little padding.
         logging_steps: between two lines of the log.
         eval_steps: between two evaluations of the loss on data.eval; once an epoch by default.
         save_steps: between two checkpoints, from which `resume` continues; none by default.
         prefix_cache: keep prompts' keys and values from epoch to epoch: none, memory or disk.
-        arguments: further arguments of transformers.TrainingArguments.
+        arguments: further arguments of transformers.TrainingArguments, which come last.
     """
 
     learning_rate: float = 1e-3
@@ -75,7 +74,6 @@ class TrainingConfig:
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     bf16: bool = False
-    gradient_checkpointing: bool = False
     group_by_length: bool = False
     logging_steps: int = 10
     eval_steps: int | None = None

@@ -20,10 +20,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from .bases import load_base
 from .bench.report import machine
+from .classifiers import make_classifier_data_module
 from .config import ReftConfig
 from .data import make_last_position_supervised_data_module
 from .devices import peak_memory
@@ -32,11 +39,12 @@ from .model import ReftModel, get_reft_model
 from .progress import RichProgressCallback
 from .recipe import Recipe
 from .saving import replace_all
-from .sources import load_rows, rename_columns
+from .sources import Rows, load_rows, rename_columns
 from .tasks.base import Task
+from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
 from .templates import as_examples
-from .trainer import ReftTrainerForCausalLM, last_complete_checkpoint
+from .trainer import ReftTrainer, last_complete_checkpoint
 
 RECIPE, LOG, SUMMARY = "recipe.yaml", "log.jsonl", "summary.json"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
@@ -69,13 +77,7 @@ def train_recipe(
     config, task, args = reft_config(recipe), get_task(recipe.task), training_arguments(recipe)
     checkpoint = _checkpoint(directory, resume, overwrite)
     set_seed(recipe.seed)
-    base, tokenizer = load_base(
-        recipe.model,
-        revision=recipe.revision,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        quantization=recipe.quantization,
-    )
+    base, tokenizer = _base(recipe, task)
     reft_model = get_reft_model(base, config)
     data_module = _data_module(recipe, task, tokenizer, reft_model)
     is_main = int(os.environ.get("RANK", "0")) == 0
@@ -84,7 +86,7 @@ def train_recipe(
         if checkpoint is None:
             _clear(directory)
         replace_all(directory, {RECIPE: recipe.to_yaml().encode()})
-    trainer = ReftTrainerForCausalLM(
+    trainer = ReftTrainer(
         model=reft_model,
         args=args,
         processing_class=tokenizer,
@@ -110,6 +112,35 @@ def train_recipe(
         replace_all(directory, {SUMMARY: text.encode()})
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return reft_model.eval(), tokenizer, summary
+
+
+def load_trained(recipe: Recipe) -> tuple[ReftModel, Any]:
+    """The base of a recipe with the adapter in its output_dir, in evaluation mode; its tokenizer.
+
+    The directory is that of a run, or of an adapter alone.
+    """
+    directory = Path(recipe.output_dir)
+    inside = directory / ADAPTER
+    base, tokenizer = _base(recipe, get_task(recipe.task))
+    return ReftModel.from_pretrained(base, inside if inside.is_dir() else directory), tokenizer
+
+
+def _base(recipe: Recipe, task: Task) -> tuple[Any, Any]:
+    settings: dict[str, Any] = {}
+    if isinstance(task, ClassifierTask):
+        settings = {
+            "auto_class": AutoModelForSequenceClassification,
+            "padding_side": "right",  # encoders with absolute positions count from the left
+            "num_labels": task.num_labels,
+        }
+    return load_base(
+        recipe.model,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        quantization=recipe.quantization,
+        **settings,
+    )
 
 
 def reft_config(recipe: Recipe) -> ReftConfig:
@@ -195,18 +226,21 @@ def _data_module(
     sources = [(data.train, data.train_split)]
     if data.eval is not None:
         sources.append((data.eval, data.eval_split))
-    parts = []
+    parts: list[Rows] = []
     for source, split in sources:
         is_streamed = data.streaming and source == data.train
         rows = load_rows(source, split=split, subset=data.subset, streaming=is_streamed)
-        rows = rename_columns(rows, data.columns)
-        parts.append(as_examples(rows, task, data.template, tokenizer))
+        parts.append(rename_columns(rows, data.columns))
+    if isinstance(task, ClassifierTask):
+        return make_classifier_data_module(tokenizer, task, parts[0], *parts[1:])
+    examples = [as_examples(rows, task, data.template, tokenizer) for rows in parts]
     return make_last_position_supervised_data_module(
         tokenizer,
         reft_model,
-        parts[0],
-        eval_prompts=parts[1] if len(parts) > 1 else None,
+        examples[0],
+        eval_prompts=examples[1] if data.eval is not None else None,
         max_length=data.max_length,
+        shuffle_seed=recipe.seed,
     )
 
 

@@ -118,6 +118,15 @@ def map_rows(
         )
 
 
+def file_digest(path: Path) -> str:
+    """A hash of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without datasets' progress bars, unless the environment asks for them."""
@@ -165,7 +174,7 @@ def _load_file(path: Path, split: str, streaming: bool) -> Rows:
     if kind is None:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(_LOADERS)}")
     # datasets takes a file for the one it knows by path and time: here its content names it.
-    name = None if streaming else _digest(path)
+    name = None if streaming else file_digest(path)
     files = {split: glob.escape(str(path))}
     try:
         with _errors_raised_alone():
@@ -208,14 +217,6 @@ def _take(splits: Mapping[str, Any], split: str, source: str | Path) -> datasets
         first, end = part.from_ or 0, lengths[part.splitname] if part.to is None else part.to
         parts.append(splits[part.splitname].select(range(first, end)))
     return datasets.concatenate_datasets(parts)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

@@ -38,20 +38,29 @@ LAYERS = [
     {"engine"},
     {"locating", "passes", "placement"},
     {"model", "saving"},
-    {"bases", "sources"},
+    {"bases", "sources", "tokenization"},
     {"templates"},
-    {"data", "generation", "trainer", "progress", "scoring"},
+    {"encoding", "progress"},
+    {"streams", "tables"},
+    {"classifiers", "data", "generation", "trainer", "scoring"},
     {"demo", "bench", "pyreft_directory", "convert", "integrations"},
-    {"evaluation", "inspection"},
-    {"runs", "run_scores"},
+    {"evaluation", "inspection", "loading", "describe"},
+    {"answers"},
+    {"chat", "runs", "run_scores", "printing"},
     {"study"},
     {"report"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-# Who may import inside a function: `saving` builds a ReftModel, commands start quickly.
-LATE = {"saving": {"model"}, "cli": set(LEVEL) - {"__main__"}, "demo": set(LEVEL) - {"__main__"}}
+# Who may import inside a function: `saving` builds a ReftModel, lm-evaluation-harness is an extra,
+# commands start quickly.
+LATE = {
+    "saving": {"model"},
+    "run_scores": {"integrations"},
+    "cli": {"__init__", *LEVEL} - {"__main__"},
+    "demo": set(LEVEL) - {"__main__"},
+}
 
 by_file = {"ids": lambda path: str(path.relative_to(ROOT))}
 

@@ -113,6 +113,16 @@ def test_models_with_two_sequences_and_prompts_without_tokens(tiny_llama: Any) -
         edit_norms(moving(tiny_llama, layer=[0]), LETTERS, "")
 
 
+def test_a_conversation_goes_through_the_chat_template() -> None:
+    model, tokenizer = rn.load_tiny_model()
+    reft_model = rn.get_reft_model(model, rn.ReftConfig(LOREFT))
+    chat = [{"role": "user", "content": "Where does a bear live?"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = edit_norms(reft_model, tokenizer, chat)
+    assert found.tokens == [tokenizer.decode([token]) for token in tokens]
+
+
 # -- subspaces -------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,13 @@ def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) 
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "train_loss": summary["train_loss"],
     }
+
+
+def run_in_process(
+    end: Connection, recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool
+) -> None:
+    """Send what `run_cell` returns, or as a text what it raises, through a pipe."""
+    try:
+        end.send(run_cell(recipe, threads, gpu, keep_adapter))
+    except Exception as error:  # told by the parent, which runs the other cells
+        end.send(f"{type(error).__name__}: {error}")

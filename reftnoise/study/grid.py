@@ -146,9 +146,9 @@ def _check(study: Study) -> None:
     for index, rule in enumerate(study.rules):
         if rule.keys() != {"when", "then"}:
             raise ValueError(f"rules[{index}]: expected when and then, got {', '.join(rule)}")
-    named = [(f"grids[{i}]", grid) for i, grid in enumerate(study.grids)]
+    named: list[tuple[str, Mapping[str, str | list[str]]]] = [("baseline", study.baseline)]
+    named += [(f"grids[{i}]", grid) for i, grid in enumerate(study.grids)]
     named += [(f"rules[{i}].when", rule["when"]) for i, rule in enumerate(study.rules)]
-    named.append(("baseline", study.baseline))
     for where, choice in named:
         for axis, chosen in choice.items():
             if axis not in study.axes:

@@ -3,12 +3,10 @@
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ..progress import progress_of
-from ..recipe import Recipe
 from ..saving import replace_all
+from .cell import check_cell, run_in_process
 from .grid import Cell, Study, cells
 
 STUDY, RESULTS, CELLS = "study.yaml", "results.jsonl", "cells"
@@ -41,8 +39,6 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
         ValueError: the study does not fit together, another process runs it, or cells failed:
             the message names the first, when all others have been run.
     """
-    from .cell import check_cell
-
     grid = cells(study)
     for cell in {cell.key: cell for cell in grid if cell.levels["seed"] == study.seeds[0]}.values():
         check_cell(cell)
@@ -74,50 +70,54 @@ def read_results(directory: str | Path) -> list[Result]:
 
 def _run(
     study: Study, todo: list[Cell], directory: Path, console: Console | None
-) -> list[tuple[Cell, Exception]]:
-    """Each cell in a process of its own: what it holds at most is its own, and so are its draws."""
+) -> list[tuple[Cell, str]]:
+    """Each cell in a process of its own: so are its draws, and the memory that it holds at most."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["reftnoise.study.cell"])
+        context.set_forkserver_preload([f"{__package__}.cell"])
     threads = study.threads or max(1, (os.cpu_count() or 1) // study.jobs)
-    slots = [study.gpus[i % len(study.gpus)] if study.gpus else None for i in range(study.jobs)]
-    failed: list[tuple[Cell, Exception]] = []
-    waiting, running = todo[::-1], dict[Future[Result], tuple[Cell, int | None]]()
-    with (
-        _threads(threads),
-        progress_of(console, "cells") as progress,
-        ProcessPoolExecutor(study.jobs, mp_context=context, max_tasks_per_child=1) as pool,
-    ):
-        from .cell import run_cell
-
+    gpus = [study.gpus[i % len(study.gpus)] if study.gpus else None for i in range(study.jobs)]
+    failed: list[tuple[Cell, str]] = []
+    waiting = todo[::-1]
+    running: dict[Any, tuple[Cell, int | None, Any]] = {}  # by the pipe that a result comes from
+    with _threads(threads), progress_of(console, "cells") as progress:
         try:
             while waiting or running:
-                while waiting and slots:
-                    cell, gpu = waiting.pop(), slots.pop()
-                    place = str(directory / CELLS / cell.name)
-                    recipe = replace(cell.recipe, output_dir=place)
-                    keep = study.keep_adapters
-                    running[pool.submit(run_cell, recipe, threads, gpu, keep)] = cell, gpu
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell, gpu = running.pop(future)
-                    slots.append(gpu)
-                    try:
-                        result = {"cell": cell.levels, "key": cell.key, **future.result()}
-                    except BrokenProcessPool:
-                        raise
-                    except Exception as error:  # noqa: BLE001  # the others are run all the same
-                        failed.append((cell, error))
+                while waiting and gpus:
+                    cell, gpu = waiting.pop(), gpus.pop()
+                    recipe = replace(cell.recipe, output_dir=str(directory / CELLS / cell.name))
+                    pipe, end = context.Pipe(duplex=False)
+                    arguments = (end, recipe, threads, gpu, study.keep_adapters)
+                    process = context.Process(target=run_in_process, args=arguments, daemon=True)
+                    process.start()
+                    end.close()
+                    running[pipe] = cell, gpu, process
+                for pipe in connection.wait(list(running)):
+                    cell, gpu, process = running.pop(pipe)
+                    gpus.append(gpu)
+                    outcome = _received(pipe, process)
+                    if isinstance(outcome, str):
+                        failed.append((cell, outcome))
                     else:
-                        _append(directory / RESULTS, result)
+                        line = {"cell": cell.levels, "key": cell.key, **outcome}
+                        _append(directory / RESULTS, line)
                 if progress is not None:
                     progress(len(todo) - len(waiting) - len(running), len(todo))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(pool._processes.values()):
+        finally:
+            for _, _, process in running.values():
                 process.terminate()
-            raise
     return failed
+
+
+def _received(pipe: Any, process: Any) -> Result | str:
+    """A cell's result, or why there is none."""
+    try:
+        outcome: Result | str = pipe.recv()
+    except EOFError:
+        outcome = ""
+    process.join()
+    return outcome or f"its process ended with exit code {process.exitcode}"
 
 
 def _append(path: Path, result: Result) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 Answers = npt.NDArray[Any]
 """[seeds, items]: whether, or how much, each answer is right."""
 
-BLOCK = 2**24
+BLOCK = 2**22
 """Numbers that are drawn at once."""
 
 
@@ -87,7 +87,7 @@ def paired_difference(
 
 
 def _draws(right: Answers, draws: int, level: float, seed: int) -> npt.NDArray[np.float64]:
-    """Means of resampled answers, as products with how often each seed and item was drawn."""
+    """Means of resampled answers: for each draw the drawn seeds' mean, then of drawn items."""
     right = np.asarray(right, dtype=float)
     if right.ndim != 2 or 0 in right.shape:
         raise ValueError(f"answers: expected [seeds, items], at least one each, got {right.shape}")
@@ -97,9 +97,9 @@ def _draws(right: Answers, draws: int, level: float, seed: int) -> npt.NDArray[n
     seeds, items = right.shape
     means = []
     for size in _blocks(draws, items):
-        drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size)
-        drawn_items = generator.multinomial(items, np.full(items, 1 / items), size)
-        means.append(np.einsum("di,di->d", drawn_seeds @ right, drawn_items) / (seeds * items))
+        times_drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size)
+        drawn_items = generator.integers(items, size=(size, items))
+        means.append(np.take_along_axis(times_drawn @ right / seeds, drawn_items, 1).mean(1))
     joined: npt.NDArray[np.float64] = np.concatenate(means)
     return np.round(joined, 12)  # so that an exact 0 is one
 

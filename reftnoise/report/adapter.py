@@ -1,0 +1,140 @@
+"""Sections that are measured on the adapter: noise, edits, logit lens, texts, subspaces."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from ..config import ReftConfig
+from ..generation import generated
+from ..inspection import (
+    Guess,
+    LensRow,
+    NoiseLosses,
+    Prompt,
+    compare_subspaces,
+    edit_norms,
+    logit_lens,
+    noise_losses,
+    subspaces,
+)
+from ..model import ReftModel, get_reft_model
+from .figures import draw_cosines, draw_heat, draw_noise, picture
+from .files import Line
+from .formats import signed
+from .loading import adapter_directory, load_adapted, training_batches
+from .page import Cell, Section, Table, Text, number
+
+Row: TypeAlias = tuple[str, str, str, str]
+"""A prompt, what the base and what the adapted model write, and the answer."""
+
+
+def noise(recipe: Line, reft_model: ReftModel, tokenizer: Any, *, rows: int, draws: int) -> Section:
+    """The loss on training rows with and without noise, of the adapted model and of the base."""
+    noises = [entry for entry in reft_model.reft_config.representations if entry.is_noise]
+    if not noises:
+        return Section("Noise")
+    batches = training_batches(recipe, reft_model, tokenizer, rows)
+    found = {"adapted": noise_losses(reft_model, batches, draws=draws)}
+    if reft_model.reft_config.peft is None:
+        bare = get_reft_model(reft_model.model, ReftConfig(noises), set_device=False)
+        found = {"base": noise_losses(bare, batches, draws=draws)} | found
+    shown = {name: (losses.clean, losses.noisy) for name, losses in found.items()}
+    count = sum(len(batch["labels"]) for batch in batches)
+    about = (
+        f"Loss per token on {count} training rows, without noise and with {draws} draws of the "
+        "noise that the adapter was trained with; dropout is off. The base has the noise, too, but "
+        "no edits."
+    )
+    columns = ["model", "without noise", "with noise", "lowest", "highest", "difference"]
+    table = Table(columns, [_noise_row(name, losses) for name, losses in found.items()])
+    drawn = picture("noise", about, lambda: draw_noise(shown))
+    return Section("Noise", [Text(about), drawn, table])
+
+
+def _noise_row(name: str, losses: NoiseLosses) -> list[Cell]:
+    mean = sum(losses.noisy) / len(losses.noisy)
+    values = (losses.clean, mean, min(losses.noisy), max(losses.noisy))
+    return [
+        Cell(name),
+        *[number(f"{value:.4f}") for value in values],
+        number(signed(mean - losses.clean, 4)),
+    ]
+
+
+def edits(reft_model: ReftModel, tokenizer: Any, prompt: Prompt, text: str) -> Section:
+    """How far each site's hidden states are moved, token by token."""
+    found = edit_norms(reft_model, tokenizer, prompt)
+    if not found.sites:
+        return Section("Edits")
+    about = f"‖edit‖ / ‖h‖ at each edited site and token of the prompt “{text}”"
+    norms = found.norms.numpy()
+    drawn = picture("edits", about, lambda: draw_heat(norms, found.sites, found.tokens))
+    return Section("Edits", [Text(f"{about}."), drawn])
+
+
+def lens(reft_model: ReftModel, tokenizer: Any, prompt: Prompt, text: str) -> Section:
+    """What each layer's hidden state at the last token would have the model write."""
+    found = logit_lens(reft_model, tokenizer, prompt, top=3)
+    about = (
+        f"The likeliest next tokens that each layer's hidden state at the last token of “{text}” "
+        "gives through the final norm and the head. Layers whose first token the edits change are "
+        "marked."
+    )
+    columns = ["layer", "base", "", "", "adapted", "", ""]
+    return Section("Logit lens", [Text(about), Table(columns, [_lens_row(row) for row in found])])
+
+
+def _lens_row(row: LensRow) -> list[Cell]:
+    is_changed = row.base[0].token != row.adapted[0].token
+    cells = [number(str(row.layer))]
+    for guesses, mark in ((row.base, False), (row.adapted, is_changed)):
+        cells += [
+            Cell(_guess(one), "changed" if mark and place == 0 else "")
+            for place, one in enumerate(guesses)
+        ]
+    return cells
+
+
+def _guess(guess: Guess) -> str:
+    token = guess.token.replace("\n", "↵").replace(" ", "␣")
+    return f"{token} {guess.probability:.0%}"
+
+
+def generate(
+    reft_model: ReftModel,
+    tokenizer: Any,
+    asked: Sequence[str],
+    shown: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+) -> list[Row]:
+    """What base and adapted model write."""
+    with reft_model.disabled():
+        base = generated(reft_model, tokenizer, shown, max_new_tokens=max_new_tokens)
+    adapted = generated(reft_model, tokenizer, shown, max_new_tokens=max_new_tokens)
+    return [(*texts, "") for texts in zip(asked, base, adapted, strict=True)]
+
+
+def generations(pairs: Sequence[Row]) -> Section:
+    """Prompts with what base and adapted model write, and the answer where there is one."""
+    columns = ["prompt", "base", "adapted", "answer"]
+    if not any(answer for *_, answer in pairs):
+        columns.pop()
+    cells = [[Cell(text.strip(), "text") for text in pair[: len(columns)]] for pair in pairs]
+    return Section("Generations", [Text("Greedy decoding."), Table(columns, cells)])
+
+
+def overlap(recipe: Line, own: Mapping[str, Tensor], against: Path) -> Section:
+    """How alike the subspaces are that this adapter and another edit."""
+    theirs = subspaces(load_adapted(recipe, adapter_directory(against))[0])
+    cosines = compare_subspaces(own, theirs)
+    chances = [max(len(own[s]), len(theirs[s])) / own[s].shape[1] for s in cosines]
+    about = (
+        "Mean squared cosine of the principal angles θ between the subspaces that this adapter "
+        f"and {against} edit: 1 where one holds the other, 0 where they are orthogonal."
+    )
+    chance = sum(chances) / len(chances)
+    drawn = picture("subspaces", about, lambda: draw_cosines(cosines, chance))
+    return Section("Subspaces", [Text(about), drawn])

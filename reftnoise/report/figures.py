@@ -1,0 +1,231 @@
+"""Pictures: drawn once for light and once for dark pages, without pyplot's global state."""
+
+import io
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from .page import Picture
+
+try:
+    from cycler import cycler
+    from matplotlib import font_manager, style
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ft2font import FT2Font
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+except ModuleNotFoundError as error:
+    raise ValueError(f"a report needs {error.name}: pip install 'reftnoise[plots]'") from None
+
+DPI = 192
+WIDTH = 5.0
+"""Inches; in CSS pixels, 96 times as many."""
+
+_TEXT_FREE = {"font.size": 10, "text.parse_math": False, "axes.unicode_minus": True}
+
+
+def _theme(text: str, ground: str, line: str, series: Sequence[str]) -> dict[str, Any]:
+    colored = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), text
+    )
+    return {
+        **_TEXT_FREE,
+        **colored,
+        "figure.facecolor": ground,
+        "axes.facecolor": ground,
+        "savefig.facecolor": ground,
+        "axes.edgecolor": line,
+        "grid.color": line,
+        "grid.alpha": 0.6,
+        "legend.edgecolor": line,
+        "legend.facecolor": ground,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.prop_cycle": cycler(color=series),
+    }
+
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; lighter ones on black.
+_LIGHT = _theme("#1f2328", "#ffffff", "#d1d9e0", ["#0072b2", "#d55e00", "#009e73", "#aa4499"])
+_DARK = _theme("#e6edf3", "#0d1117", "#3d444d", ["#56b4e9", "#e69f00", "#33c9a0", "#ee99cc"])
+
+
+def picture(name: str, about: str, draw: Callable[[], Figure]) -> Picture:
+    """Draw a figure in both themes."""
+    pngs, width = [], 0.0
+    for theme in (_LIGHT, _DARK):
+        with style.context(["default", theme]):
+            figure = draw()
+            stream = io.BytesIO()
+            figure.savefig(stream, format="png", dpi=DPI)
+        pngs.append(stream.getvalue())
+        width = figure.get_figwidth()
+    return Picture(name, about, pngs[0], pngs[1], round(96 * width))
+
+
+def new_axes(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """A figure with one set of axes; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def draw_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, may_be_log: bool = False
+) -> Figure:
+    """Lines of (step, value); the scale is logarithmic where asked and values differ 20-fold."""
+    figure, axes = new_axes(2.9)
+    values = [value for line in lines.values() for _, value in line]
+    markers = ("o", "s")
+    for (name, line), marker in zip(lines.items(), markers, strict=False):
+        size = 4 if len(line) <= 40 else 0
+        style = "-" if marker == "o" else "--"
+        axes.plot(*zip(*line, strict=True), style, marker=marker, markersize=size, label=name)
+    finite = [value for value in values if math.isfinite(value)]
+    if may_be_log and finite and min(finite) > 0 and max(finite) > 20 * min(finite):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif finite and min(finite) >= 0:
+        axes.set_ylim(bottom=0)
+    axes.set(xlabel="step", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.grid(axis="y")
+    if len(lines) > 1:
+        axes.legend()
+    return figure
+
+
+def draw_noise(losses: Mapping[str, tuple[float, Sequence[float]]]) -> Figure:
+    """For each model, its loss without noise as a diamond and each draw's loss as a dot."""
+    figure = Figure(figsize=(WIDTH, 0.7 + 1.0 * len(losses)), layout="constrained")
+    grid: Any = figure.subplots(len(losses), 1, squeeze=False)  # losses may be far apart
+    for axes, (name, (clean, noisy)) in zip(grid[:, 0], losses.items(), strict=True):
+        dots = axes.scatter(noisy, _spread(0, len(noisy)), s=24, facecolors="none", edgecolors="C1")
+        diamond = axes.scatter([clean], [0], s=55, marker="D", color="C0", zorder=3)
+        axes.set_yticks([0], [name])
+        axes.set_ylim(0.5, -0.5)
+        axes.margins(x=0.1)
+        axes.grid(axis="x")
+    grid[-1, 0].set_xlabel("loss per token")
+    figure.legend([diamond, dots], ["without noise", "with noise, a dot a draw"], frameon=False,
+                  loc="outside upper left", ncols=2)  # fmt: skip
+    return figure
+
+
+def _spread(row: int, count: int) -> list[float]:
+    """Places around a row, so that equal values do not cover each other."""
+    return [row + 0.3 * ((2 * n + 1) / count - 1) for n in range(count)]
+
+
+def draw_heat(norms: Any, sites: Sequence[str], tokens: Sequence[str]) -> Figure:
+    """‖edit‖ / ‖h‖, a row per site from the first at the bottom, a column per token."""
+    is_short = len(tokens) <= 48
+    width = max(WIDTH, 1.6 + 0.27 * len(tokens)) if is_short else 2 * WIDTH
+    figure, axes = new_axes(min(10.0, (2.1 if is_short else 1.4) + 0.24 * len(sites)), width)
+    label, names = common_label(sites)
+    image = axes.imshow(norms, aspect="auto", origin="lower", cmap="cividis", vmin=0,
+                        interpolation="nearest")  # fmt: skip
+    axes.set_ylabel(label)
+    step = max(1, math.ceil(len(names) / 32))
+    axes.set_yticks(range(0, len(names), step), names[::step])
+    if is_short:
+        texts = [printable(token) for token in tokens]
+        axes.set_xticks(range(len(texts)), texts, rotation=90)
+    else:
+        axes.set_xlabel("token of the prompt")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, label="‖edit‖ / ‖h‖", pad=0.02, aspect=30)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def draw_cosines(cosines: Mapping[str, float], chance: float) -> Figure:
+    """The mean squared cosine of each site, beside that of random subspaces."""
+    label, names = common_label(list(cosines))
+    figure, axes = new_axes(2.7, max(WIDTH, 1.2 + 0.16 * len(names)))
+    places = range(len(names))
+    axes.bar(places, list(cosines.values()), color="C0", width=0.7)
+    axes.axhline(chance, color="C1", linestyle="--", label=f"random subspaces: {chance:.3f}")
+    step = max(1, math.ceil(len(names) / 32))
+    axes.set_xticks(places[::step], names[::step])
+    if max(map(len, names)) > 3:
+        axes.tick_params(axis="x", rotation=90)
+    axes.set(xlabel=label, ylabel="mean cos² θ", ylim=(0, 1.02))
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper left", frameon=False)
+    return figure
+
+
+def draw_panels(
+    panels: Mapping[str, Sequence[tuple[str, float, Sequence[float]]]],
+    label: str,
+    *,
+    is_difference: bool,
+) -> Figure:
+    """A panel per dataset, a row per combination, in percent.
+
+    A row is (name, mean, values). Of differences, the values are the interval's ends, 0 is marked,
+    and the dot is open where the interval holds it; otherwise they are the seeds', and the mean is
+    a bar through them.
+    """
+    rows = {name: max(1, len(panel)) for name, panel in panels.items()}
+    height = sum(0.36 * count + 0.75 for count in rows.values())
+    figure = Figure(figsize=(WIDTH + 0.4, height + 0.3), layout="constrained")
+    grid: Any = figure.subplots(
+        len(panels), 1, squeeze=False, sharex=is_difference,
+        gridspec_kw={"height_ratios": [count + 1.2 for count in rows.values()]},
+    )  # fmt: skip
+    for axes, (title, panel) in zip(grid[:, 0], panels.items(), strict=True):
+        for row, (_, mean, values) in enumerate(panel):
+            if is_difference:
+                axes.plot([100 * v for v in values], [row, row], color="C0", linewidth=2)
+                is_open = values[0] <= 0 <= values[1]
+                axes.plot(100 * mean, row, "o", color="C0", markersize=7, markeredgewidth=2,
+                          markerfacecolor=axes.get_facecolor() if is_open else None)  # fmt: skip
+            else:
+                axes.scatter([100 * v for v in values], _spread(row, len(values)), s=26,
+                             facecolors="none", edgecolors="C0")  # fmt: skip
+                axes.plot([100 * mean] * 2, [row - 0.33, row + 0.33], color="C1", linewidth=2.5)
+        if is_difference:
+            axes.axvline(0, color="C1", linestyle="--", linewidth=1.2, zorder=0)
+        names = [textwrap.fill(name, 28) for name, _, _ in panel]
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(panel) - 0.5, -0.5)
+        axes.set_title(title)
+        axes.grid(axis="x")
+        axes.tick_params(axis="y", length=0)
+    grid[-1, 0].set_xlabel(label)
+    return figure
+
+
+def common_label(sites: Sequence[str]) -> tuple[str, list[str]]:
+    """What all sites' dotted names share, and what tells them apart.
+
+    `model.layers.0.output`, `model.layers.1.output` → `layer`, [`0`, `1`].
+    """
+    parts = [site.split(".") for site in sites]
+    if len(parts) < 2 or len({len(part) for part in parts}) > 1:
+        return "site", list(sites)
+    differing = [n for n, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
+    first, last = differing[0], differing[-1] + 1
+    names = [".".join(part[first:last]) for part in parts]
+    return ("layer" if all(name.isdecimal() for name in names) else "site"), names
+
+
+@cache
+def _glyphs() -> set[int]:
+    return set(FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap())
+
+
+def printable(token: str, longest: int = 14) -> str:
+    """A token as a label: blanks made visible, what the font lacks as □, long ones cut."""
+    text = token.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
+    text = "".join(letter if ord(letter) in _glyphs() else "□" for letter in text)
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -1,0 +1,131 @@
+"""Sections → one HTML page that holds its style and pictures itself."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Literal, TypeAlias
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+Style: TypeAlias = Literal["", "number", "changed", "up", "down", "text"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for light and for dark pages.
+
+    Args:
+        name: of its file, without ending.
+        about: what it shows, for who cannot see it.
+        light: PNG on white.
+        dark: PNG on black.
+        width: in CSS pixels.
+    """
+
+    name: str
+    about: str
+    light: bytes
+    dark: bytes
+    width: int
+    kind: Literal["picture"] = "picture"
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it is scrolled rather than shrunk on a narrow screen."""
+        return self.width > 520
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell; style is one of the page's classes."""
+
+    text: str
+    style: Style = ""
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is aligned to the right."""
+        return self.style in ("number", "up", "down")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; rows are as long as `columns`."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+    kind: Literal["table"] = "table"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    kind: Literal["text"] = "text"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names with values, shown large."""
+
+    facts: dict[str, str]
+    kind: Literal["facts"] = "facts"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A file's text that is shown on demand."""
+
+    title: str
+    text: str
+    kind: Literal["folded"] = "folded"
+
+
+Block = Picture | Table | Text | Facts | Folded
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading."""
+
+    title: str
+    blocks: Sequence[Block] = ()
+
+
+def number(text: str) -> Cell:
+    """A cell that is aligned to the right."""
+    return Cell(text, "number")
+
+
+def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """The page: no script, nothing loaded from elsewhere."""
+    environment = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return environment.get_template("page.html").render(
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        style=(files(__package__) / "page.css").read_text(encoding="utf-8"),
+    )
+
+
+def pictures(sections: Sequence[Section]) -> list[Picture]:
+    """All pictures of a page."""
+    return [block for part in sections for block in part.blocks if isinstance(block, Picture)]
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown."""
+    lines = [table.columns, *[[cell.text for cell in row] for row in table.rows]]
+    escaped = [" | ".join(text.replace("|", "\\|") for text in line) for line in lines]
+    rule = "|".join("---:" if cell.is_number else "---" for cell in table.rows[0])
+    head, *rows = [f"| {line} |" for line in escaped]
+    return "\n".join([head, f"|{rule}|", *rows]) + "\n"

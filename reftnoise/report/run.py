@@ -1,0 +1,162 @@
+"""A run's page: what its files tell, and what is measured on its adapter."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ..inspection import subspaces
+from .adapter import Row, edits, generate, generations, lens, noise, overlap
+from .figures import draw_lines, picture
+from .files import Line, Run
+from .formats import duration, memory, score
+from .loading import load_adapted, rendered
+from .page import Block, Cell, Facts, Folded, Section, Table, Text, number
+
+SHOWN = 8
+"""Prompts with the texts of base and adapted model."""
+
+
+def run_sections(
+    run: Run,
+    *,
+    against: Path | None,
+    prompts: Sequence[str] | None,
+    rows: int,
+    draws: int,
+    max_new_tokens: int,
+) -> list[Section]:
+    """Read and measure all that the page of a run shows; arguments as of `write_report`."""
+    measured, own = _measured(
+        run, prompts=prompts, rows=rows, draws=draws, max_new_tokens=max_new_tokens
+    )
+    if against is not None:  # when the run's own model is gone
+        measured.append(overlap(run.recipe, own, against))
+    sections = [overview(run), scores(run), training(run), *measured]
+    recipe = Section("Recipe", [Folded("recipe.yaml", run.recipe_text)])
+    return [part for part in [*sections, recipe] if part.blocks]
+
+
+def _measured(
+    run: Run, *, prompts: Sequence[str] | None, rows: int, draws: int, max_new_tokens: int
+) -> tuple[list[Section], Mapping[str, Tensor]]:
+    """What needs the model, and the subspaces that it edits."""
+    reft_model, tokenizer = load_adapted(run.recipe, run.adapter)
+    sections = [
+        _or_reason(
+            "Noise", partial(noise, run.recipe, reft_model, tokenizer, rows=rows, draws=draws)
+        )
+    ]
+    asked = list(prompts or _prompts(run))
+    if asked:
+        shown = rendered(run.recipe, asked)
+        at = (reft_model, tokenizer, shown[0], asked[0])
+        sections += [
+            _or_reason("Edits", partial(edits, *at)),
+            _or_reason("Logit lens", partial(lens, *at)),
+        ]
+        pairs = [] if prompts else _both(run)[:SHOWN]
+        sections.append(
+            generations(
+                pairs
+                or generate(reft_model, tokenizer, asked, shown, max_new_tokens=max_new_tokens)
+            )
+        )
+    return sections, subspaces(reft_model)
+
+
+def _or_reason(title: str, measure: Callable[[], Section]) -> Section:
+    """A section, or why this model has none."""
+    try:
+        return measure()
+    except ValueError as error:
+        return Section(title, [Text(f"Not shown: {error}.")])
+
+
+def overview(run: Run) -> Section:
+    """The numbers of the run."""
+    summary, facts = run.summary, {}
+    counts = summary.get("parameters")
+    if counts:
+        trained = counts["units"] + counts["base"]
+        facts["trained parameters"] = f"{trained:,}"
+        facts["of the base's"] = f"{trained / counts['total']:.3%}"
+    if "seconds" in summary:
+        facts["training time"] = duration(summary["seconds"])
+    if summary.get("tokens"):
+        facts["tokens"] = f"{summary['tokens']:,}"
+    if summary.get("peak_memory_bytes"):
+        facts["peak memory"] = memory(summary["peak_memory_bytes"])
+    about = summary.get("machine") or {"date": summary.get("date"), **summary.get("versions", {})}
+    line = ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
+    return Section("Overview", [Facts(facts)] * bool(facts) + [Text(line)] * bool(line))
+
+
+def scores(run: Run) -> Section:
+    """Every evaluation, a line each."""
+    if not run.scores:
+        return Section("Scores")
+    names = list(dict.fromkeys(name for entry in run.scores for name in entry["scores"]))
+    table = [
+        [
+            Cell(str(entry["task"])),
+            Cell(" ".join(str(entry[n]) for n in ("data", "split") if entry.get(n))),
+            Cell(str(entry.get("by") or "")),
+            Cell("adapted" if entry["adapter"] else "base"),
+            number(str(entry.get("rows") or "")),
+            *[number(score(entry["scores"].get(name))) for name in names],
+        ]
+        for entry in run.scores
+    ]
+    return Section("Scores", [Table(["task", "data", "by", "model", "rows", *names], table)])
+
+
+def training(run: Run) -> Section:
+    """Loss, learning rate and speed over steps."""
+    losses = {"training": _column(run.log, "loss"), "evaluation": _column(run.log, "eval_loss")}
+    losses = {name: line for name, line in losses.items() if line}
+    blocks: list[Block] = []
+    if losses:
+        blocks.append(
+            picture(
+                "loss",
+                "Loss over steps, " + " and ".join(losses),
+                lambda: draw_lines(losses, "loss", may_be_log=True),
+            )
+        )
+    for key, name, label in (
+        ("learning_rate", "learning_rate", "learning rate"),
+        ("tokens_per_second", "speed", "tokens per second"),
+    ):
+        line = _column(run.log, key)
+        if line:
+            drawn = {label: line}
+            blocks.append(
+                picture(
+                    name,
+                    f"{label} over steps",
+                    partial(draw_lines, drawn, label),
+                )
+            )
+    return Section("Training", blocks)
+
+
+def _column(log: Sequence[Line], key: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[key]) for line in log if line.get(key) is not None]
+
+
+def _both(run: Run) -> list[Row]:
+    """Rows of which the last evaluation has both texts: prompt, base's, adapted, answer."""
+    texts: dict[bool, list[Line]] = {False: [], True: []}
+    for line in run.predictions:
+        texts[bool(line["adapter"])].append(line)
+    return [
+        (base["prompt"], base["text"], adapted["text"], adapted["answer"])
+        for base, adapted in zip(texts[False], texts[True], strict=False)
+        if base["prompt"] == adapted["prompt"]
+    ]
+
+
+def _prompts(run: Run) -> list[str]:
+    return list(dict.fromkeys(line["prompt"] for line in run.predictions))[:SHOWN]

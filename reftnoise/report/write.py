@@ -1,0 +1,88 @@
+"""Write the report of a run or a study."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..saving import replace_all
+from .files import is_study, read_run, read_study
+from .page import Section, pictures, render
+from .run import run_sections
+from .study import study_page
+
+
+def write_report(
+    directory: str | Path,
+    *,
+    against: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    output_dir: str | Path | None = None,
+    device: str | None = None,
+    rows: int = 32,
+    draws: int = 8,
+    max_new_tokens: int = 64,
+) -> Path:
+    """Write `report.html` and its pictures as PNG; of a study, also `results.md`.
+
+    The page holds its style and pictures itself, has no scripts and loads nothing.
+
+    Args:
+        directory: of a run or a study; which it is shows in its files.
+        against: another run, or an adapter, whose subspaces are compared with this run's.
+        prompts: of which base and adapted model's texts are shown side by side, and the first of
+            which edits and logit lens are of; by default rows of the run's last evaluation.
+        output_dir: where the files go, by default into `directory`.
+        device: of the model, instead of the recipe's.
+        rows: of training data, for the loss with and without noise.
+        draws: of that noise.
+        max_new_tokens: of texts that are generated for the report.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: the directory is neither a run's nor a study's, or lacks its adapter.
+        ValueError: files that cannot be read, or an adapter that does not fit its base.
+    """
+    directory = Path(directory)
+    output = directory if output_dir is None else Path(output_dir)
+    files: dict[str, bytes] = {}
+    if is_study(directory):
+        for name, value in (("against", against), ("prompts", prompts)):
+            if value is not None:
+                raise ValueError(f"{name}: {directory} is a study; expected a run's directory")
+        study = read_study(directory)
+        sections, table = study_page(study)
+        title = f"Study {directory.resolve().name}"
+        subtitle = f"{len(study.combinations)} combinations of {', '.join(study.axes)}"
+        files["results.md"] = table.encode()
+    else:
+        run = read_run(directory)
+        if device is not None:
+            run.recipe["device"] = device
+        sections = run_sections(
+            run,
+            against=None if against is None else Path(against),
+            prompts=prompts,
+            rows=rows,
+            draws=draws,
+            max_new_tokens=max_new_tokens,
+        )
+        title, subtitle = f"Run {directory.resolve().name}", _units(run.recipe)
+    files |= _files(title, subtitle, sections)
+    output.mkdir(parents=True, exist_ok=True)
+    replace_all(output, files)
+    return output / "report.html"
+
+
+def _files(title: str, subtitle: str, sections: Sequence[Section]) -> dict[str, bytes]:
+    pngs = {f"{drawn.name}.png": drawn.light for drawn in pictures(sections)}
+    return {"report.html": render(title, subtitle, sections).encode(), **pngs}
+
+
+def _units(recipe: dict[str, object]) -> str:
+    """The base and what was trained of it."""
+    entries = recipe.get("representations")
+    names = [str(entry["intervention"]) for entry in entries] if isinstance(entries, list) else []
+    peft = recipe.get("peft")
+    names += [str(peft["peft_type"])] if isinstance(peft, dict) else []
+    return f"{' + '.join(names)} on {recipe['model']}"
