@@ -180,13 +180,18 @@ def test_repetition_penalties_leave_padding_out(pads_with: str) -> None:
     rows = [{"instruction": prompt, "output": "no"} for prompt in PROMPTS]
     settings = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2}
     expected = [
-        text_of(model, tokenizer, chat_ids(tokenizer, prompt), max_new_tokens=20, **settings)
+        text_of(model, tokenizer, tokenizer(prompt).input_ids, max_new_tokens=20, **settings)
         for prompt in PROMPTS
     ]
     padding(tokenizer, "right", pads_with)
+    seen: list[Tensor] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     task = get_task({"name": "instruct", **settings})
-    answers = evaluate(model, tokenizer, task, rows, max_new_tokens=20, template="chat")
+    answers = evaluate(model, tokenizer, task, rows, max_new_tokens=20)
     assert answers.texts == expected
+    # What pads a row would count as written.
+    own = [frozenset(tokenizer(prompt).input_ids) for prompt in PROMPTS]
+    assert {frozenset(row.tolist()) for row in seen[0]} == set(own)
 
 
 def test_a_text_ends_where_the_base_ends_it() -> None:
