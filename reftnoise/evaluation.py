@@ -166,7 +166,7 @@ def evaluating(model: Any, seed: int) -> Iterator[None]:
 
 
 def _expect_causal(model: Any) -> None:
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         kind = type(model.model if isinstance(model, ReftModel) else model).__name__
         raise ValueError(f"the task needs a causal language model, got {kind}")
 
@@ -235,7 +235,10 @@ def _by_head(
     predictions = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        batch = tokenizer.pad([encoded[index] for index in indices], return_tensors="pt")
+        # On the right: encoders count positions from the first column on.
+        batch = tokenizer.pad(
+            [encoded[index] for index in indices], padding_side="right", return_tensors="pt"
+        )
         logits = model(**batch.to(model.device)).logits
         if logits.shape[1:] != (task.num_labels,):
             raise ValueError(

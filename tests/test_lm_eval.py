@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from reftnoise.integrations.lm_eval import ReftLM
+from reftnoise.integrations.lm_eval import ReftLM, evaluate_with_harness
 
 ROWS = [
     {"question": "Where does a bear live?", "choices": ["in the forest", "sea", "the bed"]},
@@ -145,6 +145,26 @@ def test_tasks(architecture: str, positions: str, tmp_path: Path) -> None:
         new = tokens[prompt["input_ids"].shape[1] :]
         text = tokenizer.decode(new, skip_special_tokens=True)
         assert answer == min((text.split(stop)[0] for stop in UNTIL), key=len)
+
+
+def test_tasks_by_name(tmp_path: Path) -> None:
+    for task in tasks(tmp_path):
+        (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(task), encoding="utf-8")
+    model, tokenizer = wrapped()
+    settings = {"batch_size": 3, "include_path": str(tmp_path)}
+    names = ["choices", "answers"]
+    found = evaluate_with_harness(model, tokenizer, names, **settings)
+    assert found == {
+        "choices": {"acc": accuracy(scores(model, tokenizer))},
+        "answers": {"exact_match": 0.0},
+    }
+    with model.disabled():
+        bare = evaluate_with_harness(model, tokenizer, ["choices"], **settings)
+    assert bare == evaluate_with_harness(model.model, tokenizer, ["choices"], **settings)
+    limited = evaluate_with_harness(model, tokenizer, ["choices"], limit=1, **settings)
+    assert limited["choices"]["acc"] in (0.0, 1.0)
+    with pytest.raises(ValueError, match=r"lm_eval task 'choises': .* did you mean choices"):
+        evaluate_with_harness(model, tokenizer, ["answers", "choises"], **settings)
 
 
 def test_a_trained_adapter_scores_otherwise_than_its_base() -> None:

@@ -6,6 +6,7 @@ the model where each context ends.
 """
 
 import difflib
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -166,6 +167,8 @@ def evaluate_with_harness(
     tasks: Sequence[str],
     limit: int | None = None,
     batch_size: int | str = 16,
+    *,
+    include_path: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Scores of lm-evaluation-harness: those of each task and group, under the harness' names.
 
@@ -175,11 +178,12 @@ def evaluate_with_harness(
         tasks: names of tasks or groups, such as `ifeval`.
         limit: rows of each task; all by default.
         batch_size: rows per forward pass, or "auto".
+        include_path: folder of tasks of one's own, which are used instead of the harness'.
 
     Raises:
         ValueError: a task that the harness does not have.
     """
-    manager = TaskManager()
+    manager = _all_tasks(include_path)
     for name in tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -196,6 +200,12 @@ def evaluate_with_harness(
         log_samples=False,
     )
     return {name: _numbers(result) for name, result in found["results"].items()}
+
+
+@functools.cache
+def _all_tasks(include_path: str | None) -> TaskManager:
+    """Those of the harness, which take seconds to read, or of a folder."""
+    return TaskManager(include_path=include_path, include_defaults=include_path is None)
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
