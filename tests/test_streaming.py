@@ -18,6 +18,7 @@ import reftnoise as rn
 from reftnoise.sources import load_rows
 from reftnoise.tiny import DIRECTORY
 
+UNIT = {"layer": 0, "intervention": "loreft", "low_rank_dimension": 2}
 WORKER = Path(__file__).with_name("streaming_worker.py")
 
 
@@ -125,7 +126,7 @@ def trained(directory: Path, tokenizer: Any, steps: int, **options: Any) -> dict
     """Weights after some steps of two examples each, on a stream of nine, shuffled."""
     torch.manual_seed(0)
     base, _ = rn.load_tiny_model()
-    reft_model = rn.get_reft_model(base, rn.ReftConfig([{"layer": 0, "intervention": "loreft"}]))
+    reft_model = rn.get_reft_model(base, rn.ReftConfig([UNIT]))
     directory.mkdir(exist_ok=True)
     path = directory / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows(9))))
