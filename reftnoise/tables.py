@@ -109,7 +109,9 @@ def _key(rows: datasets.Dataset, encoder: Encoder) -> str:
     digest.update(json.dumps(depends_on, default=str).encode())
     for table in rows.with_format("arrow").iter(_BATCH):
         names = [str(index) for index in range(table.num_columns)]
-        plain = table.combine_chunks().rename_columns(names).replace_schema_metadata(None)
+        # Taking rows copies them: a slice would be written with what lies beside it in memory.
+        rows_alone = table.take(pa.array(range(table.num_rows))).combine_chunks()
+        plain = rows_alone.rename_columns(names).replace_schema_metadata(None)
         buffer = pa.BufferOutputStream()
         with pa.ipc.new_stream(buffer, plain.schema) as writer:
             writer.write_table(plain)
