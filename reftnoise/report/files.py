@@ -71,9 +71,9 @@ class Combination:
             values = [value.get(key) if isinstance(value, dict) else None for value in values]
         return None if None in values else float(np.mean(values))
 
-    def name(self, without: tuple[str, ...] = ()) -> str:
-        """Its place in the grid, such as `loreft, symnoise, trec`."""
-        return ", ".join(value for axis, value in self.axes.items() if axis not in without)
+    def name(self, without: str | None = None) -> str:
+        """Its place in the grid, such as `loreft, symnoise, trec`; also without an axis."""
+        return ", ".join(value for axis, value in self.axes.items() if axis != without)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,14 @@ def load_base(recipe: Recipe) -> tuple[Any, Any]:
 
 
 def load_adapted(recipe: Recipe, adapter: Path) -> tuple[ReftModel, Any]:
-    """The recipe's base with the adapter of a directory, in evaluation mode."""
+    """The recipe's base with the adapter of a directory, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no such directory.
+        ValueError: the adapter does not fit the base.
+    """
+    if not adapter.is_dir():
+        raise FileNotFoundError(f"{adapter}: no such adapter directory; is the run finished?")
     base, tokenizer = load_base(recipe)
     return ReftModel.from_pretrained(base, adapter), tokenizer
 

@@ -87,7 +87,7 @@ def _table(study: Study, found: Sequence[Outcome]) -> Table:
     others = [name for name in names if name != ACCURACY]
     columns = [*study.axes, "seeds", ACCURACY, "95 % interval"]
     if study.baseline:
-        columns += [f"− {_baseline(study)}", "95 % interval", "p"]
+        columns += ["difference", "95 % interval", "p"]
     columns += [*others, "parameters", "time", "peak memory"]
     return Table(columns, [_row(study, one, others) for one in found])
 
@@ -140,10 +140,10 @@ def _panels(study: Study, values: Mapping[Key, tuple[float, Sequence[float]]]) -
 
 def _place(study: Study, one: Combination) -> tuple[str, str]:
     """The panel of a combination, and its name there."""
-    axis = study.axes[0]
-    if axis not in DATA_AXES or len(study.axes) == 1:
+    first, *others = study.axes or [""]
+    if first not in DATA_AXES or not others:
         return "", one.name()
-    return one.axes.get(axis, ""), one.name(without=(axis,))
+    return one.axes.get(first, ""), one.name(without=first)
 
 
 def _baseline(study: Study) -> str:

@@ -53,7 +53,8 @@ def write_report(
         study = read_study(directory)
         sections, table = study_page(study)
         title = f"Study {directory.resolve().name}"
-        subtitle = f"{len(study.combinations)} combinations of {', '.join(study.axes)}"
+        axes = ", ".join(study.axes) or "seeds alone"
+        subtitle = f"{len(study.combinations)} combinations of {axes}"
         files["results.md"] = table.encode()
     else:
         run = read_run(directory)
