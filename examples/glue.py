@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import numpy as np
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
@@ -40,32 +39,31 @@ from transformers import (
 
 import reftnoise as rn
 from reftnoise.progress import RichProgressCallback
+from reftnoise.tasks.glue import SUBSETS, Metric, score
 
 CONSOLE = Console()
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a task's rows hold, and the paper's settings for RoBERTa-base."""
+class Settings:
+    """The paper's settings for RoBERTa-base."""
 
-    texts: tuple[str, ...]
     prefix: int
     learning_rate: float
     dropout: float
     warmup: float
     epochs: int
-    metric: str = "accuracy"
 
 
-TASKS = {
-    "mnli": Task(("premise", "hypothesis"), 1, 6e-4, 0.05, 0.06, 40),
-    "sst2": Task(("sentence",), 3, 6e-4, 0.1, 0.1, 40),
-    "mrpc": Task(("sentence1", "sentence2"), 3, 3e-4, 0.05, 0.0, 40),
-    "cola": Task(("sentence",), 3, 4e-4, 0.2, 0.005, 60, "matthews"),
-    "qnli": Task(("question", "sentence"), 11, 9e-4, 0.05, 0.1, 20),
-    "qqp": Task(("question1", "question2"), 11, 6e-4, 0.05, 0.0, 40),
-    "rte": Task(("sentence1", "sentence2"), 3, 9e-4, 0.05, 0.0, 60),
-    "stsb": Task(("sentence1", "sentence2"), 3, 6e-4, 0.05, 0.03, 60, "pearson"),
+SETTINGS = {
+    "mnli": Settings(1, 6e-4, 0.05, 0.06, 40),
+    "sst2": Settings(3, 6e-4, 0.1, 0.1, 40),
+    "mrpc": Settings(3, 3e-4, 0.05, 0.0, 40),
+    "cola": Settings(3, 4e-4, 0.2, 0.005, 60),
+    "qnli": Settings(11, 9e-4, 0.05, 0.1, 20),
+    "qqp": Settings(11, 6e-4, 0.05, 0.0, 40),
+    "rte": Settings(3, 9e-4, 0.05, 0.0, 60),
+    "stsb": Settings(3, 6e-4, 0.05, 0.03, 60),
 }
 
 
@@ -151,21 +149,6 @@ def encoded(
     return rows.map(encode, remove_columns=rows.column_names)
 
 
-# -- scores ----------------------------------------------------------------------------------------
-
-
-def score(metric: str, predictions: Any, labels: Any) -> float:
-    """Accuracy, Matthews' correlation of two classes, or Pearson's of numbers."""
-    if metric == "pearson":
-        return float(np.corrcoef(predictions[:, 0], labels)[0, 1])
-    chosen = predictions.argmax(1)
-    if metric == "accuracy":
-        return float((chosen == labels).mean())
-    if len(set(chosen)) < 2 or len(set(labels)) < 2:
-        return 0.0
-    return float(np.corrcoef(chosen, labels)[0, 1])  # for two classes, this is Matthews'
-
-
 # -- one run ---------------------------------------------------------------------------------------
 
 
@@ -173,7 +156,8 @@ def run(
     base: Any,
     tokenizer: Any,
     splits: dict[str, datasets.Dataset],
-    task: Task,
+    settings: Settings,
+    metric: Metric,
     *,
     rank: int,
     batch_size: int,
@@ -184,18 +168,18 @@ def run(
         "layer": "all",
         "intervention": "loreft",
         "low_rank_dimension": rank,
-        "positions": f"f{task.prefix}",
-        "dropout": task.dropout,
+        "positions": f"f{settings.prefix}",
+        "dropout": settings.dropout,
     }
     model = rn.get_reft_model(base, rn.ReftConfig(representations=loreft))
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             output_dir=scratch,
-            num_train_epochs=task.epochs,
+            num_train_epochs=settings.epochs,
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=4 * batch_size,
-            learning_rate=task.learning_rate,
-            warmup_steps=task.warmup,
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup,
             weight_decay=0.0,
             eval_strategy="epoch",
             save_strategy="epoch",
@@ -215,7 +199,7 @@ def run(
             train_dataset=splits["train"],
             eval_dataset=splits["selection"],
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda p: {"score": score(task.metric, p.predictions, p.label_ids)},
+            compute_metrics=lambda p: {"score": score(metric, p.predictions, p.label_ids)},
             callbacks=[RichProgressCallback(CONSOLE, f"seed {seed}")],
         )
         trainer.remove_callback(PrinterCallback)
@@ -253,31 +237,29 @@ def main(
         epochs: instead of the paper's.
         learning_rate: instead of the paper's, of which the tiny model takes ten times.
     """
-    chosen = TASKS[task]
-    rate = chosen.learning_rate * (10 if model is None else 1)  # what is random has further to go
-    chosen = replace(
-        chosen,
-        texts=texts or chosen.texts,
-        epochs=epochs or chosen.epochs,
-        learning_rate=learning_rate or rate,
+    subset, settings = SUBSETS[task], SETTINGS[task]
+    texts = texts or subset.texts
+    rate = settings.learning_rate * (10 if model is None else 1)  # what is random has further to go
+    settings = replace(
+        settings, epochs=epochs or settings.epochs, learning_rate=learning_rate or rate
     )
     with tempfile.TemporaryDirectory() as folder:
         if model is None and train is None:
             train, validation = made_up_reviews(Path(folder))
         training, held_out = load_rows(task, train, validation)
     classes = None
-    if chosen.metric != "pearson":
+    if subset.metric != "pearson":
         classes = sorted(set(training[label]) | set(held_out[label]))
     config: Any = None
     if model is None:
-        tokenizer, config = tiny_roberta([row[t] for row in training for t in chosen.texts])
+        tokenizer, config = tiny_roberta([row[t] for row in training for t in texts])
     else:
         tokenizer = AutoTokenizer.from_pretrained(model)
     training, held_out = (
-        encoded(rows, tokenizer, chosen.texts, label, classes) for rows in (training, held_out)
+        encoded(rows, tokenizer, texts, label, classes) for rows in (training, held_out)
     )
     selected = 1000 if len(held_out) > 5000 else len(held_out) // 2
-    table = Table("seed", "selection", "test", title=f"{task}: {chosen.metric}")
+    table = Table("seed", "selection", "test", title=f"{task}: {subset.metric}")
     scores = []
     for seed in seeds:
         set_seed(seed)
@@ -296,7 +278,14 @@ def main(
             "test": shuffled.select(range(selected, len(shuffled))),
         }
         best, test = run(
-            base, tokenizer, splits, chosen, rank=rank, batch_size=batch_size, seed=seed
+            base,
+            tokenizer,
+            splits,
+            settings,
+            subset.metric,
+            rank=rank,
+            batch_size=batch_size,
+            seed=seed,
         )
         table.add_row(str(seed), f"{best:.4f}", f"{test:.4f}")
         scores.append(test)

@@ -176,8 +176,9 @@ def edit_rows(
     hidden: Float[Tensor, "batch length hidden"],
     units: Sequence[ReftIntervention],
     rows: Rows,
+    scale: float = 1.0,
 ) -> Float[Tensor, "batch length hidden"]:
-    """Add each unit's edit to those of its rows that the mask holds.
+    """Add each unit's edit, times `scale`, to those of its rows that the mask holds.
 
     Rows outside the mask are added exact zeros, which keeps every shape static: no
     synchronisation with the device, and a NaN in padding stays where it is.
@@ -185,13 +186,20 @@ def edit_rows(
     flat = hidden.reshape(-1, hidden.shape[-1])
     mask = rows.mask.to(hidden.device)[:, None]
     if rows.indices is None:
-        delta = units[0].delta(flat.masked_fill(~mask, 0)).to(hidden.dtype)
+        delta = _scaled(units[0], flat.masked_fill(~mask, 0), scale)
         return _shaped_like(hidden, flat + delta.masked_fill(~mask, 0))
     indices = rows.indices.to(hidden.device)
     parts = flat.index_select(0, indices).split_with_sizes(rows.counts)
-    deltas = [unit.delta(part) for unit, part in zip(units, parts, strict=True)]
-    delta = torch.cat([found.to(hidden.dtype) for found in deltas]).masked_fill(~mask, 0)
+    deltas = [_scaled(unit, part, scale) for unit, part in zip(units, parts, strict=True)]
+    delta = torch.cat(deltas).masked_fill(~mask, 0)
     return _shaped_like(hidden, flat.index_add(0, indices, delta))
+
+
+def _scaled(
+    unit: ReftIntervention, hidden: Float[Tensor, "n hidden"], scale: float
+) -> Float[Tensor, "n hidden"]:
+    delta = unit.delta(hidden)
+    return (delta if scale == 1.0 else scale * delta).to(hidden.dtype)
 
 
 def _shaped_like(hidden: Tensor, flat: Tensor) -> Tensor:

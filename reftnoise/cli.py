@@ -1,8 +1,26 @@
-"""The command line: a dictionary of command → function, heavy imports inside the functions."""
+"""The command line: a dictionary of command → function, heavy imports inside the functions.
 
+Options are made by jsonargparse of the functions' arguments and of the library's own dataclasses.
+"""
+
+import inspect
+import json as json_format
+import logging
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .bench.workload import Workload
+from .hints import nearest
+from .recipe import Recipe
+from .study.grid import Study
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+    from rich.console import Console
 
 
 def demo(output_dir: str = "reftnoise-demo", seed: int = 0) -> None:
@@ -15,6 +33,107 @@ def demo(output_dir: str = "reftnoise-demo", seed: int = 0) -> None:
     from .demo import run_demo
 
     run_demo(output_dir, seed)
+
+
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    json: bool = False,
+) -> None:
+    """Train what a recipe says, score it, and write a run's directory.
+
+    Args:
+        recipe: a YAML file, given first; any option replaces what stands in it.
+        resume: go on with an unfinished run from its last checkpoint.
+        overwrite: replace a run that is in output_dir.
+        quiet: print nothing but errors.
+        json: print the summary and scores as JSON, and no progress.
+    """
+    from .run_scores import evaluation_rows, save_scores, score
+    from .runs import train_recipe
+
+    console = _progress_console(quiet or json)
+    is_scored = evaluation_rows(recipe) is not None or recipe.evaluation.lm_eval
+    model, tokenizer, summary = train_recipe(
+        recipe, resume=resume, overwrite=overwrite, console=console
+    )
+    found = score(recipe, model, tokenizer, console=console) if is_scored else []
+    if found:
+        save_scores(Path(recipe.output_dir), found)
+    entries = [entry for entry, _ in found]
+    if json:
+        _print_json(summary | {"scores": entries, "output_dir": recipe.output_dir})
+    elif not quiet:
+        from .printing import print_run
+
+        print_run(recipe, summary, entries)
+
+
+def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool = False) -> None:
+    """Score the adapter of a run on its recipe's task, and write the scores beside it.
+
+    Args:
+        recipe: the directory of a run or of an adapter, given first; options such as
+            --evaluation.data or --evaluation.by replace what the run's recipe says.
+        base: also score the base without its adapter.
+        quiet: print nothing but errors.
+        json: print the scores as JSON, and no progress.
+    """
+    from .run_scores import save_scores, score
+    from .runs import load_trained
+
+    model, tokenizer = load_trained(recipe)
+    found = score(recipe, model, tokenizer, base=base, console=_progress_console(quiet or json))
+    save_scores(Path(recipe.output_dir), found)
+    entries = [entry for entry, _ in found]
+    if json:
+        _print_json(entries)
+    elif not quiet:
+        from .printing import print_scores
+
+        print_scores(entries)
+
+
+def study(study: Study, quiet: bool = False, json: bool = False) -> None:
+    """Run a grid of recipes and seeds, and write its report; finished cells are not run again.
+
+    Args:
+        study: a YAML file, given first; any option replaces what stands in it.
+        quiet: print nothing but errors.
+        json: print the results as JSON, and no progress.
+    """
+    from .study.runner import run_study
+
+    results = run_study(study, console=_progress_console(quiet or json))
+    from .report import write_report  # after hours of work, not before: it needs an extra
+
+    page = write_report(study.output_dir)
+    if json:
+        _print_json(results)
+    elif not quiet:
+        print((Path(study.output_dir) / "results.md").read_text(encoding="utf-8"))
+        print(f"The report is in {page}.")
+
+
+def report(
+    directory: str,
+    against: str | None = None,
+    prompts: list[str] | None = None,
+    output_dir: str | None = None,
+) -> None:
+    """Draw what a run or a study has found: a self-contained HTML page and PNG files.
+
+    Args:
+        directory: of a run or of a study.
+        against: another run or adapter, whose subspaces the run's are compared with.
+        prompts: to be answered by base and adapted model side by side.
+        output_dir: where to write; the directory itself by default.
+    """
+    from .report import write_report
+
+    print(write_report(directory, against=against, prompts=prompts, output_dir=output_dir))
 
 
 def bench(
@@ -86,7 +205,7 @@ def convert(
     """
     from .convert import convert as convert_adapter
 
-    if base is None:  # no default; jsonargparse 4.40 makes a required option positional
+    if base is None:  # no default; jsonargparse makes a required option positional
         raise ValueError("convert: expected --base, the name or path of the base model")
     print(
         convert_adapter(
@@ -95,18 +214,111 @@ def convert(
     )
 
 
-COMMANDS = {"demo": demo, "bench": bench, "convert": convert}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "train": train,
+    "eval": evaluate,
+    "study": study,
+    "report": report,
+    "bench": bench,
+    "convert": convert,
+}
+"""Those whose first argument is a `Recipe` or a `Study` take a file of it, then its options."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; what the user got wrong is one line on stderr and exit code 2."""
-    from jsonargparse import auto_cli
-
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(version("reftnoise"))
+        return 0
+    logging.basicConfig(format="%(name)s: %(message)s")
     try:
-        auto_cli(COMMANDS, args=argv)
-    except (ValueError, OSError) as error:
-        print(f"reftnoise: {error}", file=sys.stderr)
+        return _run(*arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"reftnoise: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _run(name: str, *arguments: str) -> int:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from .parsing import built, explained, parser_of
+
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+    function = COMMANDS[name]
+    first, *_ = inspect.signature(function).parameters.values()
+    config = first.annotation if first.annotation in (Recipe, Study) else None
+    prog, description = f"reftnoise {name}", inspect.getdoc(function) or ""
+    summary = description.split("\n\nArgs:")[0]
+    if config is None:
+        parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
+        parser.add_function_arguments(function, as_positional=True)
+    else:
+        parser = parser_of(config, prog, summary)
+        parser.add_function_arguments(function, skip={first.name}, as_group=False)
+        parser.usage = f"{prog} [{'DIRECTORY' if name == 'eval' else 'FILE.yaml'}] [OPTIONS]"
+        arguments = _with_file(name, arguments)
+    try:
+        parsed = parser.parse_args(list(_flags(parser, arguments)))
+        values = {} if config is None else {first.name: built(config, parser, parsed)}
+        given = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise ValueError(f"{name}: {explained(error, parser)}") from None
+    names = list(inspect.signature(function).parameters)
+    function(**values, **{one: given[one] for one in names if one not in values})
     return 0
+
+
+def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """Options for what may stand first without one: a recipe's or study's file, or a run."""
+    commented = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
+    if not commented or commented[0].startswith("-"):
+        return tuple(commented)
+    first, *rest = commented
+    path = Path(first)
+    if name != "eval":
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: {first}: expected a YAML file")
+        return ("--config", first, *rest)
+    place = ("--output_dir", first)
+    if (path / "recipe.yaml").is_file():
+        return ("--config", str(path / "recipe.yaml"), *place, *rest)
+    if (path / "reft_config.json").is_file():
+        saved = json_format.loads((path / "reft_config.json").read_text(encoding="utf-8"))
+        return ("--model", saved["base_model"]["name_or_path"], *place, *rest)
+    raise FileNotFoundError(f"eval: {first}: expected the directory of a run or of an adapter")
+
+
+def _flags(parser: "ArgumentParser", arguments: Sequence[str]) -> Iterator[str]:
+    """`--quiet` for `--quiet true`."""
+    flags = {f"--{action.dest}" for action in parser._actions if action.metavar == "{true,false}"}
+    for argument, after in zip_longest(arguments, arguments[1:]):
+        is_alone = argument in flags and after not in ("true", "false")
+        yield f"{argument}=true" if is_alone else argument
+
+
+def _overview() -> str:
+    lines = ["usage: reftnoise COMMAND [OPTIONS]", ""]
+    for name, function in COMMANDS.items():
+        lines.append(f"  {name:<9} {(inspect.getdoc(function) or '').splitlines()[0]}")
+    return "\n".join([*lines, "", "reftnoise COMMAND --help tells more; reftnoise --version."])
+
+
+def _progress_console(is_silent: bool) -> "Console | None":
+    """Progress goes to stderr, so that stdout holds results alone."""
+    if is_silent:
+        return None
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json_format.dumps(value, indent=2, ensure_ascii=False))

@@ -5,28 +5,24 @@ are exactly those that `tokenizer(prompt)` gives, so training edits the position
 will. A conversation becomes one example per assistant turn, with all that precedes it as prompt.
 """
 
-import glob
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import torch
-from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from .components import takes_position_ids
+from .encoding import IGNORED_LABEL, Encoder
 from .model import ReftModel
+from .sources import Rows, column_names, load_rows
+from .streams import ExampleStream
+from .tables import tokenize_once
+from .tokenization import smallest_limit
 
-logger = logging.getLogger(__name__)
-
-IGNORED_LABEL = -100
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-Examples: TypeAlias = datasets.Dataset | str | Path | Sequence[str]
-Messages: TypeAlias = Sequence[Mapping[str, str]]
+Examples: TypeAlias = Rows | str | Path | Sequence[str]
 
 
 def make_last_position_supervised_data_module(
@@ -44,14 +40,17 @@ def make_last_position_supervised_data_module(
     messages_column: str = "messages",
     chat_template: bool = False,
     max_length: int | None = None,
+    shuffle_seed: int | None = None,
+    shuffle_buffer: int = 10_000,
 ) -> dict[str, Any]:
     """Datasets and collator for supervised training, to be given to a trainer as `**module`.
 
     Args:
         tokenizer: of the base model; its `padding_side` is respected.
         model: the base or the `ReftModel`; its context length bounds `max_length`.
-        prompts: texts; or, without `completions`, a `datasets.Dataset`, the path of a JSONL, JSON,
-            CSV or Parquet file, or the name of a hub dataset (its "train" split).
+        prompts: texts; or, without `completions`, a `datasets.Dataset`, an `IterableDataset`, which
+            is tokenised as it is read, pass after pass (so training needs `max_steps`), the path
+            of a JSONL, JSON, CSV or Parquet file, or the name of a hub dataset (its "train" split).
         completions: texts, as many as prompts.
         num_interventions: accepted for pyreft's sake; positions come from the config.
         nonstop: leave out the end-of-text token after a completion.
@@ -64,6 +63,9 @@ def make_last_position_supervised_data_module(
         chat_template: also render plain prompts as a user's turn of the chat template.
         max_length: tokens of an example, by default what tokenizer and model allow. A longer
             example loses the beginning of its prompt; how many did is logged.
+        shuffle_seed: of a streamed `prompts`, whose rows are then drawn from a buffer, in another
+            order on each pass; by default they keep their order. (A Trainer shuffles the others.)
+        shuffle_buffer: rows in it.
 
     Returns:
         `train_dataset`, `eval_dataset` (or None) and `data_collator`.
@@ -72,13 +74,17 @@ def make_last_position_supervised_data_module(
         ValueError: no examples, unequal counts, missing columns, an empty prompt or completion.
         FileNotFoundError: a path that does not exist.
     """
-    limit = _max_length(tokenizer, model, max_length)
+    limit = smallest_limit(tokenizer, model, max_length)
     base = model.model if isinstance(model, ReftModel) else model
     counts = hasattr(base, "forward") and takes_position_ids(base)
 
-    def tokenize(source: Examples, targets: Sequence[str] | None, name: str) -> datasets.Dataset:
+    def tokenized(source: Examples, targets: Sequence[str] | None, name: str) -> Any:
+        rows = load_examples(source, targets, prompt_column, completion_column)
+        is_training = name == "training"
+        if isinstance(rows, datasets.IterableDataset) and is_training and shuffle_seed is not None:
+            rows = rows.shuffle(seed=shuffle_seed, buffer_size=shuffle_buffer)
         return tokenize_examples(
-            load_examples(source, targets, prompt_column, completion_column),
+            rows,
             tokenizer,
             prompt_column=prompt_column,
             completion_column=completion_column,
@@ -87,13 +93,14 @@ def make_last_position_supervised_data_module(
             nonstop=nonstop,
             max_length=limit,
             name=name,
+            repeats=is_training,
         )
 
     return {
-        "train_dataset": tokenize(prompts, completions, "training"),
+        "train_dataset": tokenized(prompts, completions, "training"),
         "eval_dataset": None
         if eval_prompts is None
-        else tokenize(eval_prompts, eval_completions, "evaluation"),
+        else tokenized(eval_prompts, eval_completions, "evaluation"),
         "data_collator": ReftDataCollator(tokenizer, position_ids=counts),
     }
 
@@ -103,10 +110,10 @@ def load_examples(
     completions: Sequence[str] | None = None,
     prompt_column: str = "prompt",
     completion_column: str = "completion",
-) -> datasets.Dataset:
+) -> Rows:
     """A dataset from texts, a file, a hub name, or one that is ready."""
     if completions is not None:
-        if isinstance(source, str | Path | datasets.Dataset):
+        if isinstance(source, str | Path | Rows):
             raise ValueError(f"prompts: expected a list of texts, got {source!r}")
         if isinstance(completions, str):
             raise ValueError(f"completions: expected a list of texts, got {completions!r}")
@@ -114,37 +121,20 @@ def load_examples(
             raise ValueError(f"{len(source)} prompts but {len(completions)} completions")
         columns = {prompt_column: list(source), completion_column: list(completions)}
         loaded = datasets.Dataset.from_dict(columns)
-    elif isinstance(source, datasets.Dataset):
-        loaded = source
-    elif isinstance(source, str | Path):
-        loaded = _load_file_or_hub(str(source))
+    elif isinstance(source, str | Path | Rows):
+        loaded = load_rows(source)
     else:
         raise ValueError(
             "completions are missing: without them, prompts are a datasets.Dataset (one split), a "
             f"path or a hub name, not {type(source).__name__}"
         )
-    if len(loaded) == 0:
+    if isinstance(loaded, datasets.Dataset) and len(loaded) == 0:
         raise ValueError("no examples: expected at least one prompt and completion")
     return loaded
 
 
-def _load_file_or_hub(source: str) -> datasets.Dataset:
-    kind = _LOADERS.get(Path(source).suffix)
-    if kind is None and not Path(source).exists():
-        return datasets.load_dataset(source, split="train")
-    if kind is None:
-        raise ValueError(f"{source}: expected a file that ends in {', '.join(_LOADERS)}")
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: no such file")
-    try:
-        return datasets.load_dataset(kind, data_files=glob.escape(source), split="train")
-    except (DatasetGenerationError, StopIteration, ValueError) as error:
-        reason = str(error.__cause__ or error) or "no rows in it"
-        raise ValueError(f"{source}: not a readable {kind} file ({reason})") from None
-
-
 def tokenize_examples(
-    examples: datasets.Dataset,
+    examples: Rows,
     tokenizer: Any,
     *,
     prompt_column: str = "prompt",
@@ -154,151 +144,28 @@ def tokenize_examples(
     nonstop: bool = False,
     max_length: int | None = None,
     name: str = "training",
-) -> datasets.Dataset:
+    repeats: bool = False,
+) -> datasets.Dataset | ExampleStream:
     """`input_ids`, `labels`, `prompt_lengths` and `length` for each example or assistant turn.
 
     `length` is what a Trainer groups batches by, so that they hold little padding
-    (`train_sampling_strategy="group_by_length"`).
+    (`train_sampling_strategy="group_by_length"`). A stream of rows gives a stream, which begins
+    again after its last row if it `repeats`.
     """
-    columns = examples.column_names
-    if prompt_column in columns and completion_column in columns:
-        pairs: Iterable[tuple[Any, str]] = zip(
-            examples[prompt_column], examples[completion_column], strict=True
-        )
-        if chat_template:
-            pairs = (([{"role": "user", "content": p}], c) for p, c in pairs)
-    elif messages_column in columns:
-        pairs = _assistant_turns(examples[messages_column], name)
-    else:
-        raise ValueError(
-            f"columns {', '.join(columns)}: expected {prompt_column!r} and {completion_column!r}, "
-            f"or {messages_column!r}; name yours with prompt_column, completion_column or "
-            "messages_column"
-        )
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("input_ids", "labels", "prompt_lengths", "length")
-    }
-    truncated = cut_short = 0
-    for index, (prompt, completion) in enumerate(pairs):
-        try:
-            prompt_ids, target_ids = _tokenize(tokenizer, prompt, completion, nonstop)
-        except Exception as error:  # of the tokenizer or its chat template, too
-            raise ValueError(f"{name} example {index}: {error}") from error
-        if max_length is not None and len(prompt_ids) + len(target_ids) > max_length:
-            truncated += 1
-            whole = len(target_ids)
-            prompt_ids, target_ids = _truncate(tokenizer, prompt_ids, target_ids, max_length)
-            cut_short += len(target_ids) < whole
-        rows["input_ids"].append(prompt_ids + target_ids)
-        rows["labels"].append([IGNORED_LABEL] * len(prompt_ids) + target_ids)
-        rows["prompt_lengths"].append(len(prompt_ids))
-        rows["length"].append(len(prompt_ids) + len(target_ids))
-    if not rows["labels"]:
-        raise ValueError(f"no {name} examples: no conversation has an assistant's turn")
-    if truncated:
-        logger.warning(
-            "%d of %d %s examples were longer than %d tokens and lost the beginning of their "
-            "prompts%s",
-            truncated,
-            len(rows["labels"]),
-            name,
-            max_length,
-            f", {cut_short} of them also the end of their completions" if cut_short else "",
-        )
-    prompts = sum(rows["prompt_lengths"])
-    logger.info(
-        "%d %s examples: %d tokens of prompts, %d of completions, the longest example %d",
-        len(rows["length"]),
-        name,
-        prompts,
-        sum(rows["length"]) - prompts,
-        max(rows["length"]),
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        messages_column=messages_column,
+        chat_template=chat_template,
+        nonstop=nonstop,
+        max_length=max_length,
+        name=name,
     )
-    return datasets.Dataset.from_dict(rows)
-
-
-def _assistant_turns(conversations: Iterable[Any], name: str) -> Iterator[tuple[Any, str]]:
-    """Each assistant's message, with all messages before it."""
-    for index, conversation in enumerate(conversations):
-        for turn, message in enumerate(conversation):
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise ValueError(
-                    f"{name} example {index}: message {turn} is {message!r}, expected a mapping "
-                    "with 'role' and 'content'"
-                )
-            if message["role"] == "assistant":
-                yield conversation[:turn], message["content"]
-
-
-def _tokenize(
-    tokenizer: Any, prompt: str | Messages, completion: str, nonstop: bool
-) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and completion; the prompt's are those that generation will see."""
-    if not isinstance(completion, str):
-        raise ValueError(f"completion {completion!r}: expected a text")
-    if not isinstance(prompt, str | list):
-        raise ValueError(f"prompt {prompt!r}: expected a text")
-    ends_itself = False
-    is_plain = isinstance(prompt, str)
-    if isinstance(prompt, str):
-        text = prompt
-    else:
-        answer = {"role": "assistant", "content": completion}
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
-        if whole.startswith(text):
-            ends_itself = whole.removeprefix(text).strip() != completion.strip()
-            completion = whole.removeprefix(text)
-    # A chat template writes the special tokens itself.
-    prompt_ids: list[int] = tokenizer(text, add_special_tokens=is_plain)["input_ids"]
-    if not prompt_ids:
-        raise ValueError("the prompt is empty, so there is no position to edit")
-    joint: list[int] = tokenizer(text + completion, add_special_tokens=is_plain)["input_ids"]
-    if joint[: len(prompt_ids)] == prompt_ids:
-        target_ids = joint[len(prompt_ids) :]
-    else:  # a token would reach across the boundary
-        target_ids = _tokenize_alone(tokenizer, completion)
-    end = tokenizer.eos_token_id
-    if not (nonstop or ends_itself or end is None or target_ids[-1:] == [end]):
-        target_ids = [*target_ids, end]
-    if not target_ids:
-        raise ValueError("the completion is empty, so there is nothing to learn")
-    return prompt_ids, target_ids
-
-
-def _tokenize_alone(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text in the middle of another: no token that stands for a space before it."""
-    line: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    joint: list[int] = tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"]
-    if joint[: len(line)] == line:
-        return joint[len(line) :]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _truncate(
-    tokenizer: Any, prompt_ids: list[int], target_ids: list[int], max_length: int
-) -> tuple[list[int], list[int]]:
-    """Drop the prompt's beginning, but not a beginning-of-text token; then the completion's end."""
-    starts = len(prompt_ids) > 1 and prompt_ids[0] == tokenizer.bos_token_id
-    start, rest = prompt_ids[:starts], prompt_ids[starts:]
-    target_ids = target_ids[: max_length - len(start) - 1]
-    return start + rest[len(start) + len(target_ids) - max_length :], target_ids
-
-
-def _max_length(tokenizer: Any, model: Any, max_length: int | None) -> int | None:
-    """The smallest of what is asked for, what the tokenizer and what the model's context allow."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    limits = [
-        max_length,
-        getattr(tokenizer, "model_max_length", None),
-        getattr(config, "max_position_embeddings", None),
-    ]
-    smallest = min((limit for limit in limits if limit is not None), default=None)
-    if smallest is not None and smallest < 3:
-        raise ValueError(f"max_length {smallest}: expected at least 3 tokens")
-    return smallest
+    if isinstance(examples, datasets.Dataset):
+        return tokenize_once(examples, encoder)
+    encoder.columns(column_names(examples))
+    return ExampleStream(examples, encoder, repeats)
 
 
 @dataclass

@@ -75,10 +75,13 @@ class Engine:
     Args:
         base: the model whose sites the units edit.
         units: in the order in which they act where several share a site.
+        scale: by which edits are multiplied.
     """
 
-    def __init__(self, base: PreTrainedModel, units: Sequence[PlacedUnit]) -> None:
-        self.base = base
+    def __init__(
+        self, base: PreTrainedModel, units: Sequence[PlacedUnit], scale: float = 1.0
+    ) -> None:
+        self.base, self.scale = base, scale
         self._place(units)
         self._chunk: Chunk | TokenlessChunk | None = None
         self._traced_chunk: Chunk | TokenlessChunk | None = None
@@ -90,7 +93,11 @@ class Engine:
         _ENGINES[self._number] = self
 
     def __reduce__(self) -> Any:
-        return Engine, (self.base, self.units)  # a copy has a number, and hooks, of its own
+        return Engine, (
+            self.base,
+            self.units,
+            self.scale,
+        )  # a copy has a number, and hooks, of its own
 
     def _place(self, units: Sequence[PlacedUnit]) -> None:
         self.units = list(units)
@@ -407,7 +414,7 @@ class Engine:
         hidden: Float[Tensor, "batch length hidden"],
     ) -> Float[Tensor, "batch length hidden"]:
         """Apply units whose positions are disjoint, those of few positions all at once."""
-        if chunk.offset + chunk.length <= chunk.current.cut:
+        if chunk.offset + chunk.length <= chunk.current.cut or self.scale == 0.0:
             return hidden
         few: list[tuple[ReftIntervention, Selection]] = []
         for one in placed:
@@ -422,12 +429,12 @@ class Engine:
                     f"embed_dim={hidden.shape[-1]}"
                 )
             if selection.columns is None:
-                hidden = edit_rows(hidden, [one.unit], chunk.rows([selection]))
+                hidden = edit_rows(hidden, [one.unit], chunk.rows([selection]), self.scale)
             else:
                 few.append((one.unit, selection))
         if few:
             units, selections = zip(*few, strict=True)
-            hidden = edit_rows(hidden, units, chunk.rows(selections))
+            hidden = edit_rows(hidden, units, chunk.rows(selections), self.scale)
         return hidden
 
 

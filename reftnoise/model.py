@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -175,6 +176,8 @@ class ReftModel(nn.Module):
                 "so does accelerate's regional compilation: compile the base's layers, or the "
                 "whole ReftModel"
             )
+        if self.training and self.scale != 1.0:
+            raise ValueError(f"scale {self.scale}: edits are trained as they are, with scale 1.0")
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_noise_of_others()
         batch_size = batch_of(inputs)
@@ -305,6 +308,21 @@ class ReftModel(nn.Module):
         if mode not in get_args(SplitMode):
             raise ValueError(f"split {mode!r}: expected 'auto', 'always' or 'never'")
         self._split = mode
+
+    @property
+    def scale(self) -> float:
+        """s in h + s·edit(h), for evaluation and generation: 1 as trained, 0 without edits.
+
+        It is not saved, and concerns neither noise nor a `peft` section.
+        """
+        return self._engine.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise ValueError(f"scale {value!r}: expected a finite number, 1.0 for edits as trained")
+        self._engine.scale = float(value)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator["ReftModel"]:

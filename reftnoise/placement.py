@@ -1,6 +1,7 @@
 """Put the units of a config at the sites of a model."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -44,6 +45,21 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
     if len({id(module) for module in modules}) < len(modules):
         raise ValueError("one module serves two entries: give each entry a module of its own")
     return _disjoint(placed)
+
+
+def unit_keys(
+    config: ReftConfig, layers: int
+) -> Iterator[tuple[str, RepresentationConfig, int | None, str | None]]:
+    """Key, entry, layer and positions of each unit that a model of so many layers would get."""
+    taken = Counter[str]()
+    for entry in config.representations:
+        numbers: Sequence[int | None] = entry.layers(layers) if entry.is_per_layer else [None]
+        for positions in entry.parts():
+            for layer in numbers:
+                name = _key(entry, layer)
+                spec = None if positions is None else str(positions.spec())
+                yield f"{name}#{taken[name]}", entry, layer, spec
+                taken[name] += 1
 
 
 def _key(entry: RepresentationConfig, layer: int | None) -> str:

@@ -1,6 +1,8 @@
-"""A progress bar for trainers."""
+"""Progress bars: of trainers, and of anything that is counted."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -52,3 +54,19 @@ class RichProgressCallback(TrainerCallback):
     def stop(self) -> None:
         """Leave the bar as it is: also after an exception, of which a Trainer tells nobody."""
         self._progress.stop()
+
+
+@contextmanager
+def progress_of(
+    console: Console | None, description: str
+) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar that is told (done, total); None where there is no console."""
+    if console is None:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(elapsed_when_finished=True), console=console
+    ) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

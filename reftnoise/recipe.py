@@ -4,7 +4,6 @@ The command line is made from these classes, so nothing heavy is imported here.
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -56,13 +55,12 @@ class TrainingConfig:
         adam_beta2: of AdamW.
         max_grad_norm: longer gradients are clipped.
         bf16: autocast to bfloat16.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory.
         group_by_length: batches of examples of about equal length, which hold little padding.
         logging_steps: between two lines of the log.
         eval_steps: between two evaluations of the loss on data.eval; once an epoch by default.
         save_steps: between two checkpoints, from which `resume` continues; none by default.
         prefix_cache: keep prompts' keys and values from epoch to epoch: none, memory or disk.
-        arguments: further arguments of transformers.TrainingArguments.
+        arguments: further arguments of transformers.TrainingArguments, which come last.
     """
 
     learning_rate: float = 1e-3
@@ -76,7 +74,6 @@ class TrainingConfig:
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     bf16: bool = False
-    gradient_checkpointing: bool = False
     group_by_length: bool = False
     logging_steps: int = 10
     eval_steps: int | None = None
@@ -97,8 +94,8 @@ class EvaluationConfig:
             likelihood (the most probable of the task's choices).
         batch_size: prompts per forward pass.
         max_new_tokens: of an answer; by default as many as the task needs.
-        lm_eval: tasks of lm-evaluation-harness to be run, too.
-        limit: rows of each of these.
+        lm_eval: tasks of lm-evaluation-harness to be run, too, or alone.
+        limit: rows to be scored, from the first on; of tasks of the harness, rows of each.
     """
 
     data: str | None = None
@@ -125,7 +122,6 @@ class Recipe:
         representations: units, as in ReftConfig.
         peft: a method of PEFT under the units, as in ReftConfig.
         modules_to_save: modules of the base to be trained, as in ReftConfig.
-        identity_start: begin with edits that change nothing (LoReFT: W = R, b = 0).
         task: what rows mean: the name of a task, or {name: …} with its arguments beside it.
         data: examples to train on.
         training: settings of the Trainer.
@@ -142,7 +138,6 @@ class Recipe:
     representations: list[dict[str, Any]] = field(default_factory=list)
     peft: dict[str, Any] | None = None
     modules_to_save: list[str] | None = None
-    identity_start: bool = False
     task: str | dict[str, Any] = "text"
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -153,10 +148,3 @@ class Recipe:
     def to_yaml(self) -> str:
         """What a file holds that gives this recipe again."""
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
-
-    def save(self, path: str | Path) -> None:
-        """Write the recipe under a temporary name, then rename it."""
-        path = Path(path)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(self.to_yaml(), encoding="utf-8")
-        part.replace(path)

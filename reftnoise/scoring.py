@@ -1,6 +1,7 @@
 """How likely a model finds texts after prompts: what evaluation and lm-evaluation-harness share."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -8,19 +9,32 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .model import ReftModel
+from .tokenization import Messages, smallest_limit, tokenize, truncate
 
+logger = logging.getLogger(__name__)
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the rows that are done, and all rows."""
 Row: TypeAlias = tuple[list[int], list[int]]
 """Tokens of a prompt, and of what follows it."""
 
 
-def rows_alike(rows: Sequence[Row]) -> dict[tuple[tuple[int, ...], ...], list[int]]:
-    """Indices of rows that one pass scores: they differ in the last token alone.
+Read: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def what_is_read(row: Row) -> Read:
+    """A row without its last token, which is predicted, never read."""
+    return tuple(row[0]), tuple(row[1][:-1])
+
+
+def rows_alike(rows: Sequence[Row]) -> dict[Read, list[int]]:
+    """Indices of the rows that differ in the last token alone, so that one pass scores them.
 
     Rows of the same tokens whose prompts end elsewhere are not alike: edits land elsewhere.
     """
-    alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    for index, (prompt, rest) in enumerate(rows):
-        alike.setdefault((tuple(prompt), tuple(rest[:-1])), []).append(index)
+    alike: dict[Read, list[int]] = {}
+    for index, row in enumerate(rows):
+        alike.setdefault(what_is_read(row), []).append(index)
     return alike
 
 
@@ -36,7 +50,6 @@ def next_token_log_probs(
         limit: tokens that are read at most; longer prompts lose their beginning.
         dtype: of the softmax; by default that of the logits.
     """
-    # The last token is predicted, never read.
     first = None if limit is None else -limit - 1
     tokens = [torch.tensor((prompt + rest)[first:-1]) for prompt, rest in rows]
     widths = [len(row) for row in tokens]
@@ -53,4 +66,66 @@ def next_token_log_probs(
     return [
         row[start:end].log_softmax(-1, dtype=dtype)
         for row, start, end in zip(logits, starts, widths, strict=True)
+    ]
+
+
+def choice_log_probs(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Messages],
+    choices: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[Tensor]:
+    """Σᵢ log p(cᵢ | prompt, c₁…cᵢ₋₁) of each prompt's choices c, [choices] per prompt.
+
+    Args:
+        model: a `ReftModel`, or a causal language model of transformers.
+        tokenizer: of the base.
+        prompts: texts, or conversations for its chat template, which may end choices with a token
+            of its own.
+        choices: of each prompt. One that leaves a prompt no room takes its beginning away.
+        batch_size: prompts with a choice per forward pass; those that differ in the last token
+            alone count once.
+        progress: called with the prompts that are done and all prompts.
+    """
+    rows: list[Row] = []
+    for prompt, texts in zip(prompts, choices, strict=True):
+        rows += [tokenize(tokenizer, prompt, text, True) for text in texts]
+    rows = without_beginnings(tokenizer, rows, smallest_limit(tokenizer, model, None))
+    groups = sorted(rows_alike(rows).values(), key=lambda group: -sum(map(len, rows[group[0]])))
+    sums = torch.empty(len(rows))
+    for start in range(0, len(groups), batch_size):
+        chunk = groups[start : start + batch_size]
+        all_log_probs = next_token_log_probs(
+            model, [rows[group[0]] for group in chunk], dtype=torch.float32
+        )
+        for group, log_probs in zip(chunk, all_log_probs, strict=True):
+            for index in group:
+                tokens = torch.tensor(rows[index][1], device=log_probs.device)
+                sums[index] = log_probs.gather(1, tokens[:, None]).sum()
+        if progress is not None:
+            done = min(start + batch_size, len(groups)) / len(groups)
+            progress(int(done * len(prompts)), len(prompts))
+    return list(torch.split(sums, [len(texts) for texts in choices]))
+
+
+def without_beginnings(tokenizer: Any, rows: Sequence[Row], limit: int | None) -> list[Row]:
+    """Rows without the beginning of prompts that are too long, as training has them."""
+    if limit is None:
+        return list(rows)
+    long = sum(len(prompt) + len(rest) > limit for prompt, rest in rows)
+    if long:
+        logger.warning(
+            "%d of %d prompts were longer than %d tokens and lost their beginning",
+            long,
+            len(rows),
+            limit,
+        )
+    return [
+        truncate(tokenizer, prompt, rest, limit)
+        if len(prompt) + len(rest) > limit
+        else (prompt, rest)
+        for prompt, rest in rows
     ]

@@ -7,12 +7,15 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-DIRECTORY = Path(str(files("reftnoise"))) / "assets" / "tiny-chat"
+NAME = "tiny-chat"
+DIRECTORY = Path(str(files("reftnoise"))) / "assets" / NAME
+Split: TypeAlias = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def load_tiny_model() -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def load_tiny_examples(split: Literal["train", "test"]) -> list[TinyExample]:
+def load_tiny_examples(split: Split) -> list[TinyExample]:
     """The demo's questions; none of either split is in the text that the model was made from."""
     lines = (DIRECTORY / "emoji.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]

@@ -18,16 +18,19 @@ SYSTEM = [
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
-    {"interventions", "recipe"},
+    {"interventions", "hints", "recipe", "tiny"},
     {
         "compiled",
         "composition",
         "devices",
         "loss",
         "pairs",
+        "parsing",
         "positions",
         "prefix_cache",
         "quantised",
+        "tasks",
+        "tokenization",
     },
     {"components"},
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
@@ -35,17 +38,29 @@ LAYERS = [
     {"engine"},
     {"locating", "passes", "placement"},
     {"model", "saving"},
-    {"data", "trainer", "progress", "scoring"},
-    {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations", "tasks"},
-    {"evaluation", "inspection"},
+    {"bases", "sources", "tokenization"},
+    {"templates"},
+    {"encoding", "progress"},
+    {"streams", "tables"},
+    {"classifiers", "data", "generation", "trainer", "scoring"},
+    {"demo", "bench", "pyreft_directory", "convert", "integrations"},
+    {"evaluation", "inspection", "loading", "describe"},
+    {"answers"},
+    {"chat", "runs", "run_scores", "printing"},
     {"study"},
     {"report"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-# Who may import inside a function: `saving` builds a ReftModel, commands start quickly.
-LATE = {"saving": {"model"}, "cli": set(LEVEL) - {"__main__"}, "demo": set(LEVEL) - {"__main__"}}
+# Who may import inside a function: `saving` builds a ReftModel, lm-evaluation-harness is an extra,
+# commands start quickly.
+LATE = {
+    "saving": {"model"},
+    "run_scores": {"integrations"},
+    "cli": {"__init__", *LEVEL} - {"__main__"},
+    "demo": set(LEVEL) - {"__main__"},
+}
 
 by_file = {"ids": lambda path: str(path.relative_to(ROOT))}
 

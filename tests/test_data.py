@@ -378,7 +378,7 @@ def test_truncation_keeps_the_prompts_end_and_its_beginning_of_text(
     bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
     limit = len(bos) + room + len(target)
     limit = max(limit, len(whole_short["input_ids"]))
-    with caplog.at_level(logging.WARNING, logger="reftnoise.data"):
+    with caplog.at_level(logging.WARNING, logger="reftnoise"):
         long, short = examples(tokenizer, prompts, completions, max_length=limit)
     kept = limit - len(bos) - len(target)
     assert split(long) == (bos + prompt[-kept:], target)

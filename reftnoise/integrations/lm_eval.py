@@ -5,18 +5,28 @@ taken for the prompt's end, so edits such as those of `l1` land on the continuat
 the model where each context ends.
 """
 
+import difflib
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..model import ReftModel
+from ..scoring import next_token_log_probs, rows_alike, what_is_read
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import Collator
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ImportError(
+        f"lm-evaluation-harness: pip install 'reftnoise[lm-eval]' ({error})"
+    ) from error
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +104,7 @@ class ReftLM(HFLM):
         if self.backend == "seq2seq":  # an encoder-decoder model reads the context by itself
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         self._check(requests)
-        # One row for all requests that differ in the last token alone. Not for those whose
-        # tokens are the same while their contexts end elsewhere, which HFLM also puts together.
-        sharing: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-        for index, request in enumerate(requests):
-            sharing.setdefault(_row_of(request), []).append(index)
+        sharing = rows_alike([request[1:] for request in requests])
         rows = [requests[indices[0]] for indices in sharing.values()]
         rows.sort(key=lambda row: (-len(row[1] + row[2]), row[1:]))
         find_size = None
@@ -112,7 +118,7 @@ class ReftLM(HFLM):
             for chunk in Collator.get_chunks(rows, n=size, fn=find_size):
                 for row, log_probs in zip(chunk, self._log_probs(chunk), strict=True):
                     greedy = log_probs.argmax(-1)
-                    for index in sharing[_row_of(row)]:
+                    for index in sharing[what_is_read(row[1:])]:
                         strings, _, continuation = requests[index]
                         tokens = torch.tensor(continuation, device=log_probs.device)
                         total = log_probs.gather(1, tokens[:, None]).sum()
@@ -139,31 +145,63 @@ class ReftLM(HFLM):
                 self.max_length,
             )
 
-    @torch.no_grad()
     def _log_probs(self, rows: list[Request]) -> list[Tensor]:
         """Of the vocabulary, [continuation, vocabulary] for each row, before each token."""
-        # The last token is predicted, never read.
-        tokens = [torch.tensor((c + d)[-self.max_length - 1 : -1]) for _, c, d in rows]
-        widths = [len(row) for row in tokens]
-        starts = [width - len(d) for width, (_, _, d) in zip(widths, rows, strict=True)]
-        mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         with torch.autocast(
             self.device.type,
             self.mixed_precision_dtype,
             enabled=self.mixed_precision_dtype is not None,
         ):
-            logits = self.model(
-                input_ids=pad_sequence(tokens, batch_first=True).to(self.device),
-                attention_mask=mask.to(self.device),
-                prompt_lengths=torch.tensor(starts, device=self.device) + 1,
-            ).logits
-        logits = logits[:, -mask.shape[1] :]  # not of virtual tokens that PEFT puts before
-        return [
-            row[start:end].log_softmax(-1, dtype=self.softmax_dtype)
-            for row, start, end in zip(logits, starts, widths, strict=True)
-        ]
+            return next_token_log_probs(
+                self.model,
+                [request[1:] for request in rows],
+                limit=self.max_length,
+                dtype=self.softmax_dtype,
+            )
 
 
-def _row_of(request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The prompt, and what the model reads after it."""
-    return tuple(request[1]), tuple(request[2][:-1])
+def evaluate_with_harness(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    batch_size: int | str = 16,
+) -> dict[str, dict[str, float]]:
+    """Scores of lm-evaluation-harness: those of each task and group, under the harness' names.
+
+    Args:
+        model: a `ReftModel`, or a causal language model of transformers.
+        tokenizer: of the base.
+        tasks: names of tasks or groups, such as `ifeval`.
+        limit: rows of each task; all by default.
+        batch_size: rows per forward pass, or "auto".
+
+    Raises:
+        ValueError: a task that the harness does not have.
+    """
+    manager = TaskManager()
+    for name in tasks:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"lm_eval task {name!r}: lm-evaluation-harness has none such{hint}")
+    is_wrapped = isinstance(model, ReftModel)
+    lm = (ReftLM if is_wrapped else HFLM)(model, tokenizer=tokenizer, batch_size=batch_size)
+    found = simple_evaluate(
+        model=lm,
+        tasks=list(tasks),
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    return {name: _numbers(result) for name, result in found["results"].items()}
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """Its metrics, named `acc` or, where a filter reads answers, `exact_match,strict-match`."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in result.items()
+        if isinstance(value, int | float) and "_stderr" not in name and "," in name
+    }

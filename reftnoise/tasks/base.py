@@ -40,7 +40,7 @@ class Task(ABC):
     name: ClassVar[str]
     max_new_tokens: ClassVar[int | None] = 32
     """Of an answer; None for as many as the longest choice has, and an end-of-text token."""
-    generation: ClassVar[Mapping[str, Any]] = {"do_sample": False}
+    generation: Mapping[str, Any] = {"do_sample": False}
     """Further arguments of `generate`, as the task's authors chose them."""
 
     @abstractmethod

@@ -11,6 +11,21 @@ from .base import Task
 TASKS = {
     "text": "text.TextTask",
     "classification": "classification.ClassificationTask",
+    "instruct": "instruct.InstructTask",
+    "boolq": "boolq.BoolqTask",
+    "piqa": "piqa.PiqaTask",
+    "social_i_qa": "social_i_qa.SocialIqaTask",
+    "hellaswag": "hellaswag.HellaswagTask",
+    "winogrande": "winogrande.WinograndeTask",
+    "arc_easy": "arc_easy.ArcEasyTask",
+    "arc_challenge": "arc_challenge.ArcChallengeTask",
+    "openbookqa": "openbookqa.OpenbookqaTask",
+    "aqua": "aqua.AquaTask",
+    "gsm8k": "gsm8k.Gsm8kTask",
+    "mawps": "mawps.MawpsTask",
+    "svamp": "svamp.SvampTask",
+    "addsub": "addsub.AddsubTask",
+    "glue": "glue.GlueTask",
 }
 
 

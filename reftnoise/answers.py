@@ -1,0 +1,206 @@
+"""Answers to prompts, of an adapted model alone or beside its base."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typing_extensions import Unpack
+
+from .evaluation import evaluating
+from .generation import generated
+from .hints import nearest
+from .loading import load_adapted
+from .model import ReftModel
+from .saving import replace_all
+from .scoring import Progress
+from .tokenization import Messages
+
+
+class Settings(TypedDict, total=False):
+    """How answers are written: arguments of `generate_texts`."""
+
+    chat: bool | None
+    system: str | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    repetition_penalty: float | None
+    batch_size: int
+    seed: int
+
+
+def generate_texts(
+    reft_model: ReftModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    chat: bool | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[str]:
+    """What the model writes after each prompt, in the prompts' order.
+
+    Args:
+        reft_model: the base alone answers within `reft_model.disabled()`.
+        tokenizer: of the base.
+        prompts: texts.
+        chat: give each prompt as a user's message, by the chat template; by default where the
+            tokenizer has one.
+        system: a message before each of them.
+        max_new_tokens: of each answer.
+        temperature: of sampling; 0 for the most likely token at every step.
+        top_p: sample from the most likely tokens that have this probability together.
+        top_k: sample from so many most likely tokens.
+        repetition_penalty: above 1, tokens that were there before are less likely.
+        batch_size: prompts per forward pass, padded on the left.
+        seed: of sampling, which also depends on the batch size.
+        progress: called with the prompts that are done and all prompts.
+
+    Raises:
+        ValueError: an empty prompt, or settings that are out of range.
+    """
+    chat = tokenizer.chat_template is not None if chat is None else chat
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: expected at least 1")
+    if system is not None and not chat:
+        raise ValueError("system needs chat: the prompts are plain texts")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f"prompt {index}: expected a text, got {prompt!r}")
+    before = [] if system is None else [{"role": "system", "content": system}]
+    asked: list[str | Messages] = [
+        [*before, {"role": "user", "content": prompt}] if chat else prompt for prompt in prompts
+    ]
+    penalty = {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
+    with evaluating(reft_model, seed):
+        return generated(
+            reft_model,
+            tokenizer,
+            asked,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            generation=sampling(temperature, top_p, top_k) | penalty,
+            progress=progress,
+        )
+
+
+def sampling(
+    temperature: float, top_p: float | None = None, top_k: int | None = None
+) -> dict[str, Any]:
+    """Arguments of `generate` for a temperature, of which 0 means greedy."""
+    if not isinstance(temperature, int | float) or not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature {temperature!r}: expected a number of at least 0")
+    if not temperature:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    cuts = {"top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in cuts.items() if value is not None}
+    return {"do_sample": True, "temperature": float(temperature)} | given
+
+
+def answer_prompts(
+    adapter: str | Path,
+    *,
+    prompts: Sequence[str] = (),
+    input: str | Path | None = None,  # noqa: A002  # the command line's name
+    output: str | Path | None = None,
+    column: str = "prompt",
+    compare: bool = False,
+    model: str | None = None,
+    console: Console | None = None,
+    **settings: Unpack[Settings],
+) -> list[dict[str, Any]]:
+    """Load an adapter, answer prompts, and print the answers or write them to a file.
+
+    Each row is one of `input`, or `{"prompt": …}`, with the answer as `text`, and with `compare`
+    that of the base alone as `base`.
+
+    Args:
+        adapter: as in `load_adapted`.
+        prompts: texts.
+        input: a file of JSON lines with prompts, after those.
+        output: file for the rows as JSON lines; they are printed where there is none.
+        column: the key of the prompts in `input`.
+        compare: also let the base answer.
+        model: the base, as in `load_adapted`.
+        console: where to print.
+        settings: as in `generate_texts`.
+
+    Raises:
+        OSError: no such adapter, base or file.
+        ValueError: no prompts, a line without one, or settings that are out of range.
+    """
+    rows = [{"prompt": prompt} for prompt in prompts]
+    texts = list(prompts)
+    if input is not None:
+        read = read_jsonl(input, column)
+        rows += read
+        texts += [row[column] for row in read]
+    if not rows:
+        raise ValueError("no prompts: expected a prompt, or an input file")
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"output {output}: no such directory")
+    reft_model, tokenizer = load_adapted(adapter, model)
+    if compare:
+        with reft_model.disabled():
+            bases = generate_texts(reft_model, tokenizer, texts, **settings)
+        rows = [row | {"base": text} for row, text in zip(rows, bases, strict=True)]
+    answers = generate_texts(reft_model, tokenizer, texts, **settings)
+    rows = [row | {"text": text} for row, text in zip(rows, answers, strict=True)]
+    if output is not None:
+        write_jsonl(output, rows)
+    else:
+        show(rows, texts, console or Console(highlight=False))
+    return rows
+
+
+def show(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], console: Console) -> None:
+    """Print the text alone for one prompt, else a table, with the base's answers if it has them."""
+    if len(rows) == 1 and "base" not in rows[0]:
+        console.print(rows[0]["text"], markup=False, soft_wrap=True)
+        return
+    columns = {"base": "base", "text": "adapted"} if "base" in rows[0] else {"text": "answer"}
+    table = Table()
+    for heading in ("prompt", *columns.values()):
+        table.add_column(heading)
+    for row, prompt in zip(rows, prompts, strict=True):
+        table.add_row(*(Text(text) for text in (prompt, *(row[name] for name in columns))))
+    console.print(table)
+
+
+def read_jsonl(path: str | Path, column: str) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, each with a text in `column`."""
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a mapping, got {row!r}")
+        if column not in row:
+            raise ValueError(f"{path}, line {number}: no {column!r}; {nearest(column, row)}")
+        if not isinstance(row[column], str) or not row[column]:
+            raise ValueError(f"{path}, line {number}: {column} {row[column]!r}, expected a text")
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, under a temporary name that is then the file's."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_all(Path(path).absolute().parent, {Path(path).name: lines.encode()})

@@ -1,0 +1,68 @@
+"""Base models by name, as recipes and saved adapters give it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from .tiny import DIRECTORY, NAME
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: dict[str, Any] | None = None,
+    auto_class: Any = AutoModelForCausalLM,
+    padding_side: str = "left",
+    **arguments: Any,
+) -> tuple[Any, Any]:
+    """A model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: directory or hub name, or tiny-chat.
+        revision: branch, tag or commit on the hub.
+        dtype: one of `DTYPES`; auto is the dtype in which the weights are stored.
+        device: where the model goes; auto is a GPU where there is one.
+        quantization: transformers' quantization_config as a mapping.
+        auto_class: the class of transformers that loads the model.
+        padding_side: of the tokenizer.
+        arguments: further ones of its `from_pretrained`, such as num_labels.
+
+    Raises:
+        ValueError: an unknown dtype or device.
+        OSError: no such model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    directory = str(DIRECTORY) if name == NAME else name
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(directory).is_dir():
+        raise FileNotFoundError(f"{name}: no such directory of a model")
+    target = device
+    if device == "auto":
+        target = "cuda" if torch.cuda.is_available() else "cpu"
+    if quantization is not None:
+        arguments |= {"quantization_config": quantization, "device_map": target}
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, revision=revision, padding_side=padding_side
+        )
+        model = auto_class.from_pretrained(directory, revision=revision, dtype=dtype, **arguments)
+    except OSError as error:
+        raise OSError(f"{name}: {str(error).splitlines()[0]}") from None
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    try:
+        return (model if quantization else model.to(target)).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:  # of torch, for a device that is not there
+        raise ValueError(f"device {device!r}: {error}") from None

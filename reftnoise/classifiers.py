@@ -1,0 +1,47 @@
+"""Training data for models with a classification head."""
+
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import DataCollatorWithPadding
+
+from .sources import Rows, map_rows
+from .tasks.classifier import ClassifierTask
+
+
+def make_classifier_data_module(
+    tokenizer: Any, task: ClassifierTask, rows: Rows, eval_rows: Rows | None = None
+) -> dict[str, Any]:
+    """Datasets, collator and the task's metrics, to be given to a trainer as `**module`.
+
+    Raises:
+        ValueError: a row that the task cannot read, by its number.
+    """
+
+    def encoded(source: Rows) -> Rows:
+        def encode(row: Any, index: int) -> dict[str, Any]:
+            try:
+                texts, label = task.texts(row), task.label(row)
+            except ValueError as error:
+                raise ValueError(f"example {index}: {error}") from None
+            tokens = tokenizer(*texts, truncation=True, max_length=task.max_length)
+            return {**tokens, "labels": label, "length": len(tokens["input_ids"])}
+
+        value = datasets.Value("int64" if task.classes else "float32")
+        numbers = datasets.List(datasets.Value("int64"))
+        features = dict.fromkeys(tokenizer("a"), numbers)
+        features |= {"labels": value, "length": datasets.Value("int64")}
+        return map_rows(source, encode, datasets.Features(features))
+
+    def metrics(predicted: Any) -> dict[str, float]:
+        labels = np.asarray(predicted.label_ids)
+        answers = [task.classes[int(n)] if task.classes else repr(float(n)) for n in labels]
+        return task.scores([task.prediction(row) for row in predicted.predictions], answers)
+
+    return {
+        "train_dataset": encoded(rows),
+        "eval_dataset": None if eval_rows is None else encoded(eval_rows),
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "compute_metrics": metrics,
+    }

@@ -1,0 +1,168 @@
+"""Rows of a dataset → tokenised examples, batch by batch, and what is to be told of them."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .tokenization import Messages, tokenize_all, truncate
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+_Pair = tuple[int, str | Messages, str]  # row, prompt, completion
+
+
+class Example(NamedTuple):
+    """Tokens of a prompt and its completion, and how much of them `max_length` took away."""
+
+    prompt_ids: list[int]
+    target_ids: list[int]
+    is_cut: bool
+    is_cut_short: bool
+
+    def features(self) -> dict[str, Any]:
+        """What a Trainer's dataset holds of an example."""
+        prompts = len(self.prompt_ids)
+        return {
+            "input_ids": self.prompt_ids + self.target_ids,
+            "labels": [IGNORED_LABEL] * prompts + self.target_ids,
+            "prompt_lengths": prompts,
+            "length": prompts + len(self.target_ids),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Makes examples of rows.
+
+    Args:
+        tokenizer: whose tokens they are.
+        prompt_column: of the rows.
+        completion_column: of the rows.
+        messages_column: of conversations, used where there are no prompts.
+        chat_template: make a user's turn of each prompt.
+        nonstop: leave out the end-of-text token.
+        max_length: tokens of an example.
+        name: of the dataset, in messages.
+    """
+
+    tokenizer: Any
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    messages_column: str = "messages"
+    chat_template: bool = False
+    nonstop: bool = False
+    max_length: int | None = None
+    name: str = "training"
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """Those of a dataset's columns that are read."""
+        if self.prompt_column in names and self.completion_column in names:
+            return [self.prompt_column, self.completion_column]
+        if self.messages_column in names:
+            return [self.messages_column]
+        raise ValueError(
+            f"columns {', '.join(names)}: expected {self.prompt_column!r} and "
+            f"{self.completion_column!r}, or {self.messages_column!r}; name yours with "
+            "prompt_column, completion_column or messages_column"
+        )
+
+    def encode(self, rows: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[list[Example]]:
+        """Batches of examples: one for each row, or for each assistant's turn of its conversation.
+
+        Raises:
+            ValueError: a row that is no example, by its number.
+        """
+        batch: list[_Pair] = []
+        for index, row in enumerate(rows):
+            batch += self._pairs(index, row)
+            if len(batch) >= batch_size:
+                yield self._encode(batch)
+                batch = []
+        if batch:
+            yield self._encode(batch)
+
+    def _pairs(self, index: int, row: Mapping[str, Any]) -> Iterator[_Pair]:
+        if self.columns(list(row)) == [self.messages_column]:
+            yield from self._assistant_turns(index, row[self.messages_column])
+            return
+        prompt, completion = row[self.prompt_column], row[self.completion_column]
+        yield (
+            index,
+            [{"role": "user", "content": prompt}] if self.chat_template else prompt,
+            completion,
+        )
+
+    def _assistant_turns(self, index: int, conversation: Any) -> Iterator[_Pair]:
+        """Each assistant's message, with all messages before it."""
+        for turn, message in enumerate(conversation):
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+                raise ValueError(
+                    f"{self.name} example {index}: message {turn} is {message!r}, expected a "
+                    "mapping with 'role' and 'content'"
+                )
+            if message["role"] == "assistant":
+                yield index, conversation[:turn], message["content"]
+
+    def _encode(self, batch: Sequence[_Pair]) -> list[Example]:
+        try:
+            found = tokenize_all(self.tokenizer, [(p, c) for _, p, c in batch], self.nonstop)
+        except Exception as error:  # of the tokenizer or its chat template, too
+            if len(batch) == 1:
+                raise ValueError(f"{self.name} example {batch[0][0]}: {error}") from error
+            return [example for pair in batch for example in self._encode([pair])]
+        return [self._fit(*ids) for ids in found]
+
+    def _fit(self, prompt_ids: list[int], target_ids: list[int]) -> Example:
+        limit, whole = self.max_length, len(target_ids)
+        is_cut = limit is not None and len(prompt_ids) + whole > limit
+        if limit is not None and is_cut:
+            prompt_ids, target_ids = truncate(self.tokenizer, prompt_ids, target_ids, limit)
+        return Example(prompt_ids, target_ids, is_cut, len(target_ids) < whole)
+
+
+@dataclass
+class Counts:
+    """What is told of a dataset: how many examples and tokens it has, and what it lost."""
+
+    examples: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    longest: int = 0
+    cut: int = 0
+    cut_short: int = 0
+
+    def add(self, example: Example) -> None:
+        """Count one more example."""
+        prompts = len(example.prompt_ids)
+        length = prompts + len(example.target_ids)
+        self.examples += 1
+        self.prompt_tokens += prompts
+        self.tokens += length
+        self.longest = max(self.longest, length)
+        self.cut += example.is_cut
+        self.cut_short += example.is_cut_short
+
+    def tell(self, name: str, max_length: int | None) -> None:
+        """Log the counts, and warn of what was lost."""
+        if self.cut:
+            logger.warning(
+                "%d of %d %s examples were longer than %d tokens and lost the beginning of their "
+                "prompts%s",
+                self.cut,
+                self.examples,
+                name,
+                max_length,
+                f", {self.cut_short} of them also the end of their completions"
+                if self.cut_short
+                else "",
+            )
+        logger.info(
+            "%d %s examples: %d tokens of prompts, %d of completions, the longest example %d",
+            self.examples,
+            name,
+            self.prompt_tokens,
+            self.tokens - self.prompt_tokens,
+            self.longest,
+        )

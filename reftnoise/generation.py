@@ -1,0 +1,86 @@
+"""What a model writes after prompts, in batches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .scoring import Progress, Row, without_beginnings
+from .tokenization import Messages, smallest_limit, tokenize
+
+
+def generated(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Messages],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    generation: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """What a model writes after each prompt: the new tokens' text, up to an end of text.
+
+    Args:
+        model: a `ReftModel`, or a causal language model of transformers.
+        tokenizer: of the base; prompts are padded on the left, whatever its padding side.
+        prompts: texts, or conversations for its chat template.
+        max_new_tokens: of each. A prompt that leaves no room for them loses its beginning.
+        batch_size: prompts per forward pass; those of about equal length go together.
+        generation: further arguments of `generate`; greedy by default.
+        progress: called with the prompts that are done and all prompts.
+
+    Raises:
+        ValueError: `max_new_tokens` is below 1 or as long as the model's context.
+    """
+    limit = smallest_limit(tokenizer, model, None)
+    if max_new_tokens < 1 or (limit is not None and limit - max_new_tokens < 2):
+        room = "" if limit is None else f" and at most {limit - 2}, for a context of {limit}"
+        raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 1{room}")
+    rows: list[Row] = [(_prompt_tokens(tokenizer, prompt), []) for prompt in prompts]
+    left = None if limit is None else limit - max_new_tokens
+    tokens = [prompt for prompt, _ in without_beginnings(tokenizer, rows, left)]
+    ends = _ends(model, tokenizer)
+    pad = next(n for n in (tokenizer.pad_token_id, *ends, 0) if n is not None)
+    settings = {"do_sample": False} | dict(generation or {})
+    if not settings["do_sample"]:  # what the base would sample with is unused, and warned of
+        settings = {"temperature": None, "top_p": None, "top_k": None} | settings
+    texts = [""] * len(prompts)
+    order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        width = max(len(tokens[index]) for index in indices)
+        # A row's own token pads it: a repetition penalty counts the padding's token as written,
+        # and where that is the end-of-text token, a row would end later for being padded.
+        ids = torch.tensor([tokens[n][:1] * (width - len(tokens[n])) + tokens[n] for n in indices])
+        lengths = torch.tensor([len(tokens[n]) for n in indices])
+        mask = torch.arange(width) >= width - lengths[:, None]
+        written = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.long().to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=ends or None,
+            **settings,
+        )
+        for index, new in zip(indices, written[:, width:].tolist(), strict=True):
+            end = next((place for place, token in enumerate(new) if token in ends), None)
+            texts[index] = tokenizer.decode(
+                new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
+    return texts
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """What ends a text: the token that training puts there, and those that the base writes."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = [own] if isinstance(own, int) else list(own or [])
+    if tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
+    return sorted(set(ends))
+
+
+def _prompt_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:
+    return tokenize(tokenizer, prompt, " ", True)[0]  # which completion follows does not matter

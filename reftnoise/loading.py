@@ -1,0 +1,90 @@
+"""Load an adapter together with the base that it names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .bases import load_base
+from .model import ReftModel
+from .saving import CONFIG_NAME, WEIGHTS_NAME, local_directory
+
+_OF_BASE = ("model", "revision", "dtype", "quantization")
+"""What a recipe says of its base."""
+
+
+def load_adapted(
+    adapter: str | Path,
+    model: str | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> tuple[ReftModel, Any]:
+    """A base that writes text, with its adapter, in evaluation mode, and the base's tokenizer.
+
+    What is None is as the run's recipe has it, or as the adapter was saved.
+
+    Args:
+        adapter: directory of a run or of an adapter, or the hub name of an adapter.
+        model: name or directory of the base, or tiny-chat.
+        revision: branch, tag or commit of a base on the hub.
+        dtype: of the base, as in `load_base`.
+        device: for both, as in `load_base`.
+
+    Raises:
+        OSError: no such adapter, or no such base.
+        ValueError: the adapter is damaged, does not tell its base, or is for another.
+    """
+    directory = adapter_directory(adapter)
+    known = base_of(directory) if model is None else {"model": model}
+    given = {"revision": revision, "dtype": dtype}
+    known |= {name: value for name, value in given.items() if value is not None}
+    name = known.pop("model")
+    if not name:
+        raise ValueError(
+            f"{directory / CONFIG_NAME}: the adapter's base has no name: say which model it is for"
+        )
+    try:
+        base, tokenizer = load_base(name, device=device, **known)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].removeprefix(f"{name}: ")
+        raise type(error)(f"{name}, the adapter's base: {reason}") from None
+    return ReftModel.from_pretrained(base, directory), tokenizer
+
+
+def adapter_directory(adapter: str | Path) -> Path:
+    """The adapter's own directory: a run has it as `adapter`; of a hub name, what is downloaded."""
+    inside = Path(adapter) / "adapter"
+    if (inside / CONFIG_NAME).is_file():
+        return inside
+    directory = local_directory(adapter, [CONFIG_NAME, WEIGHTS_NAME])
+    if not (directory / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{adapter}: no {CONFIG_NAME} in it, nor in a folder 'adapter'")
+    return directory
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The mapping in an adapter directory's config, unchecked but for its base and units."""
+    path = directory / CONFIG_NAME
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        dict(description["base_model"])
+        list(description["representations"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
+    return description
+
+
+def base_of(directory: Path) -> dict[str, Any]:
+    """`model`, and what else of `load_base`'s arguments is known, of an adapter directory's base.
+
+    A recipe beside the directory knows more than the adapter, which keeps no paths.
+    """
+    recipe = directory.parent / "recipe.yaml"
+    if directory.name == "adapter" and recipe.is_file():
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and isinstance(values.get("model"), str):
+            return {name: values[name] for name in _OF_BASE if values.get(name) is not None}
+    return {"model": str(read_description(directory)["base_model"].get("name_or_path") or "")}

@@ -1,0 +1,113 @@
+"""Mappings, YAML files and command lines → the library's dataclasses, by jsonargparse.
+
+A name or a value that does not fit is one ValueError of one line, with the nearest valid name.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
+
+from .hints import nearest
+
+Config = TypeVar("Config")
+
+_UNKNOWN = (
+    re.compile(r"unrecognized arguments: (?P<name>--[^\s=]+)"),
+    re.compile(r"Option '(?P<name>[^']+)' is not accepted"),
+    re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
+)
+_WRONG = {
+    re.compile(r"Expected an? <class '(\w+)'>\. Got value: (.*)"): r"expected \1, got '\2'",
+    re.compile(r"Expected a typing\.(.+?)\. Got value: (.*)"): r"expected \1, got '\2'",
+    re.compile(r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)"): (
+        r"expected one of \1, got \2"
+    ),
+}
+
+
+def parser_of(config: type, prog: str = "reftnoise", description: str = "") -> ArgumentParser:
+    """A parser whose options are a dataclass' fields, and `--config` a file of them."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of these options")
+    parser.add_class_arguments(config)
+    return parser
+
+
+def read(config: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
+    """A dataclass from a mapping; what is left out has its default.
+
+    Raises:
+        ValueError: an unknown key or a value of another type, beginning with `where`.
+    """
+    parser = parser_of(config)
+    try:
+        return built(config, parser, parser.parse_object(dict(values)))
+    except ArgumentError as error:
+        raise ValueError(where + explained(error, parser)) from None
+
+
+def read_file(config: type[Config], path: str | Path) -> Config:
+    """A dataclass from a YAML file; errors as in `read`, and an OSError for no file."""
+    return read(config, read_yaml(path), f"{path}: ")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        values = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: no YAML: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping, got {values!r}")
+    return values
+
+
+def built(config: type[Config], parser: ArgumentParser, parsed: Namespace) -> Config:
+    """The dataclass of what such a parser has parsed."""
+    names = [each.name for each in fields(config)]  # type: ignore[arg-type]
+    for each in fields(config):  # type: ignore[arg-type]
+        value = parsed[each.name]
+        if is_dataclass(each.type) and not isinstance(value, Namespace):
+            raise ArgumentError(None, f"{each.name}: expected a mapping, got {value!r}")
+    values = parser.instantiate(parsed)
+    return config(**{name: values[name] for name in names})
+
+
+def explained(error: Exception, parser: ArgumentParser) -> str:
+    """A parser's complaint in one line, with the nearest of the names that it knows."""
+    message = one_line(error)
+    others = ("help", "config", "print_config")
+    known = [action.dest for action in parser._actions if action.dest not in others]
+    for pattern in _UNKNOWN:
+        if (match := pattern.search(message)) is None:
+            continue
+        found = match.groupdict()
+        name, group = found["name"], found.get("group")
+        if name.startswith("--"):
+            options = [f"--{one}" for one in known]
+            return f"unknown option {name!r}; {nearest(name, options, '--help lists them')}"
+        place, names = "", list(dict.fromkeys(one.split(".")[0] for one in known))
+        if group is not None:
+            place = f"{group}: "
+            names = [one.removeprefix(f"{group}.") for one in known if one.startswith(f"{group}.")]
+        return f"{place}unknown key {name.split('.')[0]!r}; {nearest(name.split('.')[0], names)}"
+    if match := re.match(r'Parser key "([^"]+)": (.*)', message):
+        key, reason = match.groups()
+        for pattern, words in _WRONG.items():
+            reason = pattern.sub(words, reason)
+        return reason if key == "config" else f"{key}: {reason}"
+    return message
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())

@@ -1,0 +1,141 @@
+"""Evaluations of a run: what its recipe names, scored with the adapter and, if asked, without."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .evaluation import Evaluation, evaluate
+from .model import ReftModel
+from .progress import progress_of
+from .recipe import Recipe
+from .saving import replace_all
+from .sources import Rows, load_rows, rename_columns
+from .tasks.registry import get_task
+
+SCORES, PREDICTIONS = "scores.json", "predictions.jsonl"
+
+Entry = dict[str, Any]
+"""One evaluation: task, data, split, by, whether with the adapter, scores, rows, and `right`, a
+string of 0 and 1 for the rows in their order."""
+
+
+def evaluation_rows(recipe: Recipe) -> Rows | None:
+    """The rows to be scored on, each of which the recipe's task can read; None if it names none."""
+    wanted, task = recipe.evaluation, get_task(recipe.task)
+    if wanted.data is None:
+        return None
+    rows = load_rows(wanted.data, split=wanted.split, subset=wanted.subset)
+    rows = rename_columns(rows, recipe.data.columns)
+    if wanted.limit is not None:
+        rows = rows.take(min(wanted.limit, len(rows)))
+    for index, row in enumerate(rows):
+        try:
+            task.question(row)
+        except ValueError as error:
+            raise ValueError(f"evaluation.data {wanted.data}, row {index}: {error}") from None
+    return rows
+
+
+def score(
+    recipe: Recipe,
+    reft_model: ReftModel,
+    tokenizer: Any,
+    *,
+    base: bool = False,
+    console: Console | None = None,
+) -> list[tuple[Entry, Evaluation | None]]:
+    """Score a model on what its recipe names: its task's rows, and tasks of the harness.
+
+    Args:
+        recipe: its data, task and evaluation.
+        reft_model: the adapted model.
+        tokenizer: the base's.
+        base: also score the base without its units.
+        console: where progress is shown.
+
+    Raises:
+        ValueError: the recipe names nothing to be scored, or rows that its task cannot read.
+    """
+    wanted, rows = recipe.evaluation, evaluation_rows(recipe)
+    if rows is None and not wanted.lm_eval:
+        raise ValueError("nothing to score: expected evaluation.data or evaluation.lm_eval")
+    found: list[tuple[Entry, Evaluation | None]] = []
+    for is_adapted in (True, False) if base else (True,):
+        with contextlib.nullcontext() if is_adapted else reft_model.disabled():
+            if rows is not None:
+                found.append(_of_task(recipe, rows, reft_model, tokenizer, is_adapted, console))
+            for name in wanted.lm_eval:
+                found.append((_of_harness(recipe, name, reft_model, tokenizer, is_adapted), None))
+    return found
+
+
+def save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -> None:
+    """Write the evaluations of a run beside it."""
+    lines = [
+        {"adapter": entry["adapter"], **_row(evaluation, index)}
+        for entry, evaluation in found
+        if evaluation is not None
+        for index in range(entry["rows"])
+    ]
+    predictions = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    text = json.dumps([entry for entry, _ in found], indent=2, ensure_ascii=False) + "\n"
+    replace_all(directory, {PREDICTIONS: predictions.encode(), SCORES: text.encode()})
+
+
+def _row(evaluation: Evaluation, index: int) -> dict[str, Any]:
+    columns = ("prompts", "texts", "predictions", "answers")
+    row = {name.removesuffix("s"): getattr(evaluation, name)[index] for name in columns}
+    return row | {"right": evaluation.right[index]}
+
+
+def _of_task(
+    recipe: Recipe,
+    rows: Rows,
+    reft_model: ReftModel,
+    tokenizer: Any,
+    is_adapted: bool,
+    console: Console | None,
+) -> tuple[Entry, Evaluation]:
+    wanted, task = recipe.evaluation, get_task(recipe.task)
+    with progress_of(console, "evaluation" if is_adapted else "evaluation of the base") as progress:
+        found = evaluate(
+            reft_model,
+            tokenizer,
+            task,
+            rows,
+            by=wanted.by,
+            batch_size=wanted.batch_size,
+            template=recipe.data.template,
+            max_new_tokens=wanted.max_new_tokens,
+            seed=recipe.seed,
+            progress=progress,
+        )
+    entry = {
+        "task": task.name,
+        "data": wanted.data,
+        "split": wanted.split,
+        "by": wanted.by,
+        "adapter": is_adapted,
+        "scores": found.scores,
+        "rows": len(found.right),
+        "right": "".join("01"[right] for right in found.right),
+    }
+    return entry, found
+
+
+def _of_harness(
+    recipe: Recipe, name: str, reft_model: ReftModel, tokenizer: Any, is_adapted: bool
+) -> Entry:
+    from .integrations.lm_eval import evaluate_with_harness  # an extra
+
+    scores = evaluate_with_harness(
+        reft_model,
+        tokenizer,
+        [name],
+        limit=recipe.evaluation.limit,
+        batch_size=recipe.evaluation.batch_size,
+    )[name]
+    return {"task": f"lm_eval/{name}", "adapter": is_adapted, "scores": scores}

@@ -1,0 +1,295 @@
+"""One run: a recipe in, a directory with adapter, log and scores out.
+
+| file | what it holds |
+|---|---|
+| `recipe.yaml` | the recipe with all its defaults, which gives this run again |
+| `adapter/` | the adapter |
+| `log.jsonl` | what the Trainer logged: step, loss, learning rate, tokens per second |
+| `summary.json` | parameters, seconds, tokens, peak memory, versions |
+| `scores.json`, `predictions.jsonl` | evaluations |
+| `checkpoints/` | only while the run is not finished |
+"""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import (
+    AutoModelForSequenceClassification,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from .bases import load_base
+from .bench.report import machine
+from .classifiers import make_classifier_data_module
+from .config import ReftConfig
+from .data import make_last_position_supervised_data_module
+from .devices import peak_memory
+from .hints import nearest
+from .model import ReftModel, get_reft_model
+from .progress import RichProgressCallback
+from .recipe import Recipe
+from .saving import replace_all
+from .sources import Rows, load_rows, rename_columns
+from .tasks.base import Task
+from .tasks.classifier import ClassifierTask
+from .tasks.registry import get_task
+from .templates import as_examples
+from .trainer import ReftTrainer, last_complete_checkpoint
+
+RECIPE, LOG, SUMMARY = "recipe.yaml", "log.jsonl", "summary.json"
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+
+
+def train_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> tuple[ReftModel, Any, dict[str, Any]]:
+    """Train what a recipe says, and write the run's directory.
+
+    Nothing is written before the recipe, the data and the model have been found to fit together.
+
+    Args:
+        recipe: of the run.
+        resume: go on from the last checkpoint in `output_dir`.
+        overwrite: replace a run that is in `output_dir`.
+        console: where progress is shown; nowhere, if None.
+
+    Returns:
+        The adapted model in evaluation mode, its tokenizer, and the summary.
+
+    Raises:
+        ValueError, OSError: what in the recipe cannot be done, and why.
+    """
+    directory = Path(recipe.output_dir)
+    config, task, args = reft_config(recipe), get_task(recipe.task), training_arguments(recipe)
+    checkpoint = _checkpoint(directory, resume, overwrite)
+    set_seed(recipe.seed)
+    base, tokenizer = _base(recipe, task)
+    reft_model = get_reft_model(base, config)
+    data_module = _data_module(recipe, task, tokenizer, reft_model)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            _clear(directory)
+        replace_all(directory, {RECIPE: recipe.to_yaml().encode()})
+    trainer = ReftTrainer(
+        model=reft_model,
+        args=args,
+        processing_class=tokenizer,
+        prefix_cache=recipe.training.prefix_cache,
+        **data_module,
+    )
+    trainer.remove_callback(PrinterCallback)
+    progress = None if console is None else RichProgressCallback(console, directory.name)
+    if is_main:
+        trainer.add_callback(_Log(directory / LOG))
+        if progress is not None:
+            trainer.add_callback(progress)
+    started = time.perf_counter()
+    try:
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        if progress is not None:
+            progress.stop()
+    summary = _summary(reft_model, outcome, trainer, time.perf_counter() - started)
+    if is_main:
+        reft_model.eval().save_pretrained(directory / ADAPTER)
+        text = json.dumps(summary, indent=2) + "\n"
+        replace_all(directory, {SUMMARY: text.encode()})
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    return reft_model.eval(), tokenizer, summary
+
+
+def load_trained(recipe: Recipe) -> tuple[ReftModel, Any]:
+    """The base of a recipe with the adapter in its output_dir, in evaluation mode; its tokenizer.
+
+    The directory is that of a run, or of an adapter alone.
+    """
+    directory = Path(recipe.output_dir)
+    inside = directory / ADAPTER
+    base, tokenizer = _base(recipe, get_task(recipe.task))
+    return ReftModel.from_pretrained(base, inside if inside.is_dir() else directory), tokenizer
+
+
+def _base(recipe: Recipe, task: Task) -> tuple[Any, Any]:
+    settings: dict[str, Any] = {}
+    if isinstance(task, ClassifierTask):
+        settings = {
+            "auto_class": AutoModelForSequenceClassification,
+            "padding_side": "right",  # encoders with absolute positions count from the left
+            "num_labels": task.num_labels,
+        }
+    return load_base(
+        recipe.model,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        quantization=recipe.quantization,
+        **settings,
+    )
+
+
+def reft_config(recipe: Recipe) -> ReftConfig:
+    """The recipe's units, PEFT section and trained modules."""
+    if not (recipe.representations or recipe.peft or recipe.modules_to_save):
+        raise ValueError(
+            "the recipe trains nothing: expected representations, such as "
+            "[{layer: all, intervention: loreft, low_rank_dimension: 4, positions: f1+l1}], "
+            "peft or modules_to_save"
+        )
+    return ReftConfig(recipe.representations, recipe.peft, recipe.modules_to_save)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The Trainer's settings; what `training.arguments` says comes last."""
+    given = asdict(recipe.training)
+    further, eval_steps = given.pop("arguments"), given.pop("eval_steps")
+    save_steps, by_length = given.pop("save_steps"), given.pop("group_by_length")
+    given.pop("prefix_cache")
+    evaluates = "steps" if eval_steps else "epoch"
+    settings: dict[str, Any] = {
+        **given,
+        "output_dir": str(Path(recipe.output_dir) / CHECKPOINTS),
+        "seed": recipe.seed,
+        "eval_strategy": "no" if recipe.data.eval is None else evaluates,
+        "eval_steps": eval_steps,
+        "save_strategy": "steps" if save_steps else "no",
+        "save_steps": save_steps or 500,
+        "save_total_limit": 1,
+        "train_sampling_strategy": "group_by_length" if by_length else "random",
+        "include_num_input_tokens_seen": "non_padding",
+        "dataloader_pin_memory": torch.cuda.is_available() and recipe.device != "cpu",
+        "use_cpu": recipe.device == "cpu",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    known = [each.name for each in fields(TrainingArguments) if each.init]
+    for name in further:
+        if name not in known:
+            raise ValueError(
+                f"training.arguments: TrainingArguments has no {name!r}; {nearest(name, known)}"
+            )
+    try:
+        return TrainingArguments(**settings | further)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: {error}") from None
+
+
+def _checkpoint(directory: Path, resume: bool, overwrite: bool) -> str | None:
+    """Where to go on from; None for a new run, which must not take the place of another."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output_dir {directory}: expected a directory, found a file")
+    if (directory / SUMMARY).exists() and not overwrite:
+        raise ValueError(
+            f"output_dir {directory} holds a finished run: choose another --output_dir, or "
+            "--overwrite it"
+        )
+    if not resume:
+        if (directory / CHECKPOINTS).exists() and not overwrite:
+            raise ValueError(
+                f"output_dir {directory} holds an unfinished run: --resume it, or --overwrite it"
+            )
+        return None
+    return last_complete_checkpoint(str(directory / CHECKPOINTS))
+
+
+def _clear(directory: Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    for name in (ADAPTER, CHECKPOINTS):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in (LOG, SUMMARY, "scores.json", "predictions.jsonl"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _data_module(
+    recipe: Recipe, task: Task, tokenizer: Any, reft_model: ReftModel
+) -> dict[str, Any]:
+    data = recipe.data
+    if data.train is None:
+        raise ValueError("data.train: expected a file, the name of a hub dataset, or tiny-chat")
+    if data.streaming and recipe.training.max_steps < 1:
+        raise ValueError("data.streaming needs training.max_steps: nobody knows how long data is")
+    sources = [(data.train, data.train_split)]
+    if data.eval is not None:
+        sources.append((data.eval, data.eval_split))
+    parts: list[Rows] = []
+    for source, split in sources:
+        is_streamed = data.streaming and source == data.train
+        rows = load_rows(source, split=split, subset=data.subset, streaming=is_streamed)
+        parts.append(rename_columns(rows, data.columns))
+    if isinstance(task, ClassifierTask):
+        return make_classifier_data_module(tokenizer, task, parts[0], *parts[1:])
+    examples = [as_examples(rows, task, data.template, tokenizer) for rows in parts]
+    return make_last_position_supervised_data_module(
+        tokenizer,
+        reft_model,
+        examples[0],
+        eval_prompts=examples[1] if data.eval is not None else None,
+        max_length=data.max_length,
+        shuffle_seed=recipe.seed,
+    )
+
+
+def _summary(reft_model: ReftModel, outcome: Any, trainer: Any, seconds: float) -> dict[str, Any]:
+    units, base, total = reft_model.count_parameters()
+    return {
+        "parameters": {"units": units, "base": base, "total": total},
+        "seconds": round(seconds, 3),
+        "steps": outcome.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "train_loss": outcome.training_loss,
+        "peak_memory_bytes": peak_memory(reft_model.device),
+        "machine": machine(reft_model.device.type),
+    }
+
+
+class _Log(TrainerCallback):
+    """Writes what the Trainer logs as it goes, one JSON object per line.
+
+    Args:
+        path: of the file; a resumed run keeps the lines up to its checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tokens = 0
+        self._started = self._seconds = 0.0  # of steps alone, without evaluations between them
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        text = "".join(f"{line}\n" for line in kept)
+        replace_all(self._path.parent, {self._path.name: text.encode()})
+        self._tokens = state.num_input_tokens_seen
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._seconds += time.perf_counter() - self._started
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if not logs.keys() & {"loss", "eval_loss"}:
+            return  # the totals of the run, which the summary has
+        line = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            tokens = state.num_input_tokens_seen
+            line["tokens_per_second"] = round((tokens - self._tokens) / self._seconds, 1)
+            self._tokens, self._seconds = tokens, 0.0
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

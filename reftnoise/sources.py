@@ -1,0 +1,223 @@
+"""Rows of a file, of a hub dataset or of the embedded examples."""
+
+import glob
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.fingerprint import get_temporary_cache_files_directory
+
+from . import tiny
+
+_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+
+def load_rows(
+    source: str | Path | Rows,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    streaming: bool = False,
+) -> Rows:
+    """The rows of one split, in memory-mapped tables or, with `streaming`, as they are needed.
+
+    Args:
+        source: a JSONL, JSON, CSV or Parquet file, which is all of whatever split it is asked for;
+            the name of a hub dataset; "tiny-chat", the embedded examples; or rows, as they are.
+        split: its name, or a slice of it such as `train[:-1000]`.
+        subset: of a hub dataset that has several.
+        streaming: read rows as they are needed; there are no slices then.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: no rows, a file that cannot be read, an unknown dataset, split or slice.
+    """
+    if isinstance(source, Rows):
+        return source
+    name = re.match(r"\w+", split)
+    if name is None:
+        raise ValueError(f"split {split!r}: expected a name, or a slice such as train[:-1000]")
+    if streaming and name[0] != split:
+        raise ValueError(f"split {split!r}: a stream has no slices, expected a name such as train")
+    is_file = _is_path(source)
+    if subset is not None and (is_file or source == tiny.NAME):
+        raise ValueError(f"subset {subset!r}: {source} has none, only hub datasets do")
+    with quiet():
+        if is_file:
+            rows = _load_file(Path(source).expanduser(), name[0], streaming)
+            rows = rows if streaming else _take({name[0]: rows}, split, source)
+        elif source == tiny.NAME:
+            rows = _take(_embedded(), split, source)
+            rows = rows.to_iterable_dataset() if streaming else rows
+        else:
+            rows = _load_from_hub(str(source), split, subset, streaming)
+        if not column_names(rows) or (not streaming and not len(rows)):
+            raise ValueError(f"{source}: no rows in split {split!r}")
+    return rows
+
+
+def rename_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
+    """Rows under the names that a task reads: `{the task's name: the data's}`.
+
+    A column that already has such a name gives way.
+
+    Raises:
+        ValueError: the data has no such column, or one is to have two names.
+    """
+    names = column_names(rows)
+    for name, column in columns.items():
+        if column not in names:
+            raise ValueError(f"column {column!r} for {name!r}: the data has {', '.join(names)}")
+    if len(set(columns.values())) < len(columns):
+        raise ValueError(f"columns {dict(columns)}: expected each of the data's columns once")
+    changed = {column: name for name, column in columns.items() if name != column}
+    shadowed = [name for name in changed.values() if name in names and name not in changed]
+    # In two steps, since names may be swapped, which streams do not know how to do.
+    between = {column: f"{name} (new)" for column, name in changed.items()}
+    rows = rows.remove_columns(shadowed).rename_columns(between)
+    return rows.rename_columns({between[column]: name for column, name in changed.items()})
+
+
+def column_names(rows: Rows) -> list[str]:
+    """The columns; those of the first row where a stream does not know, none without rows."""
+    return list(rows.column_names or next(iter(rows.take(1)), ()))
+
+
+def map_rows(
+    rows: Rows,
+    function: Callable[[Mapping[str, Any], int], dict[str, Any]],
+    features: datasets.Features,
+) -> Rows:
+    """What a function of row and index makes of each row: streamed, in memory or on disk as `rows`.
+
+    Nothing of it is kept for later runs: what a function computes cannot be known from its name.
+    """
+    removed = column_names(rows)
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.map(function, with_indices=True, remove_columns=removed, features=features)
+    name = uuid4().hex
+    directory = Path(get_temporary_cache_files_directory()) if rows.cache_files else None
+    with quiet():
+        return rows.map(
+            function,
+            with_indices=True,
+            remove_columns=removed,
+            features=features,
+            cache_file_name=str(directory / f"{name}.arrow") if directory else None,
+            new_fingerprint=name,
+        )
+
+
+def file_digest(path: Path) -> str:
+    """A hash of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without datasets' progress bars, unless the environment asks for them."""
+    is_asked = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is not None
+    if is_asked or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+@contextmanager
+def _errors_raised_alone() -> Iterator[None]:
+    """Without the lines that datasets' readers log before they raise."""
+    readers = logging.getLogger("datasets.packaged_modules")
+    before = readers.level
+    readers.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        readers.setLevel(before)
+
+
+def _is_path(source: str | Path) -> bool:
+    """Whether a source is meant as a path rather than as a hub dataset's `owner/name`."""
+    path, text = Path(source), str(source)
+    return (
+        isinstance(source, Path)
+        or path.suffix in _LOADERS
+        or text.startswith((".", "~"))
+        or path.is_absolute()
+        or text.count("/") > 1
+        or path.is_file()
+        or (path.parent != Path() and path.parent.is_dir())
+    )
+
+
+def _load_file(path: Path, split: str, streaming: bool) -> Rows:
+    kind = _LOADERS.get(path.suffix)
+    if not path.exists() or (kind is not None and not path.is_file()):
+        raise FileNotFoundError(f"{path}: no such file")
+    if kind is None:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(_LOADERS)}")
+    # datasets takes a file for the one it knows by path and time: here its content names it.
+    name = None if streaming else file_digest(path)
+    files = {split: glob.escape(str(path))}
+    try:
+        with _errors_raised_alone():
+            rows = datasets.load_dataset(
+                kind, name, data_files=files, split=split, streaming=streaming
+            )
+            column_names(rows)  # of a stream, reads the file's beginning
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        reason = _one_line(error.__cause__ or error)
+        if not reason or "corresponds to no data" in reason:
+            raise ValueError(f"{path}: no rows in it") from None
+        raise ValueError(f"{path}: not a readable {kind} file ({reason})") from None
+    return rows
+
+
+def _load_from_hub(source: str, split: str, subset: str | None, streaming: bool) -> Rows:
+    try:
+        return datasets.load_dataset(source, subset, split=split, streaming=streaming)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = "no such file, and no hub dataset: " if isinstance(error, OSError) else ""
+        raise ValueError(f"{source}: {reason}{_one_line(error)}") from None
+
+
+def _embedded() -> dict[str, datasets.Dataset]:
+    return {
+        s: datasets.Dataset.from_list([asdict(e) for e in tiny.load_tiny_examples(s)])
+        for s in tiny.SPLITS
+    }
+
+
+def _take(splits: Mapping[str, Any], split: str, source: str | Path) -> datasets.Dataset:
+    """A split or slices of one, in datasets' notation."""
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    try:
+        slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"{source}: split {split!r}: {_one_line(error)}") from None
+    parts = []
+    for part in slices:
+        first, end = part.from_ or 0, lengths[part.splitname] if part.to is None else part.to
+        parts.append(splits[part.splitname].select(range(first, end)))
+    return datasets.concatenate_datasets(parts)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

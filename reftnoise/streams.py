@@ -1,0 +1,60 @@
+"""Examples that are tokenised as a trainer takes them, for data larger than memory."""
+
+import logging
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import datasets
+import torch
+
+from .encoding import Counts, Encoder
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 64  # examples tokenised at once: enough for speed, and little work ahead of the trainer
+
+
+class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Tokenised examples of rows that are read as they are needed.
+
+    How many examples were too long is told at the end of the first pass, or where training stops
+    before it; that there are any, as soon as the first one is seen.
+
+    Args:
+        rows: with the columns that the encoder reads.
+        encoder: makes examples of them.
+        repeats: begin again after the last row, in another order if the rows are shuffled. A
+            Trainer that resumes skips the steps it has done within one pass; so all are one.
+    """
+
+    def __init__(self, rows: datasets.IterableDataset, encoder: Encoder, repeats: bool) -> None:
+        self.rows = rows
+        self.encoder = encoder
+        self.repeats = repeats
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for epoch in count() if self.repeats else range(1):
+            counts = Counts()
+            self.rows.set_epoch(epoch)
+            try:
+                yield from self._examples(counts, tells=epoch == 0)
+            finally:
+                if epoch == 0 and counts.examples:
+                    counts.tell(self.encoder.name, self.encoder.max_length)
+            if not counts.examples:
+                raise ValueError(f"no {self.encoder.name} examples in the stream")
+
+    def _examples(self, counts: Counts, tells: bool) -> Iterator[dict[str, Any]]:
+        for batch in self.encoder.encode(self.rows, _BATCH):
+            for example in batch:
+                if tells and example.is_cut and not counts.cut:
+                    logger.warning(
+                        "%s example %d is longer than %d tokens and loses the beginning of its "
+                        "prompt; how many do is told when the stream ends",
+                        self.encoder.name,
+                        counts.examples,
+                        self.encoder.max_length,
+                    )
+                counts.add(example)
+                yield example.features()

@@ -1,0 +1,62 @@
+"""One cell of a study, in a process of its own; imported ahead, so that each starts at once."""
+
+import os
+import shutil
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ..recipe import Recipe
+from ..run_scores import evaluation_rows, save_scores, score
+from ..runs import ADAPTER, reft_config, train_recipe, training_arguments
+from ..tasks.registry import get_task
+from .grid import Cell
+
+
+def check_cell(cell: Cell) -> None:
+    """Raise what the cell's run would, as far as can be known before any model is loaded."""
+    recipe = cell.recipe
+    try:
+        reft_config(recipe)
+        get_task(recipe.task)
+        training_arguments(recipe)
+        if evaluation_rows(recipe) is None:
+            raise ValueError("evaluation.data: a study needs rows to score")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cell {cell.name}: {error}") from None
+
+
+def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> dict[str, Any]:
+    """Train and score; what the results file says of it."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    torch.set_num_threads(threads)
+    transformers_logging.set_verbosity_error()
+    model, tokenizer, summary = train_recipe(recipe, overwrite=True)
+    found = score(recipe, model, tokenizer)
+    directory = Path(recipe.output_dir)
+    save_scores(directory, found)
+    if not keep_adapter:
+        shutil.rmtree(directory / ADAPTER)
+    entry, _ = found[0]
+    return {
+        "scores": entry["scores"],
+        "right": entry["right"],
+        "parameters": summary["parameters"]["units"] + summary["parameters"]["base"],
+        "seconds": summary["seconds"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "train_loss": summary["train_loss"],
+    }
+
+
+def run_in_process(
+    end: Connection, recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool
+) -> None:
+    """Send what `run_cell` returns, or as a text what it raises, through a pipe."""
+    try:
+        end.send(run_cell(recipe, threads, gpu, keep_adapter))
+    except Exception as error:  # told by the parent, which runs the other cells
+        end.send(f"{type(error).__name__}: {error}")

@@ -1,0 +1,159 @@
+"""A study: recipes that differ along named axes, each run with several seeds."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import yaml
+
+from ..hints import nearest
+from ..parsing import read
+from ..recipe import Recipe
+
+SEED = "seed"
+
+
+@dataclass(kw_only=True)
+class Study:
+    """A grid of recipes × seeds.
+
+    A cell is one level of each axis, and a seed. Its recipe is the common one, with what its levels
+    change of it: mappings are merged, `representations` are joined, anything else is replaced.
+
+    Args:
+        recipe: what all cells share.
+        axes: axis → level → what it changes, such as {noise: {none: {}, neftune:
+            {representations: [{intervention: neftune}]}}}.
+        grids: which levels go together: axis → levels, all levels of an axis that is left out. By
+            default every level with every other.
+        rules: changes for levels that go together: {when: {axis: level}, then: {…}}, or a list of
+            levels.
+        seeds: one cell each.
+        baseline: axis → level, with which the report compares other levels of that axis.
+        jobs: cells that run at a time.
+        threads: of each; by default the cores are shared out.
+        gpus: indices of GPUs that the jobs take in turn; none, if empty.
+        keep_adapters: keep each cell's adapter, not only its log and scores.
+        output_dir: directory of results and cells.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    axes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    grids: list[dict[str, list[str]]] = field(default_factory=list)
+    rules: list[dict[str, Any]] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    baseline: dict[str, str] = field(default_factory=dict)
+    jobs: int = 1
+    threads: int | None = None
+    gpus: list[int] = field(default_factory=list)
+    keep_adapters: bool = False
+    output_dir: str = "reftnoise-study"
+
+    def to_yaml(self) -> str:
+        """What a file holds that gives this study again."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Args:
+        levels: axis → level, and the seed.
+        recipe: of the run.
+    """
+
+    levels: dict[str, str | int]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        return "-".join(str(level).replace("/", "_") for level in self.levels.values())
+
+    @property
+    def key(self) -> str:
+        """A digest of all that decides its result."""
+        decides = asdict(self.recipe) | {"output_dir": "", "device": ""}
+        text = json.dumps(decides, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cells(study: Study) -> list[Cell]:
+    """Every cell once, seed by seed, so that an early stop leaves whole grids.
+
+    Raises:
+        ValueError: a grid, rule or baseline that names an axis or level which is not there, or a
+            level that makes no recipe.
+    """
+    _check(study)
+    found: dict[tuple[tuple[str, str | int], ...], Cell] = {}
+    for seed, combination in itertools.product(study.seeds, list(_combinations(study))):
+        levels: dict[str, str | int] = {**combination, SEED: seed}
+        if (place := tuple(levels.items())) not in found:
+            found[place] = Cell(levels, _recipe(study, combination, seed))
+    return list(found.values())
+
+
+def _combinations(study: Study) -> Iterator[dict[str, str]]:
+    for grid in study.grids or [{}]:
+        chosen = [grid.get(axis, list(levels)) for axis, levels in study.axes.items()]
+        for combination in itertools.product(*chosen):
+            yield dict(zip(study.axes, combination, strict=True))
+
+
+def _recipe(study: Study, combination: Mapping[str, str], seed: int) -> Recipe:
+    values = asdict(study.recipe)
+    for axis, level in combination.items():
+        values = merged(values, study.axes[axis][level])
+    for rule in study.rules:
+        if all(combination[axis] in _levels(chosen) for axis, chosen in rule["when"].items()):
+            values = merged(values, rule["then"])
+    where = ", ".join(f"{axis} {level}" for axis, level in combination.items())
+    return read(Recipe, values | {"seed": seed}, f"cell {where}: ")
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings merged, `representations` joined, anything else replaced."""
+    found = dict(values)
+    for name, change in changes.items():
+        before = found.get(name)
+        if isinstance(before, Mapping) and isinstance(change, Mapping):
+            found[name] = merged(before, change)
+        elif name == "representations":
+            found[name] = [*(before or ()), *(change or ())]
+        else:
+            found[name] = change
+    return found
+
+
+def _levels(chosen: str | list[str]) -> list[str]:
+    return [chosen] if isinstance(chosen, str) else chosen
+
+
+def _check(study: Study) -> None:
+    if not study.axes:
+        raise ValueError("axes: expected at least one, such as {noise: {none: {}, …}}")
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise ValueError(f"seeds {study.seeds}: expected at least one, and each once")
+    if study.jobs < 1:
+        raise ValueError(f"jobs {study.jobs}: expected at least 1")
+    if SEED in study.axes:
+        raise ValueError(f"axes: {SEED!r} is always one, see seeds")
+    for index, rule in enumerate(study.rules):
+        if rule.keys() != {"when", "then"}:
+            raise ValueError(f"rules[{index}]: expected when and then, got {', '.join(rule)}")
+    named: list[tuple[str, Mapping[str, str | list[str]]]] = [("baseline", study.baseline)]
+    named += [(f"grids[{i}]", grid) for i, grid in enumerate(study.grids)]
+    named += [(f"rules[{i}].when", rule["when"]) for i, rule in enumerate(study.rules)]
+    for where, choice in named:
+        for axis, chosen in choice.items():
+            if axis not in study.axes:
+                raise ValueError(f"{where}: no axis {axis!r}; {nearest(axis, study.axes)}")
+            for level in _levels(chosen):
+                if level not in study.axes[axis]:
+                    known = nearest(level, study.axes[axis])
+                    raise ValueError(f"{where}: {axis} has no level {level!r}; {known}")

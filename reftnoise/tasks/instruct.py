@@ -1,0 +1,48 @@
+"""Following instructions: answers that no automatic score judges well.
+
+Their length is reported, since embedding noise lengthens answers (arXiv:2310.05914, section 5.2);
+`ifeval` of lm-evaluation-harness scores whether instructions are followed.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .base import Question, Task, column
+
+
+class InstructTask(Task):
+    """Rows of `instruction`, `output` and, if there is more to read, `input`.
+
+    Args:
+        repetition_penalty: of what is written; the ReFT paper's code has 1.1, the authors of
+            NEFTune advise 1.2.
+        no_repeat_ngram_size: runs of so many tokens are written once; 0 for any number of times.
+    """
+
+    name = "instruct"
+    max_new_tokens = 512
+
+    def __init__(self, *, repetition_penalty: float = 1.1, no_repeat_ngram_size: int = 5) -> None:
+        if repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty {repetition_penalty}: expected above 0")
+        if no_repeat_ngram_size < 0:
+            raise ValueError(f"no_repeat_ngram_size {no_repeat_ngram_size}: expected at least 0")
+        self.generation = {
+            "do_sample": False,
+            "repetition_penalty": repetition_penalty,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
+        }
+
+    def question(self, row: Mapping[str, Any]) -> Question:
+        prompt, output = column(row, "instruction"), column(row, "output")
+        if row.get("input"):
+            prompt = f"{prompt}\n\n{column(row, 'input')}"
+        return Question(prompt, output, answer=output.strip())
+
+    def scores(self, predictions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+        """Mean numbers of words: of what was written, and of the rows' own answers."""
+        return {"words": _mean_words(predictions), "words_of_answers": _mean_words(answers)}
+
+
+def _mean_words(texts: Sequence[str]) -> float:
+    return sum(len(text.split()) for text in texts) / len(texts)

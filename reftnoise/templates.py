@@ -1,0 +1,117 @@
+"""What is put around a prompt before a model reads it."""
+
+from collections.abc import Mapping
+from string import Formatter
+from typing import Any
+
+import datasets
+
+from .sources import Rows, column_names, map_rows
+from .tasks.base import Task
+from .tokenization import Messages
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_TEXT = datasets.Value("string")
+_PAIR = datasets.Features({"prompt": _TEXT, "completion": _TEXT})
+_CHAT = datasets.Features({"messages": [{"role": _TEXT, "content": _TEXT}]})
+
+
+def fill(template: str, prompt: str, row: Mapping[str, Any]) -> str | Messages:
+    """A prompt in its template: a text, or for `chat` a conversation for the tokenizer's own.
+
+    Args:
+        template: `plain` (the prompt alone), `chat` (a user's turn of the tokenizer's chat
+            template), `alpaca` (which has a place for a row's `input`), or a text with `{prompt}`
+            and columns of the row in it.
+        prompt: as the task wrote it.
+        row: what columns are taken from.
+
+    Raises:
+        ValueError: no such template, or no such column.
+    """
+    check_template(template)
+    if template == "plain":
+        return prompt
+    if template == "chat":
+        return [{"role": "user", "content": prompt}]
+    if template == "alpaca":
+        extra = row.get("input")
+        has_input = isinstance(extra, str) and extra.strip() and extra not in prompt
+        template = ALPACA_WITH_INPUT if has_input else ALPACA
+    values = {**row, "prompt": prompt}
+    try:
+        return template.format_map(values)
+    except KeyError as error:
+        known = ", ".join(values)
+        raise ValueError(f"template: no column {error} in a row with {known}") from None
+
+
+def render(template: str, prompt: str, row: Mapping[str, Any], tokenizer: Any) -> str:
+    """The text that a model reads; see `fill` and `writes_special_tokens`."""
+    filled = fill(template, prompt, row)
+    if isinstance(filled, str):
+        return filled
+    text: str = tokenizer.apply_chat_template(filled, add_generation_prompt=True, tokenize=False)
+    return text
+
+
+def writes_special_tokens(template: str) -> bool:
+    """Whether rendered text holds them, so that a tokenizer is to add none."""
+    return template == "chat"
+
+
+def check_template(template: str) -> None:
+    """Raise a ValueError unless `render` knows the template."""
+    if template in ("plain", "chat", "alpaca"):
+        return
+    expected = "expected plain, chat, alpaca, or a text with {prompt} and columns in braces"
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; {expected}") from None
+    if "prompt" not in fields:
+        raise ValueError(f"template {template!r}: {expected}")
+    for field in fields:
+        if not field.isidentifier():
+            raise ValueError(f"template {template!r}: {{{field}}} is no column; {expected}")
+
+
+def as_examples(rows: Rows, task: Task, template: str, tokenizer: Any) -> Rows:
+    """`prompt` and `completion` of each row, as `make_last_position_supervised_data_module` reads.
+
+    With the template `chat`, and for conversations, which the task `text` leaves as they are, they
+    are `messages`. The data module makes of them the tokens that `render` gives.
+
+    Raises:
+        ValueError: a row that the task or the template cannot take, by its number; a tokenizer
+            without chat template that needs one.
+    """
+    check_template(template)
+    if template == "chat" and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("template 'chat': the tokenizer has no chat template")
+    names = column_names(rows)
+    if task.name == "text" and "messages" in names and "prompt" not in names:
+        return rows.select_columns("messages")
+
+    def example(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            question = task.question(row)
+            for name, text in (("prompt", question.prompt), ("completion", question.completion)):
+                if not isinstance(text, str):
+                    raise ValueError(f"{name} {text!r}: expected a text")
+            filled = fill(template, question.prompt, row)
+        except ValueError as error:
+            raise ValueError(f"example {index}: {error}") from None
+        if isinstance(filled, str):
+            return {"prompt": filled, "completion": question.completion}
+        return {"messages": [*filled, {"role": "assistant", "content": question.completion}]}
+
+    return map_rows(rows, example, _CHAT if template == "chat" else _PAIR)

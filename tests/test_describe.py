@@ -1,0 +1,122 @@
+"""What `describe` tells of an adapter or a run, from its files alone."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import UNITS, save_adapter
+from rich.console import Console
+
+import reftnoise as rn
+from reftnoise.describe import describe, show
+from reftnoise.placement import unit_keys
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    save_adapter(directory / "adapter")
+    scores = {"task": "trec", "data": "trec", "split": "test", "by": "generation"}
+    rows = [
+        scores | {"adapter": is_on, "scores": {"accuracy": accuracy}, "rows": 4, "right": "0110"}
+        for is_on, accuracy in ((False, 0.25), (True, 0.5))
+    ]
+    (directory / "scores.json").write_text(json.dumps(rows), encoding="utf-8")
+    return directory
+
+
+def test_an_adapter_is_described_as_it_is(run: Path) -> None:
+    described = describe(run / "adapter")
+    reft_model = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], run / "adapter")
+    assert described.base["name_or_path"] == "tiny-chat"
+    assert described.base["num_hidden_layers"] == 4
+    assert {unit.key for unit in described.units} == {
+        key for key, unit in reft_model.interventions.items() if list(unit.parameters())
+    }
+    for unit in described.units:
+        module: Any = reft_model.interventions[unit.key]
+        assert unit.parameters == sum(p.numel() for p in module.parameters())
+        if unit.intervention == "loreft":
+            assert unit.norms["R"] == pytest.approx(unit.rank**0.5, abs=1e-4)
+            weight = module.learned_source.weight
+            expected = float(weight.detach().square().sum().sqrt())
+            assert unit.norms["learned_source.weight"] == pytest.approx(expected, rel=1e-5)
+            assert unit.orthonormality_error is not None
+            assert unit.orthonormality_error < 1e-5
+        else:
+            assert unit.rank is None
+            assert unit.orthonormality_error is None
+    assert [noise["intervention"] for noise in described.noises] == ["symnoise"]
+    trained = sum(unit.parameters for unit in described.units)
+    assert trained == reft_model.count_parameters()[0]
+    files = {path.name: path.stat().st_size for path in (run / "adapter").iterdir()}
+    assert described.files == files
+    assert described.scores == json.loads((run / "scores.json").read_text(encoding="utf-8"))
+    assert described == describe(run)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_an_adapter_with_a_method_of_peft(tmp_path: Path) -> None:
+    lora = {"peft_type": "lora", "r": 2, "target_modules": ["q_proj"]}
+    config = rn.ReftConfig(UNITS[:1], peft=lora)
+    rn.get_reft_model(rn.load_tiny_model()[0], config).save_pretrained(tmp_path)
+    described = describe(tmp_path)
+    assert described.peft is not None
+    assert lora.items() <= described.peft.items()
+    assert described.peft_parameters == 4 * 2 * (128 + 128)
+    assert described.scores == []
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        UNITS,
+        [UNITS[0] | {"positions": "f2+l2", "tied": False, "layer": "1-2"}, UNITS[1]],
+        [
+            UNITS[0] | {"layer": 0, "positions": "f1"},
+            UNITS[0] | {"layer": 0, "positions": "l1"},
+            {"component": "model.layers[3].mlp.output", "intervention": "bias"},
+        ],
+    ],
+)
+def test_keys_are_those_of_a_model(entries: Any) -> None:
+    config = rn.ReftConfig(entries)
+    reft_model = rn.get_reft_model(rn.load_tiny_model()[0], config)
+    assert [key for key, *_ in unit_keys(config, 4)] == list(reft_model.interventions)
+
+
+def test_as_json_and_as_tables(run: Path) -> None:
+    described = describe(run)
+    assert json.loads(described.to_json())["units"][0]["rank"] == 4
+    file = io.StringIO()
+    show(described, Console(file=file, width=140))
+    printed = file.getvalue()
+    for part in ("tiny-chat", "loreft", "mlp_output, layer 1", "symnoise", "accuracy 0.25", "W "):
+        assert part in printed
+    assert printed.count("loreft") == 4
+
+
+def test_what_is_no_adapter(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no reft_config\.json in it"):
+        describe(tmp_path)
+    (tmp_path / "reft_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="damaged or not an adapter's config"):
+        describe(tmp_path)
+    text = (run / "adapter" / "reft_config.json").read_text(encoding="utf-8")
+    (tmp_path / "reft_config.json").write_text(text, encoding="utf-8")
+    (tmp_path / "reft_model.safetensors").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match=r"truncated or damaged"):
+        describe(tmp_path)
+    (tmp_path / "reft_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no reft_model\.safetensors in it"):
+        describe(tmp_path)
+
+
+def test_norms_do_not_depend_on_the_dtype(tmp_path: Path) -> None:
+    entry = UNITS[0] | {"dtype": "bfloat16"}
+    reft_model = rn.get_reft_model(rn.load_tiny_model()[0], rn.ReftConfig([entry]))
+    reft_model.save_pretrained(tmp_path)
+    assert all(torch.tensor(unit.norms["R"]).isfinite() for unit in describe(tmp_path).units)

@@ -1,0 +1,214 @@
+"""Rows come from files, the hub and the embedded examples, or one line says why not."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from real import REAL
+
+import reftnoise as rn
+from reftnoise.sources import load_rows, rename_columns
+
+ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(10)]
+KINDS = ["jsonl", "json", "csv", "parquet"]
+LISTS = REAL / "data" / "commonsense" / "openbookqa" / "test.json"
+
+# The oldest datasets leaves CSV files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def written(directory: Path, kind: str) -> Path:
+    """A file of `ROWS`; `.json` is one list."""
+    path, table = directory / f"rows.{kind}", datasets.Dataset.from_list(ROWS)
+    if kind == "csv":
+        path.write_text(
+            "question,answer\n" + "".join(f'"{r["question"]}","{r["answer"]}"\n' for r in ROWS)
+        )
+    elif kind == "parquet":
+        table.to_parquet(path)
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    else:
+        path.write_text("\n".join(map(json.dumps, ROWS)))
+    return path
+
+
+def as_texts(rows: Any) -> list[dict[str, str]]:
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+def mistake(*args: Any, error: type[Exception] = ValueError, **options: Any) -> str:
+    with pytest.raises(error) as caught:
+        load_rows(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_all_of_any_split(tmp_path: Path, kind: str, streaming: bool) -> None:
+    path = written(tmp_path, kind)
+    for source, split in ((path, "train"), (str(path), "test")):
+        rows = load_rows(source, split=split, streaming=streaming)
+        assert isinstance(rows, datasets.IterableDataset if streaming else datasets.Dataset)
+        assert as_texts(rows) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train[:3]", ROWS[:3]),
+        ("test[-2:]", ROWS[-2:]),
+        ("test[:-4]", ROWS[:-4]),
+        ("train[20%:40%]", ROWS[2:4]),
+        ("train[:1]+train[-1:]", [ROWS[0], ROWS[-1]]),
+        ("train[:99]", ROWS),
+    ],
+)
+def test_slices(tmp_path: Path, split: str, expected: list[Any]) -> None:
+    assert list(load_rows(written(tmp_path, "jsonl"), split=split)) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_embedded_examples(split: Any, streaming: bool) -> None:
+    rows = list(load_rows("tiny-chat", split=split, streaming=streaming))
+    assert rows == [vars(example) for example in rn.load_tiny_examples(split)]
+
+
+def test_rows_stay_as_they_are() -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    assert load_rows(table) is table
+    stream = table.to_iterable_dataset()
+    assert load_rows(stream, streaming=True) is stream
+
+
+@pytest.mark.skipif(not LISTS.is_file(), reason="needs REFTNOISE_REAL")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_list_of_real_questions(streaming: bool) -> None:
+    assert list(load_rows(LISTS, streaming=streaming)) == json.loads(LISTS.read_text())
+
+
+def test_a_file_changed_in_place_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for text in ("one", "two"):  # of one size and one time
+        path.write_text(json.dumps({"prompt": text}))
+        os.utime(path, (1, 1))
+        assert list(load_rows(path)) == [{"prompt": text}]
+
+
+def test_a_file_is_found_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, "jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(load_rows("~/rows.jsonl")) == ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_loading_is_silent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], streaming: bool
+) -> None:
+    load_rows(written(tmp_path, "jsonl"), streaming=streaming)
+    (tmp_path / "broken.jsonl").write_text("{nonsense\n")
+    mistake(tmp_path / "broken.jsonl", streaming=streaming)
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
+
+
+# -- columns ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_are_renamed(streaming: bool) -> None:
+    rows: Any = datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "text": ["c"]})
+    rows = rows.to_iterable_dataset() if streaming else rows
+    swapped = rename_columns(rows, {"prompt": "completion", "completion": "prompt"})
+    assert list(swapped) == [{"completion": "a", "prompt": "b", "text": "c"}]
+    replaced = rename_columns(rows, {"prompt": "text", "completion": "completion"})
+    assert list(replaced) == [{"completion": "b", "prompt": "c"}]
+    assert list(rename_columns(rows, {})) == list(rows)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": "query"}, "column 'query' for 'prompt': the data has question, answer"),
+        (
+            {"prompt": "answer", "completion": "answer"},
+            "columns {'prompt': 'answer', 'completion': 'answer'}: expected each of the data's "
+            "columns once",
+        ),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_mistaken_columns(
+    tmp_path: Path, columns: dict[str, str], message: str, streaming: bool
+) -> None:
+    rows = load_rows(written(tmp_path, "jsonl"), streaming=streaming)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the whole message is compared
+        rename_columns(rows, columns)
+    assert str(caught.value) == message
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a/b/c", "{tmp}/missing"])
+def test_what_looks_like_a_file_is_never_a_hub_dataset(tmp_path: Path, name: str) -> None:
+    name = name.replace("{tmp}", str(tmp_path))
+    assert mistake(name, error=FileNotFoundError).endswith(": no such file")
+    assert mistake(Path(name), error=FileNotFoundError) == f"{Path(name)}: no such file"
+
+
+def test_an_unknown_name() -> None:
+    message = mistake("nobody/nothing")
+    assert message.startswith("nobody/nothing: no such file, and no hub dataset: ")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.jsonl", "", "no rows in it"),
+        ("a.json", "[]", "no rows in"),
+        ("a.csv", "a,b\n", "no rows in"),
+        ("a.jsonl", "{nonsense\n", "not a readable json file (JSON parse error"),
+        ("a.csv", "", "not a readable csv file (No columns"),
+        ("a.parquet", "text", "not a readable parquet file (Parquet file size is 4 bytes"),
+    ],
+)
+def test_unreadable_files(
+    tmp_path: Path, name: str, text: str, reason: str, streaming: bool
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert mistake(path, streaming=streaming).startswith(f"{path}: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "val"}, "tiny-chat: split 'val': Unknown split \"val\". Should be one of"),
+        ({"split": "test[:"}, "tiny-chat: split 'test[:': Unrecognized instruction format"),
+        ({"split": ""}, "split '': expected a name, or a slice such as train[:-1000]"),
+        (
+            {"split": "test[:5]", "streaming": True},
+            "split 'test[:5]': a stream has no slices, expected a name such as train",
+        ),
+        ({"subset": "main"}, "subset 'main': tiny-chat has none, only hub datasets do"),
+        ({"split": "test[5:5]"}, "tiny-chat: no rows in split 'test[5:5]'"),
+    ],
+)
+def test_mistaken_splits(options: dict[str, Any], message: str) -> None:
+    assert mistake("tiny-chat", **options).startswith(message)
