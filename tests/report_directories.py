@@ -8,6 +8,7 @@ import numpy as np
 
 import reftnoise as rn
 from reftnoise.recipe import DataConfig, Recipe, TrainingConfig
+from reftnoise.study.grid import Cell, Study, cells
 
 LOREFT = {
     "layer": "all",
@@ -29,6 +30,7 @@ def make_run(directory: Path, units: list[Line] | None = None) -> Path:
     """A run on the embedded model, whose adapter is a fresh one, with a log that is made up."""
     units = [LOREFT, SYMNOISE] if units is None else units
     recipe = Recipe(
+        dtype="float32",
         representations=units,
         data=DataConfig(train="tiny-chat", template="chat"),
         training=TrainingConfig(per_device_train_batch_size=4),
@@ -70,26 +72,48 @@ def make_run(directory: Path, units: list[Line] | None = None) -> Path:
     return directory
 
 
-def make_study(directory: Path, baseline: str = "baseline: {noise: none}\n") -> Path:
-    """2 datasets × 2 methods × 3 noises × 3 seeds; SymNoise is 20 points better than none."""
+def make_study(directory: Path, axes: tuple[str, ...] = ("method", "noise", "data")) -> Path:
+    """2 methods × 3 noises × 2 datasets × 3 seeds; SymNoise is 20 points better than none."""
+    levels: dict[str, dict[str, Line]] = {
+        "method": {
+            name: {"representations": [LOREFT | {"intervention": name}]}
+            for name in ("loreft", "direft")
+        },
+        "noise": {
+            "none": {},
+            "neftune": {"representations": [{"intervention": "neftune"}]},
+            "symnoise": {"representations": [SYMNOISE]},
+        },
+        "data": {"trec": {"data": {"train": "trec"}}, "boolq": {"data": {"train": "boolq"}}},
+    }
+    study = Study(
+        axes={axis: levels[axis] for axis in axes},
+        seeds=[0, 1, 2],
+        baseline={"noise": "none"} if "noise" in axes else {},
+    )
     directory.mkdir(parents=True)
-    (directory / "study.yaml").write_text(f"name: noise\n{baseline}", encoding="utf-8")
-    random = np.random.default_rng(0)
-    lines = []
-    for seed in range(3):
-        for data, items in (("trec", 50), ("boolq", 40)):
-            for method, parameters in (("loreft", 8224), ("direft", 16448)):
-                plain = random.permutation(items) < items // 2
-                better = plain.copy()
-                better[np.flatnonzero(~plain)[: items // 5]] = True
-                answers = {"none": plain, "neftune": random.permutation(plain), "symnoise": better}
-                for noise, right in answers.items():
-                    lines.append({
-                        "cell": {"method": method, "noise": noise, "data": data, "seed": seed},
-                        "key": "0", "scores": {"accuracy": right.mean(), "f1": 0.25 + seed / 10},
-                        "right": "".join("01"[r] for r in right.astype(int)),
-                        "parameters": parameters, "seconds": 40.0 + seed,
-                        "peak_memory_bytes": 600 * 2**20, "train_loss": 0.3,
-                    })  # fmt: skip
-    write_lines(directory / "results.jsonl", lines)
+    (directory / "study.yaml").write_text(study.to_yaml(), encoding="utf-8")
+    write_lines(directory / "results.jsonl", [_result(cell) for cell in cells(study)])
     return directory
+
+
+def _result(cell: Cell) -> Line:
+    """Half of the answers are right; with SymNoise, a fifth of all are right besides."""
+    levels = {"method": "loreft", "noise": "none", "data": "trec", **cell.levels}
+    seed = int(levels["seed"])
+    items = {"trec": 50, "boolq": 40}[str(levels["data"])]
+    right = np.random.default_rng(seed).permutation(items) < items // 2
+    if levels["noise"] == "neftune":
+        right = right[::-1]
+    if levels["noise"] == "symnoise":
+        right[np.flatnonzero(~right)[: items // 5]] = True
+    return {
+        "cell": cell.levels,
+        "key": cell.key,
+        "scores": {"accuracy": right.mean(), "f1": 0.25 + seed / 10},
+        "right": "".join("01"[answer] for answer in right.astype(int)),
+        "parameters": {"loreft": 8224, "direft": 16448}[str(levels["method"])],
+        "seconds": 40.0 + seed,
+        "peak_memory_bytes": 600 * 2**20,
+        "train_loss": 0.3,
+    }

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,8 @@ def test_what_is_no_run(tmp_path: Path, run: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected a run .* or a study .* found neither"):
         write_report(tmp_path)
     (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text(encoding="utf-8"))
-    with pytest.raises(FileNotFoundError, match="adapter: no such adapter directory; is the run"):
-        write_report(tmp_path)
+    with pytest.raises(FileNotFoundError, match="the run has no adapter"):
+        write_report(tmp_path, prompts=["A"])
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"log.jsonl, line 2: no JSON"):
         write_report(tmp_path)
@@ -187,9 +188,15 @@ def test_what_is_no_run(tmp_path: Path, run: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("[1]")
     with pytest.raises(ValueError, match=r"recipe.yaml: expected a mapping, got \[1\]"):
         write_report(tmp_path)
-    (tmp_path / "recipe.yaml").write_text("{")
-    with pytest.raises(ValueError, match=r"recipe.yaml: no YAML"):
-        write_report(tmp_path)
+
+
+def test_a_run_whose_adapter_was_not_kept(tmp_path: Path) -> None:
+    directory = make_run(tmp_path / "cell")
+    shutil.rmtree(directory / "adapter")
+    page = write_report(directory).read_text(encoding="utf-8")
+    assert headings(page) == [
+        "Overview", "Scores", "Training", "Generations", "Adapter", "Recipe",
+    ]  # fmt: skip
 
 
 def test_adapters_without_a_common_site(run: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def draw_noise(losses: Mapping[str, tuple[float, Sequence[float]]]) -> Figure:
         axes.set_ylim(0.5, -0.5)
         axes.margins(x=0.1)
         axes.grid(axis="x")
-    grid[-1, 0].set_xlabel("loss per token")
+    grid[-1, 0].set_xlabel("loss")
     figure.legend([diamond, dots], ["without noise", "with noise, a dot a draw"], frameon=False,
                   loc="outside upper left", ncols=2)  # fmt: skip
     return figure
