@@ -17,8 +17,9 @@ from .composition import inner_model
 from .engine import Engine
 from .interventions import LowRankRotation, NoiseIntervention
 from .model import ReftModel
+from .tokenization import Messages
 
-Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
+Prompt: TypeAlias = str | Messages
 """A text; or a conversation, which the tokenizer's chat template makes a text of."""
 
 
@@ -49,7 +50,7 @@ class LensRow:
 
 @dataclass(frozen=True)
 class NoiseLosses:
-    """The loss per token without noise, and with each draw of it."""
+    """The loss per label without noise, and with each draw of it."""
 
     clean: float
     noisy: list[float]
@@ -200,7 +201,7 @@ def noise_losses(
 
     Args:
         reft_model: the model.
-        batches: collated rows of a causal language model, with labels.
+        batches: collated rows with labels, of a causal language model or a classifier.
         draws: of the noise, each over all rows.
         seed: of the draws.
 
@@ -221,13 +222,14 @@ def noise_losses(
 
 
 def _mean_loss(reft_model: ReftModel, batches: Sequence[Mapping[str, Any]]) -> float:
-    """Of all tokens with labels, each weighing alike."""
+    """Of all labels, each weighing alike: those of tokens, or of a classifier's rows."""
     total = count = 0.0
     for batch in batches:
         inputs = {name: _on_device(values, reft_model) for name, values in batch.items()}
-        tokens = int((inputs["labels"][:, 1:] != -100).sum())
-        total += float(reft_model(**inputs, return_logits=False).loss) * tokens
-        count += tokens
+        labels = inputs["labels"]
+        weight = int((labels[:, 1:] != -100).sum()) if labels.dim() == 2 else len(labels)
+        total += float(reft_model(**inputs, return_logits=False).loss) * weight
+        count += weight
     return total / count
 
 

@@ -1,6 +1,7 @@
 """Sections that are measured on the adapter: noise, edits, logit lens, texts, subspaces."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,17 +21,20 @@ from ..inspection import (
     subspaces,
 )
 from ..model import ReftModel, get_reft_model
+from ..recipe import Recipe
+from ..runs import load_trained
 from .figures import draw_cosines, draw_heat, draw_noise, picture
-from .files import Line
 from .formats import signed
-from .loading import adapter_directory, load_adapted, training_batches
+from .loading import as_text, rendered, training_batches
 from .page import Cell, Section, Table, Text, number
 
-Row: TypeAlias = tuple[str, str, str, str]
+Row: TypeAlias = tuple[Prompt, str, str, str]
 """A prompt, what the base and what the adapted model write, and the answer."""
 
 
-def noise(recipe: Line, reft_model: ReftModel, tokenizer: Any, *, rows: int, draws: int) -> Section:
+def noise(
+    recipe: Recipe, reft_model: ReftModel, tokenizer: Any, *, rows: int, draws: int
+) -> Section:
     """The loss on training rows with and without noise, of the adapted model and of the base."""
     noises = [entry for entry in reft_model.reft_config.representations if entry.is_noise]
     if not noises:
@@ -43,7 +47,7 @@ def noise(recipe: Line, reft_model: ReftModel, tokenizer: Any, *, rows: int, dra
     shown = {name: (losses.clean, losses.noisy) for name, losses in found.items()}
     count = sum(len(batch["labels"]) for batch in batches)
     about = (
-        f"Loss per token on {count} training rows, without noise and with {draws} draws of the "
+        f"Loss on {count} training rows, without noise and with {draws} draws of the "
         "noise that the adapter was trained with; dropout is off. The base has the noise, too, but "
         "no edits."
     )
@@ -63,24 +67,24 @@ def _noise_row(name: str, losses: NoiseLosses) -> list[Cell]:
     ]
 
 
-def edits(reft_model: ReftModel, tokenizer: Any, prompt: Prompt, text: str) -> Section:
+def edits(recipe: Recipe, reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> Section:
     """How far each site's hidden states are moved, token by token."""
-    found = edit_norms(reft_model, tokenizer, prompt)
+    found = edit_norms(reft_model, tokenizer, rendered(recipe, [prompt])[0])
     if not found.sites:
         return Section("Edits")
-    about = f"‖edit‖ / ‖h‖ at each edited site and token of the prompt “{text}”"
+    about = f"‖edit‖ / ‖h‖ at each edited site and token of the prompt “{as_text(prompt)}”"
     norms = found.norms.numpy()
     drawn = picture("edits", about, lambda: draw_heat(norms, found.sites, found.tokens))
     return Section("Edits", [Text(f"{about}."), drawn])
 
 
-def lens(reft_model: ReftModel, tokenizer: Any, prompt: Prompt, text: str) -> Section:
+def lens(recipe: Recipe, reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> Section:
     """What each layer's hidden state at the last token would have the model write."""
-    found = logit_lens(reft_model, tokenizer, prompt, top=3)
+    found = logit_lens(reft_model, tokenizer, rendered(recipe, [prompt])[0], top=3)
     about = (
-        f"The likeliest next tokens that each layer's hidden state at the last token of “{text}” "
-        "gives through the final norm and the head. Layers whose first token the edits change are "
-        "marked."
+        "The likeliest next tokens that each layer's hidden state at the last token of "
+        f"“{as_text(prompt)}” gives through the final norm and the head. Layers whose first token "
+        "the edits change are marked."
     )
     columns = ["layer", "base", "", "", "adapted", "", ""]
     return Section("Logit lens", [Text(about), Table(columns, [_lens_row(row) for row in found])])
@@ -103,32 +107,37 @@ def _guess(guess: Guess) -> str:
 
 
 def generate(
+    recipe: Recipe,
     reft_model: ReftModel,
     tokenizer: Any,
-    asked: Sequence[str],
-    shown: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
 ) -> list[Row]:
     """What base and adapted model write."""
+    shown = rendered(recipe, prompts)
     with reft_model.disabled():
         base = generated(reft_model, tokenizer, shown, max_new_tokens=max_new_tokens)
     adapted = generated(reft_model, tokenizer, shown, max_new_tokens=max_new_tokens)
-    return [(*texts, "") for texts in zip(asked, base, adapted, strict=True)]
+    return [(*texts, "") for texts in zip(prompts, base, adapted, strict=True)]
 
 
 def generations(pairs: Sequence[Row]) -> Section:
     """Prompts with what base and adapted model write, and the answer where there is one."""
+    if not pairs:
+        return Section("Generations")
     columns = ["prompt", "base", "adapted", "answer"]
     if not any(answer for *_, answer in pairs):
         columns.pop()
-    cells = [[Cell(text.strip(), "text") for text in pair[: len(columns)]] for pair in pairs]
+    cells = [
+        [Cell(as_text(part).strip(), "text") for part in pair[: len(columns)]] for pair in pairs
+    ]
     return Section("Generations", [Text("Greedy decoding."), Table(columns, cells)])
 
 
-def overlap(recipe: Line, own: Mapping[str, Tensor], against: Path) -> Section:
+def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section:
     """How alike the subspaces are that this adapter and another edit."""
-    theirs = subspaces(load_adapted(recipe, adapter_directory(against))[0])
+    theirs = subspaces(load_trained(replace(recipe, output_dir=str(against)))[0])
     cosines = compare_subspaces(own, theirs)
     chances = [max(len(own[s]), len(theirs[s])) / own[s].shape[1] for s in cosines]
     about = (

@@ -16,8 +16,8 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ft2font import FT2Font
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-except ModuleNotFoundError as error:
-    raise ValueError(f"a report needs {error.name}: pip install 'reftnoise[plots]'") from None
+except ModuleNotFoundError:
+    raise ValueError("a report needs matplotlib: pip install 'reftnoise[plots]'") from None
 
 DPI = 192
 WIDTH = 5.0
@@ -93,7 +93,7 @@ def draw_lines(
     elif finite and min(finite) >= 0:
         axes.set_ylim(bottom=0)
     axes.set(xlabel="step", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     axes.grid(axis="y")
     if len(lines) > 1:
         axes.legend()
@@ -111,7 +111,7 @@ def draw_noise(losses: Mapping[str, tuple[float, Sequence[float]]]) -> Figure:
         axes.set_ylim(0.5, -0.5)
         axes.margins(x=0.1)
         axes.grid(axis="x")
-    grid[-1, 0].set_xlabel("loss per token")
+    grid[-1, 0].set_xlabel("loss")
     figure.legend([diamond, dots], ["without noise", "with noise, a dot a draw"], frameon=False,
                   loc="outside upper left", ncols=2)  # fmt: skip
     return figure
@@ -148,13 +148,14 @@ def draw_heat(norms: Any, sites: Sequence[str], tokens: Sequence[str]) -> Figure
 def draw_cosines(cosines: Mapping[str, float], chance: float) -> Figure:
     """The mean squared cosine of each site, beside that of random subspaces."""
     label, names = common_label(list(cosines))
-    figure, axes = new_axes(2.7, max(WIDTH, 1.2 + 0.16 * len(names)))
+    is_long = max(map(len, names)) > 3
+    figure, axes = new_axes(3.6 if is_long else 2.7, max(WIDTH, 1.2 + 0.16 * len(names)))
     places = range(len(names))
     axes.bar(places, list(cosines.values()), color="C0", width=0.7)
     axes.axhline(chance, color="C1", linestyle="--", label=f"random subspaces: {chance:.3f}")
     step = max(1, math.ceil(len(names) / 32))
     axes.set_xticks(places[::step], names[::step])
-    if max(map(len, names)) > 3:
+    if is_long:
         axes.tick_params(axis="x", rotation=90)
     axes.set(xlabel=label, ylabel="mean cos² θ", ylim=(0, 1.02))
     axes.grid(axis="y")

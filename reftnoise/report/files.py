@@ -1,19 +1,20 @@
 """What the directories of runs and studies hold."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
+
+from ..parsing import read_file
+from ..recipe import Recipe
+from ..study.grid import SEED, cells
+from ..study.grid import Study as Grid
 
 Line = dict[str, Any]
 Key = tuple[tuple[str, str], ...]
-
-SEED = "seed"
-"""The axis that every study has."""
 
 DATA_AXES = ("data", "dataset", "task")
 """Of these, the first that a study has comes before its other axes."""
@@ -24,7 +25,7 @@ class Run:
     """A trained adapter with what was written of its training and evaluation."""
 
     directory: Path
-    recipe: Line
+    recipe: Recipe
     recipe_text: str
     log: list[Line]
     summary: Line
@@ -32,9 +33,9 @@ class Run:
     predictions: list[Line]
 
     @property
-    def adapter(self) -> Path:
-        """The adapter's own directory."""
-        return self.directory / "adapter"
+    def has_adapter(self) -> bool:
+        """Whether the adapter was kept."""
+        return (self.directory / "adapter").is_dir()
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Combination:
             values = [value.get(key) if isinstance(value, dict) else None for value in values]
         return None if None in values else float(np.mean(values))
 
-    def name(self, without: tuple[str, ...] = ()) -> str:
-        """Its place in the grid, such as `loreft, symnoise, trec`."""
-        return ", ".join(value for axis, value in self.axes.items() if axis not in without)
+    def name(self, without: str | None = None) -> str:
+        """Its place in the grid, such as `loreft, symnoise, trec`; also without an axis."""
+        return ", ".join(value for axis, value in self.axes.items() if axis != without)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Study:
     baseline: dict[str, str]
     axes: list[str]
     combinations: list[Combination]
+    missing: int
+    """Cells that are not finished."""
 
     def baseline_of(self, combination: Combination) -> Combination | None:
         """The combination that differs in the baseline's axes alone; None for a baseline itself."""
@@ -100,12 +103,12 @@ def is_study(directory: Path) -> bool:
     Raises:
         FileNotFoundError: it is neither.
     """
-    if (directory / "results.jsonl").is_file():
+    if (directory / "study.yaml").is_file():
         return True
     if (directory / "recipe.yaml").is_file():
         return False
     raise FileNotFoundError(
-        f"{directory}: expected a run (recipe.yaml) or a study (results.jsonl), found neither"
+        f"{directory}: expected a run (recipe.yaml) or a study (study.yaml), found neither"
     )
 
 
@@ -118,7 +121,7 @@ def read_run(directory: Path) -> Run:
     text = (directory / "recipe.yaml").read_text(encoding="utf-8")
     return Run(
         directory=directory,
-        recipe=_mapping(directory / "recipe.yaml", text),
+        recipe=replace(read_file(Recipe, directory / "recipe.yaml"), output_dir=str(directory)),
         recipe_text=text,
         log=_lines(directory / "log.jsonl"),
         summary=_json(directory / "summary.json", {}),
@@ -128,52 +131,35 @@ def read_run(directory: Path) -> Run:
 
 
 def read_study(directory: Path) -> Study:
-    """A study, also one that is not finished; of a cell that was run twice, the last.
+    """A study, also one that is not finished; results that its grid does not have are left out.
 
     Raises:
-        ValueError: a file that cannot be read, no finished cell, a baseline of unknown axes.
+        ValueError: a file that cannot be read, or no finished cell.
     """
-    path = directory / "study.yaml"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = _lines(directory / "results.jsonl")
-    if not lines:
-        raise ValueError(f"{directory}: no cell of the study is finished yet")
+    study = read_file(Grid, directory / "study.yaml")
+    results = {line["key"]: line for line in _lines(directory / "results.jsonl")}
+    grid = cells(study)
     found: dict[Key, Combination] = {}
-    values: dict[str, list[str]] = {}
-    for line in lines:
-        cell = {str(axis): str(value) for axis, value in line["cell"].items()}
-        seed = cell.pop(SEED, "0")
-        for axis, value in cell.items():
-            values.setdefault(axis, []).append(value)
-        one = Combination(cell, {})
-        found.setdefault(one.key, one).cells[seed] = line
-    first = next((name for name in DATA_AXES if name in values), None)
-    axes = sorted(values, key=lambda axis: axis != first)
-    baseline = _mapping(path, text).get("baseline") or {}
-    for axis in baseline:
-        if axis not in axes:
-            raise ValueError(f"{path}: baseline {axis!r}: the study has axes {', '.join(axes)}")
+    for cell in grid:
+        if cell.key in results:
+            one = Combination({n: str(v) for n, v in cell.levels.items() if n != SEED}, {})
+            found.setdefault(one.key, one).cells[str(cell.levels[SEED])] = results[cell.key]
+    if not found:
+        raise ValueError(f"{directory}: no cell of the study is finished yet")
+    first = next((name for name in DATA_AXES if name in study.axes), None)
+    axes = sorted(study.axes, key=lambda axis: axis != first)
 
-    def place(one: Combination) -> list[int]:  # cells may be finished in any order
-        return [values[axis].index(one.axes[axis]) if axis in one.axes else -1 for axis in axes]
+    def place(one: Combination) -> list[int]:
+        return [list(study.axes[axis]).index(one.axes[axis]) for axis in axes]
 
     return Study(
         directory=directory,
-        text=text,
-        baseline={str(axis): str(value) for axis, value in baseline.items()},
+        text=(directory / "study.yaml").read_text(encoding="utf-8"),
+        baseline=study.baseline,
         axes=axes,
         combinations=sorted(found.values(), key=place),
+        missing=sum(cell.key not in results for cell in grid),
     )
-
-
-def _mapping(path: Path, text: str) -> Line:
-    try:
-        found = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a mapping, got {found!r}")
-    return found
 
 
 def _json(path: Path, default: Any) -> Any:

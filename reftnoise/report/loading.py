@@ -1,47 +1,17 @@
-"""A run's adapted model, and its rows and prompts as the recipe puts them to the model."""
+"""A run's rows and prompts as its recipe puts them to the model."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from ..data import load_examples, make_last_position_supervised_data_module
+from ..classifiers import make_classifier_data_module
+from ..data import make_last_position_supervised_data_module
 from ..inspection import Prompt
 from ..model import ReftModel
-from ..tiny import load_tiny_examples, load_tiny_model
-
-TINY = "tiny-chat"
-
-Recipe = Mapping[str, Any]
-
-
-def load_base(recipe: Recipe) -> tuple[Any, Any]:
-    """The recipe's base and its tokenizer."""
-    if recipe["model"] == TINY:
-        return load_tiny_model()
-    name, revision = recipe["model"], recipe.get("revision")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(
-        name, revision=revision, dtype=recipe.get("dtype", "auto")
-    )
-    device = recipe.get("device", "auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device), tokenizer
-
-
-def load_adapted(recipe: Recipe, adapter: Path) -> tuple[ReftModel, Any]:
-    """The recipe's base with the adapter of a directory, in evaluation mode."""
-    base, tokenizer = load_base(recipe)
-    return ReftModel.from_pretrained(base, adapter), tokenizer
-
-
-def adapter_directory(directory: Path) -> Path:
-    """The adapter that a run's directory holds, or the directory itself."""
-    inside = directory / "adapter"
-    return inside if inside.is_dir() else directory
+from ..recipe import Recipe
+from ..sources import load_rows, rename_columns
+from ..tasks.classifier import ClassifierTask
+from ..tasks.registry import get_task
+from ..templates import as_examples, fill
 
 
 def training_batches(
@@ -50,37 +20,46 @@ def training_batches(
     """The first rows that the adapter was trained on, collated as in training.
 
     Raises:
-        ValueError: the recipe names no data.
+        ValueError: the recipe names no data, or data that cannot be read any more.
     """
-    data = recipe["data"]
-    if data["train"] is None:
+    data, task = recipe.data, get_task(recipe.task)
+    if data.train is None:
         raise ValueError("the recipe names no training data")
-    if data["train"] == TINY:
-        tiny = load_tiny_examples("train")[:rows]
-        examples = load_examples([e.prompt for e in tiny], [e.completion for e in tiny])
-    else:
-        examples = load_examples(data["train"])
-        examples = examples.select(range(min(rows, len(examples))))
-    module = make_last_position_supervised_data_module(
-        tokenizer,
-        reft_model,
-        examples,
-        max_length=data.get("max_length"),
-        chat_template=data.get("template") == "chat",
+    source = load_rows(
+        data.train, split=data.train_split, subset=data.subset, streaming=data.streaming
     )
-    tokenized, collate = module["train_dataset"], module["data_collator"]
-    size = recipe["training"]["per_device_train_batch_size"]
-    starts = range(0, len(tokenized), size)
+    count = rows if data.streaming else min(rows, len(source))
+    first = rename_columns(source.take(count), data.columns)
+    if isinstance(task, ClassifierTask):
+        module = make_classifier_data_module(tokenizer, task, first)
+    else:
+        module = make_last_position_supervised_data_module(
+            tokenizer,
+            reft_model,
+            as_examples(first, task, data.template, tokenizer),
+            max_length=data.max_length,
+        )
+    examples, collate = list(module["train_dataset"]), module["data_collator"]
+    size = recipe.training.per_device_train_batch_size
+    taken = (*tokenizer.model_input_names, "labels", "prompt_lengths")
     return [
-        collate([tokenized[n] for n in range(s, min(s + size, len(tokenized)))]) for s in starts
+        collate([{n: row[n] for n in row if n in taken} for row in examples[start : start + size]])
+        for start in range(0, len(examples), size)
     ]
 
 
-def rendered(recipe: Recipe, prompts: Sequence[str]) -> list[Prompt]:
-    """Prompts in the recipe's template."""
-    template = recipe["data"].get("template", "plain")
-    if template == "chat":
-        return [[{"role": "user", "content": prompt}] for prompt in prompts]
-    if template == "plain":
-        return list(prompts)
-    return [template.replace("{prompt}", prompt) for prompt in prompts]
+def rendered(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts in the recipe's template; conversations as they are.
+
+    Raises:
+        ValueError: the template has columns of a row in it.
+    """
+    template = recipe.data.template
+    return [fill(template, one, {}) if isinstance(one, str) else one for one in prompts]
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt for readers."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

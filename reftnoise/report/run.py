@@ -6,12 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..inspection import subspaces
+from ..inspection import Prompt, subspaces
+from ..runs import load_trained
 from .adapter import Row, edits, generate, generations, lens, noise, overlap
 from .figures import draw_lines, picture
 from .files import Line, Run
 from .formats import duration, memory, score
-from .loading import load_adapted, rendered
 from .page import Block, Cell, Facts, Folded, Section, Table, Text, number
 
 SHOWN = 8
@@ -28,12 +28,19 @@ def run_sections(
     max_new_tokens: int,
 ) -> list[Section]:
     """Read and measure all that the page of a run shows; arguments as of `write_report`."""
-    measured, own = _measured(
-        run, prompts=prompts, rows=rows, draws=draws, max_new_tokens=max_new_tokens
-    )
-    if against is not None:  # when the run's own model is gone
-        measured.append(overlap(run.recipe, own, against))
-    sections = [overview(run), scores(run), training(run), *measured]
+    sections = [overview(run), scores(run), training(run)]
+    if run.has_adapter:
+        measured, own = _measured(
+            run, prompts=prompts, rows=rows, draws=draws, max_new_tokens=max_new_tokens
+        )
+        sections += measured
+        if against is not None:  # when the run's own model is gone
+            sections.append(overlap(run.recipe, own, against))
+    elif against is not None or prompts is not None:
+        raise FileNotFoundError(f"{run.directory}: the run has no adapter")
+    else:
+        sections.append(generations(_both(run)[:SHOWN]))
+        sections.append(Section("Adapter", [Text("The run has no adapter to be measured.")]))
     recipe = Section("Recipe", [Folded("recipe.yaml", run.recipe_text)])
     return [part for part in [*sections, recipe] if part.blocks]
 
@@ -42,25 +49,23 @@ def _measured(
     run: Run, *, prompts: Sequence[str] | None, rows: int, draws: int, max_new_tokens: int
 ) -> tuple[list[Section], Mapping[str, Tensor]]:
     """What needs the model, and the subspaces that it edits."""
-    reft_model, tokenizer = load_adapted(run.recipe, run.adapter)
-    sections = [
-        _or_reason(
-            "Noise", partial(noise, run.recipe, reft_model, tokenizer, rows=rows, draws=draws)
-        )
-    ]
+    reft_model, tokenizer = load_trained(run.recipe)
+    loaded = (run.recipe, reft_model, tokenizer)
     asked = list(prompts or _prompts(run))
+    sections = [_or_reason("Noise", lambda: noise(*loaded, rows=rows, draws=draws))]
     if asked:
-        shown = rendered(run.recipe, asked)
-        at = (reft_model, tokenizer, shown[0], asked[0])
         sections += [
-            _or_reason("Edits", partial(edits, *at)),
-            _or_reason("Logit lens", partial(lens, *at)),
+            _or_reason("Edits", lambda: edits(*loaded, asked[0])),
+            _or_reason("Logit lens", lambda: lens(*loaded, asked[0])),
         ]
-        pairs = [] if prompts else _both(run)[:SHOWN]
+    pairs = [] if prompts else _both(run)[:SHOWN]
+    if pairs or not asked:
+        sections.append(generations(pairs))
+    else:
         sections.append(
-            generations(
-                pairs
-                or generate(reft_model, tokenizer, asked, shown, max_new_tokens=max_new_tokens)
+            _or_reason(
+                "Generations",
+                lambda: generations(generate(*loaded, asked, max_new_tokens=max_new_tokens)),
             )
         )
     return sections, subspaces(reft_model)
@@ -158,5 +163,6 @@ def _both(run: Run) -> list[Row]:
     ]
 
 
-def _prompts(run: Run) -> list[str]:
-    return list(dict.fromkeys(line["prompt"] for line in run.predictions))[:SHOWN]
+def _prompts(run: Run) -> list[Prompt]:
+    with_adapter = [line["prompt"] for line in run.predictions if line["adapter"]]
+    return (with_adapter or [line["prompt"] for line in run.predictions])[:SHOWN]

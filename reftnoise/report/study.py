@@ -62,8 +62,7 @@ def study_page(study: Study) -> tuple[list[Section], str]:
         about = "Accuracy of each seed, a dot, and the mean over seeds, a bar."
         draw = partial(draw_panels, seeds, "accuracy, %", is_difference=False)
         sections.append(Section("Seeds", [Text(about), picture("seeds", about, draw)]))
-    if study.text:
-        sections.append(Section("Study", [Folded("study.yaml", study.text)]))
+    sections.append(Section("Study", [Folded("study.yaml", study.text)]))
     return sections, f"{markdown(table)}\n{text}\n"
 
 
@@ -87,14 +86,14 @@ def _table(study: Study, found: Sequence[Outcome]) -> Table:
     others = [name for name in names if name != ACCURACY]
     columns = [*study.axes, "seeds", ACCURACY, "95 % interval"]
     if study.baseline:
-        columns += [f"− {_baseline(study)}", "95 % interval", "p"]
+        columns += ["difference", "95 % interval", "p"]
     columns += [*others, "parameters", "time", "peak memory"]
     return Table(columns, [_row(study, one, others) for one in found])
 
 
 def _row(study: Study, outcome: Outcome, others: Sequence[str]) -> list[Cell]:
     one = outcome.combination
-    cells = [Cell(one.axes.get(axis, "")) for axis in study.axes]
+    cells = [Cell(one.axes[axis]) for axis in study.axes]
     cells += [number(str(len(one.cells))), *_mean_cells(outcome)]
     if study.baseline:
         cells += _difference_cells(outcome.difference)
@@ -140,10 +139,10 @@ def _panels(study: Study, values: Mapping[Key, tuple[float, Sequence[float]]]) -
 
 def _place(study: Study, one: Combination) -> tuple[str, str]:
     """The panel of a combination, and its name there."""
-    axis = study.axes[0]
-    if axis not in DATA_AXES or len(study.axes) == 1:
+    first, *others = study.axes
+    if first not in DATA_AXES or not others:
         return "", one.name()
-    return one.axes.get(axis, ""), one.name(without=(axis,))
+    return one.axes[first], one.name(without=first)
 
 
 def _baseline(study: Study) -> str:
@@ -161,6 +160,8 @@ def _explanation(study: Study) -> str:
             "equal, paired over seeds and items; p is two-sided and not corrected for the number "
             "of comparisons."
         )
+    if study.missing:
+        text += f" {study.missing} cells are not finished."
     few = min(len(one.cells) for one in study.combinations)
     if few < 5:
         text += f" With few seeds (here {few} at least) intervals are too narrow."

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..recipe import Recipe
 from ..saving import replace_all
 from .files import is_study, read_run, read_study
 from .page import Section, pictures, render
@@ -40,7 +41,7 @@ def write_report(
         The path of the page.
 
     Raises:
-        FileNotFoundError: the directory is neither a run's nor a study's, or lacks its adapter.
+        FileNotFoundError: the directory is neither a run's nor a study's.
         ValueError: files that cannot be read, or an adapter that does not fit its base.
     """
     directory = Path(directory)
@@ -58,7 +59,7 @@ def write_report(
     else:
         run = read_run(directory)
         if device is not None:
-            run.recipe["device"] = device
+            run.recipe.device = device
         sections = run_sections(
             run,
             against=None if against is None else Path(against),
@@ -79,10 +80,9 @@ def _files(title: str, subtitle: str, sections: Sequence[Section]) -> dict[str, 
     return {"report.html": render(title, subtitle, sections).encode(), **pngs}
 
 
-def _units(recipe: dict[str, object]) -> str:
+def _units(recipe: Recipe) -> str:
     """The base and what was trained of it."""
-    entries = recipe.get("representations")
-    names = [str(entry["intervention"]) for entry in entries] if isinstance(entries, list) else []
-    peft = recipe.get("peft")
-    names += [str(peft["peft_type"])] if isinstance(peft, dict) else []
-    return f"{' + '.join(names)} on {recipe['model']}"
+    names = [str(entry["intervention"]) for entry in recipe.representations]
+    names += [str(recipe.peft["peft_type"])] if recipe.peft else []
+    names += recipe.modules_to_save or []
+    return f"{' + '.join(names)} on {recipe.model}"

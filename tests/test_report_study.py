@@ -1,0 +1,145 @@
+"""A study's report: every number of its table from the cells themselves."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_directories import Line, make_study, write_lines
+
+from reftnoise.report import write_report
+from reftnoise.study.statistics import mean_interval, paired_difference
+
+
+def lines_of(directory: Path) -> list[Line]:
+    text = (directory / "results.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def table(directory: Path, axes: int = 3) -> dict[tuple[str, ...], list[str]]:
+    """results.md, by the levels of so many axes: data, method and noise."""
+    lines = (directory / "results.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    cells = [row for row in rows[2:] if len(row) > 3]
+    return {("columns",): rows[0]} | {tuple(row[:axes]): row[axes:] for row in cells}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = make_study(tmp_path_factory.mktemp("studies") / "noise")
+    write_report(directory)
+    return directory
+
+
+def answers(directory: Path, **cell: str) -> np.ndarray:
+    rows = [x["right"] for x in lines_of(directory) if cell.items() <= x["cell"].items()]
+    return np.array([[letter == "1" for letter in row] for row in rows])
+
+
+def test_every_number_of_a_row(study: Path) -> None:
+    found = table(study)
+    assert found.pop(("columns",)) == [
+        "data", "method", "noise", "seeds", "accuracy", "95 % interval", "difference",
+        "95 % interval", "p", "f1", "parameters", "time", "peak memory",
+    ]  # fmt: skip
+    assert list(found)[:4] == [
+        ("trec", "loreft", "none"),
+        ("trec", "loreft", "neftune"),
+        ("trec", "loreft", "symnoise"),
+        ("trec", "direft", "none"),
+    ]
+    assert len(found) == 12
+    rest = ["0.35", "16,448", "41.0 s", "600 MiB"]
+    plain = answers(study, data="boolq", method="direft", noise="none")
+    interval = mean_interval(plain)
+    shown = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+    assert found["boolq", "direft", "none"] == ["3", "50.0", shown, "–", "–", "–", *rest]
+    better = answers(study, data="boolq", method="direft", noise="symnoise")
+    difference = paired_difference(better, plain)
+    row = found["boolq", "direft", "symnoise"]
+    assert row[:2] == ["3", "70.0"]
+    assert row[3:] == [
+        "+20.0",
+        f"+{100 * difference.low:.1f} to +{100 * difference.high:.1f}",
+        "< 0.001",
+        *rest,
+    ]
+
+
+def test_the_page_shows_the_same_with_pictures(study: Path) -> None:
+    page = (study / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        "Results", "Differences to the baseline", "Seeds", "Study",
+    ]  # fmt: skip
+    assert {path.name for path in study.glob("*.png")} == {"differences.png", "seeds.png"}
+    assert "12 combinations of data, method, noise" in page
+    assert page.count('class="up">+20.0<') == 4
+    assert "the combination with noise none and all else equal" in page
+    assert "With few seeds (here 3 at least) intervals are too narrow." in page
+    assert "baseline:\n  noise: none\n" in page
+
+
+def test_a_study_without_baseline(tmp_path: Path) -> None:
+    directory = make_study(tmp_path / "plain", axes=("method",))
+    write_report(directory)
+    lines = (directory / "results.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("| method | seeds | accuracy | 95 % interval | f1 |")
+    assert lines[2].startswith("| loreft | 3 | 50.0 |")
+    assert {path.name for path in directory.glob("*.png")} == {"seeds.png"}
+
+
+def test_a_study_that_is_not_finished(tmp_path: Path) -> None:
+    """Seeds and baselines that are missing, a stale result, a line that is being written."""
+    directory = make_study(tmp_path / "going")
+
+    def is_done(line: Line) -> bool:
+        method, noise, data, seed = line["cell"].values()
+        is_baseline = noise == "none" and data == "boolq"
+        return not is_baseline and (method, noise, data, seed) != ("loreft", "none", "trec", 2)
+
+    lines = [line for line in lines_of(directory) if is_done(line)]
+    stale = {"cell": {"noise": "old"}, "key": "of a recipe that was changed"}
+    write_lines(directory / "results.jsonl", [stale, *lines])
+    with (directory / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"cell": {"method":')
+    before = (directory / "results.jsonl").read_bytes()
+    write_report(directory)
+    assert (directory / "results.jsonl").read_bytes() == before
+    assert "7 cells are not finished." in (directory / "results.md").read_text(encoding="utf-8")
+    found = table(directory)
+    assert len(found) == 1 + 10
+    assert found["trec", "loreft", "none"][:2] == ["2", "50.0"]
+    assert found["trec", "loreft", "symnoise"][:2] == ["3", "70.0"]
+    assert found["trec", "loreft", "symnoise"][3] == "+20.0"
+    assert found["boolq", "loreft", "symnoise"][3:6] == ["–", "–", "–"]
+
+
+def test_scores_without_answers(tmp_path: Path) -> None:
+    directory = make_study(tmp_path / "scores", axes=("noise",))
+    lines = [{k: v for k, v in x.items() if k != "right"} for x in lines_of(directory)]
+    write_lines(directory / "results.jsonl", lines)
+    write_report(directory)
+    assert table(directory, 1)[("symnoise",)][1:6] == ["70.0", "–", "–", "–", "–"]
+    for x in lines:
+        x["scores"] = {"matthews": 0.5}
+    write_lines(directory / "results.jsonl", lines)
+    write_report(directory)
+    assert table(directory, 1)[("none",)][1:7] == ["–", "–", "–", "–", "–", "0.5"]
+
+
+def test_what_is_wrong_with_a_study(tmp_path: Path) -> None:
+    directory = make_study(tmp_path / "wrong", axes=("noise",))
+    with pytest.raises(ValueError, match=r"against: .* is a study; expected a run's directory"):
+        write_report(directory, against=tmp_path)
+    lines = lines_of(directory)
+    write_lines(directory / "results.jsonl", [*lines, lines[0] | {"right": "10"}])
+    with pytest.raises(ValueError, match="its seeds have unequal numbers of items: 2, 50, 50"):
+        write_report(directory)
+    write_lines(directory / "results.jsonl", [])
+    with pytest.raises(ValueError, match="no cell of the study is finished yet"):
+        write_report(directory)
+    text = (directory / "study.yaml").read_text(encoding="utf-8")
+    (directory / "study.yaml").write_text(text.replace("noise: none", "nois: none"))
+    with pytest.raises(ValueError, match="baseline: no axis 'nois'"):
+        write_report(directory)
