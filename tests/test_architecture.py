@@ -34,6 +34,7 @@ LAYERS = [
     {"chunks", "guidance"},
     {"engine"},
     {"locating", "passes", "placement"},
+    {"base_sample", "card"},
     {"model", "saving"},
     {"data", "trainer", "progress", "scoring"},
     {"demo", "tiny", "bench", "pyreft_directory", "convert", "integrations", "tasks"},
