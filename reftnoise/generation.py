@@ -116,6 +116,7 @@ def answer_prompts(
     column: str = "prompt",
     compare: bool = False,
     model: str | None = None,
+    device: str = "auto",
     console: Console | None = None,
     **settings: Unpack[Settings],
 ) -> list[dict[str, Any]]:
@@ -132,6 +133,7 @@ def answer_prompts(
         column: the key of the prompts in `input`.
         compare: also let the base answer.
         model: the base, as in `load_adapted`.
+        device: of both, as in `load_adapted`.
         console: where to print.
         settings: as in `generate_texts`.
 
@@ -149,7 +151,7 @@ def answer_prompts(
         raise ValueError("no prompts: expected a prompt, or an input file")
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise FileNotFoundError(f"output {output}: no such directory")
-    reft_model, tokenizer = load_adapted(adapter, model)
+    reft_model, tokenizer = load_adapted(adapter, model, device=device)
     if compare:
         with reft_model.disabled():
             bases = generate_texts(reft_model, tokenizer, texts, **settings)
