@@ -17,7 +17,7 @@ from .loading import load_adapted
 from .model import ReftModel
 from .saving import replace_all
 from .scoring import Progress
-from .tokenization import Messages
+from .tokenization import Messages, smallest_limit
 
 
 class Settings(TypedDict, total=False):
@@ -25,7 +25,7 @@ class Settings(TypedDict, total=False):
 
     chat: bool | None
     system: str | None
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float
     top_p: float | None
     top_k: int | None
@@ -41,7 +41,7 @@ def generate_texts(
     *,
     chat: bool | None = None,
     system: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -59,7 +59,7 @@ def generate_texts(
         chat: give each prompt as a user's message, by the chat template; by default where the
             tokenizer has one.
         system: a message before each of them.
-        max_new_tokens: of each answer.
+        max_new_tokens: of each answer; by default 256, or half of a smaller context.
         temperature: of sampling; 0 for the most likely token at every step.
         top_p: sample from the most likely tokens that have this probability together.
         top_k: sample from so many most likely tokens.
@@ -89,11 +89,17 @@ def generate_texts(
             reft_model,
             tokenizer,
             asked,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens or enough(tokenizer, reft_model),
             batch_size=batch_size,
             generation=sampling(temperature, top_p, top_k) | penalty,
             progress=progress,
         )
+
+
+def enough(tokenizer: Any, model: Any) -> int:
+    """New tokens where nobody says how many: 256, or half of a smaller context."""
+    limit = smallest_limit(tokenizer, model, None)
+    return 256 if limit is None else min(256, limit // 2)
 
 
 def sampling(
@@ -118,6 +124,7 @@ def answer_prompts(
     column: str = "prompt",
     compare: bool = False,
     model: str | None = None,
+    device: str = "auto",
     console: Console | None = None,
     **settings: Unpack[Settings],
 ) -> list[dict[str, Any]]:
@@ -134,6 +141,7 @@ def answer_prompts(
         column: the key of the prompts in `input`.
         compare: also let the base answer.
         model: the base, as in `load_adapted`.
+        device: of both, as in `load_adapted`.
         console: where to print.
         settings: as in `generate_texts`.
 
@@ -151,7 +159,7 @@ def answer_prompts(
         raise ValueError("no prompts: expected a prompt, or an input file")
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise FileNotFoundError(f"output {output}: no such directory")
-    reft_model, tokenizer = load_adapted(adapter, model)
+    reft_model, tokenizer = load_adapted(adapter, model, device=device)
     if compare:
         with reft_model.disabled():
             bases = generate_texts(reft_model, tokenizer, texts, **settings)

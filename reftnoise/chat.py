@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .answers import sampling
+from .answers import enough, sampling
 from .generation import ends_of, prompt_tokens
 from .hints import nearest
 from .loading import load_adapted
@@ -27,8 +27,9 @@ def chat(
     adapter: str | Path,
     *,
     model: str | None = None,
+    device: str = "auto",
     system: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     console: Console | None = None,
@@ -38,8 +39,9 @@ def chat(
     Args:
         adapter: as in `load_adapted`.
         model: the base, as in `load_adapted`.
+        device: of both, as in `load_adapted`.
         system: a message before the conversation.
-        max_new_tokens: of each answer.
+        max_new_tokens: of each answer; by default 256, or half of a smaller context.
         temperature: of sampling; 0 for the most likely token at every step.
         seed: of sampling.
         console: where to print.
@@ -49,18 +51,18 @@ def chat(
         ValueError: settings that are out of range, or a damaged adapter.
     """
     console = console or Console(highlight=False)
-    if max_new_tokens < 1:
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 1")
     settings = sampling(temperature)
     transformers_logging.set_verbosity_error()
-    reft_model, tokenizer = load_adapted(adapter, model)
+    reft_model, tokenizer = load_adapted(adapter, model, device=device)
     set_seed(seed)
     talk = Conversation(
         reft_model,
         tokenizer,
         console,
         system=system,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens or enough(tokenizer, reft_model),
         settings=settings,
     )
     if sys.stdin.isatty():

@@ -105,9 +105,10 @@ def generate(
     column: str = "prompt",
     compare: bool = False,
     model: str | None = None,
+    device: str = "auto",
     chat: bool | None = None,
     system: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -126,9 +127,10 @@ def generate(
         column: of the prompts in input.
         compare: let the base without its adapter answer, too.
         model: the base, where it lies elsewhere than when the adapter was saved.
+        device: cpu, cuda, …; auto takes a GPU where there is one.
         chat: give each prompt as a user's message; by default where the tokenizer has a template.
         system: a message before each prompt.
-        max_new_tokens: of each answer.
+        max_new_tokens: of each answer; by default 256, or half of a smaller context.
         temperature: of sampling; 0 for the most likely token at every step.
         top_p: sample from the most likely tokens that have this probability together.
         top_k: sample from so many most likely tokens.
@@ -151,6 +153,7 @@ def generate(
         column=column,
         compare=compare,
         model=model,
+        device=device,
         console=Console(file=io.StringIO()) if json else None,
         chat=chat,
         system=system,
@@ -169,8 +172,9 @@ def generate(
 def chat(
     adapter: str,
     model: str | None = None,
+    device: str = "auto",
     system: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> None:
@@ -179,8 +183,9 @@ def chat(
     Args:
         adapter: directory of a run or an adapter, or the hub name of an adapter.
         model: the base, where it lies elsewhere than when the adapter was saved.
+        device: cpu, cuda, …; auto takes a GPU where there is one.
         system: a message before the conversation.
-        max_new_tokens: of each answer.
+        max_new_tokens: of each answer; by default 256, or half of a smaller context.
         temperature: of sampling; 0 for the most likely token at every step.
         seed: of sampling.
     """
@@ -189,6 +194,7 @@ def chat(
     start_chat(
         adapter,
         model=model,
+        device=device,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

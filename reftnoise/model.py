@@ -70,6 +70,8 @@ class ReftModel(nn.Module):
 
     def __init__(self, config: ReftConfig, model: PreTrainedModel) -> None:
         super().__init__()
+        if isinstance(config, nn.Module):
+            raise ValueError("the arguments are swapped: ReftModel(config, model)")
         if isinstance(model, ReftModel):
             raise ValueError("the model is a ReftModel already: put all units into one ReftConfig")
         if type(model).__name__ == "OptimizedModule":
@@ -494,6 +496,12 @@ class ReftModel(nn.Module):
 
         Arguments and errors as of `saving.load_adapter`.
         """
+        if isinstance(directory, nn.Module):
+            raise ValueError(
+                "the arguments are swapped: ReftModel.from_pretrained(model, directory)"
+            )
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a model of transformers, got {saving.shown(model)}")
         return saving.load_adapter(model, directory, revision=revision, token=token)
 
     @classmethod
@@ -528,10 +536,12 @@ def get_reft_model(
     Raises:
         ValueError: the config does not fit the base.
     """
+    if isinstance(model, ReftConfig):
+        raise ValueError("the arguments are swapped: get_reft_model(model, reft_config)")
     if not isinstance(reft_config, ReftConfig):
-        raise ValueError(f"reft_config: expected a ReftConfig, got {reft_config!r}")
+        raise ValueError(f"reft_config: expected a ReftConfig, got {saving.shown(reft_config)}")
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a model of transformers, got {model!r}")
+        raise ValueError(f"model: expected a model of transformers, got {saving.shown(model)}")
     reft_model = ReftModel(reft_config, model)
     if set_device:
         reft_model.set_device(None)
