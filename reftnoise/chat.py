@@ -62,7 +62,7 @@ def chat(
         tokenizer,
         console,
         system=system,
-        max_new_tokens=max_new_tokens or enough(tokenizer, reft_model),
+        max_new_tokens=enough(tokenizer, reft_model) if max_new_tokens is None else max_new_tokens,
         settings=settings,
     )
     if sys.stdin.isatty():

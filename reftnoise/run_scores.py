@@ -67,8 +67,9 @@ def score(
         with contextlib.nullcontext() if is_adapted else reft_model.disabled():
             if rows is not None:
                 found.append(_of_task(recipe, rows, reft_model, tokenizer, is_adapted, console))
-            for name in wanted.lm_eval:
-                found.append((_of_harness(recipe, name, reft_model, tokenizer, is_adapted), None))
+            if wanted.lm_eval:
+                entries = _of_harness(recipe, reft_model, tokenizer, is_adapted)
+                found.extend((entry, None) for entry in entries)
     return found
 
 
@@ -134,15 +135,18 @@ def _of_task(
 
 
 def _of_harness(
-    recipe: Recipe, name: str, reft_model: ReftModel, tokenizer: Any, is_adapted: bool
-) -> Entry:
+    recipe: Recipe, reft_model: ReftModel, tokenizer: Any, is_adapted: bool
+) -> list[Entry]:
     from .integrations.lm_eval import evaluate_with_harness  # an extra
 
-    scores = evaluate_with_harness(
+    found = evaluate_with_harness(
         reft_model,
         tokenizer,
-        [name],
+        recipe.evaluation.lm_eval,
         limit=recipe.evaluation.limit,
         batch_size=recipe.evaluation.batch_size,
-    )[name]
-    return {"task": f"lm_eval/{name}", "adapter": is_adapted, "scores": scores}
+    )
+    return [
+        {"task": f"lm_eval/{name}", "adapter": is_adapted, "scores": scores}
+        for name, scores in found.items()
+    ]

@@ -44,7 +44,9 @@ def fill(template: str, prompt: str, row: Mapping[str, Any]) -> str | Messages:
         return [{"role": "user", "content": prompt}]
     if template == "alpaca":
         extra = row.get("input")
-        has_input = isinstance(extra, str) and extra.strip() and extra not in prompt
+        extra = extra.strip() if isinstance(extra, str) else ""
+        prompt = prompt.rstrip().removesuffix(extra).rstrip()  # each has its own place
+        has_input = extra != "" and extra not in prompt
         template = ALPACA_WITH_INPUT if has_input else ALPACA
     values = {**row, "prompt": prompt}
     try:

@@ -1,0 +1,320 @@
+"""Recipes and runs: what `reftnoise train` and `eval` write, and what they say of mistakes."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reftnoise as rn
+from reftnoise.cli import COMMANDS, main
+from reftnoise.evaluation import evaluate
+from reftnoise.parsing import read, read_file
+from reftnoise.recipe import Recipe
+from reftnoise.sources import load_rows
+from reftnoise.study.grid import Study, cells
+from reftnoise.tasks.registry import get_task
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
+STUDIES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
+SMALL = [path for path in RECIPES if path.parent.name == "small"]
+LOREFT = '[{"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}]'
+
+by_name = {"ids": lambda path: path.stem}
+
+
+def command(*arguments: Any) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def quick(directory: Path, *more: Any) -> tuple[Any, ...]:
+    """A run of a few steps on the embedded model."""
+    given = {
+        "representations": LOREFT,
+        "data.train": "tiny-chat",
+        "data.template": "chat",
+        "training.max_steps": 4,
+        "training.logging_steps": 2,
+        "training.learning_rate": 4e-3,
+        "evaluation.data": "tiny-chat",
+        "evaluation.split": "test[:8]",
+        "output_dir": directory,
+        "device": "cpu",
+    }
+    options = [part for name, value in given.items() for part in (f"--{name}", value)]
+    return ("train", *options, *more)
+
+
+def json_of(capsys: pytest.CaptureFixture[str]) -> Any:
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return json.loads(captured.out)
+
+
+# -- recipes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, **by_name)
+def test_recipes_that_are_shipped_are_whole(path: Path) -> None:
+    recipe = read_file(Recipe, path)
+    rn.ReftConfig(recipe.representations, recipe.peft, recipe.modules_to_save)
+    get_task(recipe.task)
+    assert read(Recipe, asdict(recipe)) == recipe
+
+
+@pytest.mark.parametrize("path", STUDIES, **by_name)
+def test_studies_that_are_shipped_are_whole(path: Path) -> None:
+    for cell in cells(read_file(Study, path)):
+        recipe = cell.recipe
+        rn.ReftConfig(recipe.representations, recipe.peft, recipe.modules_to_save)
+        get_task(recipe.task)
+
+
+@pytest.mark.parametrize("path", SMALL, **by_name)
+def test_small_recipes_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    steps = ("--training.max_steps", 3, "--device", "cpu")
+    assert command("train", path, "--output_dir", "run", *steps, "--quiet") == 0
+    assert rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], "run/adapter")
+
+
+def test_a_recipe_is_the_same_as_yaml() -> None:
+    recipe = read_file(Recipe, SMALL[0])
+    path = Path(SMALL[0])
+    assert read(Recipe, {}) == Recipe()
+    assert recipe.to_yaml().startswith("model: tiny-chat\n"), path
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_holds_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert command(*quick(run), "--json") == 0
+    printed = json_of(capsys)
+    summary = json.loads((run / "summary.json").read_text())
+    assert printed.items() >= summary.items()
+    model, tokenizer = rn.load_tiny_model()
+    width, layers = model.config.hidden_size, model.config.num_hidden_layers
+    assert summary["parameters"]["units"] == layers * (2 * 4 * width + 4)
+    assert summary["steps"] == 4
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [2, 4]
+    assert all(line.keys() >= {"loss", "learning_rate", "tokens_per_second"} for line in log)
+    assert read_file(Recipe, run / "recipe.yaml").training.max_steps == 4
+    assert not (run / "checkpoints").exists()
+
+    adapted = rn.ReftModel.from_pretrained(model, run / "adapter")
+    rows = load_rows("tiny-chat", split="test[:8]")
+    found = evaluate(adapted, tokenizer, get_task("text"), rows, template="chat")
+    [entry] = json.loads((run / "scores.json").read_text())
+    assert entry["scores"] == found.scores
+    assert entry["right"] == "".join("01"[right] for right in found.right)
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == found.texts
+
+
+def test_eval_adds_scores_of_base_and_other_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert command(*quick(run), "--quiet") == 0
+    assert command("eval", run, "--base", "--json") == 0
+    of_both = json_of(capsys)
+    assert [entry["adapter"] for entry in of_both] == [True, False]
+    model, tokenizer = rn.load_tiny_model()
+    rows = load_rows("tiny-chat", split="test[:8]")
+    base = evaluate(model, tokenizer, get_task("text"), rows, template="chat")
+    assert of_both[1]["scores"] == base.scores
+    assert command("eval", run, "--evaluation.split", "test[8:12]", "--quiet") == 0
+    entries = json.loads((run / "scores.json").read_text())
+    assert [(e["split"], e["adapter"]) for e in entries] == [
+        ("test[:8]", True),
+        ("test[:8]", False),
+        ("test[8:12]", True),
+    ]
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert command(*quick(tmp_path / name, "--seed", seed), "--quiet") == 0
+    first, again, other = (
+        (tmp_path / name / "adapter" / "reft_model.safetensors").read_bytes() for name in "abc"
+    )
+    assert first == again
+    assert first != other
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ("--training.save_steps", 2, "--training.max_steps", 6)
+    assert command(*quick(tmp_path / "whole", *more), "--quiet") == 0
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    run = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr("reftnoise.progress.RichProgressCallback.on_step_begin", stop, raising=False)
+        assert command(*quick(run, *more)) == 130
+    assert not (run / "adapter").exists()
+    assert command(*quick(run, *more), "--quiet") == 2  # it is not overwritten by the way
+    assert command(*quick(run, *more), "--resume", "--quiet") == 0
+    for name in ("adapter/reft_model.safetensors",):
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    log = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert log == [2, 4, 6]
+
+
+def test_a_finished_run_is_replaced_only_if_asked(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert command(*quick(run), "--quiet") == 0
+    (run / "notes.txt").write_text("mine")
+    before = (run / "adapter" / "reft_model.safetensors").read_bytes()
+    assert command(*quick(run, "--seed", 7), "--quiet") == 2
+    assert (run / "adapter" / "reft_model.safetensors").read_bytes() == before
+    assert command(*quick(run, "--seed", 7, "--overwrite"), "--quiet") == 0
+    assert (run / "adapter" / "reft_model.safetensors").read_bytes() != before
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_the_base_itself_is_trained_where_a_recipe_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "full"
+    more = ("--representations", "[]", "--modules_to_save", '["model", "lm_head"]')
+    assert command(*quick(run, *more), "--quiet") == 0
+    summary = json.loads((run / "summary.json").read_text())
+    base = rn.load_tiny_model()[0]
+    assert summary["parameters"]["base"] == sum(p.numel() for p in base.parameters())
+    trained = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], run / "adapter").model
+    pairs = zip(trained.parameters(), base.parameters(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in pairs)
+
+
+# -- mistakes ------------------------------------------------------------------------------------
+
+
+def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
+    """Arguments beside those of a good run, and what must be said of them."""
+    empty, wrong = tmp_path / "empty.jsonl", tmp_path / "wrong.jsonl"
+    empty.write_text("")
+    wrong.write_text('{"question": "Is it?", "completion": "yes"}\n')
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text('{"prompt": "a", "completion": " good"}\n{"prompt": "b", "completion": " bed"}\n')
+    classes = ("--task", '{"name": "classification", "labels": ["good", "bad"]}')
+    return {
+        "option": (("--training.learning_rte", 1), "did you mean '--training.learning_rate'?"),
+        "value": (("--training.learning_rate", "high"), "training.learning_rate: expected float"),
+        "file": (("--data.train", tmp_path / "none.jsonl"), "none.jsonl: no such file"),
+        "empty": (("--data.train", empty), "empty.jsonl"),
+        "columns": (("--data.train", wrong, "--data.template", "plain"), "no column 'prompt' in"),
+        "mapped": (("--data.columns", '{"prompt": "quest"}'), "the data has prompt"),
+        "label": (("--data.train", labelled, *classes, "--data.template", "plain"), "' bed'"),
+        "unit": (("--representations", '[{"layer": 0, "intervention": "lorft"}]'), "'loreft'"),
+        "layer": (
+            ("--representations", LOREFT.replace('"all"', "99")),
+            "the model has layers 0 to",
+        ),
+        "nothing": (("--representations", "[]"), "the recipe trains nothing"),
+        "task": (("--task", "boolk"), "did you mean 'boolq'?"),
+        "template": (("--data.template", "alpacca"), "alpacca"),
+        "model": (("--model", tmp_path / "nothing"), "no such directory of a model"),
+        "dtype": (("--dtype", "float8"), "expected one of auto, float32"),
+        "argument": (
+            ("--training.arguments", '{"adam_beta": 0.9}'),
+            "did you mean 'adam_beta1'?",
+        ),
+        "slice": (("--data.train_split", "training"), "training"),
+        "long": (("--data.max_length", 2), "max_length 2"),
+        "stream": (("--data.streaming", "true", "--training.max_steps", -1), "max_steps"),
+        "scored": (("--evaluation.data", tmp_path / "none.jsonl"), "none.jsonl: no such file"),
+    }
+
+
+@pytest.mark.parametrize("name", list(mistakes(Path("/tmp"))) if False else [
+    "option", "value", "file", "empty", "columns", "mapped", "label", "unit", "layer", "nothing",
+    "task", "template", "model", "dtype", "argument", "slice", "long", "stream", "scored",
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, said = mistakes(tmp_path)[name]
+    run = tmp_path / "run"
+    assert command(*quick(run), *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    assert line.startswith("reftnoise: ")
+    assert said in line
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("traning: {learning_rate: 1}", "unknown key 'traning'; did you mean 'training'?"),
+        ("training: {learnin_rate: 1}", "training: unknown key 'learnin_rate'"),
+        ("training: 3", "training: expected a mapping, got 3"),
+        ("- a", "expected a mapping"),
+        ("training: [", "no YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=path.name) as raised:
+        read_file(Recipe, path)
+    assert said in str(raised.value)
+    assert command("train", path) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# -- the command line ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        command(name, "--help")
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"usage: reftnoise {name}" in printed
+    assert "(default:" in printed or "required" in printed
+
+
+def test_the_overview_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--help") == command() == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in COMMANDS)
+    assert command("trian") == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+    assert command("--version") == 0
+    assert capsys.readouterr().out.strip() == rn.__version__
+
+
+def test_print_config_is_a_commented_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command("train", "--seed", 3, "--print_config")
+    printed = capsys.readouterr().out
+    assert "# at its highest." in printed
+    path = tmp_path / "recipe.yaml"
+    path.write_text(printed)
+    values = {k: v for k, v in asdict(Recipe(seed=3)).items()}
+    found = asdict(read_file_of_command(path))
+    assert found == values
+
+
+def read_file_of_command(path: Path) -> Recipe:
+    """What `reftnoise train FILE` reads: the recipe, without the command's own flags."""
+    from reftnoise.parsing import read_yaml
+
+    values = read_yaml(path)
+    return read(Recipe, {n: v for n, v in values.items() if n in Recipe.__dataclass_fields__})
