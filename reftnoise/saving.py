@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,10 +20,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .base_sample import other_weights, sample_weights
+from .card import card
 from .components import hidden_size, num_layers, trained_modules
 from .composition import own_state
 from .config import ReftConfig
 from .devices import is_part, part_like, takes_weights_of_one_process
+from .hints import nearest
 
 if TYPE_CHECKING:
     from .model import ReftModel
@@ -31,25 +35,8 @@ CONFIG_NAME = "reft_config.json"
 WEIGHTS_NAME = "reft_model.safetensors"
 CARD_NAME = "README.md"
 SCHEMA_VERSION = 1
-
-_CARD = """\
----
-{metadata}library_name: reftnoise
-tags:
-- reft
----
-# A reftnoise adapter
-
-Hidden-state edits (ReFT) for `{base}`; what they are stands in `reft_config.json`.
-
-```python
-import reftnoise as rn
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{base}")
-reft_model = rn.ReftModel.from_pretrained(model, "path/to/this/directory")
-```
-"""
+_KEYS = ("schema_version", "base_model", "base_parameters", "weights_sha256")
+"""Of the config, beside those of `ReftConfig`."""
 
 
 def save_adapter(
@@ -71,14 +58,6 @@ def save_adapter(
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: expected a directory, found a file")
-    description = {
-        "schema_version": SCHEMA_VERSION,
-        "base_model": {
-            "name_or_path": _base_name(reft_model.model),
-            **fingerprint(reft_model.model),
-        },
-        **reft_model.reft_config.to_dict(),
-    }
     state = (
         without_frozen(reft_model, reft_model.state_dict()) if state_dict is None else state_dict
     )
@@ -95,12 +74,22 @@ def save_adapter(
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     weights = safetensors.torch.save(tensors)
-    description["base_parameters"] = sorted(n for n in tensors if n.startswith("model."))
-    description["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    of_base = sorted(name for name in tensors if name.startswith("model."))
+    description = {
+        "schema_version": SCHEMA_VERSION,
+        "base_model": {
+            "name_or_path": _base_name(reft_model.model),
+            **fingerprint(reft_model.model),
+            "sample": sample_weights(reft_model.model, of_base),
+        },
+        **reft_model.reft_config.to_dict(),
+        "base_parameters": of_base,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     files = {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()}
     if not (directory / CARD_NAME).exists():
-        files[CARD_NAME] = _card(description["base_model"]["name_or_path"]).encode()
+        files[CARD_NAME] = card(reft_model, _base_name(reft_model.model)).encode()
     directory.mkdir(parents=True, exist_ok=True)
     replace_all(directory, files)
 
@@ -186,12 +175,22 @@ def read_config(directory: Path, model: PreTrainedModel) -> ReftConfig:
         raise ValueError(
             f"{path}: schema version {schema}, but this reftnoise reads version {SCHEMA_VERSION}"
         )
+    known = [*_KEYS, *(f.name for f in fields(ReftConfig))]
+    if unknown := [key for key in description if key not in known]:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}; {nearest(unknown[0], known)}")
+    theirs, given = _called(saved.get("name_or_path")), _called(model.config.name_or_path)
     for name, mine in fingerprint(model).items():
         if saved.get(name) != mine:
             raise ValueError(
-                f"{path}: the adapter's base ({saved.get('name_or_path')}) has {name} "
-                f"{saved.get(name)!r}, the given model ({model.config.name_or_path}) {mine!r}"
+                f"{path}: the adapter's base ({theirs}) has {name} {saved.get(name)!r}, the given "
+                f"model ({given}) {mine!r}"
             )
+    if other := other_weights(saved.get("sample", {}), model):
+        warnings.warn(
+            f"{path}: the adapter's base ({theirs}) and the given model ({given}) have different "
+            f"weights, as in {other}",
+            stacklevel=4,
+        )
     try:
         return ReftConfig.from_dict(units)
     except ValueError as error:
@@ -297,9 +296,9 @@ def _base_name(model: PreTrainedModel) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def _card(base: str) -> str:
-    metadata = f"base_model: {base}\n" if base.count("/") == 1 else ""
-    return _CARD.format(metadata=metadata, base=base or "a base model")
+def _called(name: object) -> object:
+    """A base's name for a message; one that was made from a config has none."""
+    return name or "which has no name"
 
 
 def local_directory(

@@ -37,6 +37,7 @@ LAYERS = [
     {"chunks", "guidance"},
     {"engine"},
     {"locating", "passes", "placement"},
+    {"base_sample", "card"},
     {"model", "saving"},
     {"bases", "sources", "tokenization"},
     {"templates"},

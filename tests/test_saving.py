@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from architectures import tiny_model
 from torch import Tensor, nn
 
 import reftnoise as rn
+from reftnoise.base_sample import other_weights, sample_weights
 from reftnoise.interventions import INTERVENTIONS
 from reftnoise.interventions.base import constructor_arguments
 
@@ -176,6 +178,11 @@ def test_the_directory_holds_config_weights_and_card(tmp_path: Path) -> None:
     reft_model.save(directory)
     assert {path.name for path in directory.iterdir()} == FILES  # no pickle among them
     description = json.loads((directory / "reft_config.json").read_text(encoding="utf-8"))
+    sample = description["base_model"].pop("sample")
+    assert sample
+    for name, values in sample.items():
+        weight = base.get_parameter(name).flatten().tolist()
+        assert (values[0], values[-1]) == pytest.approx((weight[0], weight[-1]), abs=1e-8)
     assert description == {
         "schema_version": 1,
         "base_model": {
@@ -194,6 +201,150 @@ def test_the_directory_holds_config_weights_and_card(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], own[name]) for name in own)
     card = (directory / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nbase_model: someone/a-model\n")
+    assert "| loreft | 0 | block_output | l1 | 2 |\n\n130 parameters are trained, " in card
+    assert "PEFT" not in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type", "line"),
+    [
+        ("AutoModelForCausalLM", "llama", "AutoModelForCausalLM.from_pretrained("),
+        (
+            "AutoModelForSequenceClassification",
+            "bert",
+            "AutoModelForSequenceClassification.from_pretrained(",
+        ),
+        ("AutoModelForSeq2SeqLM", "t5", "T5ForConditionalGeneration.from_pretrained("),
+        ("AutoModelForCausalLM", "gpt2", "GPT2LMHeadModel.from_pretrained("),
+    ],
+)
+def test_the_card_loads_the_base(kind: str, model_type: str, line: str, tmp_path: Path) -> None:
+    base = tiny(model_type, getattr(transformers, kind))
+    base.config.name_or_path = str(tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    reft_model = train_randomly(wrapped(LOREFT, base))
+    reft_model.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f'model = {line}"base"' in card
+    code = card.split("```python\n")[1].split("```")[0]
+    code = code.replace('"base"', repr(str(tmp_path / "base")))
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/directory", str(tmp_path / "adapter")), names)
+    loaded = names["reft_model"].state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in reft_model.state_dict().items())
+
+
+def tiny(model_type: str, auto: Any) -> Any:
+    sizes = {"t5": {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2}}
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4} if model_type != "gpt2" else {}
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+    values = sizes.get(model_type, gpt2 if model_type == "gpt2" else small)
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=50, num_labels=3, **values)
+    return auto.from_config(config)
+
+
+def train_randomly(reft_model: rn.ReftModel) -> rn.ReftModel:
+    with torch.no_grad():
+        for parameter in reft_model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return reft_model
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_the_card_tells_of_peft_and_of_the_embedded_base(tmp_path: Path) -> None:
+    base, _ = rn.load_tiny_model()
+    lora = {"peft_type": "lora", "r": 2, "target_modules": ["q_proj"]}
+    rn.get_reft_model(base, rn.ReftConfig([LOREFT], peft=lora)).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "model, tokenizer = rn.load_tiny_model()\n" in card
+    assert "AutoModel" not in card
+    assert "a method of PEFT (lora): `pip install 'reftnoise[peft]'`" in card
+    assert "2,562 parameters are trained" in card  # 2·2·128 + 2, and 4 layers of 2·(128 + 128)
+
+
+# -- another base of the same shape ----------------------------------------------------------------
+
+
+def with_other_weights() -> Any:
+    other = tiny_model()
+    with torch.no_grad():
+        other.get_parameter("model.layers.0.self_attn.q_proj.weight").mul_(1.05)
+    return other
+
+
+def test_other_weights_of_the_same_shape_are_noticed(adapter: Path) -> None:
+    path = adapter / "reft_config.json"
+    other = with_other_weights()
+    other.config.name_or_path = ""
+    message = (
+        f"{path}: the adapter's base (someone/a-model) and the given model (which has no name) "
+        "have different weights, as in model.layers.0.self_attn.q_proj.weight"
+    )
+    with pytest.warns(UserWarning, match=exactly(message)):
+        rn.ReftModel.from_pretrained(other, adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_base_is_the_same_base(dtype: torch.dtype, adapter: Path, tmp_path: Path) -> None:
+    rn.ReftModel.from_pretrained(tiny_model().to(dtype), adapter)
+    wrapped(LOREFT, tiny_model().to(dtype)).save_pretrained(tmp_path / "cast")
+    rn.ReftModel.from_pretrained(tiny_model(), tmp_path / "cast")
+    rn.ReftModel.from_pretrained(tiny_model().to(torch.bfloat16).half(), tmp_path / "cast")
+
+
+def test_a_resized_vocabulary_is_the_same_base(adapter: Path) -> None:
+    resized = tiny_model()
+    resized.resize_token_embeddings(resized.config.vocab_size + 7, mean_resizing=False)
+    rn.ReftModel.from_pretrained(resized, adapter)
+
+
+def test_an_adapter_without_a_sample_is_loaded(adapter: Path) -> None:
+    path = adapter / "reft_config.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    del description["base_model"]["sample"]
+    path.write_text(json.dumps(description), encoding="utf-8")
+    rn.ReftModel.from_pretrained(with_other_weights(), adapter)
+
+
+def test_weights_that_are_not_here_tell_nothing(adapter: Path) -> None:
+    sample = json.loads((adapter / "reft_config.json").read_text(encoding="utf-8"))["base_model"][
+        "sample"
+    ]
+    assert other_weights(sample, with_other_weights()) is not None
+    assert other_weights(sample, with_other_weights().to("meta")) is None
+    quantised = with_other_weights().requires_grad_(False)
+    for part in quantised.modules():
+        if isinstance(part, nn.Linear):
+            part.weight = nn.Parameter(part.weight.to(torch.int8), requires_grad=False)
+    assert other_weights(sample, quantised) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_weights_that_peft_changes_are_not_compared() -> None:
+    lora = {"peft_type": "lora", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}
+    config = rn.ReftConfig([LOREFT], peft=lora)
+    reft_model = rn.get_reft_model(tiny_model(), config)
+    sample = sample_weights(reft_model.model, ())
+    assert sample
+    assert not any("q_proj" in name for name in sample)
+    assert other_weights(sample, tiny_model()) is None
+
+
+def test_trained_weights_of_the_base_are_not_compared(tmp_path: Path) -> None:
+    config = rn.ReftConfig([LOREFT], modules_to_save=["q_proj"])
+    train_randomly(rn.get_reft_model(tiny_model(), config)).save_pretrained(tmp_path)
+    rn.ReftModel.from_pretrained(tiny_model(), tmp_path)
+
+
+def test_an_unknown_key_names_the_nearest(adapter: Path) -> None:
+    path = adapter / "reft_config.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(description | {"module_to_save": ["lm_head"]}), encoding="utf-8")
+    start = f"{path}: unknown key 'module_to_save'; did you mean 'modules_to_save'? possible: "
+    with pytest.raises(ValueError, match=f"^{re.escape(start)}"):
+        rn.ReftModel.from_pretrained(tiny_model(), adapter)
 
 
 def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
