@@ -141,8 +141,9 @@ class ReftIntervention(
         reject_unknown(type(self), pyvene)
         is_rank = type(low_rank_dimension) is int and 1 <= low_rank_dimension <= embed_dim
         if not is_rank and "low_rank_dimension" in constructor_arguments(type(self)):
+            kind = "a rank" if type(low_rank_dimension) is int else "an integer, a rank"
             raise ValueError(
-                f"low_rank_dimension {low_rank_dimension!r}: expected a rank from 1 to the width "
+                f"low_rank_dimension {low_rank_dimension!r}: expected {kind} from 1 to the width "
                 f"of the hidden states, {embed_dim}"
             )
         if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:

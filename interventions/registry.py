@@ -50,7 +50,7 @@ def register_intervention(name: str) -> Callable[[UnitClass], UnitClass]:
 def intervention_class(name: str) -> type[Unit]:
     """The class registered under `name`; a ValueError lists what there is."""
     if name not in INTERVENTIONS:
-        near = difflib.get_close_matches(name, INTERVENTIONS, n=1)
+        near = difflib.get_close_matches(name.lower(), INTERVENTIONS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"intervention {name!r} is not registered; {hint}known: {', '.join(INTERVENTIONS)}"

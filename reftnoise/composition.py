@@ -16,6 +16,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .hints import nearest
+
 # Of a PEFT config: where it came from and how it is used, not what it is.
 _NOT_SAVED = {
     "auto_mapping",
@@ -197,11 +199,9 @@ def _config(peft: ModuleType, section: Mapping[str, Any]) -> Any:
         raise ValueError(f"peft_type {given!r}; {hint}peft has {known}")
     possible = [n for n in inspect.signature(kinds[name]).parameters if n not in _NOT_SAVED]
     if unknown := [key for key in arguments if key not in possible]:
-        near = difflib.get_close_matches(str(unknown[0]), possible, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"peft: unknown key {unknown[0]!r} for {kinds[name].__name__}; {hint}possible: "
-            f"{', '.join(possible)}"
+            f"peft: unknown key {unknown[0]!r} for {kinds[name].__name__}; "
+            f"{nearest(unknown[0], possible)}"
         )
     try:
         return kinds[name](**arguments)

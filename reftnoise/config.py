@@ -3,7 +3,6 @@
 The same list is the YAML of a recipe and the JSON of a saved adapter.
 """
 
-import difflib
 import inspect
 import json
 import re
@@ -17,7 +16,9 @@ import yaml
 
 from .components import COMPONENTS, is_dotted, split_component
 from .composition import read_peft
+from .hints import nearest
 from .interventions import (
+    INTERVENTIONS,
     NoiseIntervention,
     Unit,
     intervention_class,
@@ -25,6 +26,9 @@ from .interventions import (
 )
 from .interventions.base import constructor_arguments, dtype_name
 from .positions import Positions
+
+_OTHER_NAMES = {"rank": "low_rank_dimension", "r": "low_rank_dimension"}
+_METHODS_OF_PEFT = {"lora", "dora", "adalora", "vera", "ia3", "oft", "boft", "loha", "lokr"}
 
 _RANGE = re.compile(r"([0-9]+)-([0-9]+)")
 
@@ -158,11 +162,9 @@ class RepresentationConfig:
             allowed += ["positions", "tied"]
         if unknown := [key for key in entry if key not in (*known, *allowed)]:
             possible = [*allowed, "intervention", *known]
-            near = difflib.get_close_matches(str(unknown[0]), possible, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            meant = _OTHER_NAMES.get(unknown[0], unknown[0])
             raise ValueError(
-                f"unknown key {unknown[0]!r} for {unit_class.__name__}; {hint}"
-                f"possible: {', '.join(possible)}"
+                f"unknown key {unknown[0]!r} for {unit_class.__name__}; {nearest(meant, possible)}"
             )
         given = {key: _plain(entry.pop(key)) for key in known if key in entry}
         if isinstance(unit, str):
@@ -269,9 +271,7 @@ class ReftConfig:
         if not isinstance(values, Mapping) or "representations" not in values:
             raise ValueError(f"expected a mapping with 'representations', got {values!r}")
         if unknown := [key for key in values if key not in possible]:
-            near = difflib.get_close_matches(str(unknown[0]), possible, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown key {unknown[0]!r}; {hint}possible: {', '.join(possible)}")
+            raise ValueError(f"unknown key {unknown[0]!r}; {nearest(unknown[0], possible)}")
         return cls(**values)
 
     def to_json(self) -> str:
@@ -279,14 +279,14 @@ class ReftConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "ReftConfig":
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(json.loads(_expect_text(text, "from_json")))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str) -> "ReftConfig":
-        return cls.from_dict(yaml.safe_load(text))
+        return cls.from_dict(yaml.safe_load(_expect_text(text, "from_yaml")))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ReftConfig":
@@ -301,11 +301,19 @@ class ReftConfig:
             raise ValueError(f"{path}: {error}") from None
 
 
+def _expect_text(text: Any, name: str) -> str:
+    if isinstance(text, Path) or str(text).endswith((".json", ".yaml", ".yml")):
+        raise ValueError(f"{name} takes the text of a config: read {str(text)!r} with from_file")
+    return str(text)
+
+
 def _pop_unit(entry: dict[str, Any]) -> str | Unit:
     given = entry.pop("intervention", None)
     given_type = entry.pop("intervention_type", None)
     if given is not None and given_type is not None:
         raise ValueError("'intervention' and 'intervention_type' say the same: give one")
+    if given is None and given_type is None and "peft_type" in entry:
+        raise _of_peft(f"peft_type {entry['peft_type']!r}")
     if given is None and given_type is None:
         raise ValueError(
             "expected an 'intervention': a registered name such as 'loreft', or a ready module"
@@ -324,8 +332,17 @@ def _pop_unit(entry: dict[str, Any]) -> str | Unit:
             "ReftIntervention or NoiseIntervention"
         )
     if isinstance(given, str):
+        if given.lower() in _METHODS_OF_PEFT and given not in INTERVENTIONS:
+            raise _of_peft(f"intervention {given!r}")
         intervention_class(given)
     return given
+
+
+def _of_peft(what: str) -> ValueError:
+    return ValueError(
+        f"{what} is a method of PEFT: give it beside representations, as in "
+        "peft={'peft_type': 'lora', 'r': 8}"
+    )
 
 
 def _agree(unit: Unit, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -342,10 +359,11 @@ def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
         raise ValueError(f"component {component!r}: expected a string")
     name = split_component(component)[1]
     if name not in COMPONENTS and not is_dotted(component):
-        near = difflib.get_close_matches(component, COMPONENTS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        is_path = component.count(".") > 1 or "[" in component
+        decoders = [f"decoder.{one}" for one in COMPONENTS]
+        possible = decoders if "." in component and not is_path else COMPONENTS
         raise ValueError(
-            f"component {component!r}; {hint}possible: {', '.join(COMPONENTS)}, or a dotted path "
+            f"component {component!r}; {nearest(component, possible)}, or a dotted path "
             "that ends in .output or .input, such as 'model.layers[3].output'"
         )
     if name == "embeddings":
@@ -367,9 +385,9 @@ def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
             return layer
     elif layer is None and is_dotted(component):
         return None
+    start = "layer is missing" if layer is None else f"layer {layer!r}"
     raise ValueError(
-        f"layer {layer!r}: expected an integer from 0, a list of them, 'all' or a range such as "
-        "'8-15'"
+        f"{start}: expected an integer from 0, a list of them, 'all' or a range such as '8-15'"
     )
 
 

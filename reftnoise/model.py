@@ -70,6 +70,8 @@ class ReftModel(nn.Module):
 
     def __init__(self, config: ReftConfig, model: PreTrainedModel) -> None:
         super().__init__()
+        if isinstance(config, nn.Module):
+            raise ValueError("the arguments are swapped: ReftModel(config, model)")
         if isinstance(model, ReftModel):
             raise ValueError("the model is a ReftModel already: put all units into one ReftConfig")
         if type(model).__name__ == "OptimizedModule":
@@ -180,6 +182,7 @@ class ReftModel(nn.Module):
             raise ValueError(f"scale {self.scale}: edits are trained as they are, with scale 1.0")
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_noise_of_others()
+            self._expect_training(labels)
         batch_size = batch_of(inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
@@ -365,6 +368,18 @@ class ReftModel(nn.Module):
                 stacklevel=3,
             )
 
+    def _expect_training(self, labels: Any) -> None:
+        """Noise has no parameters, so a frozen base under it would have no gradients."""
+        if labels is None or not torch.is_grad_enabled() or self.reft_config.peft is not None:
+            return
+        if next(self.interventions.parameters(), None) is None and not any(
+            parameter.requires_grad for parameter in self.model.parameters()
+        ):
+            raise ValueError(
+                "nothing is trained: the config has noise alone, and the base is frozen; "
+                "get_reft_model(model, config, disable_model_grads=False) trains it"
+            )
+
     def _doubt_prompts(self, layout: PromptLayout | None, labels: Any, known: Any) -> None:
         """Of labels, only the first training pass is looked at: it waits for the device."""
         after_prompt = any(one.positions and one.positions.decode for one in self._engine.units)
@@ -494,6 +509,12 @@ class ReftModel(nn.Module):
 
         Arguments and errors as of `saving.load_adapter`.
         """
+        if isinstance(directory, nn.Module):
+            raise ValueError(
+                "the arguments are swapped: ReftModel.from_pretrained(model, directory)"
+            )
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a model of transformers, got {saving.shown(model)}")
         return saving.load_adapter(model, directory, revision=revision, token=token)
 
     @classmethod
@@ -528,10 +549,12 @@ def get_reft_model(
     Raises:
         ValueError: the config does not fit the base.
     """
+    if isinstance(model, ReftConfig):
+        raise ValueError("the arguments are swapped: get_reft_model(model, reft_config)")
     if not isinstance(reft_config, ReftConfig):
-        raise ValueError(f"reft_config: expected a ReftConfig, got {reft_config!r}")
+        raise ValueError(f"reft_config: expected a ReftConfig, got {saving.shown(reft_config)}")
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a model of transformers, got {model!r}")
+        raise ValueError(f"model: expected a model of transformers, got {saving.shown(model)}")
     reft_model = ReftModel(reft_config, model)
     if set_device:
         reft_model.set_device(None)

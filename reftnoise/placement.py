@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .chunks import PlacedUnit
 from .components import Site, find_site, hidden_size, num_layers, split_component
+from .composition import inner_model
 from .config import ReftConfig, RepresentationConfig
 from .positions import Positions
 
@@ -33,6 +34,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
             for positions in entry.parts():
                 for layer in layers:
                     site = find_site(model, entry.component, layer)
+                    _expect_decoding(model, site, positions)
                     unit = entry.build(site.width, default=hidden_size(model))
                     name = _key(entry, layer)
                     taken[name] = taken.get(name, -1) + 1
@@ -45,6 +47,17 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
     if len({id(module) for module in modules}) < len(modules):
         raise ValueError("one module serves two entries: give each entry a module of its own")
     return _disjoint(placed)
+
+
+def _expect_decoding(model: PreTrainedModel, site: Site, positions: Positions | None) -> None:
+    """Positions that no pass has would leave a unit without effect."""
+    if positions is None or positions.spec() != "decode":
+        return
+    if not inner_model(model).can_generate() or site.stack == "encoder":
+        raise ValueError(
+            f"positions 'decode': {type(inner_model(model)).__name__} writes no tokens at {site}; "
+            "expected prompt positions such as 'f1+l1' or 'all'"
+        )
 
 
 def unit_keys(

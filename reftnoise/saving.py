@@ -296,6 +296,12 @@ def _base_name(model: PreTrainedModel) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
+def shown(value: object) -> str:
+    """A value in one line of an error: models and the like by their class."""
+    text = repr(value)
+    return text if len(text) < 100 and "\n" not in text else type(value).__name__
+
+
 def _called(name: object) -> object:
     """A base's name for a message; one that was made from a config has none."""
     return name or "which has no name"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import reftnoise as rn
 from reftnoise.interventions import INTERVENTIONS
@@ -249,6 +250,9 @@ COMPONENTS = (
 )
 LAYER = "expected an integer from 0, a list of them, 'all' or a range such as '8-15'"
 UNIT = "expected an 'intervention': a registered name such as 'loreft', or a ready module"
+PEFT = (
+    "is a method of PEFT: give it beside representations, as in peft={'peft_type': 'lora', 'r': 8}"
+)
 MODULE = (
     "expected a registered name, or a module derived from ReftIntervention or NoiseIntervention"
 )
@@ -285,6 +289,21 @@ MODULE = (
             "unknown key 'alhpa' for NeftuneIntervention; did you mean 'alpha'? possible: "
             f"{NOISE_KEYS}",
         ),
+        (
+            {"layer": 0, "intervention": "loreft", "rank": 4},
+            "unknown key 'rank' for LoreftIntervention; did you mean 'low_rank_dimension'? "
+            f"possible: {REFT_KEYS}, dropout, act_fn, dtype",
+        ),
+        (
+            {"layer": 0, "intervention": "loreft", "r": 4},
+            "unknown key 'r' for LoreftIntervention; did you mean 'low_rank_dimension'? possible: "
+            f"{REFT_KEYS}, dropout, act_fn, dtype",
+        ),
+        (
+            LOREFT | {"Positions": "l1"},
+            "unknown key 'Positions' for LoreftIntervention; did you mean 'positions'? possible: "
+            f"{REFT_KEYS}, dropout, act_fn, dtype",
+        ),
         (LOREFT | {"unit": "h"}, "unit 'h': only 'pos' is supported; see 'positions'"),
         (
             LOREFT | {"max_number_of_units": 2},
@@ -295,6 +314,12 @@ MODULE = (
             LOREFT | {"intervention": "lorefd"},
             f"intervention 'lorefd' is not registered; did you mean 'loreft'? known: {NAMES}",
         ),
+        (
+            LOREFT | {"intervention": "LoReFT"},
+            f"intervention 'LoReFT' is not registered; did you mean 'loreft'? known: {NAMES}",
+        ),
+        ({"peft_type": "lora", "r": 8}, f"peft_type 'lora' {PEFT}"),
+        (LOREFT | {"intervention": "LoRA"}, f"intervention 'LoRA' {PEFT}"),
         (
             LOREFT | {"intervention": "xyz"},
             f"intervention 'xyz' is not registered; known: {NAMES}",
@@ -324,6 +349,13 @@ MODULE = (
             LOREFT | {"component": "block_outptu"},
             f"component 'block_outptu'; did you mean 'block_output'? possible: {COMPONENTS}",
         ),
+        (
+            LOREFT | {"component": "decodr.block_output"},
+            "component 'decodr.block_output'; did you mean 'decoder.block_output'? possible: "
+            "decoder.block_output, decoder.block_input, decoder.attention_output, "
+            "decoder.mlp_output, decoder.embeddings, or a dotted path that ends in .output or "
+            ".input, such as 'model.layers[3].output'",
+        ),
         (LOREFT | {"component": "xyz"}, f"component 'xyz'; possible: {COMPONENTS}"),
         (LOREFT | {"component": 3}, "component 3: expected a string"),
         (LOREFT | {"layer": -1}, f"layer -1: {LAYER}"),
@@ -335,8 +367,8 @@ MODULE = (
         (LOREFT | {"layer": []}, f"layer []: {LAYER}"),
         (LOREFT | {"layer": [0, True]}, f"layer [0, True]: {LAYER}"),
         (LOREFT | {"layer": [0, -1]}, f"layer [0, -1]: {LAYER}"),
-        (LOREFT | {"layer": None}, f"layer None: {LAYER}"),
-        ({"intervention": "loreft", "low_rank_dimension": 2}, f"layer None: {LAYER}"),
+        (LOREFT | {"layer": None}, f"layer is missing: {LAYER}"),
+        ({"intervention": "loreft", "low_rank_dimension": 2}, f"layer is missing: {LAYER}"),
         (LOREFT | {"layer": [1, 0, 1]}, "layer [1, 0, 1]: every layer may occur once"),
         (
             LOREFT | {"component": "embeddings"},
@@ -427,6 +459,11 @@ def test_a_config_file_of_another_kind(tmp_path: Path) -> None:
         (
             LOREFT | {"low_rank_dimension": 0},
             "low_rank_dimension 0: expected a rank from 1 to the width of the hidden states, 32",
+        ),
+        (
+            LOREFT | {"low_rank_dimension": "4"},
+            "low_rank_dimension '4': expected an integer, a rank from 1 to the width of the hidden "
+            "states, 32",
         ),
         (LOREFT | {"dropout": 1.0}, "dropout 1.0: expected a probability in [0, 1)"),
         (
@@ -639,3 +676,58 @@ def test_a_damaged_config_file(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))}: "):
         rn.ReftConfig.from_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["config.yaml", "runs/config.json", Path("config.yml")])
+@pytest.mark.parametrize("read", [rn.ReftConfig.from_yaml, rn.ReftConfig.from_json])
+def test_a_path_instead_of_a_text(read: Callable[[Any], Any], text: Any) -> None:
+    message = f"{read.__name__} takes the text of a config: read {str(text)!r} with from_file"
+    with pytest.raises(ValueError, match=exactly(message)):
+        read(text)
+
+
+def test_swapped_arguments() -> None:
+    model, config = tiny_model(), rn.ReftConfig(LOREFT)
+    message = "the arguments are swapped: get_reft_model(model, reft_config)"
+    with pytest.raises(ValueError, match=exactly(message)):
+        rn.get_reft_model(config, model)  # type: ignore[arg-type]
+    message = "the arguments are swapped: ReftModel(config, model)"
+    with pytest.raises(ValueError, match=exactly(message)):
+        rn.ReftModel(model, config)  # type: ignore[arg-type]
+    message = "the arguments are swapped: ReftModel.from_pretrained(model, directory)"
+    with pytest.raises(ValueError, match=exactly(message)):
+        rn.ReftModel.from_pretrained("adapter", model)  # type: ignore[arg-type]
+    message = "model: expected a model of transformers, got 'a-model'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        rn.ReftModel.from_pretrained("a-model", "adapter")  # type: ignore[arg-type]
+    message = "reft_config: expected a ReftConfig, got LlamaForCausalLM"
+    with pytest.raises(ValueError, match=exactly(message)):
+        rn.get_reft_model(model, tiny_model())  # type: ignore[arg-type]
+
+
+def test_noise_alone_trains_nothing_on_a_frozen_base() -> None:
+    config = rn.ReftConfig(NEFTUNE)
+    ids = torch.tensor([[5, 6, 7]])
+    reft_model = rn.get_reft_model(tiny_model(), config).train()
+    message = (
+        "nothing is trained: the config has noise alone, and the base is frozen; "
+        "get_reft_model(model, config, disable_model_grads=False) trains it"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        reft_model(ids, labels=ids)
+    with torch.no_grad():
+        reft_model(ids, labels=ids)
+    trained = rn.get_reft_model(tiny_model(), config, disable_model_grads=False).train()
+    trained(ids, labels=ids).loss.backward()
+
+
+def test_decode_where_nothing_is_decoded() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    bert = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=64, vocab_size=50))
+    message = (
+        "representations[0]: positions 'decode': BertForSequenceClassification writes no tokens at "
+        "bert.encoder.layer.0.output; expected prompt positions such as 'f1+l1' or 'all'"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        rn.get_reft_model(bert, rn.ReftConfig(LOREFT | {"positions": "decode"}))
+    rn.get_reft_model(bert, rn.ReftConfig(LOREFT | {"positions": "all+decode"}))
