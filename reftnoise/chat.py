@@ -27,6 +27,7 @@ def chat(
     adapter: str | Path,
     *,
     model: str | None = None,
+    device: str = "auto",
     system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -38,6 +39,7 @@ def chat(
     Args:
         adapter: as in `load_adapted`.
         model: the base, as in `load_adapted`.
+        device: of both, as in `load_adapted`.
         system: a message before the conversation.
         max_new_tokens: of each answer.
         temperature: of sampling; 0 for the most likely token at every step.
@@ -53,7 +55,7 @@ def chat(
         raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 1")
     settings = sampling(temperature)
     transformers_logging.set_verbosity_error()
-    reft_model, tokenizer = load_adapted(adapter, model)
+    reft_model, tokenizer = load_adapted(adapter, model, device=device)
     set_seed(seed)
     talk = Conversation(
         reft_model,

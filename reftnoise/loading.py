@@ -50,7 +50,8 @@ def load_adapted(
         base, tokenizer = load_base(name, device=device, **known)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0].removeprefix(f"{name}: ")
-        raise type(error)(f"{name}, the adapter's base: {reason}") from None
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{name}, the adapter's base: {reason}") from None
     return ReftModel.from_pretrained(base, directory), tokenizer
 
 

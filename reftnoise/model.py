@@ -182,7 +182,6 @@ class ReftModel(nn.Module):
             raise ValueError(f"scale {self.scale}: edits are trained as they are, with scale 1.0")
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_noise_of_others()
-            self._expect_training(labels)
         batch_size = batch_of(inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
@@ -366,18 +365,6 @@ class ReftModel(nn.Module):
                 f"the embeddings are noised twice: by the config's {type(one.unit).__name__} and "
                 f"by transformers' NEFTune (neftune_noise_alpha={alpha}); leave one of them out",
                 stacklevel=3,
-            )
-
-    def _expect_training(self, labels: Any) -> None:
-        """Noise has no parameters, so a frozen base under it would have no gradients."""
-        if labels is None or not torch.is_grad_enabled() or self.reft_config.peft is not None:
-            return
-        if next(self.interventions.parameters(), None) is None and not any(
-            parameter.requires_grad for parameter in self.model.parameters()
-        ):
-            raise ValueError(
-                "nothing is trained: the config has noise alone, and the base is frozen; "
-                "get_reft_model(model, config, disable_model_grads=False) trains it"
             )
 
     def _doubt_prompts(self, layout: PromptLayout | None, labels: Any, known: Any) -> None:

@@ -82,6 +82,11 @@ class ReftTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` continues from the last complete checkpoint."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "nothing is trained: all parameters are frozen, and noise has none; "
+                "get_reft_model(model, config, disable_model_grads=False) trains the base under it"
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if self._prefix_cache is None:

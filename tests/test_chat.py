@@ -98,6 +98,7 @@ class Terminal:
             command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
         )
         os.close(inside)
+        self._printed, self._taken = b"", 0
         self.seen = ""
 
     def interrupt(self) -> None:
@@ -106,18 +107,19 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._file, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 30.0) -> str:
-        """What the program prints until a match, which is taken away."""
+    def wait_for(self, pattern: str, seconds: float = 30.0) -> None:
+        """Read what the program prints until a match, which is taken away."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < end, f"no {pattern!r} in {self.seen!r}"
             if select.select([self._file], [], [], 0.1)[0]:
                 try:
-                    self.seen += os.read(self._file, 4096).decode(errors="replace")
+                    self._printed += os.read(self._file, 4096)
+                    self.seen = self._printed.decode(errors="ignore")[self._taken :]
                 except OSError:  # the program has left
                     assert re.search(pattern, self.seen), self.seen
-        before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
-        return before
+        self._taken += found.end()
+        self.seen = self.seen[found.end() :]
 
     def leave(self) -> int:
         return self._program.wait(timeout=30)

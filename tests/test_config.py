@@ -705,22 +705,6 @@ def test_swapped_arguments() -> None:
         rn.get_reft_model(model, tiny_model())  # type: ignore[arg-type]
 
 
-def test_noise_alone_trains_nothing_on_a_frozen_base() -> None:
-    config = rn.ReftConfig(NEFTUNE)
-    ids = torch.tensor([[5, 6, 7]])
-    reft_model = rn.get_reft_model(tiny_model(), config).train()
-    message = (
-        "nothing is trained: the config has noise alone, and the base is frozen; "
-        "get_reft_model(model, config, disable_model_grads=False) trains it"
-    )
-    with pytest.raises(ValueError, match=exactly(message)):
-        reft_model(ids, labels=ids)
-    with torch.no_grad():
-        reft_model(ids, labels=ids)
-    trained = rn.get_reft_model(tiny_model(), config, disable_model_grads=False).train()
-    trained(ids, labels=ids).loss.backward()
-
-
 def test_decode_where_nothing_is_decoded() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     bert = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=64, vocab_size=50))

@@ -285,6 +285,14 @@ def test_left_padding_trains_like_right_padding(architecture: str, tokenizer: An
     torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
 
 
+def test_noise_alone_trains_nothing_on_a_frozen_base(tokenizer: Any, tmp_path: Path) -> None:
+    model = wrapped(tokenizer, {"intervention": "neftune"})
+    args = arguments(tmp_path, max_steps=1)
+    trainer = rn.ReftTrainer(model=model, args=args, **module(tokenizer, model))
+    with pytest.raises(ValueError, match=r"^nothing is trained: .*disable_model_grads=False"):
+        trainer.train()
+
+
 def test_tokenizer_and_processing_class_are_one_argument(tokenizer: Any, tmp_path: Path) -> None:
     model = wrapped(tokenizer)
     with pytest.raises(ValueError, match="one argument"):
