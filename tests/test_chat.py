@@ -141,7 +141,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(adapter: Path) -> None:
         "put = chat._Shown.put\n"
         "def slowly(*given): time.sleep(0.05); put(*given)\n"
         "chat._Shown.put = slowly\n"
-        "chat._ends = lambda *_: [0]\n"
+        "chat.ends_of = lambda *_: [0]\n"
         "chat.chat(sys.argv[1], max_new_tokens=120)\n"
     )
     with Terminal(sys.executable, "-c", slow, str(adapter)) as terminal:
