@@ -181,7 +181,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     for name in further:
         if name not in known:
             raise ValueError(
-                f"training.arguments: TrainingArguments has no {name!r}; {nearest(name, known)}"
+                f"training.arguments: transformers.TrainingArguments has no {name!r}; "
+                + nearest(name, known, "see its documentation")
             )
     try:
         return TrainingArguments(**settings | further)

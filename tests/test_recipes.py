@@ -1,7 +1,6 @@
 """Recipes and runs: what `reftnoise train` and `eval` write, and what they say of mistakes."""
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import reftnoise as rn
 from reftnoise.cli import COMMANDS, main
 from reftnoise.evaluation import evaluate
-from reftnoise.parsing import read, read_file
+from reftnoise.parsing import read, read_file, read_yaml
 from reftnoise.recipe import Recipe
 from reftnoise.sources import load_rows
 from reftnoise.study.grid import Study, cells
@@ -83,11 +82,12 @@ def test_small_recipes_run(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], "run/adapter")
 
 
-def test_a_recipe_is_the_same_as_yaml() -> None:
+def test_a_recipe_is_the_same_as_yaml(tmp_path: Path) -> None:
     recipe = read_file(Recipe, SMALL[0])
-    path = Path(SMALL[0])
     assert read(Recipe, {}) == Recipe()
-    assert recipe.to_yaml().startswith("model: tiny-chat\n"), path
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert read_file(Recipe, path) == recipe
 
 
 # -- runs ----------------------------------------------------------------------------------------
@@ -200,11 +200,8 @@ def test_the_base_itself_is_trained_where_a_recipe_says_so(tmp_path: Path) -> No
 
 def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
     """Arguments beside those of a good run, and what must be said of them."""
-    empty, wrong = tmp_path / "empty.jsonl", tmp_path / "wrong.jsonl"
-    empty.write_text("")
-    wrong.write_text('{"question": "Is it?", "completion": "yes"}\n')
-    labelled = tmp_path / "labelled.jsonl"
-    labelled.write_text('{"prompt": "a", "completion": " good"}\n{"prompt": "b", "completion": " bed"}\n')
+    empty, wrong, labelled = (tmp_path / f"{n}.jsonl" for n in ("empty", "wrong", "labelled"))
+    unscored = ("--evaluation.data", "null", "--data.template", "plain")
     classes = ("--task", '{"name": "classification", "labels": ["good", "bad"]}')
     return {
         "option": (("--training.learning_rte", 1), "did you mean '--training.learning_rate'?"),
@@ -213,7 +210,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
         "empty": (("--data.train", empty), "empty.jsonl"),
         "columns": (("--data.train", wrong, "--data.template", "plain"), "no column 'prompt' in"),
         "mapped": (("--data.columns", '{"prompt": "quest"}'), "the data has prompt"),
-        "label": (("--data.train", labelled, *classes, "--data.template", "plain"), "' bed'"),
+        "label": (("--data.train", labelled, *classes, *unscored), "example 1: completion ' bed'"),
         "unit": (("--representations", '[{"layer": 0, "intervention": "lorft"}]'), "'loreft'"),
         "layer": (
             ("--representations", LOREFT.replace('"all"', "99")),
@@ -226,7 +223,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
         "dtype": (("--dtype", "float8"), "expected one of auto, float32"),
         "argument": (
             ("--training.arguments", '{"adam_beta": 0.9}'),
-            "did you mean 'adam_beta1'?",
+            "did you mean 'adam_beta2'?",
         ),
         "slice": (("--data.train_split", "training"), "training"),
         "long": (("--data.max_length", 2), "max_length 2"),
@@ -235,13 +232,14 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
     }
 
 
-@pytest.mark.parametrize("name", list(mistakes(Path("/tmp"))) if False else [
-    "option", "value", "file", "empty", "columns", "mapped", "label", "unit", "layer", "nothing",
-    "task", "template", "model", "dtype", "argument", "slice", "long", "stream", "scored",
-])  # fmt: skip
+@pytest.mark.parametrize("name", mistakes(Path()))
 def test_a_mistake_is_one_line_and_leaves_nothing(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "wrong.jsonl").write_text('{"question": "Is it?", "completion": "yes"}\n')
+    rows = [{"prompt": "a", "completion": " good"}, {"prompt": "b", "completion": " bed"}]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments, said = mistakes(tmp_path)[name]
     run = tmp_path / "run"
     assert command(*quick(run), *arguments) == 2
@@ -285,7 +283,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert left.value.code == 0
     printed = capsys.readouterr().out
     assert f"usage: reftnoise {name}" in printed
-    assert "(default:" in printed or "required" in printed
+    assert "default:" in printed or "required" in printed
 
 
 def test_the_overview_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,14 +305,8 @@ def test_print_config_is_a_commented_recipe(
     assert "# at its highest." in printed
     path = tmp_path / "recipe.yaml"
     path.write_text(printed)
-    values = {k: v for k, v in asdict(Recipe(seed=3)).items()}
-    found = asdict(read_file_of_command(path))
-    assert found == values
-
-
-def read_file_of_command(path: Path) -> Recipe:
-    """What `reftnoise train FILE` reads: the recipe, without the command's own flags."""
-    from reftnoise.parsing import read_yaml
-
     values = read_yaml(path)
-    return read(Recipe, {n: v for n, v in values.items() if n in Recipe.__dataclass_fields__})
+    flags = {"resume", "overwrite", "quiet", "json"}
+    assert values.keys() - flags == asdict(Recipe()).keys()
+    recipe = read(Recipe, {name: v for name, v in values.items() if name not in flags})
+    assert recipe == Recipe(seed=3)
