@@ -40,7 +40,7 @@ def answers(directory: Path, **cell: str) -> np.ndarray:
 def test_every_number_of_a_row(study: Path) -> None:
     found = table(study)
     assert found.pop(("columns",)) == [
-        "data", "method", "noise", "seeds", "accuracy", "95 % interval", "difference",
+        "data", "method", "noise", "seeds", "right", "95 % interval", "difference",
         "95 % interval", "p", "f1", "parameters", "time", "peak memory",
     ]  # fmt: skip
     assert list(found)[:3] == [
@@ -83,7 +83,7 @@ def test_a_study_without_baseline(tmp_path: Path) -> None:
     directory = make_study(tmp_path / "plain", axes=("method",))
     write_report(directory)
     lines = (directory / "results.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0].startswith("| method | seeds | accuracy | 95 % interval | f1 |")
+    assert lines[0].startswith("| method | seeds | right | 95 % interval | f1 |")
     assert lines[2].startswith("| loreft | 3 | 50.0 |")
     assert {path.name for path in directory.glob("*.png")} == {"seeds.png"}
 
@@ -118,12 +118,10 @@ def test_scores_without_answers(tmp_path: Path) -> None:
     lines = [{k: v for k, v in x.items() if k != "right"} for x in lines_of(directory)]
     write_lines(directory / "results.jsonl", lines)
     write_report(directory)
-    assert table(directory, 1)[("symnoise",)][1:6] == ["70.0", "–", "–", "–", "–"]
-    for x in lines:
-        x["scores"] = {"matthews": 0.5}
-    write_lines(directory / "results.jsonl", lines)
-    write_report(directory)
-    assert table(directory, 1)[("none",)][1:7] == ["–", "–", "–", "–", "–", "0.5"]
+    found = table(directory, 1)
+    assert found["columns",][7:9] == ["accuracy", "f1"]
+    assert found["symnoise",][1:8] == ["–", "–", "–", "–", "–", "0.7", "0.35"]
+    assert not list(directory.glob("*.png"))
 
 
 def test_what_is_wrong_with_a_study(tmp_path: Path) -> None:
