@@ -67,7 +67,7 @@ def test_nothing_is_wider_than_a_phone(tmp_path: Path, kind: str) -> None:
         directory = make_run(tmp_path / kind)
         write_report(directory, prompts=prompts, rows=2, draws=2, max_new_tokens=3)
     else:
-        directory = make_study(tmp_path / kind)
+        directory = make_study(tmp_path / kind, axes=("noise", "data"))
         write_report(directory)
     found = measured(directory / "report.html", tmp_path)
     assert found["viewport"] == WIDTH

@@ -122,7 +122,7 @@ def generate(
     return [(*texts, "") for texts in zip(prompts, base, adapted, strict=True)]
 
 
-def generations(pairs: Sequence[Row]) -> Section:
+def generations(pairs: Sequence[Row], about: str) -> Section:
     """Prompts with what base and adapted model write, and the answer where there is one."""
     if not pairs:
         return Section("Generations")
@@ -132,7 +132,7 @@ def generations(pairs: Sequence[Row]) -> Section:
     cells = [
         [Cell(as_text(part).strip(), "text") for part in pair[: len(columns)]] for pair in pairs
     ]
-    return Section("Generations", [Text("Greedy decoding."), Table(columns, cells)])
+    return Section("Generations", [Text(about), Table(columns, cells)])
 
 
 def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section:

@@ -72,6 +72,11 @@ class Combination:
             values = [value.get(key) if isinstance(value, dict) else None for value in values]
         return None if None in values else float(np.mean(values))
 
+    def shares(self) -> list[float] | None:
+        """Each seed's share of right answers; None where that was not written."""
+        right = self.right(list(self.cells))
+        return None if right is None else [float(row.mean()) for row in right]
+
     def name(self, without: str | None = None) -> str:
         """Its place in the grid, such as `loreft, symnoise, trec`; also without an axis."""
         return ", ".join(value for axis, value in self.axes.items() if axis != without)

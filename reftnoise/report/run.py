@@ -17,6 +17,8 @@ from .page import Block, Cell, Facts, Folded, Section, Table, Text, number
 SHOWN = 8
 """Prompts with the texts of base and adapted model."""
 
+EVALUATED = "The first rows of the last evaluation."
+
 
 def run_sections(
     run: Run,
@@ -39,7 +41,7 @@ def run_sections(
     elif against is not None or prompts is not None:
         raise FileNotFoundError(f"{run.directory}: the run has no adapter")
     else:
-        sections.append(generations(_both(run)[:SHOWN]))
+        sections.append(generations(_both(run)[:SHOWN], EVALUATED))
         sections.append(Section("Adapter", [Text("The run has no adapter to be measured.")]))
     recipe = Section("Recipe", [Folded("recipe.yaml", run.recipe_text)])
     return [part for part in [*sections, recipe] if part.blocks]
@@ -60,12 +62,14 @@ def _measured(
         ]
     pairs = [] if prompts else _both(run)[:SHOWN]
     if pairs or not asked:
-        sections.append(generations(pairs))
+        sections.append(generations(pairs, EVALUATED))
     else:
         sections.append(
             _or_reason(
                 "Generations",
-                lambda: generations(generate(*loaded, asked, max_new_tokens=max_new_tokens)),
+                lambda: generations(
+                    generate(*loaded, asked, max_new_tokens=max_new_tokens), "Greedy decoding."
+                ),
             )
         )
     return sections, subspaces(reft_model)

@@ -1,5 +1,6 @@
 """A study's page: every combination with its interval, and how it differs from the baseline."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,6 @@ from .files import DATA_AXES, Combination, Key, Study
 from .formats import duration, memory, score, signed
 from .page import Cell, Folded, Section, Style, Table, Text, markdown, number
 
-ACCURACY = "accuracy"
 NONE = "–"
 
 Panels = dict[str, list[tuple[str, float, Sequence[float]]]]
@@ -53,14 +53,14 @@ def study_page(study: Study) -> tuple[list[Section], str]:
     seeds = _panels(
         study,
         {
-            one.key: (mean, [cell["scores"][ACCURACY] for cell in one.cells.values()])
+            one.key: (sum(shares) / len(shares), shares)
             for one in study.combinations
-            if (mean := one.mean("scores", ACCURACY)) is not None
+            if (shares := one.shares()) is not None
         },
     )
     if seeds:
-        about = "Accuracy of each seed, a dot, and the mean over seeds, a bar."
-        draw = partial(draw_panels, seeds, "accuracy, %", is_difference=False)
+        about = "Right answers of each seed, a dot, and the mean over seeds, a bar."
+        draw = partial(draw_panels, seeds, "right, %", is_difference=False)
         sections.append(Section("Seeds", [Text(about), picture("seeds", about, draw)]))
     sections.append(Section("Study", [Folded("study.yaml", study.text)]))
     return sections, f"{markdown(table)}\n{text}\n"
@@ -81,23 +81,21 @@ def _outcome(study: Study, one: Combination) -> Outcome:
 
 def _table(study: Study, found: Sequence[Outcome]) -> Table:
     """A row per combination of axes."""
-    cells = [cell for one in study.combinations for cell in one.cells.values()]
-    names = dict.fromkeys(name for cell in cells for name in cell["scores"])
-    others = [name for name in names if name != ACCURACY]
-    columns = [*study.axes, "seeds", ACCURACY, "95 % interval"]
+    names = _score_names(study)
+    columns = [*study.axes, "seeds", "right", "95 % interval"]
     if study.baseline:
         columns += ["difference", "95 % interval", "p"]
-    columns += [*others, "parameters", "time", "peak memory"]
-    return Table(columns, [_row(study, one, others) for one in found])
+    columns += [*names, "parameters", "time", "peak memory"]
+    return Table(columns, [_row(study, one, names) for one in found])
 
 
-def _row(study: Study, outcome: Outcome, others: Sequence[str]) -> list[Cell]:
+def _row(study: Study, outcome: Outcome, names: Sequence[str]) -> list[Cell]:
     one = outcome.combination
     cells = [Cell(one.axes[axis]) for axis in study.axes]
-    cells += [number(str(len(one.cells))), *_mean_cells(outcome)]
+    cells += [number(str(len(one.cells))), *_mean_cells(outcome.mean)]
     if study.baseline:
         cells += _difference_cells(outcome.difference)
-    cells += [number(score(one.mean("scores", name)) or NONE) for name in others]
+    cells += [number(score(one.mean("scores", name)) or NONE) for name in names]
     sizes = (("parameters", "{:,.0f}".format), ("seconds", duration), ("peak_memory_bytes", memory))
     for key, shown in sizes:
         value = one.mean(key)
@@ -105,15 +103,11 @@ def _row(study: Study, outcome: Outcome, others: Sequence[str]) -> list[Cell]:
     return cells
 
 
-def _mean_cells(outcome: Outcome) -> list[Cell]:
-    found = outcome.mean
+def _mean_cells(found: Interval | None) -> list[Cell]:
     if found is None:
-        mean = outcome.combination.mean("scores", ACCURACY)
-        return [number(NONE if mean is None else _percent(mean)), number(NONE)]
-    return [
-        number(_percent(found.mean)),
-        number(f"{_percent(found.low)} to {_percent(found.high)}"),
-    ]
+        return [number(NONE)] * 2
+    interval = f"{_percent(found.low)} to {_percent(found.high)}"
+    return [number(_percent(found.mean)), number(interval)]
 
 
 def _difference_cells(found: Difference | None) -> list[Cell]:
@@ -149,10 +143,21 @@ def _baseline(study: Study) -> str:
     return ", ".join(f"{axis} {value}" for axis, value in study.baseline.items())
 
 
+def _score_names(study: Study) -> list[str]:
+    """Scores of the tasks but those that are the share of right answers under another name."""
+    found: dict[str, bool] = {}
+    for one in study.combinations:
+        shares = one.shares() or [math.inf] * len(one.cells)
+        for cell, share in zip(one.cells.values(), shares, strict=True):
+            for name, value in cell["scores"].items():
+                found[name] = found.get(name, False) or not math.isclose(value, share)
+    return [name for name, differs in found.items() if differs]
+
+
 def _explanation(study: Study) -> str:
     text = (
-        "Accuracy in percent, the mean over seeds and items. Intervals are bootstrapped over seeds "
-        "and items."
+        "Right answers in percent, the mean over seeds and items. Intervals are bootstrapped over "
+        "seeds and items."
     )
     if study.baseline:
         text += (
