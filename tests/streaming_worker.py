@@ -1,6 +1,6 @@
-"""Train a tiny model on a stream of many rows, and print the peak of this process's memory in bytes.
+"""Train a tiny model on a stream of many rows, and print this process's peak memory in bytes.
 
-python streaming_worker.py FILE CACHE stream|table
+python streaming_worker.py FILE CACHE
 """
 
 import resource
