@@ -176,10 +176,12 @@ def _load_file(path: Path, split: str, streaming: bool) -> Rows:
     # datasets takes a file for the one it knows by path and time: here its content names it.
     name = None if streaming else file_digest(path)
     files = {split: glob.escape(str(path))}
+    # Of a stream, little is to be in memory at a time: 10 MiB of lines are many times that as rows.
+    options = {"chunksize": 2**20} if streaming and kind == "json" else {}
     try:
         with _errors_raised_alone():
             rows = datasets.load_dataset(
-                kind, name, data_files=files, split=split, streaming=streaming
+                kind, name, data_files=files, split=split, streaming=streaming, **options
             )
             column_names(rows)  # of a stream, reads the file's beginning
     except (DatasetGenerationError, StopIteration, ValueError) as error:

@@ -30,7 +30,7 @@ from .sources import file_digest
 logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 2**20
-"""Rows of fewer bytes are tokenised anew."""
+"""Rows of fewer bytes, which take a second or two, are tokenised anew."""
 _VERSION = 1  # of what the files hold
 _BATCH = 1000
 _INT, _INTS, _FLAG = pa.int32(), pa.list_(pa.int32()), pa.bool_()

@@ -1,6 +1,6 @@
-"""Train a tiny model on a file of many rows, and print the peak of this process's memory in bytes.
+"""Train a tiny model on a stream of many rows, and print this process's peak memory in bytes.
 
-python streaming_worker.py FILE CACHE stream|table
+python streaming_worker.py FILE CACHE
 """
 
 import resource
@@ -19,11 +19,11 @@ from reftnoise.tiny import DIRECTORY
 BATCH = 1000
 
 
-def main(path: str, cache: str, way: str) -> None:
+def main(path: str, cache: str) -> None:
     datasets.config.HF_DATASETS_CACHE = cache
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
-    rows = load_rows(path, streaming=way == "stream")
+    rows = load_rows(path, streaming=True)
     with open(path, "rb") as file:
         number = sum(1 for _ in file)
     base = LlamaForCausalLM(
