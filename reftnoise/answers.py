@@ -83,6 +83,8 @@ def generate_texts(
     asked: list[str | Messages] = [
         [*before, {"role": "user", "content": prompt}] if chat else prompt for prompt in prompts
     ]
+    if max_new_tokens is None:
+        max_new_tokens = enough(tokenizer, reft_model)
     penalty = {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
     with evaluating(reft_model, seed):
         return generated(

@@ -228,11 +228,10 @@ def study(study: Study, quiet: bool = False, json: bool = False) -> None:
         quiet: print nothing but errors.
         json: print the results as JSON, and no progress.
     """
+    from .report import write_report  # first: it says if the extra that it needs is missing
     from .study.runner import run_study
 
     results = run_study(study, console=_progress_console(quiet or json))
-    from .report import write_report  # after hours of work, not before: it needs an extra
-
     page = write_report(study.output_dir)
     if json:
         _print_json(results)

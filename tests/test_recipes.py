@@ -154,8 +154,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     more = ("--training.save_steps", 2, "--training.max_steps", 6)
     assert command(*quick(tmp_path / "whole", *more), "--quiet") == 0
 
-    def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 5:
+    def stop(*given: Any, **_: Any) -> None:
+        if given[2].global_step == 5:
             raise KeyboardInterrupt
 
     run = tmp_path / "stopped"

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -90,12 +90,12 @@ def cells(study: Study) -> list[Cell]:
             level that makes no recipe.
     """
     _check(study)
-    found: dict[tuple[tuple[str, str | int], ...], Cell] = {}
-    for seed, combination in itertools.product(study.seeds, list(_combinations(study))):
-        levels: dict[str, str | int] = {**combination, SEED: seed}
-        if (place := tuple(levels.items())) not in found:
-            found[place] = Cell(levels, _recipe(study, combination, seed))
-    return list(found.values())
+    unseeded = {tuple(one.items()): _recipe(study, one) for one in _combinations(study)}
+    return [
+        Cell({**dict(levels), SEED: seed}, replace(recipe, seed=seed))
+        for seed in study.seeds
+        for levels, recipe in unseeded.items()
+    ]
 
 
 def _combinations(study: Study) -> Iterator[dict[str, str]]:
@@ -105,7 +105,7 @@ def _combinations(study: Study) -> Iterator[dict[str, str]]:
             yield dict(zip(study.axes, combination, strict=True))
 
 
-def _recipe(study: Study, combination: Mapping[str, str], seed: int) -> Recipe:
+def _recipe(study: Study, combination: Mapping[str, str]) -> Recipe:
     values = asdict(study.recipe)
     for axis, level in combination.items():
         values = merged(values, study.axes[axis][level])
@@ -113,7 +113,7 @@ def _recipe(study: Study, combination: Mapping[str, str], seed: int) -> Recipe:
         if all(combination[axis] in _levels(chosen) for axis, chosen in rule["when"].items()):
             values = merged(values, rule["then"])
     where = ", ".join(f"{axis} {level}" for axis, level in combination.items())
-    return read(Recipe, values | {"seed": seed}, f"cell {where}: ")
+    return read(Recipe, values, f"cell {where}: ")
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
