@@ -7,23 +7,28 @@
     python examples/learning_curves.py --model MODEL --data FOLDER --output curves.png
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import datasets
 import matplotlib as mpl
 import torch
-from classify_reviews import CONSOLE, load, loreft, train
 from jsonargparse import auto_cli
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from transformers import set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import reftnoise as rn
+from reftnoise.bases import load_base
+from reftnoise.progress import RichProgressCallback
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend
+
+CONSOLE = Console()
 
 
 class Householder(nn.Module):
@@ -59,6 +64,48 @@ WAYS = {
 }
 
 
+def train(
+    reft_model: rn.ReftModel,
+    tokenizer: Any,
+    examples: datasets.Dataset,
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    name: str,
+) -> list[float]:
+    """Train, and return the loss of every tenth step."""
+    data_module = rn.make_last_position_supervised_data_module(
+        tokenizer, reft_model, examples, completion_column="output"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        args = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            train_sampling_strategy="group_by_length",
+            include_num_input_tokens_seen="non_padding",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            seed=seed,
+        )
+        trainer: Trainer = rn.ReftTrainerForCausalLM(
+            model=reft_model,
+            args=args,
+            callbacks=[RichProgressCallback(CONSOLE, name)],
+            **data_module,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def main(
     model: str,
     data: str,
@@ -86,8 +133,9 @@ def main(
     curves: dict[str, list[float]] = {}
     for name, change in WAYS.items():
         set_seed(seed)
-        base, tokenizer = load(model)
-        reft_model = rn.get_reft_model(base, rn.ReftConfig(representations=loreft(rank)))
+        base, tokenizer = load_base(model, dtype="float32")
+        loreft = {"layer": "all", "intervention": "loreft", "low_rank_dimension": rank}
+        reft_model = rn.get_reft_model(base, rn.ReftConfig([loreft | {"positions": "f4+l4"}]))
         if change is not None:
             for unit in reft_model.interventions.values():
                 change(unit)
