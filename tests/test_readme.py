@@ -4,14 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from architectures import tiny_model
 from transformers import AutoTokenizer
 
 import reftnoise as rn
 from reftnoise.interventions import INTERVENTIONS
+from reftnoise.parsing import read
+from reftnoise.recipe import Recipe
 from reftnoise.tiny import DIRECTORY
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def block(heading: str) -> str:
@@ -73,3 +77,23 @@ def test_an_intervention_of_your_own() -> None:
 
 def test_every_unit_is_in_the_table() -> None:
     assert all(f"| `{name}` |" in README for name in INTERVENTIONS)
+
+
+@pytest.mark.parametrize("heading", ["Tasks", "Reports"])
+def test_evaluation_and_inspection(heading: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block(heading), {})
+    assert capsys.readouterr().out
+
+
+def test_the_recipe_is_one() -> None:
+    found = re.search(
+        r"```yaml\n(.*?)```", README[README.index("## From the command line") :], re.S
+    )
+    assert found is not None
+    recipe = read(Recipe, yaml.safe_load(found[1].replace("4.0e-3", "0.004")))
+    assert [unit["intervention"] for unit in recipe.representations] == ["loreft", "symnoise"]
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
