@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from . import yaml_text
 from .components import COMPONENTS, is_dotted, split_component
 from .composition import read_peft
 from .hints import nearest
@@ -282,11 +283,11 @@ class ReftConfig:
         return cls.from_dict(json.loads(_expect_text(text, "from_json")))
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return yaml_text.dump(self.to_dict())
 
     @classmethod
     def from_yaml(cls, text: str) -> "ReftConfig":
-        return cls.from_dict(yaml.safe_load(_expect_text(text, "from_yaml")))
+        return cls.from_dict(yaml_text.load(_expect_text(text, "from_yaml")))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ReftConfig":

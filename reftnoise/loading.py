@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from . import yaml_text
 from .bases import load_base
 from .model import ReftModel
 from .saving import CONFIG_NAME, WEIGHTS_NAME, local_directory
@@ -85,7 +84,7 @@ def base_of(directory: Path) -> dict[str, Any]:
     """
     recipe = directory.parent / "recipe.yaml"
     if directory.name == "adapter" and recipe.is_file():
-        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        values = yaml_text.load(recipe.read_text(encoding="utf-8"))
         if isinstance(values, dict) and isinstance(values.get("model"), str):
             return {name: values[name] for name in _OF_BASE if values.get(name) is not None}
     return {"model": str(read_description(directory)["base_model"].get("name_or_path") or "")}

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from . import yaml_text
 from .hints import nearest
 
 Config = TypeVar("Config")
@@ -63,7 +64,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: it holds something else.
     """
     try:
-        values = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+        values = yaml_text.load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: no YAML: {one_line(error)}") from None
     if not isinstance(values, dict):

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import reftnoise as rn
+from reftnoise import yaml_text
 from reftnoise.cli import COMMANDS, main
 from reftnoise.evaluation import evaluate
 from reftnoise.parsing import read, read_file, read_yaml
@@ -88,6 +91,22 @@ def test_a_recipe_is_the_same_as_yaml(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
     assert read_file(Recipe, path) == recipe
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=8,
+    )
+)
+@example(["2e-3", "1.5E5", 2e-3, 1e-5, "null", "on", "3", "a: b", "-1e3"])
+def test_yaml_reads_what_it_writes(value: Any) -> None:
+    assert yaml_text.load(yaml_text.dump(value)) == value
+
+
+def test_yaml_reads_exponents_as_numbers() -> None:
+    assert yaml_text.load("{a: 1e-3, b: 2.0E+4, c: e3}") == {"a": 0.001, "b": 2e4, "c": "e3"}
 
 
 # -- runs ----------------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import yaml
-
+from .. import yaml_text
 from ..hints import nearest
 from ..parsing import read
 from ..recipe import Recipe
@@ -54,7 +53,7 @@ class Study:
 
     def to_yaml(self) -> str:
         """What a file holds that gives this study again."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        return yaml_text.dump(asdict(self))
 
 
 @dataclass(frozen=True)
