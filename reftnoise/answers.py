@@ -91,9 +91,7 @@ def generate_texts(
             reft_model,
             tokenizer,
             asked,
-            max_new_tokens=enough(tokenizer, reft_model)
-            if max_new_tokens is None
-            else max_new_tokens,
+            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             generation=sampling(temperature, top_p, top_k) | penalty,
             progress=progress,
