@@ -139,8 +139,6 @@ def generate(
         seed: of sampling.
         json: print the answers as JSON.
     """
-    import io
-
     from rich.console import Console
 
     from .answers import answer_prompts
@@ -154,7 +152,7 @@ def generate(
         compare=compare,
         model=model,
         device=device,
-        console=Console(file=io.StringIO()) if json else None,
+        console=None if json else Console(highlight=False),
         chat=chat,
         system=system,
         max_new_tokens=max_new_tokens,
