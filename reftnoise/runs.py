@@ -29,12 +29,11 @@ from transformers import (
 )
 
 from .bases import load_base
-from .bench.report import machine
 from .classifiers import make_classifier_data_module
 from .config import ReftConfig
 from .data import make_last_position_supervised_data_module
-from .devices import peak_memory
 from .hints import nearest
+from .machine import machine, peak_memory
 from .model import ReftModel, get_reft_model
 from .progress import RichProgressCallback
 from .recipe import Recipe

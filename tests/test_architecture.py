@@ -24,6 +24,7 @@ LAYERS = [
         "composition",
         "devices",
         "loss",
+        "machine",
         "pairs",
         "parsing",
         "positions",
