@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import datasets
 from torch import Tensor
 
 from ..config import ReftConfig
@@ -167,8 +168,10 @@ def _training_batches(
     source = load_rows(
         data.train, split=data.train_split, subset=data.subset, streaming=data.streaming
     )
-    count = rows if data.streaming else min(rows, len(source))
-    first = rename_columns(source.take(count), data.columns)
+    first = source.take(rows if data.streaming else min(rows, len(source)))
+    if isinstance(first, datasets.IterableDataset):  # training repeats a stream without end
+        first = datasets.Dataset.from_list(list(first))
+    first = rename_columns(first, data.columns)
     module = data_module_of(recipe, tokenizer, reft_model, first)
     examples, collate = list(module["train_dataset"]), module["data_collator"]
     size = recipe.training.per_device_train_batch_size
