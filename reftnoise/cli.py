@@ -415,8 +415,9 @@ def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     if (path / "recipe.yaml").is_file():
         return ("--config", str(path / "recipe.yaml"), *place, *rest)
     if (path / "reft_config.json").is_file():
-        saved = json_format.loads((path / "reft_config.json").read_text(encoding="utf-8"))
-        return ("--model", saved["base_model"]["name_or_path"], *place, *rest)
+        from .loading import base_of
+
+        return ("--model", base_of(path)["model"], *place, *rest)
     raise FileNotFoundError(f"eval: {first}: expected the directory of a run or of an adapter")
 
 

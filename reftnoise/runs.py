@@ -33,6 +33,7 @@ from .classifiers import make_classifier_data_module
 from .config import ReftConfig
 from .data import make_last_position_supervised_data_module
 from .hints import nearest
+from .loading import adapter_directory
 from .machine import machine, peak_memory
 from .model import ReftModel, get_reft_model
 from .progress import RichProgressCallback
@@ -118,10 +119,9 @@ def load_trained(recipe: Recipe) -> tuple[ReftModel, Any]:
 
     The directory is that of a run, or of an adapter alone.
     """
-    directory = Path(recipe.output_dir)
-    inside = directory / ADAPTER
+    directory = adapter_directory(recipe.output_dir)
     base, tokenizer = _base(recipe, get_task(recipe.task))
-    return ReftModel.from_pretrained(base, inside if inside.is_dir() else directory), tokenizer
+    return ReftModel.from_pretrained(base, directory), tokenizer
 
 
 def _base(recipe: Recipe, task: Task) -> tuple[Any, Any]:
