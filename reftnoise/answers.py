@@ -91,9 +91,7 @@ def generate_texts(
             reft_model,
             tokenizer,
             asked,
-            max_new_tokens=enough(tokenizer, reft_model)
-            if max_new_tokens is None
-            else max_new_tokens,
+            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             generation=sampling(temperature, top_p, top_k) | penalty,
             progress=progress,
@@ -141,12 +139,12 @@ def answer_prompts(
         adapter: as in `load_adapted`.
         prompts: texts.
         input: a file of JSON lines with prompts, after those.
-        output: file for the rows as JSON lines; they are printed where there is none.
+        output: file for the rows as JSON lines.
         column: the key of the prompts in `input`.
         compare: also let the base answer.
         model: the base, as in `load_adapted`.
         device: of both, as in `load_adapted`.
-        console: where to print.
+        console: where the answers are printed that go to no file; nowhere, if None.
         settings: as in `generate_texts`.
 
     Raises:
@@ -172,8 +170,8 @@ def answer_prompts(
     rows = [row | {"text": text} for row, text in zip(rows, answers, strict=True)]
     if output is not None:
         write_jsonl(output, rows)
-    else:
-        show(rows, texts, console or Console(highlight=False))
+    elif console is not None:
+        show(rows, texts, console)
     return rows
 
 

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from .composition import inner_model
+from .tiny import NAME
 
 if TYPE_CHECKING:
     from .model import ReftModel
-
-EMBEDDED = "tiny-chat"
 
 _CARD = """\
 ---
@@ -60,7 +59,7 @@ def card(reft_model: "ReftModel", base: str) -> str:
 
 def _loading(base: Any, name: str) -> str:
     """Code that makes `model`, the base."""
-    if name == EMBEDDED:
+    if name == NAME:
         return "\nmodel, tokenizer = rn.load_tiny_model()"
     own = type(base).__name__
     auto = f"AutoModelFor{own.partition('For')[2]}"

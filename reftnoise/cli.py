@@ -139,8 +139,6 @@ def generate(
         seed: of sampling.
         json: print the answers as JSON.
     """
-    import io
-
     from rich.console import Console
 
     from .answers import answer_prompts
@@ -154,7 +152,7 @@ def generate(
         compare=compare,
         model=model,
         device=device,
-        console=Console(file=io.StringIO()) if json else None,
+        console=None if json else Console(highlight=False),
         chat=chat,
         system=system,
         max_new_tokens=max_new_tokens,
@@ -417,8 +415,9 @@ def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     if (path / "recipe.yaml").is_file():
         return ("--config", str(path / "recipe.yaml"), *place, *rest)
     if (path / "reft_config.json").is_file():
-        saved = json_format.loads((path / "reft_config.json").read_text(encoding="utf-8"))
-        return ("--model", saved["base_model"]["name_or_path"], *place, *rest)
+        from .loading import base_of
+
+        return ("--model", base_of(path)["model"], *place, *rest)
     raise FileNotFoundError(f"eval: {first}: expected the directory of a run or of an adapter")
 
 

@@ -7,8 +7,6 @@ them by hooks on the modules.
 """
 
 import os
-import resource
-import sys
 from importlib import import_module
 from typing import Any
 
@@ -115,11 +113,3 @@ def _whole(tensor: Tensor) -> Tensor:
     deepspeed: Any = import_module("deepspeed")
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().to("cpu", copy=True)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU at most so far, or of this process' memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

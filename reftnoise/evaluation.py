@@ -151,9 +151,9 @@ def _questions(task: Task, rows: Sequence[Row]) -> list[Question]:
 
 
 @contextmanager
-def evaluating(model: Any, seed: int) -> Iterator[None]:
+def evaluating(model: Any, seed: int = 0) -> Iterator[None]:
     """Evaluation mode, no gradients, and draws of their own; afterwards all is as it was."""
-    was_training = [module for module in model.modules() if module.training]
+    modes = {module: module.training for module in model.modules()}
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
     try:
@@ -161,8 +161,8 @@ def evaluating(model: Any, seed: int) -> Iterator[None]:
             torch.manual_seed(seed)
             yield
     finally:
-        for module in was_training:
-            module.training = True
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _expect_causal(model: Any) -> None:

@@ -13,4 +13,4 @@ def nearest(name: object, possible: Iterable[str], rest: str | None = None) -> s
     by_lower = {known.lower(): known for known in names}
     near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
     hint = f"did you mean {by_lower[near[0]]!r}? " if near else ""
-    return hint + (rest or f"possible: {', '.join(names)}")
+    return hint + (rest or f"possible: {', '.join(names) or 'none'}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .components import find_layers, is_encoder_decoder
 from .composition import inner_model
 from .engine import Engine
+from .evaluation import evaluating
 from .interventions import LowRankRotation, NoiseIntervention
 from .model import ReftModel
 from .tokenization import Messages
@@ -74,7 +75,7 @@ def edit_norms(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> EditNor
     if is_encoder_decoder(inner_model(reft_model.model)):
         raise ValueError("edit norms: expected a model with one sequence, not an encoder-decoder")
     inputs = _encode(reft_model, tokenizer, prompt)
-    with _evaluating(reft_model), _watched(reft_model._engine) as seen:
+    with evaluating(reft_model), _watched(reft_model._engine) as seen:
         reft_model(**inputs)
     tokens = [tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist()]
     width = len(tokens)
@@ -184,7 +185,7 @@ def logit_lens(
             )
         ]
 
-    with _evaluating(reft_model):
+    with evaluating(reft_model):
         adapted = guesses()
         with reft_model.disabled():
             bare = guesses()
@@ -211,10 +212,8 @@ def noise_losses(
     noises = [u for u in reft_model.interventions.values() if isinstance(u, NoiseIntervention)]
     if not noises:
         raise ValueError("the config has no noise: there are no two losses to compare")
-    devices = [reft_model.device] if reft_model.device.type == "cuda" else []
-    with _evaluating(reft_model), torch.random.fork_rng(devices):
-        clean = _mean_loss(reft_model, batches)
-        torch.manual_seed(seed)
+    with evaluating(reft_model, seed):
+        clean = _mean_loss(reft_model, batches)  # which draws nothing
         reft_model.training = True  # the model itself pairs rows; its parts stay as they are
         for unit in noises:
             unit.train()
@@ -257,18 +256,6 @@ def _encode(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> dict[str, 
 
 def _on_device(values: Any, reft_model: ReftModel) -> Any:
     return values.to(reft_model.device) if isinstance(values, Tensor) else values
-
-
-@contextlib.contextmanager
-def _evaluating(reft_model: ReftModel) -> Iterator[None]:
-    modes = {module: module.training for module in reft_model.modules()}
-    reft_model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -29,12 +29,12 @@ from transformers import (
 )
 
 from .bases import load_base
-from .bench.report import machine
 from .classifiers import make_classifier_data_module
 from .config import ReftConfig
 from .data import make_last_position_supervised_data_module
-from .devices import peak_memory
 from .hints import nearest
+from .loading import adapter_directory
+from .machine import machine, peak_memory
 from .model import ReftModel, get_reft_model
 from .progress import RichProgressCallback
 from .recipe import Recipe
@@ -79,7 +79,7 @@ def train_recipe(
     set_seed(recipe.seed)
     base, tokenizer = _base(recipe, task)
     reft_model = get_reft_model(base, config)
-    data_module = _data_module(recipe, task, tokenizer, reft_model)
+    data_module = _data_module(recipe, tokenizer, reft_model)
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:
         directory.mkdir(parents=True, exist_ok=True)
@@ -119,10 +119,9 @@ def load_trained(recipe: Recipe) -> tuple[ReftModel, Any]:
 
     The directory is that of a run, or of an adapter alone.
     """
-    directory = Path(recipe.output_dir)
-    inside = directory / ADAPTER
+    directory = adapter_directory(recipe.output_dir)
     base, tokenizer = _base(recipe, get_task(recipe.task))
-    return ReftModel.from_pretrained(base, inside if inside.is_dir() else directory), tokenizer
+    return ReftModel.from_pretrained(base, directory), tokenizer
 
 
 def _base(recipe: Recipe, task: Task) -> tuple[Any, Any]:
@@ -216,9 +215,7 @@ def _clear(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
-def _data_module(
-    recipe: Recipe, task: Task, tokenizer: Any, reft_model: ReftModel
-) -> dict[str, Any]:
+def _data_module(recipe: Recipe, tokenizer: Any, reft_model: ReftModel) -> dict[str, Any]:
     data = recipe.data
     if data.train is None:
         raise ValueError("data.train: expected a file, the name of a hub dataset, or tiny-chat")
@@ -232,14 +229,26 @@ def _data_module(
         is_streamed = data.streaming and source == data.train
         rows = load_rows(source, split=split, subset=data.subset, streaming=is_streamed)
         parts.append(rename_columns(rows, data.columns))
+    return data_module_of(recipe, tokenizer, reft_model, *parts)
+
+
+def data_module_of(
+    recipe: Recipe,
+    tokenizer: Any,
+    reft_model: ReftModel,
+    rows: Rows,
+    eval_rows: Rows | None = None,
+) -> dict[str, Any]:
+    """Datasets and collator of rows, as the recipe's task and template make examples of them."""
+    data, task = recipe.data, get_task(recipe.task)
     if isinstance(task, ClassifierTask):
-        return make_classifier_data_module(tokenizer, task, parts[0], *parts[1:])
-    examples = [as_examples(rows, task, data.template, tokenizer) for rows in parts]
+        return make_classifier_data_module(tokenizer, task, rows, eval_rows)
+    given = None if eval_rows is None else as_examples(eval_rows, task, data.template, tokenizer)
     return make_last_position_supervised_data_module(
         tokenizer,
         reft_model,
-        examples[0],
-        eval_prompts=examples[1] if data.eval is not None else None,
+        as_examples(rows, task, data.template, tokenizer),
+        eval_prompts=given,
         max_length=data.max_length,
         shuffle_seed=recipe.seed,
     )

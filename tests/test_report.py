@@ -172,6 +172,16 @@ def test_a_measurement_that_cannot_be_made_says_why(tmp_path: Path) -> None:
     assert "Not shown: the recipe names no training data." in page
 
 
+def test_rows_of_a_stream_end(run: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "streamed"
+    shutil.copytree(run, directory)
+    recipe = directory / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8").replace("streaming: false", "streaming: true")
+    recipe.write_text(text, encoding="utf-8")
+    page = write_report(directory, rows=8, draws=3).read_text(encoding="utf-8")
+    assert rows(page, "model") == rows((run / "report.html").read_text(encoding="utf-8"), "model")
+
+
 def test_what_is_no_run(tmp_path: Path, run: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected a run .* or a study .* found neither"):
         write_report(tmp_path)

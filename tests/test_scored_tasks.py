@@ -46,10 +46,10 @@ def test_every_name_is_its_tasks(name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("textt", r"task 'textt' is not known; did you mean 'text'\? known: text, classif"),
+        ("textt", r"task 'textt' is not known; did you mean 'text'\? possible: text, classif"),
         ({"name": "classification", "label": []}, "no argument 'label'; did you mean 'labels'"),
         ({"name": "classification"}, "'classification' lacks its argument 'labels'"),
-        ({"name": "text", "labels": []}, "'text' has no argument 'labels'; known: none"),
+        ({"name": "text", "labels": []}, "'text' has no argument 'labels'; possible: none"),
         ({"labels": []}, r"task {'labels': \[\]}: expected a 'name'"),
         ({"name": "classification", "labels": "good"}, "labels 'good': expected a list of two"),
         ({"name": "classification", "labels": ["a", "a"]}, "two or more different labels"),

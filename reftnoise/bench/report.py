@@ -2,51 +2,18 @@
 
 import json
 import math
-import os
-import platform
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("reftnoise", "torch", "transformers", "peft", "pyvene")
+from ..machine import machine
 
 Row = dict[str, Any]
 """One side on one workload: `case`, `side`, `seconds`, `spread`, `tokens_per_second`, and where
 they were measured `peak_bytes` and `own_share`."""
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
-    import torch
-
-    found: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    if device != "cpu":
-        found["device"] = torch.cuda.get_device_name()
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def print_table(rows: Sequence[Row], title: str, console: Console) -> None:

@@ -5,7 +5,6 @@ taken for the prompt's end, so edits such as those of `l1` land on the continuat
 the model where each context ends.
 """
 
-import difflib
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..hints import nearest
 from ..model import ReftModel
 from ..scoring import next_token_log_probs, rows_alike, what_is_read
 
@@ -186,9 +186,8 @@ def evaluate_with_harness(
     manager = _all_tasks(include_path)
     for name in tasks:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"lm_eval task {name!r}: lm-evaluation-harness has none such{hint}")
+            hint = nearest(name, manager.all_tasks, "`lm-eval ls tasks` lists them")
+            raise ValueError(f"lm_eval task {name!r} is not the harness'; {hint}")
     is_wrapped = isinstance(model, ReftModel)
     lm = (ReftLM if is_wrapped else HFLM)(model, tokenizer=tokenizer, batch_size=batch_size)
     found = simple_evaluate(

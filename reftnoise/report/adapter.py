@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import datasets
 from torch import Tensor
 
 from ..config import ReftConfig
@@ -22,10 +23,11 @@ from ..inspection import (
 )
 from ..model import ReftModel, get_reft_model
 from ..recipe import Recipe
-from ..runs import load_trained
+from ..runs import data_module_of, load_trained
+from ..sources import load_rows, rename_columns
+from ..templates import fill
 from .figures import draw_cosines, draw_heat, draw_noise, picture
 from .formats import signed
-from .loading import as_text, rendered, training_batches
 from .page import Cell, Section, Table, Text, number
 
 Row: TypeAlias = tuple[Prompt, str, str, str]
@@ -39,7 +41,7 @@ def noise(
     noises = [entry for entry in reft_model.reft_config.representations if entry.is_noise]
     if not noises:
         return Section("Noise")
-    batches = training_batches(recipe, reft_model, tokenizer, rows)
+    batches = _training_batches(recipe, reft_model, tokenizer, rows)
     found = {"adapted": noise_losses(reft_model, batches, draws=draws)}
     if reft_model.reft_config.peft is None:
         bare = get_reft_model(reft_model.model, ReftConfig(noises), set_device=False)
@@ -69,10 +71,10 @@ def _noise_row(name: str, losses: NoiseLosses) -> list[Cell]:
 
 def edits(recipe: Recipe, reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> Section:
     """How far each site's hidden states are moved, token by token."""
-    found = edit_norms(reft_model, tokenizer, rendered(recipe, [prompt])[0])
+    found = edit_norms(reft_model, tokenizer, _rendered(recipe, [prompt])[0])
     if not found.sites:
         return Section("Edits")
-    about = f"‖edit‖ / ‖h‖ at each edited site and token of the prompt “{as_text(prompt)}”"
+    about = f"‖edit‖ / ‖h‖ at each edited site and token of the prompt “{_as_text(prompt)}”"
     norms = found.norms.numpy()
     drawn = picture("edits", about, lambda: draw_heat(norms, found.sites, found.tokens))
     return Section("Edits", [Text(f"{about}."), drawn])
@@ -80,10 +82,10 @@ def edits(recipe: Recipe, reft_model: ReftModel, tokenizer: Any, prompt: Prompt)
 
 def lens(recipe: Recipe, reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> Section:
     """What each layer's hidden state at the last token would have the model write."""
-    found = logit_lens(reft_model, tokenizer, rendered(recipe, [prompt])[0], top=3)
+    found = logit_lens(reft_model, tokenizer, _rendered(recipe, [prompt])[0], top=3)
     about = (
         "The likeliest next tokens that each layer's hidden state at the last token of "
-        f"“{as_text(prompt)}” gives through the final norm and the head. Layers whose first token "
+        f"“{_as_text(prompt)}” gives through the final norm and the head. Layers whose first token "
         "the edits change are marked."
     )
     columns = ["layer", "base", "", "", "adapted", "", ""]
@@ -115,7 +117,7 @@ def generate(
     max_new_tokens: int,
 ) -> list[Row]:
     """What base and adapted model write."""
-    shown = rendered(recipe, prompts)
+    shown = _rendered(recipe, prompts)
     with reft_model.disabled():
         base = generated(reft_model, tokenizer, shown, max_new_tokens=max_new_tokens)
     adapted = generated(reft_model, tokenizer, shown, max_new_tokens=max_new_tokens)
@@ -130,7 +132,7 @@ def generations(pairs: Sequence[Row], about: str) -> Section:
     if not any(answer for *_, answer in pairs):
         columns.pop()
     cells = [
-        [Cell(as_text(part).strip(), "text") for part in pair[: len(columns)]] for pair in pairs
+        [Cell(_as_text(part).strip(), "text") for part in pair[: len(columns)]] for pair in pairs
     ]
     return Section("Generations", [Text(about), Table(columns, cells)])
 
@@ -147,3 +149,51 @@ def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section
     chance = sum(chances) / len(chances)
     drawn = picture("subspaces", about, lambda: draw_cosines(cosines, chance))
     return Section("Subspaces", [Text(about), drawn])
+
+
+# -- the recipe's rows and prompts -----------------------------------------------------------------
+
+
+def _training_batches(
+    recipe: Recipe, reft_model: ReftModel, tokenizer: Any, rows: int
+) -> list[dict[str, Any]]:
+    """The first rows that the adapter was trained on, collated as in training.
+
+    Raises:
+        ValueError: the recipe names no data, or data that cannot be read any more.
+    """
+    data = recipe.data
+    if data.train is None:
+        raise ValueError("the recipe names no training data")
+    source = load_rows(
+        data.train, split=data.train_split, subset=data.subset, streaming=data.streaming
+    )
+    first = source.take(rows if data.streaming else min(rows, len(source)))
+    if isinstance(first, datasets.IterableDataset):  # training repeats a stream without end
+        first = datasets.Dataset.from_list(list(first))
+    first = rename_columns(first, data.columns)
+    module = data_module_of(recipe, tokenizer, reft_model, first)
+    examples, collate = list(module["train_dataset"]), module["data_collator"]
+    size = recipe.training.per_device_train_batch_size
+    taken = (*tokenizer.model_input_names, "labels", "prompt_lengths")
+    return [
+        collate([{n: row[n] for n in row if n in taken} for row in examples[start : start + size]])
+        for start in range(0, len(examples), size)
+    ]
+
+
+def _rendered(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts in the recipe's template; conversations as they are.
+
+    Raises:
+        ValueError: the template has columns of a row in it.
+    """
+    template = recipe.data.template
+    return [fill(template, one, {}) if isinstance(one, str) else one for one in prompts]
+
+
+def _as_text(prompt: Prompt) -> str:
+    """A prompt for readers."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,11 +1,11 @@
 """Name → task: the names that recipes use. A task's module is imported when it is asked for."""
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from ..hints import nearest
 from .base import Task
 
 TASKS = {
@@ -40,14 +40,14 @@ def get_task(spec: str | Mapping[str, Any]) -> Task:
         raise ValueError(f"task {arguments}: expected a 'name', one of {', '.join(TASKS)}")
     name = arguments.pop("name")
     if name not in TASKS:
-        raise ValueError(f"task {name!r} is not known; {_possible(str(name), TASKS)}")
+        raise ValueError(f"task {name!r} is not known; {nearest(name, TASKS)}")
     module, _, attribute = TASKS[name].partition(".")
     cls = getattr(importlib.import_module(f".{module}", __package__), attribute)
     taken = inspect.signature(cls).parameters
     for argument in arguments:
         if argument not in taken:
             raise ValueError(
-                f"task {name!r} has no argument {argument!r}; {_possible(str(argument), taken)}"
+                f"task {name!r} has no argument {argument!r}; {nearest(argument, taken)}"
             )
     missing = [
         n for n, p in taken.items() if p.default is inspect.Parameter.empty and n not in arguments
@@ -59,9 +59,3 @@ def get_task(spec: str | Mapping[str, Any]) -> Task:
         )
     task: Task = cls(**arguments)
     return task
-
-
-def _possible(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known := list(known), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}known: {', '.join(known) or 'none'}"
