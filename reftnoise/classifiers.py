@@ -11,13 +11,20 @@ from .tasks.classifier import ClassifierTask
 
 
 def make_classifier_data_module(
-    tokenizer: Any, task: ClassifierTask, rows: Rows, eval_rows: Rows | None = None
+    tokenizer: Any,
+    task: ClassifierTask,
+    rows: Rows,
+    eval_rows: Rows | None = None,
+    *,
+    max_length: int,
 ) -> dict[str, Any]:
     """Datasets, collator and the task's metrics, to be given to a trainer as `**module`.
 
     Raises:
-        ValueError: a row that the task cannot read, by its number.
+        ValueError: a row that the task cannot read, by its number, or a tokenizer that cannot pad.
     """
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no padding token: give it one and save it again")
 
     def encoded(source: Rows) -> Rows:
         def encode(row: Any, index: int) -> dict[str, Any]:
@@ -25,7 +32,7 @@ def make_classifier_data_module(
                 texts, label = task.texts(row), task.label(row)
             except ValueError as error:
                 raise ValueError(f"example {index}: {error}") from None
-            tokens = tokenizer(*texts, truncation=True, max_length=task.max_length)
+            tokens = tokenizer(*texts, truncation=True, max_length=max_length)
             return {**tokens, "labels": label, "length": len(tokens["input_ids"])}
 
         value = datasets.Value("int64" if task.classes else "float32")

@@ -13,6 +13,7 @@ from .progress import progress_of
 from .recipe import Recipe
 from .saving import replace_all
 from .sources import Rows, load_rows, rename_columns
+from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
 
 SCORES, PREDICTIONS = "scores.json", "predictions.jsonl"
@@ -25,18 +26,37 @@ string of 0 and 1 for the rows in their order."""
 def evaluation_rows(recipe: Recipe) -> Rows | None:
     """The rows to be scored on, each of which the recipe's task can read; None if it names none."""
     wanted, task = recipe.evaluation, get_task(recipe.task)
+    _check_numbers(recipe)
     if wanted.data is None:
         return None
     rows = load_rows(wanted.data, split=wanted.split, subset=wanted.subset)
     rows = rename_columns(rows, recipe.data.columns)
     if wanted.limit is not None:
         rows = rows.take(min(wanted.limit, len(rows)))
+    by_choices = wanted.by == "likelihood" and not isinstance(task, ClassifierTask)
     for index, row in enumerate(rows):
         try:
-            task.question(row)
+            question = task.question(row)
         except ValueError as error:
             raise ValueError(f"evaluation.data {wanted.data}, row {index}: {error}") from None
+        if by_choices and not question.choices:
+            raise ValueError(
+                f"evaluation.by likelihood: the task {task.name!r} has no choices; expected "
+                "generation"
+            )
     return rows
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        value = getattr(recipe.evaluation, name)
+        if value is not None and value < 1:
+            raise ValueError(f"evaluation.{name} {value}: expected at least 1")
+    if isinstance(get_task(recipe.task), ClassifierTask) and recipe.data.template != "plain":
+        raise ValueError(
+            f"data.template {recipe.data.template!r}: a classifier reads its texts as they are; "
+            "expected plain"
+        )
 
 
 def score(
@@ -86,11 +106,15 @@ def save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -
     ]
     predictions = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     text = json.dumps(list(entries.values()), indent=2, ensure_ascii=False) + "\n"
-    replace_all(directory, {PREDICTIONS: predictions.encode(), SCORES: text.encode()})
+    files = {SCORES: text.encode()}
+    if lines:
+        files[PREDICTIONS] = predictions.encode()
+    replace_all(directory, files)
 
 
 def _of_what(entry: Entry) -> tuple[Any, ...]:
-    return tuple(entry.get(name) for name in ("task", "data", "split", "by", "adapter"))
+    names = ("task", "arguments", "data", "subset", "split", "limit", "by", "adapter")
+    return tuple(json.dumps(entry.get(name)) for name in names)
 
 
 def _row(evaluation: Evaluation, index: int) -> dict[str, Any]:
@@ -123,8 +147,11 @@ def _of_task(
         )
     entry = {
         "task": task.name,
+        "arguments": {} if isinstance(recipe.task, str) else recipe.task,
         "data": wanted.data,
+        "subset": wanted.subset,
         "split": wanted.split,
+        "limit": wanted.limit,
         "by": wanted.by,
         "adapter": is_adapted,
         "scores": found.scores,

@@ -18,6 +18,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from rich.console import Console
 from transformers import (
@@ -36,6 +37,7 @@ from .hints import nearest
 from .loading import adapter_directory
 from .machine import machine, peak_memory
 from .model import ReftModel, get_reft_model
+from .parsing import read_file
 from .progress import RichProgressCallback
 from .recipe import Recipe
 from .saving import replace_all
@@ -44,10 +46,22 @@ from .tasks.base import Task
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
 from .templates import as_examples
+from .tokenization import smallest_limit
 from .trainer import ReftTrainer, last_complete_checkpoint
 
 RECIPE, LOG, SUMMARY = "recipe.yaml", "log.jsonl", "summary.json"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+_WRITTEN = (ADAPTER, CHECKPOINTS, LOG, SUMMARY, "scores.json", "predictions.jsonl")
+_SECTIONS = ("data", "training")
+_POSITIVE = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+)
 
 
 def train_recipe(
@@ -59,7 +73,7 @@ def train_recipe(
 ) -> tuple[ReftModel, Any, dict[str, Any]]:
     """Train what a recipe says, and write the run's directory.
 
-    Nothing is written before the recipe, the data and the model have been found to fit together.
+    Nothing is written, and nothing of an earlier run removed, before the Trainer's first step.
 
     Args:
         recipe: of the run.
@@ -75,17 +89,13 @@ def train_recipe(
     """
     directory = Path(recipe.output_dir)
     config, task, args = reft_config(recipe), get_task(recipe.task), training_arguments(recipe)
-    checkpoint = _checkpoint(directory, resume, overwrite)
+    checkpoint = _checkpoint(recipe, resume, overwrite)
     set_seed(recipe.seed)
     base, tokenizer = _base(recipe, task)
     reft_model = get_reft_model(base, config)
+    _check_room(recipe, tokenizer, reft_model)
     data_module = _data_module(recipe, tokenizer, reft_model)
     is_main = int(os.environ.get("RANK", "0")) == 0
-    if is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            _clear(directory)
-        replace_all(directory, {RECIPE: recipe.to_yaml().encode()})
     trainer = ReftTrainer(
         model=reft_model,
         args=args,
@@ -96,7 +106,7 @@ def train_recipe(
     trainer.remove_callback(PrinterCallback)
     progress = None if console is None else RichProgressCallback(console, directory.name)
     if is_main:
-        trainer.add_callback(_Log(directory / LOG))
+        trainer.add_callback(_Directory(recipe, is_new=checkpoint is None))
         if progress is not None:
             trainer.add_callback(progress)
     started = time.perf_counter()
@@ -112,6 +122,20 @@ def train_recipe(
         replace_all(directory, {SUMMARY: text.encode()})
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return reft_model.eval(), tokenizer, summary
+
+
+def _check_room(recipe: Recipe, tokenizer: Any, reft_model: ReftModel) -> None:
+    """Say before training what evaluation would say after it."""
+    if not any(parameter.requires_grad for parameter in reft_model.parameters()):
+        raise ValueError(
+            "the recipe trains nothing: noise alone needs modules_to_save, or a unit beside it"
+        )
+    wanted, limit = recipe.evaluation.max_new_tokens, smallest_limit(tokenizer, reft_model, None)
+    if recipe.evaluation.data and wanted and limit and wanted > limit - 2:
+        raise ValueError(
+            f"evaluation.max_new_tokens {wanted}: expected at most {limit - 2}, for a context of "
+            f"{limit}"
+        )
 
 
 def load_trained(recipe: Recipe) -> tuple[ReftModel, Any]:
@@ -156,6 +180,9 @@ def reft_config(recipe: Recipe) -> ReftConfig:
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's settings; what `training.arguments` says comes last."""
     given = asdict(recipe.training)
+    for name in _POSITIVE:
+        if given[name] is not None and given[name] <= 0:
+            raise ValueError(f"training.{name} {given[name]}: expected a positive number")
     further, eval_steps = given.pop("arguments"), given.pop("eval_steps")
     save_steps, by_length = given.pop("save_steps"), given.pop("group_by_length")
     given.pop("prefix_cache")
@@ -184,35 +211,66 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
                 + nearest(name, known, "see its documentation")
             )
     try:
-        return TrainingArguments(**settings | further)
+        arguments = TrainingArguments(**settings | further)
+        if not isinstance(arguments.seed, int):
+            raise ValueError(f"seed {arguments.seed!r}: expected an integer")
+        return arguments
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
 
 
-def _checkpoint(directory: Path, resume: bool, overwrite: bool) -> str | None:
+def _checkpoint(recipe: Recipe, resume: bool, overwrite: bool) -> str | None:
     """Where to go on from; None for a new run, which must not take the place of another."""
+    directory = Path(recipe.output_dir)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir {directory}: expected a directory, found a file")
-    if (directory / SUMMARY).exists() and not overwrite:
+    if resume and not (directory / SUMMARY).exists():
+        _expect_same(recipe, directory / RECIPE)
+        return last_complete_checkpoint(str(directory / CHECKPOINTS))
+    if overwrite:
+        return None
+    if (directory / SUMMARY).exists():
         raise ValueError(
             f"output_dir {directory} holds a finished run: choose another --output_dir, or "
             "--overwrite it"
         )
-    if not resume:
-        if (directory / CHECKPOINTS).exists() and not overwrite:
+    if (directory / CHECKPOINTS).exists():
+        raise ValueError(
+            f"output_dir {directory} holds an unfinished run: --resume it, or --overwrite it"
+        )
+    if found := [name for name in (RECIPE, *_WRITTEN) if (directory / name).exists()]:
+        raise ValueError(
+            f"output_dir {directory} holds {found[0]} already: choose another --output_dir, or "
+            "--overwrite it"
+        )
+    return None
+
+
+def _expect_same(recipe: Recipe, path: Path) -> None:
+    """A run goes on as it began, but for where it runs and what is scored afterwards."""
+    if not path.exists():
+        raise ValueError(f"{path.parent}: no {RECIPE} in it, so there is no run to resume")
+    before, now = asdict(read_file(Recipe, path)), asdict(recipe)
+    for name in ("output_dir", "device", "evaluation"):
+        del before[name], now[name]
+    for name, value in before.items():
+        if value != now[name]:
+            parts = [n for n in value if value[n] != now[name].get(n)] if name in _SECTIONS else []
+            where, old = (f"{name}.{parts[0]}", value[parts[0]]) if parts else (name, value)
+            new = now[name][parts[0]] if parts else now[name]
             raise ValueError(
-                f"output_dir {directory} holds an unfinished run: --resume it, or --overwrite it"
+                f"{where} {new!r}: the run that is to be resumed has {old!r}; leave it, or "
+                "--overwrite the run"
             )
-        return None
-    return last_complete_checkpoint(str(directory / CHECKPOINTS))
 
 
 def _clear(directory: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for name in (ADAPTER, CHECKPOINTS):
-        shutil.rmtree(directory / name, ignore_errors=True)
-    for name in (LOG, SUMMARY, "scores.json", "predictions.jsonl"):
-        (directory / name).unlink(missing_ok=True)
+    for name in _WRITTEN:
+        if (directory / name).is_dir():
+            shutil.rmtree(directory / name)
+        else:
+            (directory / name).unlink(missing_ok=True)
 
 
 def _data_module(recipe: Recipe, tokenizer: Any, reft_model: ReftModel) -> dict[str, Any]:
@@ -242,7 +300,12 @@ def data_module_of(
     """Datasets and collator of rows, as the recipe's task and template make examples of them."""
     data, task = recipe.data, get_task(recipe.task)
     if isinstance(task, ClassifierTask):
-        return make_classifier_data_module(tokenizer, task, rows, eval_rows)
+        if isinstance(rows, datasets.IterableDataset):
+            rows = rows.shuffle(seed=recipe.seed, buffer_size=10_000)
+        limit = smallest_limit(tokenizer, reft_model, data.max_length or task.max_length)
+        return make_classifier_data_module(
+            tokenizer, task, rows, eval_rows, max_length=limit or task.max_length
+        )
     given = None if eval_rows is None else as_examples(eval_rows, task, data.template, tokenizer)
     return make_last_position_supervised_data_module(
         tokenizer,
@@ -267,23 +330,31 @@ def _summary(reft_model: ReftModel, outcome: Any, trainer: Any, seconds: float) 
     }
 
 
-class _Log(TrainerCallback):
-    """Writes what the Trainer logs as it goes, one JSON object per line.
+class _Directory(TrainerCallback):
+    """Makes the run's directory as training begins, and writes what the Trainer logs as it goes.
 
     Args:
-        path: of the file; a resumed run keeps the lines up to its checkpoint.
+        recipe: of the run.
+        is_new: whether what an earlier run left there is removed; a resumed run keeps its recipe,
+            and the lines of its log up to the checkpoint.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, recipe: Recipe, *, is_new: bool) -> None:
+        self._recipe, self._is_new = recipe, is_new
+        self._path = Path(recipe.output_dir) / LOG
         self._tokens = 0
         self._started = self._seconds = 0.0  # of steps alone, without evaluations between them
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        directory = self._path.parent
+        directory.mkdir(parents=True, exist_ok=True)
+        if self._is_new:
+            _clear(directory)
+            replace_all(directory, {RECIPE: self._recipe.to_yaml().encode()})
+        lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
+        kept = [line for line in lines if _step(line) <= state.global_step]
         text = "".join(f"{line}\n" for line in kept)
-        replace_all(self._path.parent, {self._path.name: text.encode()})
+        replace_all(directory, {LOG: text.encode()})
         self._tokens = state.num_input_tokens_seen
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -303,3 +374,11 @@ class _Log(TrainerCallback):
             self._tokens, self._seconds = tokens, 0.0
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a line of the log; infinity for one that was cut off as it was written."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

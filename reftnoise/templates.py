@@ -45,8 +45,10 @@ def fill(template: str, prompt: str, row: Mapping[str, Any]) -> str | Messages:
     if template == "alpaca":
         extra = row.get("input")
         extra = extra.strip() if isinstance(extra, str) else ""
-        prompt = prompt.rstrip().removesuffix(extra).rstrip()  # each has its own place
+        prompt = prompt.rstrip()
         has_input = extra != "" and extra not in prompt
+        if extra and prompt.endswith(f"\n\n{extra}"):  # as `instruct` joins them
+            prompt, has_input = prompt.removesuffix(extra).rstrip(), True
         template = ALPACA_WITH_INPUT if has_input else ALPACA
     values = {**row, "prompt": prompt}
     try:

@@ -173,8 +173,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     more = ("--training.save_steps", 2, "--training.max_steps", 6)
     assert command(*quick(tmp_path / "whole", *more), "--quiet") == 0
 
-    def stop(*given: Any, **_: Any) -> None:
-        if given[2].global_step == 5:
+    def stop(_: Any, __: Any, state: Any, ___: Any, **____: Any) -> None:
+        if state.global_step == 5:
             raise KeyboardInterrupt
 
     run = tmp_path / "stopped"
@@ -183,6 +183,12 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         assert command(*quick(run, *more)) == 130
     assert not (run / "adapter").exists()
     assert command(*quick(run, *more), "--quiet") == 2  # it is not overwritten by the way
+    recipe = (run / "recipe.yaml").read_bytes()
+    other = ("--training.learning_rate", 0.5)
+    assert command(*quick(run, *more), *other, "--resume", "--quiet") == 2
+    assert (run / "recipe.yaml").read_bytes() == recipe
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # a line that was being written
     assert command(*quick(run, *more), "--resume", "--quiet") == 0
     for name in ("adapter/reft_model.safetensors",):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -200,6 +206,43 @@ def test_a_finished_run_is_replaced_only_if_asked(tmp_path: Path) -> None:
     assert command(*quick(run, "--seed", 7, "--overwrite"), "--quiet") == 0
     assert (run / "adapter" / "reft_model.safetensors").read_bytes() != before
     assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_not_a_runs_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("adapter", "recipe.yaml", "predictions.jsonl"):
+        place = tmp_path / name
+        place.mkdir()
+        (place / name).mkdir() if name == "adapter" else (place / name).write_text("mine")
+        assert command(*quick(place)) == 2
+        assert f"holds {name} already" in capsys.readouterr().err
+        assert [path.name for path in place.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ("--training.learning_rate", -1),
+        ("--training.per_device_train_batch_size", 0),
+        ("--training.gradient_accumulation_steps", 0),
+        ("--training.arguments", '{"eval_strategy": "steps", "eval_steps": 2}'),
+        ("--training.arguments", '{"seed": "abc"}'),
+        ("--representations", '[{"intervention": "neftune"}]'),
+        ("--evaluation.batch_size", 0),
+        ("--evaluation.limit", 0),
+        ("--evaluation.max_new_tokens", 1000),
+        ("--evaluation.by", "likelihood"),
+        ("--data.template", "alpacca"),
+    ],
+    ids=lambda value: str(value)[-24:],
+)
+def test_a_mistake_costs_no_finished_run(mistake: tuple[Any, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert command(*quick(run), "--quiet") == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert command(*quick(run, *mistake), "--overwrite", "--quiet") == 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_the_base_itself_is_trained_where_a_recipe_says_so(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """GLUE (arXiv:1804.07461), as the ReFT paper has it: eight subsets and one metric for each."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -81,7 +82,7 @@ class GlueTask(ClassifierTask):
         label = row["label"]
         is_number = isinstance(label, int | float) and not isinstance(label, bool)
         if not self.classes:
-            if is_number:
+            if is_number and math.isfinite(label):
                 return float(label)
             raise ValueError(f"label {label!r}: expected a number")
         if label in self.classes:
