@@ -15,7 +15,7 @@ import yaml
 from reftnoise.cli import main
 from reftnoise.parsing import read
 from reftnoise.study.grid import Study, cells, merged
-from reftnoise.study.runner import read_results
+from reftnoise.study.results import read_results
 
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
 NEFTUNE = {"intervention": "neftune"}
@@ -90,6 +90,14 @@ def test_a_key_is_of_what_decides_the_result(tmp_path: Path) -> None:
     assert not set(keys(recipe=recipe | {"dtype": "float32"})) & set(keys())
 
 
+def test_levels_that_look_alike_have_directories_of_their_own(tmp_path: Path) -> None:
+    alike: dict[str, Any] = {"a-b": {}, "a": {"dtype": "float32"}, "a_b": {"dtype": "bfloat16"}}
+    axes = {"x": alike, "y": {"c": {}, "b-c": {"quantization": {"a": 1}}, "b/c": {"task": "boolq"}}}
+    found = cells(read(Study, study(tmp_path, axes=axes)))
+    assert len({cell.name for cell in found}) == len(found) == 27
+    assert all("/" not in cell.name for cell in found)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -97,11 +105,18 @@ def test_a_key_is_of_what_decides_the_result(tmp_path: Path) -> None:
         ({"axes": {"seed": {"x": {}}}, "baseline": {}}, "'seed' is always one"),
         ({"seeds": []}, "seeds []: expected at least one"),
         ({"seeds": [1, 1]}, "each once"),
-        ({"jobs": 0}, "jobs 0: expected at least 1"),
+        ({"jobs": 0}, "jobs 0, threads 1: expected at least 1"),
         ({"baseline": {"nois": "none"}}, "did you mean 'noise'?"),
         ({"baseline": {"noise": "non"}}, "did you mean 'none'?"),
         ({"grids": [{"noise": ["loud"]}]}, "grids[0]: noise has no level 'loud'"),
-        ({"rules": [{"when": {"noise": "none"}}]}, "rules[0]: expected when and then"),
+        ({"rules": [{"when": {"noise": "none"}}]}, "rules"),
+        ({"rules": [{"when": 3, "then": {}}]}, "rules"),
+        ({"rules": [{"when": {"noise": "none"}, "then": {"seed": 1}}]}, "see seeds"),
+        ({"axes": {"noise": {1e-3: {}}}}, "axes.noise: the level 0.001 is no text"),
+        ({"axes": {"noise": {}}}, "axes.noise: expected at least one level"),
+        ({"axes": {"noise": {"none": {"seed": 1}}}}, "see seeds"),
+        ({"axes": {"noise": {"none": {"representations": 3}}}}, "expected a list"),
+        ({"grids": [{"noise": []}]}, "grids[0]: noise has no level"),
         ({"axes": {"noise": {"none": {"sed": 1}}}}, "cell noise none: unknown key 'sed'"),
         ({"recipe": {"sed": 1}}, "did you mean 'seed'?"),
         ({"recipe": {"representations": [LOREFT]}}, "a study needs rows to score"),
@@ -144,10 +159,7 @@ def kill_after(path: Path, count: int) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    results = path.parent / "out" / "results.jsonl"
-    if not results.exists():
-        return []
-    return [json.loads(line) for line in results.read_text().split("\n")[:-1]]
+    return read_results(path.parent / "out")
 
 
 def table(path: Path) -> list[str]:
@@ -192,6 +204,30 @@ def test_a_study_that_is_killed_twice_runs_no_cell_again(tmp_path: Path) -> None
     assert (tmp_path / "killed" / "out" / "results.jsonl").read_bytes() == before
 
 
+def test_a_study_that_is_terminated_leaves_no_cell_running(tmp_path: Path) -> None:
+    training = {"max_steps": 100_000, "learning_rate": 4e-3, "logging_steps": 1}
+    path = write(tmp_path, recipe=study(tmp_path)["recipe"] | {"training": training})
+    process = start(path)
+    cells_of = tmp_path / "out" / "cells"
+    deadline = time.monotonic() + 100
+    while not list(cells_of.glob("*/log.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    while is_running(process.pid) and time.monotonic() < deadline + 60:
+        time.sleep(0.1)
+    assert not is_running(process.pid)
+
+
+def is_running(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_a_cell_that_fails_leaves_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,17 +238,18 @@ def test_a_cell_that_fails_leaves_the_others(
     path = write(tmp_path, recipe=recipe, axes=axes, seeds=[0])
     assert main(["study", str(path), "--quiet"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "1 of 2 cells failed; far-0: ValueError: " in line
+    assert "1 of 2 cells failed; far-0-" in line
     assert "the model has layers 0 to" in line
     [result] = read_results(tmp_path / "out")
     assert result["cell"] == {"layer": "near", "seed": 0}
-    assert not (tmp_path / "out" / "cells" / "near-0" / "adapter").exists()
+    [cell] = (tmp_path / "out" / "cells").glob("near-0-*")
+    assert not (cell / "adapter").exists()
 
 
 def test_what_a_study_says_is_what_a_run_says(tmp_path: Path) -> None:
     finish(write(tmp_path, seeds=[3], keep_adapters=True))
     _, noisy = read_results(tmp_path / "out")
-    cell, run = tmp_path / "out" / "cells" / "neftune-3", tmp_path / "run"
+    [cell], run = (tmp_path / "out" / "cells").glob("neftune-3-*"), tmp_path / "run"
     command = [sys.executable, "-m", "reftnoise", "train", str(cell / "recipe.yaml"), "--quiet"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--output_dir", str(run)], env=environment, check=True)

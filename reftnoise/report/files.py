@@ -12,6 +12,7 @@ from ..parsing import read_file
 from ..recipe import Recipe
 from ..study.grid import SEED, cells
 from ..study.grid import Study as Grid
+from ..study.results import read_results
 
 Line = dict[str, Any]
 Key = tuple[tuple[str, str], ...]
@@ -142,7 +143,7 @@ def read_study(directory: Path) -> Study:
         ValueError: a file that cannot be read, or no finished cell.
     """
     study = read_file(Grid, directory / "study.yaml")
-    results = {line["key"]: line for line in _lines(directory / "results.jsonl")}
+    results = {line["key"]: line for line in read_results(directory)}
     grid = cells(study)
     found: dict[Key, Combination] = {}
     for cell in grid:

@@ -74,7 +74,7 @@ def _outcome(study: Study, one: Combination) -> Outcome:
     if baseline is None or not common:
         return Outcome(one, mean, None)
     ours, theirs = one.right(common), baseline.right(common)
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or ours.shape != theirs.shape:
         return Outcome(one, mean, None)
     return Outcome(one, mean, paired_difference(ours, theirs))
 

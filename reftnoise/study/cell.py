@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ def check_cell(cell: Cell) -> None:
 def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> dict[str, Any]:
     """Train and score; what the results file says of it."""
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     model, tokenizer, summary = train_recipe(recipe, overwrite=True)
@@ -56,7 +59,15 @@ def run_in_process(
     end: Connection, recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool
 ) -> None:
     """Send what `run_cell` returns, or as a text what it raises, through a pipe."""
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         end.send(run_cell(recipe, threads, gpu, keep_adapter))
     except Exception as error:  # told by the parent, which runs the other cells
         end.send(f"{type(error).__name__}: {error}")
+
+
+def _leave_with_parent(parent: int) -> None:
+    """End this process when the study's was killed: nobody would take its result."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -13,6 +14,19 @@ from ..parsing import read
 from ..recipe import Recipe
 
 SEED = "seed"
+
+
+@dataclass(kw_only=True)
+class Rule:
+    """What changes where levels go together.
+
+    Args:
+        when: axis → level, or a list of levels.
+        then: what it changes of the recipe.
+    """
+
+    when: dict[str, str | list[str]]
+    then: dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -28,8 +42,7 @@ class Study:
             {representations: [{intervention: neftune}]}}}.
         grids: which levels go together: axis → levels, all levels of an axis that is left out. By
             default every level with every other.
-        rules: changes for levels that go together: {when: {axis: level}, then: {…}}, or a list of
-            levels.
+        rules: changes for levels that go together: {when: {axis: level, or a list}, then: {…}}.
         seeds: one cell each.
         baseline: axis → level, with which the report compares other levels of that axis.
         jobs: cells that run at a time.
@@ -42,7 +55,7 @@ class Study:
     recipe: Recipe = field(default_factory=Recipe)
     axes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     grids: list[dict[str, list[str]]] = field(default_factory=list)
-    rules: list[dict[str, Any]] = field(default_factory=list)
+    rules: list[Rule] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     baseline: dict[str, str] = field(default_factory=dict)
     jobs: int = 1
@@ -70,8 +83,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its directory."""
-        return "-".join(str(level).replace("/", "_") for level in self.levels.values())
+        """The name of its directory: the levels for people, the key since levels may look alike."""
+        levels = "-".join(str(level) for level in self.levels.values())
+        return re.sub(r"[^\w .,+=-]", "_", levels)[:100] + f"-{self.key[:8]}"
 
     @property
     def key(self) -> str:
@@ -109,8 +123,8 @@ def _recipe(study: Study, combination: Mapping[str, str]) -> Recipe:
     for axis, level in combination.items():
         values = merged(values, study.axes[axis][level])
     for rule in study.rules:
-        if all(combination[axis] in _levels(chosen) for axis, chosen in rule["when"].items()):
-            values = merged(values, rule["then"])
+        if all(combination[axis] in _levels(chosen) for axis, chosen in rule.when.items()):
+            values = merged(values, rule.then)
     where = ", ".join(f"{axis} {level}" for axis, level in combination.items())
     return read(Recipe, values, f"cell {where}: ")
 
@@ -138,21 +152,45 @@ def _check(study: Study) -> None:
         raise ValueError("axes: expected at least one, such as {noise: {none: {}, …}}")
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
         raise ValueError(f"seeds {study.seeds}: expected at least one, and each once")
-    if study.jobs < 1:
-        raise ValueError(f"jobs {study.jobs}: expected at least 1")
-    if SEED in study.axes:
-        raise ValueError(f"axes: {SEED!r} is always one, see seeds")
+    if study.jobs < 1 or (study.threads is not None and study.threads < 1):
+        raise ValueError(f"jobs {study.jobs}, threads {study.threads}: expected at least 1")
+    for axis, levels in study.axes.items():
+        if axis == SEED:
+            raise ValueError(f"axes: {SEED!r} is always one, see seeds")
+        if not levels:
+            raise ValueError(f"axes.{axis}: expected at least one level")
+        for level, changes in levels.items():
+            _check_level(f"axes.{axis}", level, changes)
     for index, rule in enumerate(study.rules):
-        if rule.keys() != {"when", "then"}:
-            raise ValueError(f"rules[{index}]: expected when and then, got {', '.join(rule)}")
+        _check_level(f"rules[{index}]", "then", rule.then)
+    _check_names(study)
+
+
+def _check_names(study: Study) -> None:
+    """Grids, rules and baseline name axes and levels that there are."""
     named: list[tuple[str, Mapping[str, str | list[str]]]] = [("baseline", study.baseline)]
     named += [(f"grids[{i}]", grid) for i, grid in enumerate(study.grids)]
-    named += [(f"rules[{i}].when", rule["when"]) for i, rule in enumerate(study.rules)]
+    named += [(f"rules[{i}].when", rule.when) for i, rule in enumerate(study.rules)]
     for where, choice in named:
         for axis, chosen in choice.items():
             if axis not in study.axes:
                 raise ValueError(f"{where}: no axis {axis!r}; {nearest(axis, study.axes)}")
+            if not _levels(chosen):
+                raise ValueError(f"{where}: {axis} has no level; expected at least one")
             for level in _levels(chosen):
                 if level not in study.axes[axis]:
                     known = nearest(level, study.axes[axis])
                     raise ValueError(f"{where}: {axis} has no level {level!r}; {known}")
+
+
+def _check_level(where: str, level: Any, changes: Any) -> None:
+    if not isinstance(level, str):
+        raise ValueError(f"{where}: the level {level!r} is no text; put it in quotes")
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"{where}.{level}: expected what it changes, got {changes!r}")
+    for name in ("seed", "output_dir"):
+        if name in changes:
+            raise ValueError(f"{where}.{level}: {name} is the study's; see seeds and output_dir")
+    units = changes.get("representations", [])
+    if not isinstance(units, list):
+        raise ValueError(f"{where}.{level}: representations {units!r}: expected a list")

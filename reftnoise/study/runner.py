@@ -1,8 +1,9 @@
 """Run the cells of a study that have no result yet, several at a time."""
 
-import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,12 +18,9 @@ from ..progress import progress_of
 from ..saving import replace_all
 from .cell import check_cell, run_in_process
 from .grid import Cell, Study, cells
+from .results import Result, append_result, read_results
 
-STUDY, RESULTS, CELLS = "study.yaml", "results.jsonl", "cells"
-
-Result = dict[str, Any]
-"""One finished cell: its levels under `cell`, `key`, `scores`, `right`, `parameters`, `seconds`,
-`peak_memory_bytes` and `train_loss`."""
+STUDY, CELLS = "study.yaml", "cells"
 
 
 def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
@@ -57,17 +55,6 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
     return [found[cell.key] | {"cell": cell.levels} for cell in grid]
 
 
-def read_results(directory: str | Path) -> list[Result]:
-    """The finished cells of a study's directory; a line that was cut off counts for none."""
-    path = Path(directory) / RESULTS
-    if not path.exists():
-        return []
-    *lines, rest = path.read_text(encoding="utf-8").split("\n")
-    if rest:  # the process was killed in the midst of a line
-        replace_all(path.parent, {RESULTS: "".join(f"{line}\n" for line in lines).encode()})
-    return [json.loads(line) for line in lines]
-
-
 def _run(
     study: Study, todo: list[Cell], directory: Path, console: Console | None
 ) -> list[tuple[Cell, str]]:
@@ -81,8 +68,10 @@ def _run(
     failed: list[tuple[Cell, str]] = []
     waiting = todo[::-1]
     running: dict[Any, tuple[Cell, int | None, Any]] = {}  # by the pipe that a result comes from
-    with _threads(threads), progress_of(console, "cells") as progress:
+    with _threads(threads), _terminated(), progress_of(console, "cells") as progress:
         try:
+            if progress is not None:
+                progress(0, len(todo))
             while waiting or running:
                 while waiting and gpus:
                     cell, gpu = waiting.pop(), gpus.pop()
@@ -101,7 +90,7 @@ def _run(
                         failed.append((cell, outcome))
                     else:
                         line = {"cell": cell.levels, "key": cell.key, **outcome}
-                        _append(directory / RESULTS, line)
+                        append_result(directory, line)
                 if progress is not None:
                     progress(len(todo) - len(waiting) - len(running), len(todo))
         finally:
@@ -120,11 +109,21 @@ def _received(pipe: Any, process: Any) -> Result | str:
     return outcome or f"its process ended with exit code {process.exitcode}"
 
 
-def _append(path: Path, result: Result) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends a study as Ctrl-C does, so that no cell is left running."""
+
+    def leave(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -1,0 +1,39 @@
+"""The results file of a study: one line per finished cell."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+RESULTS = "results.jsonl"
+
+Result = dict[str, Any]
+"""One finished cell: its levels under `cell`, `key`, `scores`, `right`, `parameters`, `seconds`,
+`peak_memory_bytes` and `train_loss`."""
+
+
+def read_results(directory: str | Path) -> list[Result]:
+    """The finished cells of a study's directory; a line that was cut off counts for none."""
+    path = Path(directory) / RESULTS
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        with contextlib.suppress(ValueError):
+            result = json.loads(line)
+            if isinstance(result, dict) and result.keys() >= {"cell", "key"}:
+                found.append(result)
+    return found
+
+
+def append_result(directory: Path, result: Result) -> None:
+    """Add a finished cell, on a line of its own also where the one before was cut off."""
+    with (directory / RESULTS).open("a+b") as file:
+        text = json.dumps(result, ensure_ascii=False) + "\n"
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read(1) == b"\n" else "\n" + text
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
