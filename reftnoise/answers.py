@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,17 +14,19 @@ from typing_extensions import Unpack
 from .evaluation import evaluating
 from .generation import generated
 from .hints import nearest
-from .loading import load_adapted
+from .loading import load_adapted, template_of
 from .model import ReftModel
 from .saving import replace_all
 from .scoring import Progress
-from .tokenization import Messages, smallest_limit
+from .templates import fill
+from .tokenization import smallest_limit
 
 
 class Settings(TypedDict, total=False):
     """How answers are written: arguments of `generate_texts`."""
 
-    chat: bool | None
+    template: str | None
+    rows: Sequence[Mapping[str, Any]]
     system: str | None
     max_new_tokens: int | None
     temperature: float
@@ -39,7 +42,8 @@ def generate_texts(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    chat: bool | None = None,
+    template: str | None = None,
+    rows: Sequence[Mapping[str, Any]] = (),
     system: str | None = None,
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
@@ -56,9 +60,10 @@ def generate_texts(
         reft_model: the base alone answers within `reft_model.disabled()`.
         tokenizer: of the base.
         prompts: texts.
-        chat: give each prompt as a user's message, by the chat template; by default where the
-            tokenizer has one.
-        system: a message before each of them.
+        template: put around each prompt, as in training; by default the tokenizer's chat template,
+            or nothing where it has none.
+        rows: of which a template takes columns, one for each prompt.
+        system: a message before each of them, in a chat template.
         max_new_tokens: of each answer; by default 256, or half of a smaller context.
         temperature: of sampling; 0 for the most likely token at every step.
         top_p: sample from the most likely tokens that have this probability together.
@@ -71,18 +76,22 @@ def generate_texts(
     Raises:
         ValueError: an empty prompt, or settings that are out of range.
     """
-    chat = tokenizer.chat_template is not None if chat is None else chat
+    if template is None:
+        template = "plain" if tokenizer.chat_template is None else "chat"
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
-    if system is not None and not chat:
-        raise ValueError("system needs chat: the prompts are plain texts")
+    if system is not None and template != "chat":
+        raise ValueError(f"system needs the template chat, not {template!r}")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"prompt {index}: expected a text, got {prompt!r}")
-    before = [] if system is None else [{"role": "system", "content": system}]
-    asked: list[str | Messages] = [
-        [*before, {"role": "user", "content": prompt}] if chat else prompt for prompt in prompts
+    asked = [
+        fill(template, prompt, row)
+        for prompt, row in zip(prompts, rows or repeat({}), strict=False)
     ]
+    if system is not None:
+        before = {"role": "system", "content": system}
+        asked = [[before, *messages] for messages in asked if not isinstance(messages, str)]
     if max_new_tokens is None:
         max_new_tokens = enough(tokenizer, reft_model)
     penalty = {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
@@ -111,6 +120,9 @@ def sampling(
     if not isinstance(temperature, int | float) or not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature {temperature!r}: expected a number of at least 0")
     if not temperature:
+        for name, value in (("top_p", top_p), ("top_k", top_k)):
+            if value is not None:
+                raise ValueError(f"{name} {value}: needs a temperature above 0")
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     cuts = {"top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in cuts.items() if value is not None}
@@ -161,6 +173,16 @@ def answer_prompts(
         raise ValueError("no prompts: expected a prompt, or an input file")
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise FileNotFoundError(f"output {output}: no such directory")
+    for name in ("text", "base") if compare else ("text",):
+        if any(name in row for row in rows):
+            raise ValueError(
+                f"column {name!r}: the answer is written there; rename it in the input"
+            )
+    if output is not None and Path(output).is_dir():
+        raise ValueError(f"output {output}: expected a file, found a directory")
+    if settings.get("template") is None:
+        settings["template"] = template_of(adapter)
+    settings["rows"] = rows
     reft_model, tokenizer = load_adapted(adapter, model, device=device)
     if compare:
         with reft_model.disabled():
@@ -192,7 +214,7 @@ def show(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], console: Con
 def read_jsonl(path: str | Path, column: str) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, each with a text in `column`."""
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -58,7 +58,8 @@ def load_base(
         )
         model = auto_class.from_pretrained(directory, revision=revision, dtype=dtype, **arguments)
     except OSError as error:
-        raise OSError(f"{name}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{name}: no directory of a model here, and of the hub: {reason}") from None
     finally:
         if shown:
             transformers_logging.enable_progress_bar()

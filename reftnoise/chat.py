@@ -16,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 from .answers import enough, sampling
 from .generation import ends_of, prompt_tokens
 from .hints import nearest
-from .loading import load_adapted
+from .loading import load_adapted, template_of
 from .model import ReftModel
+from .templates import fill
 from .tokenization import smallest_limit
 
 SIGN = "› "
@@ -62,6 +63,7 @@ def chat(
         tokenizer,
         console,
         system=system,
+        template=template_of(adapter),
         max_new_tokens=enough(tokenizer, reft_model) if max_new_tokens is None else max_new_tokens,
         settings=settings,
     )
@@ -98,6 +100,8 @@ class Conversation:
             line and each answer continue.
         console: where to print.
         system: a message before all others.
+        template: of the prompts that the adapter was trained on. With another than `chat`, each
+            line is a prompt of its own.
         max_new_tokens: of each answer.
         settings: further arguments of `generate`.
     """
@@ -109,6 +113,7 @@ class Conversation:
         console: Console,
         *,
         system: str | None = None,
+        template: str | None = None,
         max_new_tokens: int = 256,
         settings: dict[str, Any] | None = None,
     ) -> None:
@@ -117,7 +122,10 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.is_on = True
         self._has_template = tokenizer.chat_template is not None
-        if not self._has_template:
+        self._template = None if template == "chat" else template
+        if self._template is not None:
+            self._say("Each line is a prompt of its own, in the template of the run.")
+        elif not self._has_template:
             self._say("The tokenizer has no chat template: each line is continued as it stands.")
 
     def read(self, line: str) -> bool:
@@ -185,6 +193,8 @@ class Conversation:
         return torch.tensor([tokens]), room
 
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        if self._template is not None:
+            return prompt_tokens(self._tokenizer, fill(self._template, messages[-1]["content"], {}))
         if self._system:
             messages = [{"role": "system", "content": self._system}, *messages]
         if self._has_template:
@@ -206,6 +216,7 @@ class Conversation:
             self._model.scale = float(value)
         except ValueError:
             self._say(f"/scale {value}: expected a number such as 0.5; 1 is as trained")
+            return
         self._say(f"Edits are multiplied by {self._model.scale:g}.")
 
     def _reset(self, _: str) -> None:

@@ -6,7 +6,9 @@ Options are made by jsonargparse of the functions' arguments and of the library'
 import inspect
 import json as json_format
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -52,18 +54,12 @@ def train(
         quiet: print nothing but errors.
         json: print the summary and scores as JSON, and no progress.
     """
-    from .run_scores import evaluation_rows, save_scores, score
-    from .runs import train_recipe
+    from .runs import is_main_process, run_recipe
 
     console = _progress_console(quiet or json)
-    is_scored = evaluation_rows(recipe) is not None or recipe.evaluation.lm_eval
-    model, tokenizer, summary = train_recipe(
-        recipe, resume=resume, overwrite=overwrite, console=console
-    )
-    found = score(recipe, model, tokenizer, console=console) if is_scored else []
-    if found:
-        save_scores(Path(recipe.output_dir), found)
-    entries = [entry for entry, _ in found]
+    summary, entries = run_recipe(recipe, resume=resume, overwrite=overwrite, console=console)
+    if not is_main_process():
+        return
     if json:
         _print_json(summary | {"scores": entries, "output_dir": recipe.output_dir})
     elif not quiet:
@@ -106,7 +102,7 @@ def generate(
     compare: bool = False,
     model: str | None = None,
     device: str = "auto",
-    chat: bool | None = None,
+    template: str | None = None,
     system: str | None = None,
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
@@ -128,8 +124,9 @@ def generate(
         compare: let the base without its adapter answer, too.
         model: the base, where it lies elsewhere than when the adapter was saved.
         device: cpu, cuda, …; auto takes a GPU where there is one.
-        chat: give each prompt as a user's message; by default where the tokenizer has a template.
-        system: a message before each prompt.
+        template: put around each prompt: plain, chat, alpaca, or a text with {prompt} in it; by
+            default that of the run, or else chat where the tokenizer has such a template.
+        system: a message before each prompt of a chat.
         max_new_tokens: of each answer; by default 256, or half of a smaller context.
         temperature: of sampling; 0 for the most likely token at every step.
         top_p: sample from the most likely tokens that have this probability together.
@@ -153,7 +150,7 @@ def generate(
         model=model,
         device=device,
         console=None if json else Console(highlight=False),
-        chat=chat,
+        template=template,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -241,7 +238,7 @@ def study(study: Study, quiet: bool = False, json: bool = False) -> None:
 def report(
     directory: str,
     against: str | None = None,
-    prompts: list[str] | None = None,
+    prompts: list[str] | str | None = None,
     output_dir: str | None = None,
 ) -> None:
     """Draw what a run or a study has found: a self-contained HTML page and PNG files.
@@ -249,12 +246,13 @@ def report(
     Args:
         directory: of a run or of a study.
         against: another run or adapter, whose subspaces the run's are compared with.
-        prompts: to be answered by base and adapted model side by side.
+        prompts: one or several, to be answered by base and adapted model side by side.
         output_dir: where to write; the directory itself by default.
     """
     from .report import write_report
 
-    print(write_report(directory, against=against, prompts=prompts, output_dir=output_dir))
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    print(write_report(directory, against=against, prompts=texts, output_dir=output_dir))
 
 
 def bench(
@@ -359,13 +357,22 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(version("reftnoise"))
         return 0
-    logging.basicConfig(format="%(name)s: %(message)s")
+    logger = logging.getLogger("reftnoise")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.handlers[0].setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    # Of what libraries will change, their users' users can do nothing.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return _run(*arguments)
+    except BrokenPipeError:  # as of `| head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the interpreter's flush
+        return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"reftnoise: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("reftnoise: interrupted", file=sys.stderr)
         return 130
 
 
@@ -404,6 +411,9 @@ def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     """Options for what may stand first without one: a recipe's or study's file, or a run."""
     commented = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
     if not commented or commented[0].startswith("-"):
+        if "--config" in commented[:-1]:  # what stands before it would be replaced by it
+            i = commented.index("--config")
+            commented = [*commented[i : i + 2], *commented[:i], *commented[i + 2 :]]
         return tuple(commented)
     first, *rest = commented
     path = Path(first)

@@ -82,9 +82,22 @@ def base_of(directory: Path) -> dict[str, Any]:
 
     A recipe beside the directory knows more than the adapter, which keeps no paths.
     """
-    recipe = directory.parent / "recipe.yaml"
-    if directory.name == "adapter" and recipe.is_file():
-        values = yaml_text.load(recipe.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and isinstance(values.get("model"), str):
-            return {name: values[name] for name in _OF_BASE if values.get(name) is not None}
+    values = _recipe_beside(directory)
+    if isinstance(values.get("model"), str):
+        return {name: values[name] for name in _OF_BASE if values.get(name) is not None}
     return {"model": str(read_description(directory)["base_model"].get("name_or_path") or "")}
+
+
+def template_of(adapter: str | Path) -> str | None:
+    """What a run's recipe puts around its prompts; None for an adapter without a recipe."""
+    data = _recipe_beside(Path(adapter) / "adapter").get("data")
+    return data.get("template") if isinstance(data, dict) else None
+
+
+def _recipe_beside(directory: Path) -> dict[str, Any]:
+    """The recipe of a run whose adapter a directory is; empty if it is another's."""
+    recipe = directory.parent / "recipe.yaml"
+    if directory.name != "adapter" or not recipe.is_file():
+        return {}
+    values = yaml_text.load(recipe.read_text(encoding="utf-8"))
+    return values if isinstance(values, dict) else {}

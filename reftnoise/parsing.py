@@ -86,7 +86,7 @@ def built(config: type[Config], parser: ArgumentParser, parsed: Namespace) -> Co
 def explained(error: Exception, parser: ArgumentParser) -> str:
     """A parser's complaint in one line, with the nearest of the names that it knows."""
     message = one_line(error)
-    others = ("help", "config", "print_config")
+    others = ("help", "config", "print_config", "print_shtab")
     known = [action.dest for action in parser._actions if action.dest not in others]
     for pattern in _UNKNOWN:
         if (match := pattern.search(message)) is None:
@@ -101,6 +101,8 @@ def explained(error: Exception, parser: ArgumentParser) -> str:
             place = f"{group}: "
             names = [one.removeprefix(f"{group}.") for one in known if one.startswith(f"{group}.")]
         return f"{place}unknown key {name.split('.')[0]!r}; {nearest(name.split('.')[0], names)}"
+    if match := re.match(r"unrecognized arguments: (\S+\.ya?ml)", message):
+        return f"{match[1]}: a file comes first, then its options"
     if match := re.match(r'Parser key "([^"]+)": (.*)', message):
         key, reason = match.groups()
         for pattern, words in _WRONG.items():

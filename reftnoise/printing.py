@@ -15,11 +15,12 @@ def print_run(recipe: Recipe, summary: dict[str, Any], entries: Sequence[dict[st
     trained = parameters["units"] + parameters["base"]
     console.print(
         f"Trained {trained:,} parameters, {trained / parameters['total']:.2%} of the base's, in "
-        f"{summary['steps']} steps and {summary['seconds']:.0f} s; loss {summary['train_loss']:.3f}"
+        f"{summary['steps']} steps and {summary['seconds']:.0f} s; "
+        f"mean loss {summary['train_loss']:.3f}"
     )
     print_scores(entries)
     place = recipe.output_dir
-    console.print(f"The adapter is in {place}/adapter. Next:", soft_wrap=True)
+    console.print(f"The adapter is in {place}/adapter. Next:", markup=False, soft_wrap=True)
     for command in (f"eval {place} --base", f"chat {place}", f"report {place}"):
         console.print(f"  reftnoise {command}", markup=False, soft_wrap=True)
 

@@ -23,7 +23,7 @@ class RichProgressCallback(TrainerCallback):
 
     def __init__(self, console: Console, description: str) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}{task.fields[speed]}"),
@@ -64,7 +64,7 @@ def progress_of(
     if console is None:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, TimeRemainingColumn(elapsed_when_finished=True), console=console
     ) as bar:

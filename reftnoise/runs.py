@@ -40,6 +40,7 @@ from .model import ReftModel, get_reft_model
 from .parsing import read_file
 from .progress import RichProgressCallback
 from .recipe import Recipe
+from .run_scores import Entry, evaluation_rows, save_scores, score
 from .saving import replace_all
 from .sources import Rows, load_rows, rename_columns
 from .tasks.base import Task
@@ -95,7 +96,7 @@ def train_recipe(
     reft_model = get_reft_model(base, config)
     _check_room(recipe, tokenizer, reft_model)
     data_module = _data_module(recipe, tokenizer, reft_model)
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main = is_main_process()
     trainer = ReftTrainer(
         model=reft_model,
         args=args,
@@ -104,7 +105,9 @@ def train_recipe(
         **data_module,
     )
     trainer.remove_callback(PrinterCallback)
-    progress = None if console is None else RichProgressCallback(console, directory.name)
+    progress = (
+        None if console is None or not is_main else RichProgressCallback(console, directory.name)
+    )
     if is_main:
         trainer.add_callback(_Directory(recipe, is_new=checkpoint is None))
         if progress is not None:
@@ -115,9 +118,11 @@ def train_recipe(
     finally:
         if progress is not None:
             progress.stop()
-    summary = _summary(reft_model, outcome, trainer, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
     if is_main:
         reft_model.eval().save_pretrained(directory / ADAPTER)
+    summary = _summary(reft_model, outcome, trainer, seconds)
+    if is_main:
         text = json.dumps(summary, indent=2) + "\n"
         replace_all(directory, {SUMMARY: text.encode()})
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
@@ -136,6 +141,34 @@ def _check_room(recipe: Recipe, tokenizer: Any, reft_model: ReftModel) -> None:
             f"evaluation.max_new_tokens {wanted}: expected at most {limit - 2}, for a context of "
             f"{limit}"
         )
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> tuple[dict[str, Any], list[Entry]]:
+    """Train what a recipe says and score what it names; the summary, and the evaluations.
+
+    One process of several scores; the others return none. Arguments and errors as of
+    `train_recipe`.
+    """
+    is_scored = evaluation_rows(recipe) is not None or bool(recipe.evaluation.lm_eval)
+    model, tokenizer, summary = train_recipe(
+        recipe, resume=resume, overwrite=overwrite, console=console
+    )
+    if not is_scored or not is_main_process():
+        return summary, []
+    found = score(recipe, model, tokenizer, console=console)
+    save_scores(Path(recipe.output_dir), found)
+    return summary, [entry for entry, _ in found]
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process of those that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def load_trained(recipe: Recipe) -> tuple[ReftModel, Any]:

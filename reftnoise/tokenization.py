@@ -3,6 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from jinja2 import TemplateError
+
+from .composition import virtual_tokens
+
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 
 
@@ -40,8 +44,11 @@ def _text(tokenizer: Any, prompt: str | Messages, completion: str) -> _Text:
     if not isinstance(prompt, list):
         raise ValueError(f"prompt {prompt!r}: expected a text")
     answer = {"role": "assistant", "content": completion}
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"chat template: {error}") from None
     if not whole.startswith(text):
         return _Text(text, completion, is_plain=False, ends_itself=False)
     rest = whole.removeprefix(text)
@@ -107,6 +114,9 @@ def smallest_limit(tokenizer: Any, model: Any, max_length: int | None) -> int | 
         getattr(config, "max_position_embeddings", None),
     ]
     smallest = min((limit for limit in limits if limit is not None), default=None)
+    base = getattr(model, "model", None)
+    if smallest is not None and base is not None:
+        smallest -= virtual_tokens(base)  # which stand in the same context
     if smallest is not None and smallest < 3:
         raise ValueError(f"max_length {smallest}: expected at least 3 tokens")
     return smallest

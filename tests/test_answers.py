@@ -14,7 +14,9 @@ from rich.console import Console
 
 import reftnoise as rn
 from reftnoise.answers import answer_prompts, generate_texts, sampling
+from reftnoise.chat import chat
 from reftnoise.loading import load_adapted
+from reftnoise.recipe import DataConfig, Recipe
 
 SHORT: dict[str, Any] = {"max_new_tokens": 12}
 
@@ -46,8 +48,8 @@ def test_a_system_message(loaded: tuple[rn.ReftModel, Any]) -> None:
     texts = generate_texts(*loaded, QUESTIONS, system="Answer in emoji.", **SHORT)
     assert texts == alone(loaded, system="Answer in emoji.")
     assert texts != alone(loaded)
-    with pytest.raises(ValueError, match=r"^system needs chat: the prompts are plain texts$"):
-        generate_texts(*loaded, QUESTIONS, chat=False, system="Be brief.")
+    with pytest.raises(ValueError, match=r"^system needs the template chat, not 'plain'$"):
+        generate_texts(*loaded, QUESTIONS, template="plain", system="Be brief.")
 
 
 def test_plain_texts_are_continued(loaded: tuple[rn.ReftModel, Any]) -> None:
@@ -55,7 +57,7 @@ def test_plain_texts_are_continued(loaded: tuple[rn.ReftModel, Any]) -> None:
     prompt = tokenizer(QUESTIONS[0], return_tensors="pt")
     tokens = reft_model.generate(**prompt, max_new_tokens=12, do_sample=False)
     expected = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert generate_texts(*loaded, QUESTIONS, chat=False, **SHORT)[0] == expected
+    assert generate_texts(*loaded, QUESTIONS, template="plain", **SHORT)[0] == expected
 
 
 def test_sampling_follows_its_seed(loaded: tuple[rn.ReftModel, Any]) -> None:
@@ -176,3 +178,36 @@ def test_nothing_to_answer(adapter: Path, tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere" / "answers.jsonl"
     with pytest.raises(FileNotFoundError, match="no such directory"):
         answer_prompts(adapter, prompts=QUESTIONS, output=nowhere)
+
+
+def test_prompts_of_a_run_stand_in_its_template(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    run = tmp_path / "run"
+    model.save_pretrained(run / "adapter")
+    recipe = Recipe(data=DataConfig(template="Question: {prompt}\nAnswer:"))
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    [answered] = answer_prompts(run, prompts=["Can a bee fly?"], **SHORT)
+    filled = ["Question: Can a bee fly?\nAnswer:"]
+    assert (
+        answered["text"] == generate_texts(model, tokenizer, filled, template="plain", **SHORT)[0]
+    )
+    [plain] = answer_prompts(run, prompts=filled, template="plain", **SHORT)
+    assert plain["text"] == answered["text"]
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("Can a bee fly?\n"))
+    console = Console(file=io.StringIO(), width=200)
+    chat(run, console=console, max_new_tokens=SHORT["max_new_tokens"])
+    assert console.file.getvalue().rstrip().endswith(answered["text"].rstrip())  # type: ignore[attr-defined]
+
+
+def test_answers_replace_no_column_and_no_directory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "Can a bee fly?", "note": "a\u2028b"}\n')
+    with pytest.raises(ValueError, match="column 'text': the answer is written there"):
+        answer_prompts("nowhere", input=path, column="text")
+    with pytest.raises(ValueError, match="expected a file, found a directory"):
+        answer_prompts("nowhere", prompts=["a"], output=tmp_path)
+    with pytest.raises(ValueError, match=r"top_p 0\.5: needs a temperature above 0"):
+        sampling(0.0, top_p=0.5)

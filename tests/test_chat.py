@@ -263,7 +263,7 @@ def test_a_template_without_system_messages(loaded: tuple[rn.ReftModel, Any]) ->
     )
     tokenizer.chat_template = refusal + tokenizer.chat_template
     talk = Talk(reft_model, tokenizer, system="Be brief.")
-    assert talk.say(QUESTIONS[0]) == "not answered: no system"
+    assert talk.say(QUESTIONS[0]) == "not answered: chat template: no system"
     assert not talk.conversation.messages
     talk.say("/system")
     assert talk.say(QUESTIONS[0]) == answer(reft_model, tokenizer, [user(QUESTIONS[0])])

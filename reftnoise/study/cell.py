@@ -12,8 +12,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ..recipe import Recipe
-from ..run_scores import evaluation_rows, save_scores, score
-from ..runs import ADAPTER, reft_config, train_recipe, training_arguments
+from ..run_scores import evaluation_rows
+from ..runs import ADAPTER, reft_config, run_recipe, training_arguments
 from ..tasks.registry import get_task
 from .grid import Cell
 
@@ -38,13 +38,9 @@ def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) 
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
-    model, tokenizer, summary = train_recipe(recipe, overwrite=True)
-    found = score(recipe, model, tokenizer)
-    directory = Path(recipe.output_dir)
-    save_scores(directory, found)
+    summary, (entry, *_) = run_recipe(recipe, overwrite=True)
     if not keep_adapter:
-        shutil.rmtree(directory / ADAPTER)
-    entry, _ = found[0]
+        shutil.rmtree(Path(recipe.output_dir) / ADAPTER)
     return {
         "scores": entry["scores"],
         "right": entry["right"],
