@@ -409,6 +409,8 @@ def _run(name: str, *arguments: str) -> int:
 
 def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     """Options for what may stand first without one: a recipe's or study's file, or a run."""
+    from .parsing import read_yaml
+
     commented = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
     if not commented or commented[0].startswith("-"):
         if "--config" in commented[:-1]:  # what stands before it would be replaced by it
@@ -419,7 +421,9 @@ def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     path = Path(first)
     if name != "eval":
         if not path.is_file():
-            raise FileNotFoundError(f"{name}: {first}: expected a YAML file")
+            found = "found a directory" if path.is_dir() else "no such file"
+            raise FileNotFoundError(f"{name}: {first}: expected a YAML file, {found}")
+        read_yaml(path)  # with clearer errors than the parser's
         return ("--config", first, *rest)
     place = ("--output_dir", first)
     if (path / "recipe.yaml").is_file():

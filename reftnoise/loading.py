@@ -59,6 +59,8 @@ def adapter_directory(adapter: str | Path) -> Path:
     inside = Path(adapter) / "adapter"
     if (inside / CONFIG_NAME).is_file():
         return inside
+    if (Path(adapter) / "recipe.yaml").is_file() and not (Path(adapter) / CONFIG_NAME).exists():
+        raise FileNotFoundError(f"{adapter}: an unfinished run, which has no adapter yet")
     directory = local_directory(adapter, [CONFIG_NAME, WEIGHTS_NAME])
     if not (directory / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{adapter}: no {CONFIG_NAME} in it, nor in a folder 'adapter'")

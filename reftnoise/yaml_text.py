@@ -1,6 +1,7 @@
-"""YAML as people write it: `1e-3` is a number, as in YAML 1.2 and in Python.
+"""YAML as people mean it: `1e-3` is a number, and a key that stands twice is an error.
 
-PyYAML, which keeps to YAML 1.1, takes it for a text, and writes the text "1e-3" without quotes.
+PyYAML, which keeps to YAML 1.1, takes `1e-3` for a text, writes the text "1e-3" without quotes, and
+keeps the last of equal keys.
 """
 
 import re
@@ -12,7 +13,16 @@ _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    pass
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML does, but a key that stands twice is an error and not the last one."""
+        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        seen: set[str] = set()
+        for key in scalars:
+            if key.value in seen:
+                problem = f"the key {key.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -321,6 +321,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         ("training: 3", "training: expected a mapping, got 3"),
         ("- a", "expected a mapping"),
         ("training: [", "no YAML"),
+        ("seed: 1\nseed: 2", "the key 'seed' stands twice"),
     ],
 )
 def test_a_file_that_is_no_recipe(

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from ..parsing import read_file
 from ..progress import progress_of
 from ..saving import replace_all
 from .cell import check_cell, run_in_process
@@ -45,7 +46,8 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
         raise ValueError(f"output_dir {directory}: expected a directory, found a file")
     directory.mkdir(parents=True, exist_ok=True)
     with _alone(directory):
-        replace_all(directory, {STUDY: study.to_yaml().encode()})
+        if not _is_written(study, directory / STUDY):
+            replace_all(directory, {STUDY: study.to_yaml().encode()})
         done = {result["key"]: result for result in read_results(directory)}
         failed = _run(study, [cell for cell in grid if cell.key not in done], directory, console)
     if failed:
@@ -53,6 +55,14 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
         raise ValueError(f"{len(failed)} of {len(grid)} cells failed; {cell.name}: {error}")
     found = {result["key"]: result for result in read_results(directory)}
     return [found[cell.key] | {"cell": cell.levels} for cell in grid]
+
+
+def _is_written(study: Study, path: Path) -> bool:
+    """Whether a file says the same, perhaps in its author's own words and with comments."""
+    try:
+        return read_file(Study, path) == study
+    except (OSError, ValueError):
+        return False
 
 
 def _run(

@@ -28,7 +28,10 @@ class Question:
 def column(row: Mapping[str, Any], name: str) -> str:
     """The text in a row's column; a ValueError names the columns that there are."""
     if name not in row:
-        raise ValueError(f"no column {name!r} in {', '.join(map(str, row))}")
+        raise ValueError(
+            f"no column {name!r} in {', '.join(map(str, row))}; data.columns says which it is: "
+            f"{{{name}: …}}"
+        )
     if not isinstance(row[name], str):
         raise ValueError(f"column {name!r}: expected a text, got {row[name]!r}")
     return row[name]
