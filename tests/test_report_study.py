@@ -75,7 +75,7 @@ def test_the_page_shows_the_same_with_pictures(study: Path) -> None:
     assert "8 combinations of data, method, noise" in page
     assert page.count('class="up">+20.0<') == 4
     assert "the combination with noise none and all else equal" in page
-    assert "With few seeds (here 3 at least) intervals are too narrow." in page
+    assert "Intervals of few seeds (here 3) are too narrow." in page
     assert "baseline:\n  noise: none\n" in page
 
 

@@ -169,7 +169,7 @@ def _explanation(study: Study) -> str:
         text += f" {study.missing} cells are not finished."
     few = min(len(one.cells) for one in study.combinations)
     if few < 5:
-        text += f" With few seeds (here {few} at least) intervals are too narrow."
+        text += f" Intervals of few seeds (here {few}) are too narrow."
     return text + " Parameters, time and memory are means over seeds."
 
 

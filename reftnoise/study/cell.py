@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) 
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # as on the command line
     summary, (entry, *_) = run_recipe(recipe, overwrite=True)
     if not keep_adapter:
         shutil.rmtree(Path(recipe.output_dir) / ADAPTER)
