@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .bench.workload import Workload
 from .hints import nearest
 from .recipe import Recipe
+from .run_files import RECIPE
 from .study.grid import Study
 
 if TYPE_CHECKING:
@@ -426,8 +427,8 @@ def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
         read_yaml(path)  # with clearer errors than the parser's
         return ("--config", first, *rest)
     place = ("--output_dir", first)
-    if (path / "recipe.yaml").is_file():
-        return ("--config", str(path / "recipe.yaml"), *place, *rest)
+    if (path / RECIPE).is_file():
+        return ("--config", str(path / RECIPE), *place, *rest)
     if (path / "reft_config.json").is_file():
         from .loading import base_of
 

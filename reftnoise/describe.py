@@ -17,6 +17,7 @@ from .config import ReftConfig
 from .interventions.rotation import orthonormal_rows
 from .loading import adapter_directory, read_description
 from .placement import unit_keys
+from .run_files import ADAPTER, SCORES
 from .saving import WEIGHTS_NAME
 
 
@@ -103,8 +104,8 @@ def describe(directory: str | Path) -> Description:
             by_key.setdefault(key, {})[parameter] = tensor
         else:
             others += tensor.numel()
-    scores = adapter.parent / "scores.json"
-    is_run = adapter.name == "adapter" and scores.is_file()
+    scores = adapter.parent / SCORES
+    is_run = adapter.name == ADAPTER and scores.is_file()
     return Description(
         directory=str(adapter),
         base=description["base_model"],

@@ -7,6 +7,7 @@ from typing import Any
 from . import yaml_text
 from .bases import load_base
 from .model import ReftModel
+from .run_files import ADAPTER, RECIPE
 from .saving import CONFIG_NAME, WEIGHTS_NAME, local_directory
 
 _OF_BASE = ("model", "revision", "dtype", "quantization")
@@ -56,10 +57,10 @@ def load_adapted(
 
 def adapter_directory(adapter: str | Path) -> Path:
     """The adapter's own directory: a run has it as `adapter`; of a hub name, what is downloaded."""
-    inside = Path(adapter) / "adapter"
+    inside = Path(adapter) / ADAPTER
     if (inside / CONFIG_NAME).is_file():
         return inside
-    if (Path(adapter) / "recipe.yaml").is_file() and not (Path(adapter) / CONFIG_NAME).exists():
+    if (Path(adapter) / RECIPE).is_file() and not (Path(adapter) / CONFIG_NAME).exists():
         raise FileNotFoundError(f"{adapter}: an unfinished run, which has no adapter yet")
     directory = local_directory(adapter, [CONFIG_NAME, WEIGHTS_NAME])
     if not (directory / CONFIG_NAME).is_file():
@@ -92,14 +93,14 @@ def base_of(directory: Path) -> dict[str, Any]:
 
 def template_of(adapter: str | Path) -> str | None:
     """What a run's recipe puts around its prompts; None for an adapter without a recipe."""
-    data = _recipe_beside(Path(adapter) / "adapter").get("data")
+    data = _recipe_beside(Path(adapter) / ADAPTER).get("data")
     return data.get("template") if isinstance(data, dict) else None
 
 
 def _recipe_beside(directory: Path) -> dict[str, Any]:
     """The recipe of a run whose adapter a directory is; empty if it is another's."""
-    recipe = directory.parent / "recipe.yaml"
-    if directory.name != "adapter" or not recipe.is_file():
+    recipe = directory.parent / RECIPE
+    if directory.name != ADAPTER or not recipe.is_file():
         return {}
     values = yaml_text.load(recipe.read_text(encoding="utf-8"))
     return values if isinstance(values, dict) else {}

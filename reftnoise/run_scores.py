@@ -11,12 +11,11 @@ from .evaluation import Evaluation, evaluate
 from .model import ReftModel
 from .progress import progress_of
 from .recipe import Recipe
+from .run_files import PREDICTIONS, SCORES
 from .saving import replace_all
 from .sources import Rows, load_rows, rename_columns
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
-
-SCORES, PREDICTIONS = "scores.json", "predictions.jsonl"
 
 Entry = dict[str, Any]
 """One evaluation: task, data, split, by, whether with the adapter, scores, rows, and `right`, a

@@ -40,6 +40,16 @@ from .model import ReftModel, get_reft_model
 from .parsing import read_file
 from .progress import RichProgressCallback
 from .recipe import Recipe
+from .run_files import (
+    ADAPTER,
+    CHECKPOINTS,
+    LOG,
+    PREDICTIONS,
+    RECIPE,
+    SCORES,
+    SUMMARY,
+    read_lines,
+)
 from .run_scores import Entry, evaluation_rows, save_scores, score
 from .saving import replace_all
 from .sources import Rows, load_rows, rename_columns
@@ -50,9 +60,7 @@ from .templates import as_examples
 from .tokenization import smallest_limit
 from .trainer import ReftTrainer, last_complete_checkpoint
 
-RECIPE, LOG, SUMMARY = "recipe.yaml", "log.jsonl", "summary.json"
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
-_WRITTEN = (ADAPTER, CHECKPOINTS, LOG, SUMMARY, "scores.json", "predictions.jsonl")
+_WRITTEN = (ADAPTER, CHECKPOINTS, LOG, SUMMARY, SCORES, PREDICTIONS)
 _SECTIONS = ("data", "training")
 _POSITIVE = (
     "learning_rate",
@@ -384,9 +392,8 @@ class _Directory(TrainerCallback):
         if self._is_new:
             _clear(directory)
             replace_all(directory, {RECIPE: self._recipe.to_yaml().encode()})
-        lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
-        kept = [line for line in lines if _step(line) <= state.global_step]
-        text = "".join(f"{line}\n" for line in kept)
+        lines = [line for line in read_lines(self._path) if line["step"] <= state.global_step]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
         replace_all(directory, {LOG: text.encode()})
         self._tokens = state.num_input_tokens_seen
 
@@ -407,11 +414,3 @@ class _Directory(TrainerCallback):
             self._tokens, self._seconds = tokens, 0.0
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _step(line: str) -> float:
-    """The step of a line of the log; infinity for one that was cut off as it was written."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

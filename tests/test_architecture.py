@@ -18,7 +18,7 @@ SYSTEM = [
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
-    {"interventions", "hints", "recipe", "tiny", "yaml_text"},
+    {"interventions", "hints", "recipe", "run_files", "tiny", "yaml_text"},
     {
         "compiled",
         "composition",

@@ -188,10 +188,6 @@ def test_what_is_no_run(tmp_path: Path, run: Path) -> None:
     (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text(encoding="utf-8"))
     with pytest.raises(FileNotFoundError, match="the run has no adapter"):
         write_report(tmp_path, prompts=["A"])
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"log.jsonl, line 2: no JSON"):
-        write_report(tmp_path)
-    (tmp_path / "log.jsonl").unlink()
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(ValueError, match=r"summary.json: no JSON"):
         write_report(tmp_path)

@@ -14,6 +14,7 @@ import yaml
 
 from reftnoise.cli import main
 from reftnoise.parsing import read
+from reftnoise.run_files import read_lines
 from reftnoise.study.grid import Study, cells, merged
 from reftnoise.study.results import read_results
 
@@ -132,6 +133,13 @@ def test_a_study_that_does_not_fit_together(
     assert not (tmp_path / "out").exists()
 
 
+def test_lines_that_were_cut_off_count_for_none(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert read_lines(path) == []
+    path.write_text('{"a": "\u2028"}\n{"b": \n\n[1]\nnull\n{"c": 3}\n{"d"', encoding="utf-8")
+    assert read_lines(path) == [{"a": "\u2028"}, {"c": 3}]
+
+
 # -- runs ----------------------------------------------------------------------------------------
 
 
@@ -150,15 +158,15 @@ def kill_after(path: Path, count: int) -> list[dict[str, Any]]:
     """Kill a study, and all its processes, when it has `count` results; what it had by then."""
     process = start(path)
     deadline = time.monotonic() + 200
-    while len(read_lines(path)) < count and time.monotonic() < deadline:
+    while len(results_of(path)) < count and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    return read_lines(path)
+    return results_of(path)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def results_of(path: Path) -> list[dict[str, Any]]:
     return read_results(path.parent / "out")
 
 
@@ -187,7 +195,7 @@ def test_a_study_that_is_killed_twice_runs_no_cell_again(tmp_path: Path) -> None
     with (tmp_path / "killed" / "out" / "results.jsonl").open("a") as file:
         file.write('{"cell": {"noise": "no')  # a line that was being written
     finish(killed)
-    last = read_lines(killed)
+    last = results_of(killed)
     assert last[: len(second)] == second
     assert len(last) == len({line["key"] for line in last}) == 6
     measured = ("seconds", "peak_memory_bytes", "cell")
@@ -196,7 +204,7 @@ def test_a_study_that_is_killed_twice_runs_no_cell_again(tmp_path: Path) -> None
         kept = [{n: v for n, v in line.items() if n not in measured} for line in lines]
         return {line["key"]: line for line in kept}
 
-    assert by_key(last) == by_key(read_lines(whole))
+    assert by_key(last) == by_key(results_of(whole))
     assert table(killed) == table(whole)
     assert (tmp_path / "killed" / "out" / "report.html").exists()
     before = (tmp_path / "killed" / "out" / "results.jsonl").read_bytes()

@@ -10,6 +10,16 @@ import numpy.typing as npt
 
 from ..parsing import read_file
 from ..recipe import Recipe
+from ..run_files import (
+    ADAPTER,
+    LOG,
+    PREDICTIONS,
+    RECIPE,
+    SCORES,
+    STUDY,
+    SUMMARY,
+    read_lines,
+)
 from ..study.grid import SEED, cells
 from ..study.grid import Study as Grid
 from ..study.results import read_results
@@ -36,7 +46,7 @@ class Run:
     @property
     def has_adapter(self) -> bool:
         """Whether the adapter was kept."""
-        return (self.directory / "adapter").is_dir()
+        return (self.directory / ADAPTER).is_dir()
 
 
 @dataclass(frozen=True)
@@ -109,9 +119,9 @@ def is_study(directory: Path) -> bool:
     Raises:
         FileNotFoundError: it is neither.
     """
-    if (directory / "study.yaml").is_file():
+    if (directory / STUDY).is_file():
         return True
-    if (directory / "recipe.yaml").is_file():
+    if (directory / RECIPE).is_file():
         return False
     raise FileNotFoundError(
         f"{directory}: expected a run (recipe.yaml) or a study (study.yaml), found neither"
@@ -124,15 +134,15 @@ def read_run(directory: Path) -> Run:
     Raises:
         ValueError: a file that cannot be read.
     """
-    text = (directory / "recipe.yaml").read_text(encoding="utf-8")
+    text = (directory / RECIPE).read_text(encoding="utf-8")
     return Run(
         directory=directory,
-        recipe=replace(read_file(Recipe, directory / "recipe.yaml"), output_dir=str(directory)),
+        recipe=replace(read_file(Recipe, directory / RECIPE), output_dir=str(directory)),
         recipe_text=text,
-        log=_lines(directory / "log.jsonl"),
-        summary=_json(directory / "summary.json", {}),
-        scores=_json(directory / "scores.json", []),
-        predictions=_lines(directory / "predictions.jsonl"),
+        log=read_lines(directory / LOG),
+        summary=_json(directory / SUMMARY, {}),
+        scores=_json(directory / SCORES, []),
+        predictions=read_lines(directory / PREDICTIONS),
     )
 
 
@@ -142,7 +152,7 @@ def read_study(directory: Path) -> Study:
     Raises:
         ValueError: a file that cannot be read, or no finished cell.
     """
-    study = read_file(Grid, directory / "study.yaml")
+    study = read_file(Grid, directory / STUDY)
     results = {line["key"]: line for line in read_results(directory)}
     grid = cells(study)
     found: dict[Key, Combination] = {}
@@ -160,7 +170,7 @@ def read_study(directory: Path) -> Study:
 
     return Study(
         directory=directory,
-        text=(directory / "study.yaml").read_text(encoding="utf-8"),
+        text=(directory / STUDY).read_text(encoding="utf-8"),
         baseline=study.baseline,
         axes=axes,
         combinations=sorted(found.values(), key=place),
@@ -173,17 +183,3 @@ def _json(path: Path, default: Any) -> Any:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
     except ValueError as error:
         raise ValueError(f"{path}: no JSON: {error}") from None
-
-
-def _lines(path: Path) -> list[Line]:
-    """The lines of a file; none, if there is no such file. One being written is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    found = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: no JSON: {error}") from None
-    return found

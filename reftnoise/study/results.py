@@ -1,12 +1,11 @@
 """The results file of a study: one line per finished cell."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-RESULTS = "results.jsonl"
+from ..run_files import RESULTS, read_lines
 
 Result = dict[str, Any]
 """One finished cell: its levels under `cell`, `key`, `scores`, `right`, `parameters`, `seconds`,
@@ -15,16 +14,8 @@ Result = dict[str, Any]
 
 def read_results(directory: str | Path) -> list[Result]:
     """The finished cells of a study's directory; a line that was cut off counts for none."""
-    path = Path(directory) / RESULTS
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        with contextlib.suppress(ValueError):
-            result = json.loads(line)
-            if isinstance(result, dict) and result.keys() >= {"cell", "key"}:
-                found.append(result)
-    return found
+    lines = read_lines(Path(directory) / RESULTS)
+    return [line for line in lines if line.keys() >= {"cell", "key"}]
 
 
 def append_result(directory: Path, result: Result) -> None:

@@ -16,12 +16,11 @@ from rich.console import Console
 
 from ..parsing import read_file
 from ..progress import progress_of
+from ..run_files import CELLS, STUDY
 from ..saving import replace_all
 from .cell import check_cell, run_in_process
 from .grid import Cell, Study, cells
 from .results import Result, append_result, read_results
-
-STUDY, CELLS = "study.yaml", "cells"
 
 
 def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
