@@ -79,7 +79,7 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
         quiet: print nothing but errors.
         json: print the scores as JSON, and no progress.
     """
-    from .run_scores import save_scores, score
+    from .run_evaluation import save_scores, score
     from .runs import load_trained
 
     model, tokenizer = load_trained(recipe)

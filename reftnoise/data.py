@@ -19,7 +19,7 @@ from .encoding import IGNORED_LABEL, Encoder
 from .model import ReftModel
 from .sources import Rows, column_names, load_rows
 from .streams import ExampleStream
-from .tables import tokenize_once
+from .token_cache import tokenize_once
 from .tokenization import smallest_limit
 
 Examples: TypeAlias = Rows | str | Path | Sequence[str]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .generation import generated
+from .likelihood import Progress, choice_log_probs
 from .model import ReftModel
-from .scoring import Progress, choice_log_probs
 from .tasks.base import Question, Task
 from .tasks.classifier import ClassifierTask
 from .templates import fill

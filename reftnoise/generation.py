@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .scoring import Progress, Row, without_beginnings
+from .likelihood import Progress, Row, without_beginnings
 from .tokenization import Messages, smallest_limit, tokenize
 
 

@@ -40,6 +40,7 @@ from .model import ReftModel, get_reft_model
 from .parsing import read_file
 from .progress import RichProgressCallback
 from .recipe import Recipe
+from .run_evaluation import Entry, evaluation_rows, save_scores, score
 from .run_files import (
     ADAPTER,
     CHECKPOINTS,
@@ -50,7 +51,6 @@ from .run_files import (
     SUMMARY,
     read_lines,
 )
-from .run_scores import Entry, evaluation_rows, save_scores, score
 from .saving import replace_all
 from .sources import Rows, load_rows, rename_columns
 from .tasks.base import Task

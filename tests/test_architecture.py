@@ -43,12 +43,12 @@ LAYERS = [
     {"bases", "sources"},
     {"templates"},
     {"encoding", "progress"},
-    {"streams", "tables"},
-    {"classifiers", "data", "generation", "trainer", "scoring"},
+    {"streams", "token_cache"},
+    {"classifiers", "data", "generation", "trainer", "likelihood"},
     {"demo", "bench", "pyreft_directory", "convert", "integrations"},
     {"evaluation", "inspection", "loading", "describe"},
     {"answers"},
-    {"chat", "runs", "run_scores", "printing"},
+    {"chat", "runs", "run_evaluation", "printing"},
     {"study"},
     {"report"},
     {"cli"},
@@ -59,7 +59,7 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 # commands start quickly.
 LATE = {
     "saving": {"model"},
-    "run_scores": {"integrations"},
+    "run_evaluation": {"integrations"},
     "cli": {"__init__", *LEVEL} - {"__main__"},
     "demo": set(LEVEL) - {"__main__"},
 }

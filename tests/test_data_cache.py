@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import reftnoise as rn
-from reftnoise import tables, tokenization
+from reftnoise import token_cache, tokenization
 from reftnoise.sources import load_rows
 from reftnoise.tasks.text import TextTask
 from reftnoise.templates import as_examples
@@ -25,7 +25,7 @@ ROWS = [{"prompt": f"What is {n} + {n}?", "completion": f" It is {2 * n}."} for 
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where data sets of any size are kept here."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tables, "KEPT_BYTES", 0)
+    monkeypatch.setattr(token_cache, "KEPT_BYTES", 0)
     return tmp_path / "cache" / "reftnoise"
 
 
@@ -92,7 +92,7 @@ def test_what_is_kept_is_what_is_made(
 ) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     written, read = examples(tokenizer, path), examples(tokenizer, path)
-    monkeypatch.setattr(tables, "KEPT_BYTES", 2**40)
+    monkeypatch.setattr(token_cache, "KEPT_BYTES", 2**40)
     assert examples(tokenizer, path) == written == read
 
 
@@ -203,7 +203,7 @@ def test_what_is_not_kept(
     (file,) = cache.iterdir()
     file.unlink()
     if reason == "few":
-        monkeypatch.setattr(tables, "KEPT_BYTES", 2**20)
+        monkeypatch.setattr(token_cache, "KEPT_BYTES", 2**20)
     else:
         monkeypatch.setattr(datasets.fingerprint, "_CACHING_ENABLED", False)
     assert examples(tokenizer, path) == kept

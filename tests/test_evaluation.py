@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 import reftnoise as rn
 from reftnoise.evaluation import Evaluation, evaluate
 from reftnoise.generation import generated
-from reftnoise.scoring import choice_log_probs
+from reftnoise.likelihood import choice_log_probs
 from reftnoise.tasks.base import Task
 from reftnoise.tasks.registry import get_task
 from reftnoise.templates import render, writes_special_tokens

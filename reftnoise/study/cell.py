@@ -13,8 +13,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ..recipe import Recipe
+from ..run_evaluation import evaluation_rows
 from ..run_files import ADAPTER
-from ..run_scores import evaluation_rows
 from ..runs import reft_config, run_recipe, training_arguments
 from ..tasks.registry import get_task
 from .grid import Cell
