@@ -26,7 +26,7 @@ test-oldest: $(VENV)-oldest/.test
 
 $(VENV)-oldest/.test: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	grep -oE '"[A-Za-z_-]+(\[[a-z]+\])?>=[0-9.]+"' pyproject.toml \
+	grep -oE '"[A-Za-z_-]+(\[[a-z,]+\])?>=[0-9.]+"' pyproject.toml \
 		| sed -E 's/"([A-Za-z_-]+).*>=(.*)"/\1==\2/' | sort -u > $(@D)/oldest.txt
 	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/oldest.txt --editable '.[test]'
 	touch $@
