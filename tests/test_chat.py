@@ -139,7 +139,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(adapter: Path) -> None:
     slow = (
         "import sys, time; from reftnoise import chat\n"
         "put = chat._Shown.put\n"
-        "def slowly(*given): time.sleep(0.05); put(*given)\n"
+        "def slowly(*given): time.sleep(0.3); put(*given)\n"
         "chat._Shown.put = slowly\n"
         "chat.ends_of = lambda *_: [0]\n"
         "chat.chat(sys.argv[1], max_new_tokens=120)\n"
@@ -155,7 +155,7 @@ def drive(terminal: Terminal) -> None:
     terminal.type(f"{QUESTIONS[0]}\r")
     terminal.wait_for(r"live\?\r\n.*\w+ ")  # the answer has begun
     terminal.interrupt()
-    terminal.wait_for("› ", seconds=4.0)  # 120 tokens would take 6 seconds
+    terminal.wait_for("› ", seconds=20.0)  # 120 tokens would take 36 seconds
     terminal.type("half a line")
     terminal.wait_for("half a line")
     time.sleep(0.5)  # a signal is seen while the program waits for keys

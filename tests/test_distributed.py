@@ -158,6 +158,7 @@ def test_a_resumed_run_ends_with_the_same_weights(case: str, trained: Launch) ->
         assert torch.equal(trained[f"{case}, resumed"]["weights"][name], weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*have different weights:UserWarning")  # a random base
 @pytest.mark.parametrize("case", [c for c in worker.BY_TRAINER if "plain Trainer" not in c])
 def test_what_is_saved_is_whole(case: str, trained: Launch) -> None:
     weights = trained[case]["weights"]

@@ -163,7 +163,7 @@ def test_tasks_by_name(tmp_path: Path) -> None:
     assert bare == evaluate_with_harness(model.model, tokenizer, ["choices"], **settings)
     limited = evaluate_with_harness(model, tokenizer, ["choices"], limit=1, **settings)
     assert limited["choices"]["acc"] in (0.0, 1.0)
-    with pytest.raises(ValueError, match=r"lm_eval task 'choises': .* did you mean choices"):
+    with pytest.raises(ValueError, match=r"lm_eval task 'choises' .* did you mean 'choices'"):
         evaluate_with_harness(model, tokenizer, ["answers", "choises"], **settings)
 
 
