@@ -137,7 +137,9 @@ class Terminal:
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(adapter: Path) -> None:
     # An answer that does not end by itself, slow enough to be interrupted.
     slow = (
-        "import sys, time; from reftnoise import chat\n"
+        "import signal, sys, time; from reftnoise import chat\n"
+        # Tests that a shell runs in the background inherit that this signal is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "put = chat._Shown.put\n"
         "def slowly(*given): time.sleep(0.3); put(*given)\n"
         "chat._Shown.put = slowly\n"
