@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench.workload import Workload
-from .hints import nearest
+from .hints import nearest, one_line
 from .recipe import Recipe
 from .run_files import RECIPE
 from .study.grid import Study
@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the interpreter's flush
         return 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"reftnoise: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"reftnoise: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("reftnoise: interrupted", file=sys.stderr)

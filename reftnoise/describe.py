@@ -1,7 +1,7 @@
 """What an adapter or a run is, read from its files alone: no base is loaded."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,6 @@ class Description:
     sha256: str | None
     files: dict[str, int]
     scores: list[dict[str, Any]]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
 
 def describe(directory: str | Path) -> Description:

@@ -1,4 +1,4 @@
-"""What an error says to somebody who mistyped a name."""
+"""What errors say: in one line, and to somebody who mistyped a name."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,3 +14,8 @@ def nearest(name: object, possible: Iterable[str], rest: str | None = None) -> s
     near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
     hint = f"did you mean {by_lower[near[0]]!r}? " if near else ""
     return hint + (rest or f"possible: {', '.join(names) or 'none'}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())

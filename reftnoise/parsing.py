@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from . import yaml_text
-from .hints import nearest
+from .hints import nearest, one_line
 
 Config = TypeVar("Config")
 
@@ -109,8 +109,3 @@ def explained(error: Exception, parser: ArgumentParser) -> str:
             reason = pattern.sub(words, reason)
         return reason if key == "config" else f"{key}: {reason}"
     return message
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split())

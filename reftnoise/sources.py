@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.fingerprint import get_temporary_cache_files_directory
 
 from . import tiny
+from .hints import one_line
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -185,7 +186,7 @@ def _load_file(path: Path, split: str, streaming: bool) -> Rows:
             )
             column_names(rows)  # of a stream, reads the file's beginning
     except (DatasetGenerationError, StopIteration, ValueError) as error:
-        reason = _one_line(error.__cause__ or error)
+        reason = one_line(error.__cause__ or error)
         if not reason or "corresponds to no data" in reason:
             raise ValueError(f"{path}: no rows in it") from None
         raise ValueError(f"{path}: not a readable {kind} file ({reason})") from None
@@ -197,7 +198,7 @@ def _load_from_hub(source: str, split: str, subset: str | None, streaming: bool)
         return datasets.load_dataset(source, subset, split=split, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
         reason = "no such file, and no hub dataset: " if isinstance(error, OSError) else ""
-        raise ValueError(f"{source}: {reason}{_one_line(error)}") from None
+        raise ValueError(f"{source}: {reason}{one_line(error)}") from None
 
 
 def _embedded() -> dict[str, datasets.Dataset]:
@@ -213,13 +214,9 @@ def _take(splits: Mapping[str, Any], split: str, source: str | Path) -> datasets
     try:
         slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (AssertionError, ValueError) as error:
-        raise ValueError(f"{source}: split {split!r}: {_one_line(error)}") from None
+        raise ValueError(f"{source}: split {split!r}: {one_line(error)}") from None
     parts = []
     for part in slices:
         first, end = part.from_ or 0, lengths[part.splitname] if part.to is None else part.to
         parts.append(splits[part.splitname].select(range(first, end)))
     return datasets.concatenate_datasets(parts)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_keys_are_those_of_a_model(entries: Any) -> None:
 
 def test_as_json_and_as_tables(run: Path) -> None:
     described = describe(run)
-    assert json.loads(described.to_json())["units"][0]["rank"] == 4
+    assert json.loads(json.dumps(asdict(described)))["units"][0]["rank"] == 4
     file = io.StringIO()
     show(described, Console(file=file, width=140))
     printed = file.getvalue()
