@@ -1,7 +1,8 @@
 """The mathematics: interventions on hidden states, free of any model, config or file."""
 
 from .adapters import AdapterIntervention, BiasIntervention
-from .base import NoiseIntervention, ReftIntervention
+from .base import LowRankIntervention, NoiseIntervention, ReftIntervention
+from .factors import Factors, side_by_side
 from .noise import (
     BernoulliNoiseIntervention,
     GaussianNoiseIntervention,
@@ -32,9 +33,11 @@ __all__ = [
     "BiasIntervention",
     "ConsreftIntervention",
     "DireftIntervention",
+    "Factors",
     "GaussianNoiseIntervention",
     "LobireftIntervention",
     "LoreftIntervention",
+    "LowRankIntervention",
     "LowRankRotation",
     "NeftuneIntervention",
     "NodireftIntervention",
@@ -48,4 +51,5 @@ __all__ = [
     "orthonormal_rows",
     "register_intervention",
     "shared_bases",
+    "side_by_side",
 ]

@@ -12,15 +12,14 @@ Both start as the identity and, unless told otherwise, edit every token, generat
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
-from .base import PyveneFields, ReftIntervention, reject_unknown
+from .base import LowRankIntervention, PyveneFields, reject_unknown
+from .factors import Factors
 
 
-class BiasIntervention(ReftIntervention):
+class BiasIntervention(LowRankIntervention):
     r"""BitFit's trained bias, where a module's output is edited: $h + b$.
 
     Arguments as in `ReftIntervention`, without rank and `act_fn`. Parameters: $d$. A model's own
@@ -29,6 +28,7 @@ class BiasIntervention(ReftIntervention):
     """
 
     default_positions: ClassVar[str] = "all+decode"
+    has_subspaces: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -42,11 +42,12 @@ class BiasIntervention(ReftIntervention):
         super().__init__(embed_dim=embed_dim, dropout=dropout, dtype=dtype, **pyvene)
         self.bias = nn.Parameter(torch.zeros(embed_dim, dtype=self.dtype))
 
-    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        return self.bias.to(hidden).expand_as(hidden)
+    def factors(self) -> Factors:
+        up = self.bias[None]
+        return Factors(torch.zeros_like(up), torch.ones_like(up[:, 0]), up, ((None, 1),))
 
 
-class AdapterIntervention(ReftIntervention):
+class AdapterIntervention(LowRankIntervention):
     r"""The bottleneck adapter: $h + W_2\sigma(W_1h + b_1) + b_2$, where $W_2$ starts at zero.
 
     Arguments as in `ReftIntervention`; `low_rank_dimension` is the bottleneck's width and `act_fn`
@@ -55,6 +56,7 @@ class AdapterIntervention(ReftIntervention):
     """
 
     default_positions: ClassVar[str] = "all+decode"
+    has_subspaces: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -79,8 +81,12 @@ class AdapterIntervention(ReftIntervention):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        inner = F.linear(hidden, self.down.weight.to(hidden), self.down.bias.to(hidden))
-        if self.act_fn is not None:
-            inner = self.act_fn(inner)
-        return F.linear(inner, self.up.weight.to(hidden), self.up.bias.to(hidden))
+    def factors(self) -> Factors:
+        down, up = self.down, self.up
+        rank = len(down.weight)
+        return Factors(
+            torch.cat([down.weight, torch.zeros_like(down.weight[:1])]),
+            torch.cat([down.bias, torch.ones_like(down.bias[:1])]),
+            torch.cat([up.weight.T, up.bias[None]]),
+            ((self.act_fn_name, rank), (None, 1)),
+        )

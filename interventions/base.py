@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from typing_extensions import Unpack
 
+from .factors import Factors
+
 # pyvene announces on stdout that an optional backend is missing; importing us prints nothing.
 with contextlib.redirect_stdout(io.StringIO()):
     from pyvene import (
@@ -167,13 +169,27 @@ class ReftIntervention(
     def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """The change that the intervention makes to hidden states, without dropout."""
 
-    def delta(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        """`edit` as it acts: in the wider dtype, outside autocast, with dropout."""
+    def delta(
+        self,
+        hidden: Float[Tensor, "*rows hidden"],
+        gates: Float[Tensor, "*#rows gates"] | None = None,
+    ) -> Float[Tensor, "*rows hidden"]:
+        """`edit` as it acts: in the wider dtype, outside autocast, with dropout.
+
+        Args:
+            hidden: the states.
+            gates: how much of each dimension of the subspace is edited; all of each, if None.
+        """
         dtypes = {p.dtype for p in self.parameters()}
         wide = hidden.to(functools.reduce(torch.promote_types, dtypes, hidden.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
-            changed: Tensor = self.dropout(self.edit(wide))
+            changed: Tensor = self.dropout(self._edit(wide, gates))
         return changed
+
+    def _edit(self, hidden: Tensor, gates: Tensor | None) -> Tensor:
+        if gates is not None:
+            raise ValueError(f"subspaces: {type(self).__name__} has no subspace to edit a part of")
+        return self.edit(hidden)
 
     def forward(
         self,
@@ -199,6 +215,27 @@ class ReftIntervention(
     def extra_repr(self) -> str:
         given = ", ".join(f"{k}={v!r}" for k, v in self.arguments().items())
         return f"embed_dim={self.hidden_size}, {given}"
+
+
+class LowRankIntervention(ReftIntervention):
+    """An edit that has `Factors`, so that adapters with it can share a batch and be served."""
+
+    has_subspaces: ClassVar[bool] = True
+    """Whether dimensions of its subspace can be edited without the others."""
+
+    @abstractmethod
+    def factors(self) -> Factors:
+        """The edit in one form with all others, differentiable, without dropout."""
+
+    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        return self.factors().to(hidden).edit(hidden)
+
+    def _edit(self, hidden: Tensor, gates: Tensor | None) -> Tensor:
+        if gates is None:
+            return self.edit(hidden)
+        if not self.has_subspaces:
+            return super()._edit(hidden, gates)
+        return self.factors().to(hidden).edit(hidden, gates.to(hidden))
 
 
 class NoiseIntervention(SourcelessIntervention, LocalistRepresentationIntervention, ABC):

@@ -17,16 +17,15 @@ Paper: ReFT (arXiv:2404.03592), section 3.2 and appendix. What the paper calls D
 """
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .base import PyveneFields, ReftArguments, ReftIntervention, reject_unknown
+from .base import LowRankIntervention, PyveneFields, ReftArguments, reject_unknown
+from .factors import Factors
 from .rotation import LowRankRotation
 
 
-class _Rotated(ReftIntervention):
+class _Rotated(LowRankIntervention):
     """Edits in the span of R with the learned source $Wh + b$."""
 
     def __init__(
@@ -47,12 +46,8 @@ class LoreftIntervention(_Rotated):
     Arguments as in `ReftIntervention`. Parameters: $2rd + r$.
     """
 
-    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        basis, source = self.rotate_layer().to(hidden), self.learned_source
-        weight, bias = source.weight.to(hidden), source.bias.to(hidden)
-        if self.act_fn is None:
-            return F.linear(hidden, weight - basis, bias) @ basis  # one product for Wh - Rh
-        return (self.act_fn(F.linear(hidden, weight, bias)) - F.linear(hidden, basis)) @ basis
+    def factors(self) -> Factors:
+        return _difference(self, self.rotate_layer())
 
 
 class DireftIntervention(_Rotated):
@@ -61,11 +56,11 @@ class DireftIntervention(_Rotated):
     Arguments as in `ReftIntervention`. Parameters: $2rd + r$.
     """
 
-    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        return _source(self, hidden) @ self.rotate_layer().to(hidden)
+    def factors(self) -> Factors:
+        return _source(self, self.rotate_layer())
 
 
-class _Projected(ReftIntervention):
+class _Projected(LowRankIntervention):
     """Edits in the span of a free projection W₂ with the learned source $W_1h + b$."""
 
     def __init__(
@@ -91,10 +86,8 @@ class NoreftIntervention(_Projected):
     Parameters: $2rd + r$.
     """
 
-    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        projection = self.proj_layer.weight.to(hidden)
-        bias = self.proj_layer.bias.to(hidden) if self.add_bias else None
-        return (_source(self, hidden) - F.linear(hidden, projection, bias)) @ projection
+    def factors(self) -> Factors:
+        return _difference(self, self.proj_layer.weight, self.proj_layer.bias)
 
 
 class NodireftIntervention(_Projected):
@@ -116,11 +109,11 @@ class NodireftIntervention(_Projected):
             raise ValueError("add_bias True: NoDiReFT never reads W2's bias; leave it False")
         super().__init__(embed_dim=embed_dim, low_rank_dimension=low_rank_dimension, **arguments)
 
-    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        return _source(self, hidden) @ self.proj_layer.weight.to(hidden)
+    def factors(self) -> Factors:
+        return _source(self, self.proj_layer.weight)
 
 
-class _Constant(ReftIntervention):
+class _Constant(LowRankIntervention):
     """Edits in the span of R with a constant source b, which starts uniform in [0, 1)."""
 
     def __init__(
@@ -150,9 +143,9 @@ class ConsreftIntervention(_Constant):
     Arguments as in `ReftIntervention`, without `act_fn`. Parameters: $rd + r$.
     """
 
-    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        basis = self.rotate_layer().to(hidden)
-        return (self.learned_source.to(hidden) - F.linear(hidden, basis)) @ basis
+    def factors(self) -> Factors:
+        basis = self.rotate_layer()
+        return Factors(-basis, self.learned_source, basis, ((None, len(basis)),))
 
 
 class LobireftIntervention(_Constant):
@@ -161,14 +154,30 @@ class LobireftIntervention(_Constant):
     Arguments as in `ReftIntervention`, without `act_fn`. Parameters: $rd + r$.
     """
 
-    def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        moved = self.learned_source.to(hidden) @ self.rotate_layer().to(hidden)
-        return moved.expand_as(hidden)
+    def factors(self) -> Factors:
+        basis = self.rotate_layer()
+        return Factors(torch.zeros_like(basis), self.learned_source, basis, ((None, len(basis)),))
 
 
-def _source(
-    unit: _Rotated | _Projected, hidden: Float[Tensor, "*rows hidden"]
-) -> Float[Tensor, "*rows rank"]:
-    layer = unit.learned_source
-    source = F.linear(hidden, layer.weight.to(hidden), layer.bias.to(hidden))
-    return source if unit.act_fn is None else unit.act_fn(source)
+def _source(unit: _Rotated | _Projected, projection: Tensor) -> Factors:
+    r"""$P^\top\sigma(Wh + b)$ for a projection P."""
+    source = unit.learned_source
+    return Factors(source.weight, source.bias, projection, ((unit.act_fn_name, len(projection)),))
+
+
+def _difference(
+    unit: _Rotated | _Projected, projection: Tensor, offset: Tensor | None = None
+) -> Factors:
+    r"""$P^\top(\sigma(Wh + b) - Ph - c)$ for a projection P and an offset c."""
+    weight, bias = unit.learned_source.weight, unit.learned_source.bias
+    if offset is None:
+        offset = torch.zeros_like(bias)
+    rank = len(projection)
+    if unit.act_fn is None:  # one product for Wh - Ph
+        return Factors(weight - projection, bias - offset, projection, ((None, rank),))
+    return Factors(
+        torch.cat([weight, projection]),
+        torch.cat([bias, offset]),
+        torch.cat([projection, -projection]),
+        ((unit.act_fn_name, rank), (None, rank)),
+    )
