@@ -2,7 +2,7 @@
 
 from .adapters import AdapterIntervention, BiasIntervention
 from .base import LowRankIntervention, NoiseIntervention, ReftIntervention
-from .factors import Factors, side_by_side
+from .factors import Factors, StackedEdit, side_by_side
 from .noise import (
     BernoulliNoiseIntervention,
     GaussianNoiseIntervention,
@@ -44,6 +44,7 @@ __all__ = [
     "NoiseIntervention",
     "NoreftIntervention",
     "ReftIntervention",
+    "StackedEdit",
     "SymNoiseIntervention",
     "Unit",
     "intervention_class",

@@ -51,7 +51,8 @@ class Factors(NamedTuple):
             ]
             inner = torch.cat(activated, dim=-1)
         if gates is not None:
-            inner = inner * torch.cat([gates] * (inner.shape[-1] // gates.shape[-1]), dim=-1)
+            blocks = inner.shape[-1] // gates.shape[-1]
+            inner = inner * (gates if blocks == 1 else torch.cat([gates] * blocks, dim=-1))
         return inner @ self.up
 
 
@@ -65,17 +66,52 @@ def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " k"]]:
         sizes = [count for _, count in part.acts]
         pieces = zip(*(rows.split_with_sizes(sizes) for rows in part[:3]), strict=True)
         runs += [
-            (name or "", owner, *piece)
-            for (name, _), piece in zip(part.acts, pieces, strict=True)
+            (name or "", owner, *piece) for (name, _), piece in zip(part.acts, pieces, strict=True)
         ]
     runs.sort(key=lambda run: run[0])
     names, owners, downs, biases, ups = zip(*runs, strict=True)
-    counts = {name: 0 for name in names}
+    counts = dict.fromkeys(names, 0)
     for name, bias in zip(names, biases, strict=True):
         counts[name] += len(bias)
     of = [torch.full_like(b, o, dtype=torch.long) for o, b in zip(owners, biases, strict=True)]
     acts = tuple((name or None, count) for name, count in counts.items())
     return Factors(torch.cat(downs), torch.cat(biases), torch.cat(ups), acts), torch.cat(of)
+
+
+class StackedEdit(nn.Module):
+    """The edits of several adapters at one place as one: the gates say which a row gets.
+
+    Args:
+        parts: the edits.
+        owners: for each, the number of its adapter, which is the column of its gate.
+    """
+
+    down: Tensor
+    bias: Tensor
+    up: Tensor
+    owner: Tensor
+
+    def __init__(self, parts: Sequence[Factors], owners: Sequence[int]) -> None:
+        super().__init__()
+        factors, of = side_by_side(parts)
+        for name in ("down", "bias", "up"):
+            self.register_buffer(name, getattr(factors, name), persistent=False)
+        self.register_buffer("owner", torch.tensor(owners, device=of.device)[of], persistent=False)
+        self.acts = factors.acts
+        self.hidden_size = factors.down.shape[1]
+
+    def delta(
+        self,
+        hidden: Float[Tensor, "*rows hidden"],
+        gates: Float[Tensor, "*#rows adapters"] | None = None,
+    ) -> Float[Tensor, "*rows hidden"]:
+        """The sum of the edits, each times its adapter's gate."""
+        wide = hidden.to(torch.promote_types(hidden.dtype, self.down.dtype))
+        if gates is not None:
+            gates = gates.to(wide).index_select(-1, self.owner)
+        factors = Factors(self.down, self.bias, self.up, self.acts)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return factors.to(wide).edit(wide, gates)
 
 
 @functools.cache

@@ -12,12 +12,12 @@ from rich.text import Text
 from typing_extensions import Unpack
 
 from .evaluation import evaluating
+from .files import replace_all
 from .generation import generated
 from .hints import nearest
 from .likelihood import Progress
 from .loading import load_adapted, template_of
 from .model import ReftModel
-from .saving import replace_all
 from .templates import fill
 from .tokenization import smallest_limit
 

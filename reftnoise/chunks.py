@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from .components import Site, Stack
-from .interventions import NoiseIntervention, ReftIntervention, Unit
+from .interventions import NoiseIntervention, ReftIntervention, StackedEdit, Unit
 from .positions import Positions, PromptLayout, Selection
 from .split import Alignment
 
@@ -24,7 +24,7 @@ class PlacedUnit:
     """A unit at its site."""
 
     key: str
-    unit: Unit
+    unit: Unit | StackedEdit
     site: Site
     positions: Positions | None = None
     """None for noise."""
@@ -41,6 +41,9 @@ class Pass:
     """None until the first call, where only the call itself tells."""
     selections: dict[str, Selection | None] = field(default_factory=dict)
     """By unit key; None where the caller gave no location, so that nothing is edited."""
+    gates: dict[str, Float[Tensor, "batch k"]] = field(default_factory=dict)
+    """By unit key, how much of each row of its factors, or dimension of its subspace, each row of
+    the batch gets; all of each where there is none."""
     locate: Callable[[Bool[Tensor, "batch width"], int], Located] | None = None
     """From attended tokens, and how many of them are cached, to layout and selections, where these
     are not known beforehand."""
@@ -116,6 +119,11 @@ class Chunk:
             self._rows[key] = Rows(joint, torch.cat(masks), counts)
         return self._rows[key]
 
+    def gates(self, key: str) -> Float[Tensor, "batch k"] | None:
+        """A unit's gates for the rows of this call."""
+        gates = self.current.gates.get(key)
+        return None if gates is None else gates.repeat_interleave(self._times, 0)
+
     def tokens(self, device: torch.device) -> dict[str, Tensor]:
         """What noise asks of tokens."""
         layout = self.layout
@@ -172,33 +180,49 @@ class Rows(NamedTuple):
     counts: list[int]
 
 
+class ActingUnit(NamedTuple):
+    """A unit in one pass."""
+
+    unit: ReftIntervention | StackedEdit
+    selection: Selection
+    gates: Float[Tensor, "batch k"] | None = None
+    """How much of each dimension the rows of the batch get."""
+
+
 def edit_rows(
+    edited: Float[Tensor, "batch length hidden"],
     hidden: Float[Tensor, "batch length hidden"],
-    units: Sequence[ReftIntervention],
+    units: Sequence[ActingUnit],
     rows: Rows,
     scale: float = 1.0,
 ) -> Float[Tensor, "batch length hidden"]:
-    """Add each unit's edit, times `scale`, to those of its rows that the mask holds.
+    """Add each unit's edit of `hidden`, times `scale`, to those rows of `edited` in the mask.
 
     Rows outside the mask are added exact zeros, which keeps every shape static: no
     synchronisation with the device, and a NaN in padding stays where it is.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
+    target = edited.reshape(-1, hidden.shape[-1])
     mask = rows.mask.to(hidden.device)[:, None]
     if rows.indices is None:
-        delta = _scaled(units[0], flat.masked_fill(~mask, 0), scale)
-        return _shaped_like(hidden, flat + delta.masked_fill(~mask, 0))
+        delta = _delta(units[0], flat.masked_fill(~mask, 0), scale)
+        return _shaped_like(hidden, target + delta.masked_fill(~mask, 0))
     indices = rows.indices.to(hidden.device)
     parts = flat.index_select(0, indices).split_with_sizes(rows.counts)
-    deltas = [_scaled(unit, part, scale) for unit, part in zip(units, parts, strict=True)]
+    deltas = [_delta(unit, part, scale) for unit, part in zip(units, parts, strict=True)]
     delta = torch.cat(deltas).masked_fill(~mask, 0)
-    return _shaped_like(hidden, flat.index_add(0, indices, delta))
+    return _shaped_like(hidden, target.index_add(0, indices, delta))
 
 
-def _scaled(
-    unit: ReftIntervention, hidden: Float[Tensor, "n hidden"], scale: float
+def _delta(
+    acting: ActingUnit, hidden: Float[Tensor, "n hidden"], scale: float
 ) -> Float[Tensor, "n hidden"]:
-    delta = unit.delta(hidden)
+    if acting.gates is None:
+        delta = acting.unit.delta(hidden)
+    else:
+        gates = acting.gates.to(hidden.device)
+        by_row = hidden.view(len(gates), -1, hidden.shape[-1])
+        delta = acting.unit.delta(by_row, gates[:, None]).flatten(0, 1)
     return (delta if scale == 1.0 else scale * delta).to(hidden.dtype)
 
 

@@ -241,7 +241,7 @@ class ReftConfig:
         if isinstance(representations, Mapping | RepresentationConfig):
             representations = [representations]
         is_list = isinstance(representations, Sequence) and not isinstance(representations, str)
-        if not is_list or not (representations or peft or modules_to_save):
+        if not is_list:
             raise ValueError(
                 f"representations {representations!r}: expected an entry or a list of entries"
             )

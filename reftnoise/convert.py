@@ -4,7 +4,6 @@ Of the base its config is enough: its layers are built on torch's meta device, w
 shapes and no weights. What one format cannot hold of the other is told by the logger.
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from . import pyreft_directory
+from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .components import Site, find_layers, find_site, hidden_size, is_dotted, num_layers
 from .config import ReftConfig, RepresentationConfig
 from .interventions import ReftIntervention
@@ -29,14 +29,7 @@ from .model import ReftModel
 from .positions import Positions
 from .pyreft_directory import StoredUnit, read_pyreft, write_pyreft
 from .pyreft_state import CLASSES
-from .saving import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    load_weights,
-    local_directory,
-    read_config,
-    save_adapter,
-)
+from .saving import load_weights, read_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -222,36 +215,28 @@ def _site(unit: StoredUnit, base: PreTrainedModel) -> Site:
     return site
 
 
-def _refuse_section(source: Path) -> None:
-    """Raise for an adapter with a method of PEFT, which pyreft's format does not hold."""
-    try:
-        description = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
-        section = description.get("peft")
-    except (OSError, ValueError, AttributeError):
-        return  # which `read_config` tells
-    if section is not None:
-        raise ValueError(
-            f"{source}: has a peft section ({section.get('peft_type')}), which pyreft's format "
-            "does not hold"
-        )
-
-
 # -- ours → theirs -------------------------------------------------------------------------------
 
 
 def _to_pyreft(source: Path, output: Path, name: str) -> str:
-    _refuse_section(source)
-    names = _trained_of_base(source)
+    adapter = AdapterFiles.read(source)
+    if adapter.config.peft is not None:
+        raise ValueError(
+            f"{source}: has a peft section ({adapter.config.peft.get('peft_type')}), which "
+            "pyreft's format does not hold"
+        )
+    names = [name.removeprefix("model.") for name in adapter.base_parameters]
     base = _structure(name, names)
-    reft_model = ReftModel(read_config(source, base), base)
+    adapter = read_adapter(source, base)
+    reft_model = ReftModel(adapter.config, base)
     trained = _give_memory(base, names)
-    load_weights(reft_model, source)
+    load_weights(reft_model, adapter)
     interventions = iter(reft_model.interventions.values())
     units: list[tuple[int, str, ReftIntervention]] = []
     for index, entry in enumerate(reft_model.reft_config.representations):
         layers = entry.layers(num_layers(base)) if entry.is_per_layer else [0]
         placed = [(layer, next(interventions)) for _ in entry.parts() for layer in layers]
-        where = f"{source / CONFIG_NAME}: representations[{index}]"
+        where = f"{adapter.config_path}: representations[{index}]"
         if entry.is_noise:
             logger.warning("%s: pyreft has no noise, so it is left out", where)
             continue
@@ -269,18 +254,10 @@ def _to_pyreft(source: Path, output: Path, name: str) -> str:
     try:
         write_pyreft(output, units, trained, type(base))
     except ValueError as error:
-        raise ValueError(f"{source / WEIGHTS_NAME}: {error}") from None
+        raise ValueError(f"{adapter.weights_path}: {error}") from None
     if trained:
         logger.warning("%s: holds weights of the base, so load it with include_model=True", output)
     return f"{output}: {len(units)} units"
-
-
-def _trained_of_base(source: Path) -> list[str]:
-    try:
-        description = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
-        return [name.removeprefix("model.") for name in description.get("base_parameters", ())]
-    except (ValueError, TypeError, AttributeError):
-        return []  # `read_config` says what is wrong
 
 
 def _give_memory(base: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:

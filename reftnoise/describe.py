@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 from torch import Tensor
 
+from .adapter_files import AdapterFiles
 from .config import ReftConfig
 from .interventions.rotation import orthonormal_rows
-from .loading import adapter_directory, read_description
+from .loading import adapter_directory
 from .placement import unit_keys
 from .run_files import ADAPTER, SCORES
-from .saving import WEIGHTS_NAME
 
 
 @dataclass(frozen=True)
@@ -81,20 +79,10 @@ def describe(directory: str | Path) -> Description:
         ValueError: its config or weights are damaged.
     """
     adapter = adapter_directory(directory)
-    description = read_description(adapter)
-    config = ReftConfig.from_dict(
-        {n: description[n] for n in ReftConfig.__dataclass_fields__ if n in description}
-    )
-    path = adapter / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{adapter}: no {WEIGHTS_NAME} in it")
-    try:
-        state = safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or damaged ({error})") from None
+    files = AdapterFiles.read(adapter)
     by_key: dict[str, dict[str, Tensor]] = {}
     others = 0
-    for name, tensor in state.items():
+    for name, tensor in files.weights().items():
         owner, _, rest = name.partition(".")
         if owner == "interventions":
             key, _, parameter = rest.partition(".")
@@ -105,12 +93,12 @@ def describe(directory: str | Path) -> Description:
     is_run = adapter.name == ADAPTER and scores.is_file()
     return Description(
         directory=str(adapter),
-        base=description["base_model"],
-        units=_units(config, by_key, description["base_model"].get("num_hidden_layers")),
-        noises=[entry.to_dict() for entry in config.representations if entry.is_noise],
-        peft=config.peft,
+        base=files.base,
+        units=_units(files.config, by_key, files.base.get("num_hidden_layers")),
+        noises=[entry.to_dict() for entry in files.config.representations if entry.is_noise],
+        peft=files.config.peft,
         peft_parameters=others,
-        sha256=description.get("weights_sha256"),
+        sha256=files.sha256,
         files={one.name: one.stat().st_size for one in sorted(adapter.iterdir()) if one.is_file()},
         scores=json.loads(scores.read_text(encoding="utf-8")) if is_run else [],
     )

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .chunks import Chunk, Pass, PlacedUnit, TokenlessChunk, edit_rows
+from .chunks import ActingUnit, Chunk, Pass, PlacedUnit, TokenlessChunk, edit_rows
 from .compiled import (
     as_written,
     calls_as_written,
@@ -35,10 +35,8 @@ from .devices import gather_for, is_part
 from .interventions import (
     LowRankRotation,
     NoiseIntervention,
-    ReftIntervention,
     shared_bases,
 )
-from .positions import Selection
 
 # Threads take turns on a base, and within a thread the innermost pass alone edits: a pass of
 # another ReftModel, or of the bare base, may be run from a hook or a logits processor.
@@ -413,29 +411,33 @@ class Engine:
         chunk: Chunk,
         hidden: Float[Tensor, "batch length hidden"],
     ) -> Float[Tensor, "batch length hidden"]:
-        """Apply units whose positions are disjoint, those of few positions all at once."""
+        """Add the edits of all units to the states that all of them read.
+
+        Those of few positions are applied at once.
+        """
         if chunk.offset + chunk.length <= chunk.current.cut or self.scale == 0.0:
             return hidden
-        few: list[tuple[ReftIntervention, Selection]] = []
+        edited, few = hidden, []
         for one in placed:
             selection = chunk.current.selections[one.key]
             if selection is None:
                 continue
-            assert isinstance(one.unit, ReftIntervention)
+            assert not isinstance(one.unit, NoiseIntervention)
             if hidden.shape[-1] != one.unit.hidden_size:
                 raise ValueError(
                     f"{one.site} has width {hidden.shape[-1]}, but its "
                     f"{type(one.unit).__name__} has embed_dim {one.unit.hidden_size}: pass "
                     f"embed_dim={hidden.shape[-1]}"
                 )
+            acting = ActingUnit(one.unit, selection, chunk.gates(one.key))
             if selection.columns is None:
-                hidden = edit_rows(hidden, [one.unit], chunk.rows([selection]), self.scale)
+                edited = edit_rows(edited, hidden, [acting], chunk.rows([selection]), self.scale)
             else:
-                few.append((one.unit, selection))
+                few.append(acting)
         if few:
-            units, selections = zip(*few, strict=True)
-            hidden = edit_rows(hidden, units, chunk.rows(selections), self.scale)
-        return hidden
+            rows = chunk.rows([acting.selection for acting in few])
+            edited = edit_rows(edited, hidden, few, rows, self.scale)
+        return edited
 
 
 ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]

@@ -1,14 +1,13 @@
 """Load an adapter together with the base that it names."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from . import yaml_text
+from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .bases import load_base
 from .model import ReftModel
 from .run_files import ADAPTER, RECIPE
-from .saving import CONFIG_NAME, WEIGHTS_NAME, local_directory
 
 _OF_BASE = ("model", "revision", "dtype", "quantization")
 """What a recipe says of its base."""
@@ -68,18 +67,6 @@ def adapter_directory(adapter: str | Path) -> Path:
     return directory
 
 
-def read_description(directory: Path) -> dict[str, Any]:
-    """The mapping in an adapter directory's config, unchecked but for its base and units."""
-    path = directory / CONFIG_NAME
-    try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        dict(description["base_model"])
-        list(description["representations"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
-    return description
-
-
 def base_of(directory: Path) -> dict[str, Any]:
     """`model`, and what else of `load_base`'s arguments is known, of an adapter directory's base.
 
@@ -88,7 +75,7 @@ def base_of(directory: Path) -> dict[str, Any]:
     values = _recipe_beside(directory)
     if isinstance(values.get("model"), str):
         return {name: values[name] for name in _OF_BASE if values.get(name) is not None}
-    return {"model": str(read_description(directory)["base_model"].get("name_or_path") or "")}
+    return {"model": str(AdapterFiles.read(directory).base.get("name_or_path") or "")}
 
 
 def template_of(adapter: str | Path) -> str | None:

@@ -5,7 +5,8 @@ import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,6 +35,7 @@ from .inputs import (
     infer_attention_mask,
     warn_of_doubtful_prompts,
 )
+from .library import OWN, AdapterChoice, AdapterLibrary, Route
 from .locating import Locator
 from .pairs import in_pairs, mean_of_pairs
 from .passes import Runner, SplitMode
@@ -92,6 +94,9 @@ class ReftModel(nn.Module):
         self.prefix_cache: PrefixCache | None = None
         self._engine = Engine(model, placed)
         self._locator = Locator(self._engine)
+        self._own = Route(self._engine, self._locator)
+        self.adapters = AdapterLibrary(self._engine)
+        """Loaded adapters by name."""
         self._runner = Runner(self._engine)
         self._is_disabled = False
         self._has_looked_at_labels = False
@@ -129,6 +134,7 @@ class ReftModel(nn.Module):
         labels: Tensor | None = None,
         prompt_lengths: Int[Tensor, " batch"] | None = None,
         unit_locations: UnitLocations | None = None,
+        adapter_names: Sequence[AdapterChoice] | None = None,
         output_original_output: bool = False,
         return_logits: bool | None = None,
         **inputs: Any,
@@ -145,6 +151,9 @@ class ReftModel(nn.Module):
                 With a filled cache and no such information, all that is cached is the prompt.
             unit_locations: `{"sources->base": (None, locations)}` with columns nested as
                 interventions × batch × positions, instead of the config's positions.
+            adapter_names: in evaluation, for each row the name of a loaded adapter, a list of
+                names whose edits are added, a mapping from names to scales, `"default"` for the
+                model's own units, or None for the bare base.
             output_original_output: in pyreft's form, also run the bare base.
             return_logits: with labels, logits that the loss does not need are computed when they
                 are read; True computes them in the base's own forward, False leaves them out. In
@@ -165,7 +174,8 @@ class ReftModel(nn.Module):
                 with self.disabled():
                     original = self(**batch)
             batch.setdefault("return_logits", return_logits)
-            return original, self(**batch, unit_locations=unit_locations)
+            chosen = {"unit_locations": unit_locations, "adapter_names": adapter_names}
+            return original, self(**batch, **chosen)
         prompt_lengths = inputs.pop("prompt_lengths", None)
         if input_ids is not None:
             inputs["input_ids"] = input_ids
@@ -183,6 +193,10 @@ class ReftModel(nn.Module):
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_noise_of_others()
         batch_size = batch_of(inputs)
+        route = self._route(adapter_names, lambda: batch_size, unit_locations)
+        if route is not self._own:
+            with route.engine.running(*route.passes(inputs, prompt_lengths)):
+                return self._call(self.model, inputs)
         doubled = self.training and any(
             getattr(one.unit, "paired", False) for one in self._engine.units
         )
@@ -214,6 +228,7 @@ class ReftModel(nn.Module):
         generation_config: Any = None,
         *,
         unit_locations: UnitLocations | None = None,
+        adapter_names: Sequence[AdapterChoice] | None = None,
         intervene_on_prompt: bool = True,
         output_original_output: bool = False,
         **kwargs: Any,
@@ -225,6 +240,7 @@ class ReftModel(nn.Module):
                 `(base_output or None, intervened_output)`.
             generation_config: as the base's `generate` takes it.
             unit_locations: as in `forward`.
+            adapter_names: as in `forward`.
             intervene_on_prompt: pyreft's flag; only True is meaningful here.
             output_original_output: in pyreft's form, also generate with the bare base.
             kwargs: as the base's `generate` takes them.
@@ -241,7 +257,8 @@ class ReftModel(nn.Module):
             if output_original_output:
                 with self.disabled():
                     original = self.generate(**batch)
-            return original, self.generate(**batch, unit_locations=unit_locations)
+            chosen = {"unit_locations": unit_locations, "adapter_names": adapter_names}
+            return original, self.generate(**batch, **chosen)
         if inputs is not None:
             kwargs[inner_model(self.model).main_input_name] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
@@ -256,7 +273,10 @@ class ReftModel(nn.Module):
             mask = infer_attention_mask(kwargs, self.model.generation_config)
             if mask is not None:
                 kwargs["attention_mask"] = mask
-        guided = guidance(kwargs, self.model.generation_config, self._continuation)
+        prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
+        route = self._route(adapter_names, lambda: batch_of(prompt), unit_locations)
+        run = partial(self._continuation, route)
+        guided = guidance(kwargs, self.model.generation_config, run)
         if guided is not None and self._locator.stacks == (None,):
             if unit_locations is not None:
                 raise ValueError(
@@ -267,8 +287,7 @@ class ReftModel(nn.Module):
                     "guidance_scale: its other prompt would lack PEFT's virtual tokens"
                 )
             kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guided]
-        prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
-        passes = self._locator.passes(prompt, None, unit_locations)
+        passes = route.passes(prompt, None, unit_locations)
         drafts = ("assistant_model", "assistant_early_exit")
         settings = kwargs.get("generation_config")
         is_assisted = any(
@@ -276,16 +295,33 @@ class ReftModel(nn.Module):
         )
         for current in passes:
             current.is_generation, current.is_assisted = True, is_assisted
-        with self._engine.running(*passes):
+        with route.engine.running(*passes):
             return self.model.generate(**kwargs)
 
-    def _continuation(self, inputs: dict[str, Any], prompt_lengths: Tensor) -> Any:
+    def _continuation(self, route: Route, inputs: dict[str, Any], prompt_lengths: Tensor) -> Any:
         """One pass of a generation, without noise."""
-        passes = self._locator.passes(inputs, prompt_lengths, None)
+        passes = route.passes(inputs, prompt_lengths)
         for current in passes:
             current.is_generation = True
-        with self._engine.running(*passes):
+        with route.engine.running(*passes):
             return self.model(**inputs)
+
+    def _route(
+        self,
+        adapter_names: Sequence[AdapterChoice] | None,
+        batch: Callable[[], int],
+        unit_locations: UnitLocations | None,
+    ) -> Route:
+        if adapter_names is None and self.adapters.active == OWN:
+            return self._own
+        if self.training:
+            raise ValueError(
+                "adapters that are loaded by name are frozen: call eval(), or train with the "
+                "model's own units, set_adapter('default')"
+            )
+        if unit_locations is not None:
+            raise ValueError("unit_locations are for the model's own units: leave them out")
+        return self.adapters.route(adapter_names, batch())
 
     def _expect_generation(self, intervene_on_prompt: bool) -> None:
         if not hasattr(self.model, "generate"):
@@ -375,6 +411,45 @@ class ReftModel(nn.Module):
         if labels is None or not self._has_looked_at_labels:
             self._has_looked_at_labels = labels is not None
             warn_of_doubtful_prompts(layout, labels)
+
+    # -- adapters by name ----------------------------------------------------------------------
+
+    def load_adapter(
+        self,
+        directory: str | Path,
+        adapter_name: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        """Load a saved adapter beside the model's own units, for inference.
+
+        Args:
+            directory: of an adapter, or the name of a hub repository that is one.
+            adapter_name: by which `set_adapter` and `adapter_names` choose it. An adapter of that
+                name is replaced.
+            revision: branch, tag or commit of a hub repository.
+            token: for a private one, as `huggingface_hub` takes it.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            ValueError: the adapter is damaged, for another base, or has weights of the base; or
+                this model itself changes the base's weights.
+        """
+        if self._is_composed or self.reft_config.modules_to_save:
+            raise ValueError(
+                "this model trains weights of the base, for which other adapters were not trained: "
+                "load them into get_reft_model(base)"
+            )
+        self.adapters.load(directory, adapter_name, revision=revision, token=token)
+
+    def set_adapter(self, choice: AdapterChoice) -> None:
+        """Choose what acts where a call does not: values as in `forward`'s `adapter_names`."""
+        self.adapters.activate(choice)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget a loaded adapter that is not the active one."""
+        self.adapters.delete(adapter_name)
 
     # -- what the ecosystem asks a model for ---------------------------------------------------
 
@@ -521,7 +596,7 @@ if torch.__version__ < "2.8":  # which cannot trace our passes, nor many models 
 
 def get_reft_model(
     model: PreTrainedModel,
-    reft_config: ReftConfig,
+    reft_config: ReftConfig | None = None,
     set_device: bool = True,
     disable_model_grads: bool = True,
 ) -> ReftModel:
@@ -529,7 +604,7 @@ def get_reft_model(
 
     Args:
         model: the base.
-        reft_config: the units.
+        reft_config: the units; None for the bare base, to load adapters by name.
         set_device: put the units on the devices of their sites.
         disable_model_grads: freeze the base.
 
@@ -538,6 +613,8 @@ def get_reft_model(
     """
     if isinstance(model, ReftConfig):
         raise ValueError("the arguments are swapped: get_reft_model(model, reft_config)")
+    if reft_config is None:
+        reft_config = ReftConfig([])
     if not isinstance(reft_config, ReftConfig):
         raise ValueError(f"reft_config: expected a ReftConfig, got {saving.shown(reft_config)}")
     if not isinstance(model, nn.Module):

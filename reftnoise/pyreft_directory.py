@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import replace_all
 from .interventions import ReftIntervention
 from .pyreft_state import CLASSES, from_pyreft_state, to_pyreft_state
-from .saving import replace_all
 
 CONFIG = "config.json"
 UNITS = "intkey_*.bin"

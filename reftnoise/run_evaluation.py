@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 
 from .evaluation import Evaluation, evaluate
+from .files import replace_all
 from .model import ReftModel
 from .progress import progress_of
 from .recipe import Recipe
 from .run_files import PREDICTIONS, SCORES
-from .saving import replace_all
 from .sources import Rows, load_rows, rename_columns
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task

@@ -33,6 +33,7 @@ from .bases import load_base
 from .classifiers import make_classifier_data_module
 from .config import ReftConfig
 from .data import make_last_position_supervised_data_module
+from .files import replace_all
 from .hints import nearest
 from .loading import adapter_directory
 from .machine import machine, peak_memory
@@ -51,7 +52,6 @@ from .run_files import (
     SUMMARY,
     read_lines,
 )
-from .saving import replace_all
 from .sources import Rows, load_rows, rename_columns
 from .tasks.base import Task
 from .tasks.classifier import ClassifierTask

@@ -6,37 +6,35 @@ temporary name and renamed, so an interrupted save leaves what was there before.
 
 import hashlib
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapter_files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    SCHEMA_VERSION,
+    WEIGHTS_NAME,
+    AdapterFiles,
+    called,
+    local_directory,
+)
 from .base_sample import other_weights, sample_weights
 from .card import card
 from .components import hidden_size, num_layers, trained_modules
 from .composition import own_state
-from .config import ReftConfig
 from .devices import is_part, part_like, takes_weights_of_one_process
-from .hints import nearest
+from .files import replace_all
 
 if TYPE_CHECKING:
     from .model import ReftModel
-
-CONFIG_NAME = "reft_config.json"
-WEIGHTS_NAME = "reft_model.safetensors"
-CARD_NAME = "README.md"
-SCHEMA_VERSION = 1
-_KEYS = ("schema_version", "base_model", "base_parameters", "weights_sha256")
-"""Of the config, beside those of `ReftConfig`."""
 
 
 def save_adapter(
@@ -142,10 +140,10 @@ def load_adapter(
     from .model import ReftModel
 
     files = [CONFIG_NAME, WEIGHTS_NAME]
-    directory = local_directory(directory, files, revision=revision, token=token)
-    config = read_config(directory, model)
+    adapter = read_adapter(local_directory(directory, files, revision=revision, token=token), model)
+    config = adapter.config
     reft_model = ReftModel(config, model)
-    loaded = load_weights(reft_model, directory)
+    loaded = load_weights(reft_model, adapter)
     for name, parameter in reft_model.model.named_parameters():
         if config.peft is None:  # else PEFT has said what it trains
             parameter.requires_grad_(f"model.{name}" in loaded)
@@ -156,74 +154,35 @@ def load_adapter(
     return reft_model
 
 
-def read_config(directory: Path, model: PreTrainedModel) -> ReftConfig:
-    """The config of an adapter directory, checked against the base."""
-    path = directory / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory}: no {CONFIG_NAME} in it, so it is not an adapter directory"
-        )
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        schema, saved = description["schema_version"], description["base_model"]
-        units = {"representations": description["representations"]}
-        units |= {f.name: description[f.name] for f in fields(ReftConfig) if f.name in description}
-        saved = dict(saved)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
-    if schema != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path}: schema version {schema}, but this reftnoise reads version {SCHEMA_VERSION}"
-        )
-    known = [*_KEYS, *(f.name for f in fields(ReftConfig))]
-    if unknown := [key for key in description if key not in known]:
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}; {nearest(unknown[0], known)}")
-    theirs, given = _called(saved.get("name_or_path")), _called(model.config.name_or_path)
-    for name, mine in fingerprint(model).items():
-        if saved.get(name) != mine:
-            raise ValueError(
-                f"{path}: the adapter's base ({theirs}) has {name} {saved.get(name)!r}, the given "
-                f"model ({given}) {mine!r}"
-            )
-    if other := other_weights(saved.get("sample", {}), model):
+def read_adapter(directory: str | Path, model: PreTrainedModel) -> AdapterFiles:
+    """An adapter directory, its config checked against the base."""
+    adapter = AdapterFiles.read(directory)
+    adapter.expect_base(fingerprint(model), model.config.name_or_path)
+    if other := other_weights(adapter.base.get("sample", {}), model):
         warnings.warn(
-            f"{path}: the adapter's base ({theirs}) and the given model ({given}) have different "
-            f"weights, as in {other}",
+            f"{adapter.config_path}: the adapter's base ({adapter.base_name}) and the given model "
+            f"({called(model.config.name_or_path)}) have different weights, as in {other}",
             stacklevel=4,
         )
-    try:
-        return ReftConfig.from_dict(units)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return adapter
 
 
-def load_weights(reft_model: "ReftModel", directory: str | Path) -> set[str]:
-    """Load an adapter directory's weights into a model with the same units; return their names.
+def load_weights(reft_model: Any, adapter: AdapterFiles) -> set[str]:
+    """Load an adapter's weights into a model, or a mere module, with the same `interventions`.
+
+    Returns the weights' names.
 
     Everything is checked before anything is changed.
     """
-    path = Path(directory) / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no {WEIGHTS_NAME} in it")
-    try:
-        state = safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or damaged ({error})") from None
+    path, state = adapter.weights_path, adapter.weights()
     expected = [name for name in reft_model.state_dict() if name.startswith("interventions.")]
     own = {**dict(reft_model.named_parameters()), **dict(reft_model.named_buffers())}
     if missing := [name for name in expected if name not in state]:
         raise ValueError(f"{path}: the config names {missing[0]}, the file does not hold it")
-    text = (Path(directory) / CONFIG_NAME).read_text(encoding="utf-8")
-    description = json.loads(text)
-    announced = {*expected, *description.get("base_parameters", ())} & set(own)
+    announced = {*expected, *adapter.base_parameters} & set(own)
     if unknown := [name for name in state if name not in announced]:
         raise ValueError(f"{path}: holds {unknown[0]}, which neither the config nor the base has")
-    digest = description.get("weights_sha256")
-    if digest not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-        raise ValueError(
-            f"{path}: not the weights that {CONFIG_NAME} was saved with, as after an interrupted "
-            "save"
-        )
+    adapter.expect_own_weights()
     for name, tensor in state.items():
         if own[name].shape != tensor.shape:
             raise ValueError(
@@ -300,47 +259,3 @@ def shown(value: object) -> str:
     """A value in one line of an error: models and the like by their class."""
     text = repr(value)
     return text if len(text) < 100 and "\n" not in text else type(value).__name__
-
-
-def _called(name: object) -> object:
-    """A base's name for a message; one that was made from a config has none."""
-    return name or "which has no name"
-
-
-def local_directory(
-    directory: str | Path,
-    files: list[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> Path:
-    """A directory, or those files of a hub repository, downloaded."""
-    if Path(directory).is_dir():
-        return Path(directory)
-    if Path(directory).exists():
-        raise ValueError(f"{directory}: expected a directory, found a file")
-    if isinstance(directory, Path) or directory.count("/") != 1 or directory.startswith("."):
-        raise FileNotFoundError(f"{directory}: no such directory")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(directory, revision=revision, token=token, allow_patterns=files)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{directory}: no such directory, and not to be had from the hub ({error})"
-        ) from None
-
-
-def replace_all(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write files under temporary names; when all are whole, rename them one by one.
-
-    Should a rename fail, the config's digest tells on loading that old and new are mixed.
-    """
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
-        for name, content in files.items():
-            (Path(scratch) / name).write_bytes(content)
-        for name in files:
-            os.replace(Path(scratch) / name, directory / name)

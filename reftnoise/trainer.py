@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils.generic import find_labels
 
 from . import saving
+from .adapter_files import AdapterFiles
 from .composition import inner_model
 from .devices import whole_state
 from .model import ReftModel
@@ -171,13 +172,13 @@ class ReftTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: ReftModel | None = None
     ) -> None:
-        saving.load_weights(model or self.model, resume_from_checkpoint)
+        saving.load_weights(model or self.model, AdapterFiles.read(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:  # whose optimizer has weights of its own
             super()._load_best_model()
             return
-        saving.load_weights(self.model, self.state.best_model_checkpoint)
+        saving.load_weights(self.model, AdapterFiles.read(self.state.best_model_checkpoint))
 
 
 ReftTrainerForCausalLM = ReftTrainerForSequenceClassification = ReftTrainer

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 import reftnoise as rn
 from reftnoise import saving
+from reftnoise.adapter_files import AdapterFiles
 from reftnoise.tiny import DIRECTORY
 
 PROMPTS = ["Where does a fish live?", "What is it?", "What colour is the big banana?", "Who?"] * 2
@@ -169,7 +170,7 @@ def sharded_model_saves_and_generates(folder: Path) -> dict[str, Any]:
             parameter.zero_()
         model.eval()(**batch)
     dist.barrier()
-    saving.load_weights(model, folder / "by hand")
+    saving.load_weights(model, AdapterFiles.read(folder / "by hand"))
     after = whole(next(iter(model.interventions.parameters())))
     with torch.no_grad():
         loaded_logits = model(**batch).logits

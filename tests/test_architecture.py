@@ -18,7 +18,7 @@ SYSTEM = [
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
-    {"interventions", "hints", "recipe", "run_files", "tiny", "yaml_text"},
+    {"files", "interventions", "hints", "recipe", "run_files", "tiny", "yaml_text"},
     {
         "compiled",
         "composition",
@@ -37,9 +37,9 @@ LAYERS = [
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
     {"chunks", "guidance"},
     {"engine"},
-    {"locating", "passes", "placement"},
-    {"base_sample", "card"},
-    {"model", "saving"},
+    {"locating", "passes", "placement", "stacking"},
+    {"adapter_files", "base_sample", "card"},
+    {"library", "model", "saving"},
     {"bases", "sources"},
     {"templates"},
     {"encoding", "progress"},

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import replace_all
 from ..recipe import Recipe
-from ..saving import replace_all
 from .files import is_study, read_run, read_study
 from .page import Section, pictures, render
 from .run import run_sections

@@ -14,10 +14,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from ..files import replace_all
 from ..parsing import read_file
 from ..progress import progress_of
 from ..run_files import CELLS, STUDY
-from ..saving import replace_all
 from .cell import check_cell, run_in_process
 from .grid import Cell, Study, cells
 from .results import Result, append_result, read_results

@@ -1,0 +1,214 @@
+"""Adapters by name on one base, and which of them the rows of a batch get."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, local_directory
+from .chunks import Pass
+from .engine import Engine
+from .hints import nearest
+from .locating import Locator
+from .placement import place_units
+from .positions import UnitLocations
+from .saving import load_weights, read_adapter
+from .stacking import FrozenAdapter, Slot, stack
+
+AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
+"""An adapter, the sum of several, or of several each times a scale; None for the bare base."""
+
+OWN = "default"
+"""The name by which rows choose the units that a model was built or loaded with."""
+
+_LISTED = 20
+"""Names in an error, at most."""
+
+_KEPT = 2
+"""Sets of adapters that acted last, whose stacks need memory beside the adapters' own."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """The units that act in a pass, and what each row of the batch gets of them."""
+
+    engine: Engine
+    locator: Locator
+    gates: Float[Tensor, "batch adapters"] | None = None
+    """None where all rows get all units as they were trained."""
+
+    def passes(
+        self,
+        inputs: Mapping[str, Any],
+        prompt_lengths: Tensor | None,
+        unit_locations: UnitLocations | None = None,
+    ) -> list[Pass]:
+        """What to edit: as `Locator.passes`, with the rows' gates."""
+        passes = self.locator.passes(inputs, prompt_lengths, unit_locations)
+        if self.gates is not None:
+            for current in passes:
+                current.gates = {one.key: self.gates for one in self.engine.units}
+        return passes
+
+
+class AdapterLibrary(Mapping[str, FrozenAdapter]):
+    """Adapters by name, for inference on one base.
+
+    Args:
+        own: the base with the units that it was wrapped with; by name, `default`.
+    """
+
+    active: AdapterChoice = OWN
+    """What acts where a call does not choose."""
+
+    def __init__(self, own: Engine) -> None:
+        self._own, self._base = own, own.base
+        self._adapters: dict[str, FrozenAdapter] = {}
+        self._slots: dict[tuple[Slot, ...], tuple[Slot, ...]] = {}
+        self._engines: OrderedDict[tuple[FrozenAdapter, ...], Engine] = OrderedDict()
+
+    def __getitem__(self, name: str) -> FrozenAdapter:
+        if name not in self._adapters:
+            many = f"{len(self)} are, see reft_model.adapters" if len(self) > _LISTED else None
+            hint = nearest(name, [*self._adapters, OWN], many)
+            raise ValueError(f"adapter {name!r} is not loaded; {hint}")
+        return self._adapters[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def load(
+        self,
+        directory: str | Path,
+        name: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        """Load an adapter directory, or a hub adapter. One of the same name is replaced.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            ValueError: the adapter is damaged, for another base, or has weights of the base; or the
+                name is taken for the model's own units.
+        """
+        if not isinstance(name, str) or not name or name == OWN:
+            raise ValueError(f"adapter name {name!r}: expected a name other than {OWN!r}")
+        files = [CONFIG_NAME, WEIGHTS_NAME]
+        found = local_directory(directory, files, revision=revision, token=token)
+        adapter = read_adapter(found, self._base)
+        if adapter.config.peft is not None or adapter.base_parameters:
+            own = "a peft section" if adapter.config.peft else adapter.base_parameters[0]
+            raise ValueError(
+                f"{adapter.config_path}: has {own}, and rows of a batch share the base's weights: "
+                "adapters are loaded by name if they edit hidden states alone"
+            )
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+            placed = place_units(adapter.config, self._base)  # draws weights
+            units = nn.Module()
+            units.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
+            load_weights(units, adapter)
+            frozen = FrozenAdapter.of(placed)
+        frozen.weights = frozen.weights.to(self._base.device)
+        frozen.slots = self._slots.setdefault(frozen.slots, frozen.slots)
+        self._forget(self._adapters.get(name))
+        self._adapters[name] = frozen
+
+    def delete(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            ValueError: it is not loaded, or it is active.
+        """
+        if name in _scales(self.active):
+            raise ValueError(f"adapter {name!r} is active: set_adapter another first")
+        self._forget(self[name])
+        del self._adapters[name]
+
+    def _forget(self, adapter: FrozenAdapter | None) -> None:
+        for key in [key for key in self._engines if adapter in key]:
+            del self._engines[key]
+
+    def activate(self, choice: AdapterChoice) -> None:
+        """Have an adapter, several, or none act where a call does not choose."""
+        self._chosen([_scales(choice)])
+        self.active = choice
+
+    def route(self, rows: Sequence[AdapterChoice] | None, batch: int) -> Route:
+        """The units that act in a pass.
+
+        Args:
+            rows: a choice for each row of the batch; None for the active one.
+            batch: how many rows there are.
+
+        Raises:
+            ValueError: another number of choices, a name that is not loaded, or a scale that is no
+                finite number.
+        """
+        if rows is None:
+            rows = [self.active] * batch
+        if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence) or len(rows) != batch:
+            raise ValueError(
+                f"adapter_names {rows!r}: expected a list of {batch}, one choice per row of the "
+                "batch; set_adapter chooses for all"
+            )
+        choices = [_scales(choice) for choice in rows]
+        names, adapters = self._chosen(choices)
+        engine = self._engine(adapters)
+        engine.scale = self._own.scale
+        if len(names) == 1 and all(choice == {names[0]: 1.0} for choice in choices):
+            return Route(engine, Locator(engine))
+        gates = [[choice.get(name, 0.0) for name in names] for choice in choices]
+        return Route(engine, Locator(engine), torch.tensor(gates, device=self._base.device))
+
+    def _chosen(
+        self, choices: Sequence[Mapping[str, float]]
+    ) -> tuple[list[str], tuple[FrozenAdapter, ...]]:
+        """The adapters that occur in choices, and their names."""
+        names = sorted({name for choice in choices for name in choice})
+        own = self._own.units
+        return names, tuple(FrozenAdapter.of(own) if n == OWN else self[n] for n in names)
+
+    def _engine(self, adapters: tuple[FrozenAdapter, ...]) -> Engine:
+        if adapters not in self._engines:
+            with torch.inference_mode(False), torch.no_grad():
+                self._engines[adapters] = Engine(self._base, stack(adapters))
+            while len(self._engines) > _KEPT:
+                self._engines.popitem(last=False)
+        self._engines.move_to_end(adapters)
+        return self._engines[adapters]
+
+
+def _scales(choice: AdapterChoice) -> dict[str, float]:
+    """What a row gets, by adapter."""
+    match choice:
+        case None:
+            return {}
+        case str():
+            return {choice: 1.0}
+        case Mapping():
+            scales = dict(choice)
+        case _:
+            scales = {}
+            for name in choice:
+                scales[name] = scales.get(name, 0.0) + 1.0
+    for name, scale in scales.items():
+        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if not isinstance(name, str) or not is_number or not math.isfinite(scale):
+            raise ValueError(
+                f"adapter_names: {choice!r}: expected a name, a list of names, a mapping from "
+                "names to finite scales, or None for the bare base"
+            )
+    return {name: float(scale) for name, scale in scales.items()}

@@ -1,0 +1,101 @@
+"""Adapters for inference: small at rest, side by side when they act."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .chunks import PlacedUnit
+from .components import Site
+from .devices import device_of
+from .interventions import Factors, LowRankIntervention, NoiseIntervention, StackedEdit
+from .positions import Positions
+
+
+class Place(NamedTuple):
+    """Where a unit edits. Units of several adapters at one place act as one."""
+
+    site: Site
+    positions: Positions
+    prefix: int
+    suffix: int
+
+
+class Slot(NamedTuple):
+    """A unit of an adapter without its weights."""
+
+    place: Place
+    rank: int
+    """k, the rows of its factors."""
+    width: int
+    acts: tuple[tuple[str | None, int], ...]
+
+
+class FrozenAdapter:
+    """The units of an adapter in one tensor, without noise and dropout.
+
+    Thousands may stand ready: each holds a tensor, and the slots, which equal adapters share.
+
+    Args:
+        slots: its units.
+        weights: D, b and U of each unit, one after the other.
+    """
+
+    __slots__ = ("slots", "weights")
+
+    def __init__(self, slots: tuple[Slot, ...], weights: Float[Tensor, " n"]) -> None:
+        self.slots, self.weights = slots, weights
+
+    @classmethod
+    def of(cls, units: Iterable[PlacedUnit]) -> "FrozenAdapter":
+        """Freeze units as they are now.
+
+        Raises:
+            ValueError: a unit of a class without `factors`.
+        """
+        slots: list[Slot] = []
+        tensors: list[Tensor] = []
+        for one in units:
+            if isinstance(one.unit, NoiseIntervention):
+                continue
+            if not isinstance(one.unit, LowRankIntervention):
+                raise ValueError(
+                    f"{type(one.unit).__name__} has no factors, so it cannot stand beside other "
+                    "adapters: derive it from LowRankIntervention"
+                )
+            assert one.positions is not None
+            with torch.no_grad():
+                down, bias, up, acts = one.unit.factors()
+            place = Place(one.site, one.positions, one.prefix, one.suffix)
+            slots.append(Slot(place, *down.shape, acts))
+            tensors += [down.flatten(), bias, up.flatten()]
+        return cls(tuple(slots), torch.cat(tensors) if tensors else torch.empty(0))
+
+    def factors(self) -> Iterable[tuple[Place, Factors]]:
+        """The units, as views of the weights."""
+        sizes = [n for s in self.slots for n in (s.rank * s.width, s.rank, s.rank * s.width)]
+        parts = iter(self.weights.split_with_sizes(sizes))
+        for slot in self.slots:
+            down, bias, up = next(parts), next(parts), next(parts)
+            shape = slot.rank, slot.width
+            yield slot.place, Factors(down.view(shape), bias, up.view(shape), slot.acts)
+
+
+def stack(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:
+    """Adapters as units of an engine; an adapter's number in the sequence is its gates' column."""
+    found: dict[Place, list[tuple[int, Factors]]] = defaultdict(list)
+    for number, adapter in enumerate(adapters):
+        for place, factors in adapter.factors():
+            found[place].append((number, factors))
+    units = []
+    for index, (place, parts) in enumerate(found.items()):
+        owners, edits = zip(*parts, strict=True)
+        key = f"{place.site}#{index}"
+        stacked = StackedEdit(edits, owners).to(device_of(place.site.module) or edits[0].up.device)
+        units.append(
+            PlacedUnit(key, stacked, place.site, place.positions, place.prefix, place.suffix)
+        )
+    return units
