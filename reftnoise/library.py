@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, local_directory
+from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .chunks import Pass
 from .engine import Engine
 from .hints import nearest
@@ -108,19 +108,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
             raise ValueError(f"adapter name {name!r}: expected a name other than {OWN!r}")
         files = [CONFIG_NAME, WEIGHTS_NAME]
         found = local_directory(directory, files, revision=revision, token=token)
-        adapter = read_adapter(found, self._base)
-        if adapter.config.peft is not None or adapter.base_parameters:
-            own = "a peft section" if adapter.config.peft else adapter.base_parameters[0]
-            raise ValueError(
-                f"{adapter.config_path}: has {own}, and rows of a batch share the base's weights: "
-                "adapters are loaded by name if they edit hidden states alone"
-            )
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
-            placed = place_units(adapter.config, self._base)  # draws weights
-            units = nn.Module()
-            units.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
-            load_weights(units, adapter)
-            frozen = FrozenAdapter.of(placed)
+        frozen = freeze(read_adapter(found, self._base), self._base)
         frozen.weights = frozen.weights.to(self._base.device)
         frozen.slots = self._slots.setdefault(frozen.slots, frozen.slots)
         self._forget(self._adapters.get(name))
@@ -189,6 +177,26 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
                 self._engines.popitem(last=False)
         self._engines.move_to_end(adapters)
         return self._engines[adapters]
+
+
+def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
+    """A saved adapter for inference on a base.
+
+    Raises:
+        ValueError: the adapter has weights of the base, is damaged, or does not fit the base.
+    """
+    if adapter.config.peft is not None or adapter.base_parameters:
+        own = "a peft section" if adapter.config.peft else adapter.base_parameters[0]
+        raise ValueError(
+            f"{adapter.config_path}: has {own}, and rows of a batch share the base's weights: "
+            "adapters are loaded by name if they edit hidden states alone"
+        )
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        placed = place_units(adapter.config, base)  # draws weights
+        units = nn.Module()
+        units.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
+        load_weights(units, adapter)
+        return FrozenAdapter.of(placed)
 
 
 def _scales(choice: AdapterChoice) -> dict[str, float]:

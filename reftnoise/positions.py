@@ -205,7 +205,7 @@ class PromptLayout:
         prefix = torch.arange(min(positions.first, width), device=device)[None]
         suffix = torch.arange(min(positions.last, width), device=device)[None]
         explicit = torch.tensor(positions.indices, dtype=torch.long, device=device)[None]
-        rule = _ShortPrompts(positions, first, last, width)
+        rule = _ShortPrompts(positions, first, last)
         ranks = [
             prefix.expand(len(n), -1),
             n - suffix.shape[1] + suffix,
@@ -272,14 +272,7 @@ class PackedLayout(PromptLayout):
 
     def select(self, positions: Positions, first: int = 0, last: int = 0) -> Selection:
         """Resolve `positions` in each document; arguments as in `PromptLayout.select`."""
-        rank, n = self._rank, self._lengths
-        rule = _ShortPrompts(positions, first, last, self.attended.shape[1])
-        dense = (rule.in_prefix(rank, n) & (rank < positions.first)) | (
-            rule.in_suffix(rank, n) & (n - rank <= positions.last)
-        )
-        for index in positions.indices:
-            dense = dense | (rank == (n + index if index < 0 else index))
-        dense = dense & self.prompt
+        dense = named_tokens(positions, self._rank, self._lengths, first, last) & self.prompt
         if positions.is_dense:
             return self._with_words(dense, positions)
         if torch.compiler.is_compiling():  # the number of columns would break the graph
@@ -289,12 +282,37 @@ class PackedLayout(PromptLayout):
         return Selection(columns, dense.gather(1, columns))
 
 
+def named_tokens(
+    positions: Positions,
+    rank: Int[Tensor, "*tokens"],
+    lengths: Int[Tensor, "*tokens"],
+    first: int = 0,
+    last: int = 0,
+) -> Bool[Tensor, "*tokens"]:
+    """Whether tokens are among the first, the last or the listed ones of their prompts.
+
+    Args:
+        positions: of which `all` and `decode` are left to the caller.
+        rank: how many attended tokens of the prompt come before each token.
+        lengths: of each token's prompt.
+        first: as in `PromptLayout.select`.
+        last: likewise.
+    """
+    rule = _ShortPrompts(positions, first, last)
+    found = (rule.in_prefix(rank, lengths) & (rank < positions.first)) | (
+        rule.in_suffix(rank, lengths) & (lengths - rank <= positions.last)
+    )
+    for index in positions.indices:
+        found = found | (rank == (lengths + index if index < 0 else index))
+    return found & (rank < lengths)
+
+
 class _ShortPrompts:
     """The paper's rule for prompts that are shorter than prefix and suffix together."""
 
-    def __init__(self, positions: Positions, first: int, last: int, width: int) -> None:
-        # A prompt cannot be longer than the width, which also keeps huge counts within int64.
-        self._limit = min(max(positions.first, first) + max(positions.last, last), width + 1)
+    def __init__(self, positions: Positions, first: int, last: int) -> None:
+        limit = max(positions.first, first) + max(positions.last, last)
+        self._limit = min(limit, 2**62)  # within int64
 
     def in_prefix(self, rank: Tensor, n: Tensor) -> Tensor:
         """Whether a rank counts as one of the first tokens of a prompt of n."""
