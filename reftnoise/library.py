@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .chunks import Pass
