@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import saving
+from .chunks import Pass
 from .components import trained_modules
 from .composition import (
     inner_model,
@@ -46,6 +47,7 @@ from .positions import (
 )
 from .prefix_cache import PrefixCache
 from .quantised import keep_differentiable
+from .subspaces import Subspaces, subspace_gates
 
 # Continuous batching lays prompts out in a way of its own, in passes that are not ours.
 _UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -135,6 +137,7 @@ class ReftModel(nn.Module):
         prompt_lengths: Int[Tensor, " batch"] | None = None,
         unit_locations: UnitLocations | None = None,
         adapter_names: Sequence[AdapterChoice] | None = None,
+        subspaces: Subspaces | None = None,
         output_original_output: bool = False,
         return_logits: bool | None = None,
         **inputs: Any,
@@ -154,6 +157,8 @@ class ReftModel(nn.Module):
             adapter_names: in evaluation, for each row the name of a loaded adapter, a list of
                 names whose edits are added, a mapping from names to scales, `"default"` for the
                 model's own units, or None for the bare base.
+            subspaces: of the model's own units, the dimensions that each row's edits have, or None
+                for all; or, as in pyvene, nested as interventions × batch × dimensions.
             output_original_output: in pyreft's form, also run the bare base.
             return_logits: with labels, logits that the loss does not need are computed when they
                 are read; True computes them in the base's own forward, False leaves them out. In
@@ -175,6 +180,7 @@ class ReftModel(nn.Module):
                     original = self(**batch)
             batch.setdefault("return_logits", return_logits)
             chosen = {"unit_locations": unit_locations, "adapter_names": adapter_names}
+            chosen["subspaces"] = subspaces
             return original, self(**batch, **chosen)
         prompt_lengths = inputs.pop("prompt_lengths", None)
         if input_ids is not None:
@@ -193,7 +199,7 @@ class ReftModel(nn.Module):
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_noise_of_others()
         batch_size = batch_of(inputs)
-        route = self._route(adapter_names, lambda: batch_size, unit_locations)
+        route = self._route(adapter_names, lambda: batch_size, unit_locations, subspaces)
         if route is not self._own:
             with route.engine.running(*route.passes(inputs, prompt_lengths)):
                 return self._call(self.model, inputs)
@@ -205,6 +211,7 @@ class ReftModel(nn.Module):
             if prompt_lengths is not None:
                 prompt_lengths = torch.as_tensor(prompt_lengths).repeat(2)
         passes = self._locator.passes(inputs, prompt_lengths, unit_locations, times=1 + doubled)
+        self._gate(passes, subspaces, batch_size, times=1 + doubled)
         if self.training and self._locator.continues and not torch.compiler.is_compiling():
             known = prompt_lengths if unit_locations is None else unit_locations
             self._doubt_prompts(passes[0].layout, inputs.get("labels"), known)
@@ -229,6 +236,7 @@ class ReftModel(nn.Module):
         *,
         unit_locations: UnitLocations | None = None,
         adapter_names: Sequence[AdapterChoice] | None = None,
+        subspaces: Subspaces | None = None,
         intervene_on_prompt: bool = True,
         output_original_output: bool = False,
         **kwargs: Any,
@@ -241,6 +249,7 @@ class ReftModel(nn.Module):
             generation_config: as the base's `generate` takes it.
             unit_locations: as in `forward`.
             adapter_names: as in `forward`.
+            subspaces: as in `forward`.
             intervene_on_prompt: pyreft's flag; only True is meaningful here.
             output_original_output: in pyreft's form, also generate with the bare base.
             kwargs: as the base's `generate` takes them.
@@ -258,6 +267,7 @@ class ReftModel(nn.Module):
                 with self.disabled():
                     original = self.generate(**batch)
             chosen = {"unit_locations": unit_locations, "adapter_names": adapter_names}
+            chosen["subspaces"] = subspaces
             return original, self.generate(**batch, **chosen)
         if inputs is not None:
             kwargs[inner_model(self.model).main_input_name] = inputs
@@ -274,7 +284,8 @@ class ReftModel(nn.Module):
             if mask is not None:
                 kwargs["attention_mask"] = mask
         prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
-        route = self._route(adapter_names, lambda: batch_of(prompt), unit_locations)
+        rows = partial(batch_of, prompt)
+        route = self._route(adapter_names, rows, unit_locations, subspaces)
         run = partial(self._continuation, route)
         guided = guidance(kwargs, self.model.generation_config, run)
         if guided is not None and self._locator.stacks == (None,):
@@ -288,6 +299,8 @@ class ReftModel(nn.Module):
                 )
             kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guided]
         passes = route.passes(prompt, None, unit_locations)
+        if subspaces is not None:
+            self._gate(passes, subspaces, rows())
         drafts = ("assistant_model", "assistant_early_exit")
         settings = kwargs.get("generation_config")
         is_assisted = any(
@@ -311,6 +324,7 @@ class ReftModel(nn.Module):
         adapter_names: Sequence[AdapterChoice] | None,
         batch: Callable[[], int],
         unit_locations: UnitLocations | None,
+        subspaces: Subspaces | None,
     ) -> Route:
         if adapter_names is None and self.adapters.active == OWN:
             return self._own
@@ -319,9 +333,19 @@ class ReftModel(nn.Module):
                 "adapters that are loaded by name are frozen: call eval(), or train with the "
                 "model's own units, set_adapter('default')"
             )
-        if unit_locations is not None:
-            raise ValueError("unit_locations are for the model's own units: leave them out")
+        if unit_locations is not None or subspaces is not None:
+            name = "subspaces" if unit_locations is None else "unit_locations"
+            raise ValueError(f"{name} are of the model's own units: leave them out")
         return self.adapters.route(adapter_names, batch())
+
+    def _gate(
+        self, passes: Sequence[Pass], subspaces: Subspaces | None, batch: int, times: int = 1
+    ) -> None:
+        if subspaces is None:
+            return
+        gates = subspace_gates(subspaces, self._engine.units, batch, self.model.device)
+        for current in passes:
+            current.gates = {key: gate.repeat(times, 1) for key, gate in gates.items()}
 
     def _expect_generation(self, intervene_on_prompt: bool) -> None:
         if not hasattr(self.model, "generate"):

@@ -114,3 +114,220 @@ def test_generated_tokens_are_those_of_each_row_alone(
         mask = torch.ones_like(ids)
         expected = alone(name, directories).generate(input_ids=ids, attention_mask=mask, **settings)
         assert tokens[row, 9:].tolist() == expected[0, ids.shape[1] :].tolist()
+
+
+def test_beams_and_return_sequences_follow_their_row(
+    reft_model: rn.ReftModel, directories: dict[str, Path]
+) -> None:
+    names = ["everywhere", None]
+    batch = prompts(2)
+    settings = {
+        "max_new_tokens": 6,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    tokens = reft_model.generate(**batch, adapter_names=names, **settings)
+    for row, name in enumerate(names):
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
+        mask = torch.ones_like(ids)
+        expected = alone(name, directories).generate(input_ids=ids, attention_mask=mask, **settings)
+        assert torch.equal(tokens[2 * row : 2 * row + 2, 9:], expected[:, ids.shape[1] :])
+
+
+def test_an_adapter_of_all_rows_is_exactly_that_adapter(
+    reft_model: rn.ReftModel, directories: dict[str, Path]
+) -> None:
+    batch = prompts(3)
+    with torch.no_grad():
+        for name in ENTRIES:
+            reft_model.set_adapter(name)
+            expected = alone(name, directories)(**batch).logits
+            torch.testing.assert_close(reft_model(**batch).logits, expected, rtol=0, atol=1e-6)
+        reft_model.set_adapter(None)
+        assert torch.equal(reft_model(**batch).logits, alone(None, directories)(**batch).logits)
+
+
+# -- mixing --------------------------------------------------------------------------------------
+
+
+def written_out(entries: list[Any], directories: dict[str, Path], batch: Any) -> Tensor:
+    """Edits of adapters at all tokens of block outputs, added as hooks on the bare base."""
+    base = tiny_model().eval()
+    for name, scale in entries:
+        adapter = rn.ReftModel.from_pretrained(tiny_model(), directories[name])
+        for one in adapter._engine.units:
+            layer = base.get_submodule(one.site.name)
+
+            def edit(_: Any, __: Any, output: Any, unit: Any = one.unit, s: float = scale) -> Any:
+                hidden = output[0] if isinstance(output, tuple) else output
+                changes.append(s * unit.edit(hidden))
+                return output
+
+            layer.register_forward_hook(edit)
+    changes: list[Tensor] = []
+
+    def add(_: Any, __: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden + sum(changes)
+        changes.clear()
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    for layer in base.model.layers:
+        layer.register_forward_hook(add)
+    with torch.no_grad():
+        logits: Tensor = base(**batch).logits
+    return logits
+
+
+@pytest.fixture(scope="module")
+def everywhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("everywhere")
+    for seed, (name, kind) in enumerate([("a", "loreft"), ("b", "noreft"), ("c", "direft")]):
+        entry = {"layer": "all", "intervention": kind, "low_rank_dimension": 3, "positions": "all"}
+        wrapped([entry], tiny_model(), seed).save_pretrained(folder / name)
+    return {name: folder / name for name in "abc"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "parts"),
+    [
+        ("a", [("a", 1.0)]),
+        (["a", "b"], [("a", 1.0), ("b", 1.0)]),
+        ({"a": 0.5}, [("a", 0.5)]),
+        ({"a": -0.5, "b": 2.0, "c": 0.25}, [("a", -0.5), ("b", 2.0), ("c", 0.25)]),
+        (["a", "a"], [("a", 2.0)]),
+    ],
+)
+def test_several_adapters_of_a_row_read_the_same_states_and_their_edits_are_added(
+    choice: Any, parts: Any, everywhere: dict[str, Path]
+) -> None:
+    reft_model = rn.get_reft_model(tiny_model().eval())
+    for name, directory in everywhere.items():
+        reft_model.load_adapter(directory, name)
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])}
+    with torch.no_grad():
+        logits = reft_model(**batch, adapter_names=[choice, None]).logits
+    torch.testing.assert_close(
+        logits[0], written_out(parts, everywhere, batch)[0], rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(logits[1], written_out([], everywhere, batch)[1], rtol=0, atol=1e-5)
+
+
+def test_the_models_own_units_are_one_of_the_choices(directories: dict[str, Path]) -> None:
+    reft_model = wrapped(ENTRIES["last"], tiny_model().eval(), seed=9)
+    reft_model.load_adapter(directories["ends"], "ends")
+    batch = prompts(3)
+    with torch.no_grad():
+        routed = reft_model(**batch, adapter_names=["default", "ends", {"default": 0.5}]).logits
+        own = reft_model(**batch).logits
+        reft_model.scale = 0.5
+        half = reft_model(**batch).logits
+    kept = batch["attention_mask"].bool()
+    torch.testing.assert_close(routed[0][kept[0]], own[0][kept[0]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(routed[2][kept[2]], half[2][kept[2]], rtol=0, atol=1e-5)
+
+
+def test_training_of_the_own_units_is_seen_by_name(directories: dict[str, Path]) -> None:
+    reft_model = wrapped(ENTRIES["last"], tiny_model(), seed=9)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    optimizer = torch.optim.SGD(reft_model.interventions.parameters(), lr=0.5)
+    for _ in range(2):
+        reft_model.train()(
+            input_ids=ids, labels=ids, prompt_lengths=torch.tensor([2])
+        ).loss.backward()
+        optimizer.step()
+        reft_model.eval()
+        with torch.no_grad():
+            by_name = reft_model(input_ids=ids, adapter_names=["default"]).logits
+            torch.testing.assert_close(by_name, reft_model(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+# -- the library ---------------------------------------------------------------------------------
+
+
+def test_a_name_can_be_given_anew_and_forgotten(
+    reft_model: rn.ReftModel, directories: dict[str, Path]
+) -> None:
+    batch = prompts(2)
+    with torch.no_grad():
+        before = reft_model(**batch, adapter_names=["last", "last"]).logits
+        reft_model.load_adapter(directories["ends"], "last")
+        after = reft_model(**batch, adapter_names=["last", "last"]).logits
+        expected = reft_model(**batch, adapter_names=["ends", "ends"]).logits
+    assert torch.equal(after, expected)
+    assert not torch.equal(before, after)
+    reft_model.delete_adapter("last")
+    assert "last" not in reft_model.adapters
+    with pytest.raises(ValueError, match="adapter 'last' is not loaded; .*possible: ends"):
+        reft_model(**batch, adapter_names=["last", None])
+
+
+def test_loading_draws_no_random_numbers(directories: dict[str, Path]) -> None:
+    reft_model = rn.get_reft_model(tiny_model())
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    reft_model.load_adapter(directories["last"], "last")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_thousand_adapters_need_the_memory_of_their_weights(
+    directories: dict[str, Path],
+) -> None:
+    tracemalloc = pytest.importorskip("tracemalloc")
+    reft_model = rn.get_reft_model(tiny_model())
+    reft_model.load_adapter(directories["last"], "first")
+    tracemalloc.start()
+    for number in range(100):
+        reft_model.load_adapter(directories["last"], str(number))
+    gc.collect()
+    objects, _ = tracemalloc.get_traced_memory()  # of Python; tensors have theirs elsewhere
+    tracemalloc.stop()
+    assert objects < 100 * 1500
+    assert len({id(adapter.slots) for adapter in reft_model.adapters.values()}) == 1
+
+
+# -- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["last"], r"expected a list of 2, one choice per row of the batch"),
+        ("last", r"expected a list of 2"),
+        (["lost", None], r"adapter 'lost' is not loaded; did you mean 'last'\?"),
+        ([{"last": math.nan}, None], r"mapping from names to finite scales"),
+        ([{"last": "1"}, None], r"mapping from names to finite scales"),
+        ([3, None], r"expected a name, a list of names"),
+    ],
+)
+def test_mistakes_are_told(reft_model: rn.ReftModel, names: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reft_model(**prompts(2), adapter_names=names)
+
+
+def test_loaded_adapters_are_not_trained(
+    reft_model: rn.ReftModel, directories: dict[str, Path]
+) -> None:
+    reft_model.set_adapter("last")
+    with pytest.raises(ValueError, match="adapters that are loaded by name are frozen"):
+        reft_model.train()(**prompts(2))
+    with pytest.raises(ValueError, match="adapter 'last' is active"):
+        reft_model.delete_adapter("last")
+    with pytest.raises(ValueError, match="expected a name other than 'default'"):
+        reft_model.load_adapter(directories["last"], "default")
+    with pytest.raises(ValueError, match="unit_locations are of the model's own units"):
+        reft_model.eval()(**prompts(2), unit_locations={"sources->base": (None, [[[0]] * 2])})
+
+
+def test_an_adapter_with_weights_of_the_base_has_a_base_of_its_own(tmp_path: Path) -> None:
+    config = rn.ReftConfig(ENTRIES["last"], modules_to_save=["lm_head"])
+    trained = rn.get_reft_model(tiny_model(), config)
+    trained.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has model\.lm_head\.weight, and rows of a batch share"):
+        rn.get_reft_model(tiny_model()).load_adapter(tmp_path, "head")
+    with pytest.raises(ValueError, match="this model trains weights of the base"):
+        trained.load_adapter(tmp_path, "head")

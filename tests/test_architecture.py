@@ -37,7 +37,7 @@ LAYERS = [
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
     {"chunks", "guidance"},
     {"engine"},
-    {"locating", "passes", "placement", "stacking"},
+    {"locating", "passes", "placement", "stacking", "subspaces"},
     {"adapter_files", "base_sample", "card"},
     {"library", "model", "saving"},
     {"bases", "sources"},
