@@ -209,15 +209,19 @@ def _scales(choice: AdapterChoice) -> dict[str, float]:
             return {choice: 1.0}
         case Mapping():
             scales = dict(choice)
+        case Sequence() if all(isinstance(name, str) for name in choice):
+            scales = {name: float(list(choice).count(name)) for name in choice}
         case _:
-            scales = {}
-            for name in choice:
-                scales[name] = scales.get(name, 0.0) + 1.0
-    for name, scale in scales.items():
+            raise _no_choice(choice)
+    for scale in scales.values():
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not isinstance(name, str) or not is_number or not math.isfinite(scale):
-            raise ValueError(
-                f"adapter_names: {choice!r}: expected a name, a list of names, a mapping from "
-                "names to finite scales, or None for the bare base"
-            )
+        if not is_number or not math.isfinite(scale):
+            raise _no_choice(choice)
     return {name: float(scale) for name, scale in scales.items()}
+
+
+def _no_choice(choice: object) -> ValueError:
+    return ValueError(
+        f"adapter_names: {choice!r}: expected a name, a list of names, a mapping from names to "
+        "finite scales, or None for the bare base"
+    )

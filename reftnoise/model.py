@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from transformers import PreTrainedModel
 
 from . import saving
 from .chunks import Pass
-from .components import trained_modules
 from .composition import (
     inner_model,
     is_peft_model,
@@ -27,7 +25,6 @@ from .composition import (
     without_peft,
 )
 from .config import ReftConfig
-from .devices import device_of, size
 from .engine import Engine, exclusive, innermost
 from .fused import call_fused, expect_plain_head, has_fused_head
 from .guidance import guidance
@@ -48,12 +45,13 @@ from .positions import (
 from .prefix_cache import PrefixCache
 from .quantised import keep_differentiable
 from .subspaces import Subspaces, subspace_gates
+from .wrapped import WrappedModel
 
 # Continuous batching lays prompts out in a way of its own, in passes that are not ours.
 _UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
-class ReftModel(nn.Module):
+class ReftModel(WrappedModel):
     """A base model whose hidden states are edited, and perturbed in training, by units.
 
     It is called like the base and returns the base's output class; `generate` returns token ids.
@@ -179,9 +177,12 @@ class ReftModel(nn.Module):
                 with self.disabled():
                     original = self(**batch)
             batch.setdefault("return_logits", return_logits)
-            chosen = {"unit_locations": unit_locations, "adapter_names": adapter_names}
-            chosen["subspaces"] = subspaces
-            return original, self(**batch, **chosen)
+            return original, self(
+                **batch,
+                unit_locations=unit_locations,
+                adapter_names=adapter_names,
+                subspaces=subspaces,
+            )
         prompt_lengths = inputs.pop("prompt_lengths", None)
         if input_ids is not None:
             inputs["input_ids"] = input_ids
@@ -266,9 +267,12 @@ class ReftModel(nn.Module):
             if output_original_output:
                 with self.disabled():
                     original = self.generate(**batch)
-            chosen = {"unit_locations": unit_locations, "adapter_names": adapter_names}
-            chosen["subspaces"] = subspaces
-            return original, self.generate(**batch, **chosen)
+            return original, self.generate(
+                **batch,
+                unit_locations=unit_locations,
+                adapter_names=adapter_names,
+                subspaces=subspaces,
+            )
         if inputs is not None:
             kwargs[inner_model(self.model).main_input_name] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
@@ -474,113 +478,6 @@ class ReftModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a loaded adapter that is not the active one."""
         self.adapters.delete(adapter_name)
-
-    # -- what the ecosystem asks a model for ---------------------------------------------------
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the base takes `num_items_in_batch`, as transformers' Trainer determines it."""
-        base = inner_model(self.model)
-        accepts = getattr(base, "accepts_loss_kwargs", None)
-        if accepts is None:
-            parameters = inspect.signature(base.forward).parameters.values()
-            accepts = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        return bool(accepts)
-
-    def set_device(self, device: torch.device | str | None, set_model: bool = True) -> None:
-        """Move everything to `device`; None puts each unit where its site is."""
-        if device is not None:
-            (self if set_model else self.interventions).to(device)
-            return
-        for one in self._engine.units:
-            found = device_of(one.site.module) or device_of(self.model)
-            one.unit.to(found or "cpu")
-
-    def disable_model_gradients(self) -> None:
-        """Freeze the base, but for PEFT's parameters and the config's `modules_to_save`.
-
-        Where the config names none, the head of a classifier stays trained.
-        """
-        if not is_peft_model(self.model):
-            self.model.requires_grad_(False)
-        for module in trained_modules(self.model, self.reft_config.modules_to_save).values():
-            module.requires_grad_(True)
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Of the base, as transformers counts them, and of the units."""
-        units = self.interventions.parameters()
-        own = sum(p.numel() for p in units if p.requires_grad or not only_trainable)
-        return own + int(self.model.num_parameters(only_trainable, exclude_embeddings))
-
-    def count_parameters(self) -> tuple[int, int, int]:
-        """Trainable parameters of the units and of the base, and all of the base."""
-        return (
-            sum(size(p) for p in self.interventions.parameters() if p.requires_grad),
-            sum(size(p) for p in self.model.parameters() if p.requires_grad),
-            sum(size(p) for p in self.model.parameters()),
-        )
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, and their share of the base's."""
-        units, base, total = self.count_parameters()
-        print(
-            f"trainable intervention params: {units:,d} || trainable model params: {base:,d}\n"
-            f"model params: {total:,d} || trainable%: {100 * (units + base) / total:.4f}"
-        )
-
-    # -- saving ----------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        state_dict: dict[str, Tensor] | None = None,
-        is_main_process: bool = True,
-    ) -> None:
-        """Write the adapter: the units and what is trained of the base (see `saving`).
-
-        Args:
-            save_directory: created if needed.
-            state_dict: tensors to write instead of the model's own, when these are sharded. What
-                is frozen of the base is left out.
-            is_main_process: whether this process is the one that writes.
-        """
-        if is_main_process:
-            state = None if state_dict is None else saving.without_frozen(self, state_dict)
-            saving.save_adapter(self, save_directory, state)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload adapter",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload the adapter directory; arguments as in `huggingface_hub`. Returns its address."""
-        return saving.upload_adapter(
-            self,
-            repo_id,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
-
-    def save(
-        self,
-        save_directory: str | Path,
-        save_to_hf_hub: bool = False,
-        hf_repo_name: str | None = None,
-    ) -> None:
-        """pyreft's name for `save_pretrained`, and `push_to_hub` if asked."""
-        self.save_pretrained(save_directory)
-        if save_to_hf_hub:
-            if hf_repo_name is None:
-                raise ValueError("save_to_hf_hub needs hf_repo_name, such as 'user/adapter'")
-            self.push_to_hub(hf_repo_name)
 
     @classmethod
     def from_pretrained(

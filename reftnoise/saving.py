@@ -35,10 +35,11 @@ from .files import replace_all
 
 if TYPE_CHECKING:
     from .model import ReftModel
+    from .wrapped import WrappedModel
 
 
 def save_adapter(
-    reft_model: "ReftModel",
+    reft_model: "WrappedModel",
     directory: str | Path,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -93,7 +94,7 @@ def save_adapter(
 
 
 def upload_adapter(
-    reft_model: "ReftModel",
+    reft_model: "WrappedModel",
     repo_id: str,
     *,
     commit_message: str,
@@ -198,7 +199,7 @@ def load_weights(reft_model: Any, adapter: AdapterFiles) -> set[str]:
     return set(state)
 
 
-def keep_trained(module: "ReftModel", state: dict[str, Any], prefix: str, _: Any) -> None:
+def keep_trained(module: "WrappedModel", state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
     if not takes_weights_of_one_process(module):
         for name in set(state) - set(without_frozen(module, state, prefix)):
@@ -206,14 +207,14 @@ def keep_trained(module: "ReftModel", state: dict[str, Any], prefix: str, _: Any
 
 
 def without_frozen(
-    module: "ReftModel", state: Mapping[str, Tensor], prefix: str = ""
+    module: "WrappedModel", state: Mapping[str, Tensor], prefix: str = ""
 ) -> dict[str, Tensor]:
     """The part of a state that an adapter holds."""
     kept = {f"{prefix}model.{name}" for name in _kept(module)}
     return {n: t for n, t in state.items() if n in kept or not n.startswith(f"{prefix}model.")}
 
 
-def expect_trained(module: "ReftModel", keys: Any) -> None:
+def expect_trained(module: "WrappedModel", keys: Any) -> None:
     """Do not miss what `keep_trained` leaves out."""
     trained = {f"model.{name}" for name in _kept(module)}
     frozen = {f"model.{n}" for n in module.model.state_dict()} - trained
@@ -225,7 +226,7 @@ def expect_trained(module: "ReftModel", keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if not is_frozen(key)]
 
 
-def _kept(module: "ReftModel") -> set[str]:
+def _kept(module: "WrappedModel") -> set[str]:
     """Names of what is saved of a base: what is trained or named to be, and what PEFT adds."""
     base = module.model
     once = dict(base.named_parameters()) | dict(base.named_buffers())  # tied ones under one name

@@ -70,7 +70,8 @@ class FrozenAdapter:
             with torch.no_grad():
                 down, bias, up, acts = one.unit.factors()
             place = Place(one.site, one.positions, one.prefix, one.suffix)
-            slots.append(Slot(place, *down.shape, acts))
+            rank, width = down.shape
+            slots.append(Slot(place, rank, width, acts))
             tensors += [down.flatten(), bias, up.flatten()]
         return cls(tuple(slots), torch.cat(tensors) if tensors else torch.empty(0))
 

@@ -39,7 +39,7 @@ LAYERS = [
     {"engine"},
     {"locating", "passes", "placement", "stacking", "subspaces"},
     {"adapter_files", "base_sample", "card"},
-    {"library", "model", "saving"},
+    {"library", "model", "saving", "wrapped"},
     {"bases", "sources"},
     {"templates"},
     {"encoding", "progress"},

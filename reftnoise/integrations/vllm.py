@@ -270,8 +270,7 @@ class _Served(nn.Module):
         self.model, self.config = model, config
 
     def get_input_embeddings(self) -> nn.Module:
-        embeddings: nn.Module = self.model.model.embed_tokens
-        return embeddings
+        return self.model.get_submodule("model.embed_tokens")
 
     def can_generate(self) -> bool:
         return True

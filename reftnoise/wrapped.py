@@ -1,0 +1,129 @@
+"""What Trainers, devices and the hub ask a model for, beside running it."""
+
+import inspect
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import saving
+from .components import trained_modules
+from .composition import inner_model, is_peft_model
+from .config import ReftConfig
+from .devices import device_of, size
+from .engine import Engine
+
+
+class WrappedModel(nn.Module):
+    """A base with units: its parameters, their devices, and how they are saved."""
+
+    model: PreTrainedModel
+    interventions: nn.ModuleDict
+    reft_config: ReftConfig
+    _engine: Engine
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base takes `num_items_in_batch`, as transformers' Trainer determines it."""
+        base = inner_model(self.model)
+        accepts = getattr(base, "accepts_loss_kwargs", None)
+        if accepts is None:
+            parameters = inspect.signature(base.forward).parameters.values()
+            accepts = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return bool(accepts)
+
+    def set_device(self, device: torch.device | str | None, set_model: bool = True) -> None:
+        """Move everything to `device`; None puts each unit where its site is."""
+        if device is not None:
+            (self if set_model else self.interventions).to(device)
+            return
+        for one in self._engine.units:
+            found = device_of(one.site.module) or device_of(self.model)
+            one.unit.to(found or "cpu")
+
+    def disable_model_gradients(self) -> None:
+        """Freeze the base, but for PEFT's parameters and the config's `modules_to_save`.
+
+        Where the config names none, the head of a classifier stays trained.
+        """
+        if not is_peft_model(self.model):
+            self.model.requires_grad_(False)
+        for module in trained_modules(self.model, self.reft_config.modules_to_save).values():
+            module.requires_grad_(True)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Of the base, as transformers counts them, and of the units."""
+        units = self.interventions.parameters()
+        own = sum(p.numel() for p in units if p.requires_grad or not only_trainable)
+        return own + int(self.model.num_parameters(only_trainable, exclude_embeddings))
+
+    def count_parameters(self) -> tuple[int, int, int]:
+        """Trainable parameters of the units and of the base, and all of the base."""
+        return (
+            sum(size(p) for p in self.interventions.parameters() if p.requires_grad),
+            sum(size(p) for p in self.model.parameters() if p.requires_grad),
+            sum(size(p) for p in self.model.parameters()),
+        )
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, and their share of the base's."""
+        units, base, total = self.count_parameters()
+        print(
+            f"trainable intervention params: {units:,d} || trainable model params: {base:,d}\n"
+            f"model params: {total:,d} || trainable%: {100 * (units + base) / total:.4f}"
+        )
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+    ) -> None:
+        """Write the adapter: the units and what is trained of the base (see `saving`).
+
+        Args:
+            save_directory: created if needed.
+            state_dict: tensors to write instead of the model's own, when these are sharded. What
+                is frozen of the base is left out.
+            is_main_process: whether this process is the one that writes.
+        """
+        if is_main_process:
+            state = None if state_dict is None else saving.without_frozen(self, state_dict)
+            saving.save_adapter(self, save_directory, state)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload adapter",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the adapter directory; arguments as in `huggingface_hub`. Returns its address."""
+        return saving.upload_adapter(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    def save(
+        self,
+        save_directory: str | Path,
+        save_to_hf_hub: bool = False,
+        hf_repo_name: str | None = None,
+    ) -> None:
+        """pyreft's name for `save_pretrained`, and `push_to_hub` if asked."""
+        self.save_pretrained(save_directory)
+        if save_to_hf_hub:
+            if hf_repo_name is None:
+                raise ValueError("save_to_hf_hub needs hf_repo_name, such as 'user/adapter'")
+            self.push_to_hub(hf_repo_name)
