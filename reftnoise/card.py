@@ -8,7 +8,7 @@ from .composition import inner_model
 from .tiny import NAME
 
 if TYPE_CHECKING:
-    from .model import ReftModel
+    from .wrapped import WrappedModel
 
 _CARD = """\
 ---
@@ -34,7 +34,7 @@ reft_model = rn.ReftModel.from_pretrained(model, "path/to/this/directory")
 """
 
 
-def card(reft_model: "ReftModel", base: str) -> str:
+def card(reft_model: "WrappedModel", base: str) -> str:
     """Markdown for an adapter of a base that is called `base`."""
     config = reft_model.reft_config
     rows = [entry.to_dict() for entry in config.representations]
