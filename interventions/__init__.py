@@ -1,6 +1,6 @@
 """The mathematics: interventions on hidden states, free of any model, config or file."""
 
-from .adapters import AdapterIntervention, BiasIntervention
+from .adapters import AdapterIntervention, AdditionIntervention, BiasIntervention
 from .base import LowRankIntervention, NoiseIntervention, ReftIntervention
 from .factors import Factors, StackedEdit, side_by_side
 from .noise import (
@@ -29,6 +29,7 @@ from .rotation import LowRankRotation, orthonormal_rows, shared_bases
 __all__ = [
     "INTERVENTIONS",
     "AdapterIntervention",
+    "AdditionIntervention",
     "BernoulliNoiseIntervention",
     "BiasIntervention",
     "ConsreftIntervention",

@@ -3,16 +3,17 @@ r"""Adapters of the field that are edits of hidden states, too.
 | class | formula | paper |
 |---|---|---|
 | `BiasIntervention` | $h + b$ | BitFit (arXiv:2106.10199) |
+| `AdditionIntervention` | $h + v$, v not trained | CAA (arXiv:2312.06681) |
 | `AdapterIntervention` | $h + W_2\sigma(W_1h + b_1) + b_2$ | Houlsby et al. (arXiv:1902.00751) |
 
 $b, b_2 \in \mathbb{R}^d$, $W_1 \in \mathbb{R}^{r \times d}$, $W_2 \in \mathbb{R}^{d \times r}$.
-Both start as the identity and, unless told otherwise, edit every token, generated ones too.
+All start as the identity and, unless told otherwise, edit every token, generated ones too.
 """
 
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .base import LowRankIntervention, PyveneFields, reject_unknown
@@ -43,8 +44,33 @@ class BiasIntervention(LowRankIntervention):
         self.bias = nn.Parameter(torch.zeros(embed_dim, dtype=self.dtype))
 
     def factors(self) -> Factors:
-        up = self.bias[None]
-        return Factors(torch.zeros_like(up), torch.ones_like(up[:, 0]), up, ((None, 1),))
+        return _constant(self.bias)
+
+
+class AdditionIntervention(LowRankIntervention):
+    r"""A steering vector: $h + v$, where v is set, as by `fit_steering_vectors`, and not trained.
+
+    Arguments as in `ReftIntervention`, without rank and `act_fn`. v starts at zero.
+    """
+
+    default_positions: ClassVar[str] = "all+decode"
+    has_subspaces: ClassVar[bool] = False
+
+    vector: Tensor
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        dtype: torch.dtype | str = torch.float32,
+        **pyvene: Unpack[PyveneFields],
+    ) -> None:
+        reject_unknown(type(self), pyvene)
+        super().__init__(embed_dim=embed_dim, dtype=dtype, **pyvene)
+        self.register_buffer("vector", torch.zeros(embed_dim, dtype=self.dtype))
+
+    def factors(self) -> Factors:
+        return _constant(self.vector)
 
 
 class AdapterIntervention(LowRankIntervention):
@@ -90,3 +116,9 @@ class AdapterIntervention(LowRankIntervention):
             torch.cat([up.weight.T, up.bias[None]]),
             ((self.act_fn_name, rank), (None, 1)),
         )
+
+
+def _constant(vector: Tensor) -> Factors:
+    """A vector that is added to every state."""
+    up = vector[None]
+    return Factors(torch.zeros_like(up), torch.ones_like(up[:, 0]), up, ((None, 1),))

@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import io
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict
@@ -180,7 +181,8 @@ class ReftIntervention(
             hidden: the states.
             gates: how much of each dimension of the subspace is edited; all of each, if None.
         """
-        dtypes = {p.dtype for p in self.parameters()}
+        own = itertools.chain(self.parameters(), self.buffers())
+        dtypes = {tensor.dtype for tensor in own if tensor.is_floating_point()}
         wide = hidden.to(functools.reduce(torch.promote_types, dtypes, hidden.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
             changed: Tensor = self.dropout(self._edit(wide, gates))

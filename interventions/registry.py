@@ -18,6 +18,7 @@ INTERVENTIONS: dict[str, type[Unit]] = {
     "consreft": reft.ConsreftIntervention,
     "lobireft": reft.LobireftIntervention,
     "bias": adapters.BiasIntervention,
+    "addition": adapters.AdditionIntervention,
     "adapter": adapters.AdapterIntervention,
     "neftune": noise.NeftuneIntervention,
     "gaussian": noise.GaussianNoiseIntervention,

@@ -15,6 +15,7 @@ _HOME = {
     "data": ("ReftDataCollator", "make_last_position_supervised_data_module"),
     "interventions": (
         "AdapterIntervention",
+        "AdditionIntervention",
         "BernoulliNoiseIntervention",
         "BiasIntervention",
         "ConsreftIntervention",
@@ -34,6 +35,7 @@ _HOME = {
     "model": ("ReftModel", "get_reft_model"),
     "positions": ("Positions",),
     "prefix_cache": ("PrefixCache",),
+    "steering": ("fit_steering_vectors",),
     "tiny": ("load_tiny_examples", "load_tiny_model"),
     "trainer": ("ReftTrainer", "ReftTrainerForCausalLM", "ReftTrainerForSequenceClassification"),
 }
@@ -49,6 +51,7 @@ if TYPE_CHECKING:  # `as` marks a name as public for type checkers
         make_last_position_supervised_data_module as make_last_position_supervised_data_module,
     )
     from .interventions import AdapterIntervention as AdapterIntervention
+    from .interventions import AdditionIntervention as AdditionIntervention
     from .interventions import BernoulliNoiseIntervention as BernoulliNoiseIntervention
     from .interventions import BiasIntervention as BiasIntervention
     from .interventions import ConsreftIntervention as ConsreftIntervention
@@ -68,6 +71,7 @@ if TYPE_CHECKING:  # `as` marks a name as public for type checkers
     from .model import get_reft_model as get_reft_model
     from .positions import Positions as Positions
     from .prefix_cache import PrefixCache as PrefixCache
+    from .steering import fit_steering_vectors as fit_steering_vectors
     from .tiny import load_tiny_examples as load_tiny_examples
     from .tiny import load_tiny_model as load_tiny_model
     from .trainer import ReftTrainer as ReftTrainer

@@ -46,7 +46,7 @@ LAYERS = [
     {"streams", "token_cache"},
     {"classifiers", "data", "generation", "trainer", "likelihood"},
     {"demo", "bench", "pyreft_directory", "convert", "integrations"},
-    {"evaluation", "inspection", "loading", "describe"},
+    {"evaluation", "inspection", "steering", "loading", "describe"},
     {"answers"},
     {"chat", "runs", "run_evaluation", "printing"},
     {"study"},

@@ -1,0 +1,82 @@
+"""Steering vectors against transformers' own hidden states and numpy's algebra."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import reftnoise as rn
+
+POSITIVE = ["I love this", "What a good and happy day it was", "Yes please"]
+NEGATIVE = ["I hate this", "What a bad day", "No"]
+
+
+def wrapped(**entry: Any) -> tuple[rn.ReftModel, Any]:
+    base, tokenizer = rn.load_tiny_model()
+    entries = [{"layer": 1, "intervention": "addition"} | entry]
+    return rn.get_reft_model(base, rn.ReftConfig(entries)), tokenizer
+
+
+def differences(tokenizer: Any, layer: int) -> np.ndarray:
+    base, _ = rn.load_tiny_model()
+    rows = []
+    for prompts in (POSITIVE, NEGATIVE):
+        states = []
+        for prompt in prompts:
+            ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+            with torch.no_grad():
+                outputs = base(input_ids=ids, output_hidden_states=True)
+            states.append(outputs.hidden_states[layer + 1][0, -1].numpy())
+        rows.append(np.stack(states))
+    return np.asarray(rows[0] - rows[1], dtype=np.float64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_the_mean_of_differences(batch_size: int) -> None:
+    reft_model, tokenizer = wrapped()
+    rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, batch_size=batch_size)
+    (unit,) = reft_model.interventions.values()
+    np.testing.assert_allclose(unit.vector, differences(tokenizer, 1).mean(0), atol=1e-5)
+
+
+def test_the_first_principal_component() -> None:
+    reft_model, tokenizer = wrapped()
+    rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, method="pca")
+    (unit,) = reft_model.interventions.values()
+    rows = differences(tokenizer, 1)
+    _, vectors = np.linalg.eigh(rows.T @ rows)
+    expected = vectors[:, -1] * (vectors[:, -1] @ rows.mean(0))
+    np.testing.assert_allclose(unit.vector, expected, atol=1e-4)
+
+
+def test_a_vector_is_added_everywhere_saved_and_never_trained(tmp_path: Path) -> None:
+    reft_model, tokenizer = wrapped(positions="all")
+    rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE)
+    (unit,) = reft_model.interventions.values()
+    base, _ = rn.load_tiny_model()
+    ids = torch.tensor([tokenizer("The cat")["input_ids"]])
+    find = base.get_decoder().layers[1]
+    find.register_forward_hook(
+        lambda _, __, out: (
+            (out[0] + unit.vector, *out[1:]) if isinstance(out, tuple) else out + unit.vector
+        )
+    )
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        torch.testing.assert_close(reft_model.eval()(input_ids=ids).logits, expected)
+    reft_model.save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, reft_model(input_ids=ids).logits)
+    assert not [p for p in reft_model.parameters() if p.requires_grad]
+
+
+def test_mistakes_are_told() -> None:
+    reft_model, tokenizer = wrapped()
+    with pytest.raises(ValueError, match="3 positive and 2 negative prompts: expected pairs"):
+        rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE[:2])
+    other, _ = wrapped(intervention="bias")
+    with pytest.raises(ValueError, match="no unit whose intervention is 'addition'"):
+        rn.fit_steering_vectors(other, tokenizer, POSITIVE, NEGATIVE)
