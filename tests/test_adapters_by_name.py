@@ -12,6 +12,7 @@ from architectures import tiny_model
 from torch import Tensor
 
 import reftnoise as rn
+from reftnoise.inspection import library_overlaps, subspace_cosine
 
 ENTRIES: dict[str, Any] = {
     "last": [{"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}],
@@ -331,3 +332,28 @@ def test_an_adapter_with_weights_of_the_base_has_a_base_of_its_own(tmp_path: Pat
         rn.get_reft_model(tiny_model()).load_adapter(tmp_path, "head")
     with pytest.raises(ValueError, match="this model trains weights of the base"):
         trained.load_adapter(tmp_path, "head")
+
+
+# -- what a library holds ------------------------------------------------------------------------
+
+
+def test_overlaps_are_those_of_the_adapters_two_by_two(tmp_path: Path) -> None:
+    loreft = {"layer": [0, 2], "intervention": "loreft"}
+    entries: dict[str, Any] = {
+        "a": [loreft | {"low_rank_dimension": 3}],
+        "b": [loreft | {"low_rank_dimension": 2}],
+        "elsewhere": [loreft | {"layer": 1, "low_rank_dimension": 2}],
+    }
+    library = rn.get_reft_model(tiny_model())
+    models = {}
+    for seed, (name, units) in enumerate(entries.items()):
+        models[name] = wrapped(units, tiny_model(), seed)
+        models[name].save_pretrained(tmp_path / name)
+        library.load_adapter(tmp_path / name, name)
+    names, overlaps = library_overlaps(library.adapters)
+    assert names == list(entries)
+    expected = subspace_cosine(models["a"], models["b"])
+    assert float(overlaps[0, 1]) == pytest.approx(sum(expected.values()) / 2, abs=1e-5)
+    assert torch.equal(overlaps, overlaps.T) or overlaps[0, 1] == overlaps[1, 0]
+    torch.testing.assert_close(overlaps.diagonal(), torch.ones(3))
+    assert math.isnan(overlaps[0, 2])

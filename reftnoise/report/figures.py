@@ -164,6 +164,27 @@ def draw_cosines(cosines: Mapping[str, float], chance: float) -> Figure:
     return figure
 
 
+def draw_overlaps(names: Sequence[str], overlaps: Any) -> Figure:
+    """A matrix of adapters, of which a cell is how alike two are."""
+    count = len(names)
+    width = max(WIDTH, 1.6 + 0.3 * count)
+    figure, axes = new_axes(width - 1.2, width)
+    image = axes.imshow(overlaps, cmap="cividis", vmin=0, vmax=1)
+    axes.set_xticks(range(count), names, rotation=90)
+    axes.set_yticks(range(count), names)
+    if count <= 12:
+        for row in range(count):
+            for column in range(count):
+                value = float(overlaps[row, column])
+                colour = "black" if value > 0.5 else "white"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, label="mean cos² θ", pad=0.02, aspect=30)
+    bar.outline.set_visible(False)
+    return figure
+
+
 def draw_panels(
     panels: Mapping[str, Sequence[tuple[str, float, Sequence[float]]]],
     label: str,
