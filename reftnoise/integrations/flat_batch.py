@@ -85,12 +85,12 @@ class FlatBatch:
         return found
 
 
-def apply(
+def apply_(
     edits: Sequence[FlatEdit],
     hidden: Float[Tensor, "tokens hidden"],
     residual: Float[Tensor, "tokens hidden"] | None,
-) -> Float[Tensor, "tokens hidden"]:
-    """`hidden` with the edits of its sum with `residual` added.
+) -> None:
+    """Add to `hidden` the edits of its sum with `residual`.
 
     Models that add the residual later, in the next norm, have states in two parts.
     """
@@ -101,8 +101,7 @@ def apply(
             state = state + residual.index_select(0, edit.rows)
         deltas.append(edit.unit.delta(state, edit.gates).to(hidden.dtype))
     for edit, delta in zip(edits, deltas, strict=True):
-        hidden = hidden.index_add(0, edit.rows, delta)
-    return hidden
+        hidden.index_add_(0, edit.rows, delta)
 
 
 def _selected(one: PlacedUnit, rank: Tensor, length: Tensor) -> Tensor:
