@@ -1,0 +1,317 @@
+"""Adapters in vLLM's engine and server, against our own `generate`, token for token.
+
+`make test-vllm` runs these, in an environment of their own: vLLM pins what it needs.
+"""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import reftnoise as rn
+
+vllm = pytest.importorskip("vllm", reason="needs vllm: see README, Serving in vLLM")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of vLLM and what it imports
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+COMPONENTS = ["block_output", "attention_output", "mlp_output", "embeddings"]
+ENTRIES: dict[str, list[dict[str, Any]]] = {
+    "last": [{"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}],
+    "ends": [
+        {
+            "layer": [0, 2],
+            "intervention": "loreft",
+            "low_rank_dimension": 2,
+            "positions": "f7+l7",
+            "tied": False,
+            "act_fn": "gelu",
+        }
+    ],
+    "all": [
+        {"layer": 1, "intervention": "noreft", "low_rank_dimension": 3, "positions": "all"},
+        {"intervention": "neftune", "alpha": 5.0},
+    ],
+    "decode": [
+        {
+            "layer": [1, 3],
+            "intervention": "direft",
+            "low_rank_dimension": 2,
+            "positions": "all+decode",
+        }
+    ],
+    "first": [{"layer": 3, "intervention": "consreft", "low_rank_dimension": 2, "positions": "f3"}],
+    "mlp": [
+        {
+            "layer": "all",
+            "component": "mlp_output",
+            "intervention": "adapter",
+            "low_rank_dimension": 5,
+        }
+    ],
+    "attention": [{"layer": "0-2", "component": "attention_output", "intervention": "bias"}],
+    "embeddings": [
+        {
+            "component": "embeddings",
+            "intervention": "lobireft",
+            "low_rank_dimension": 2,
+            "positions": "l2",
+        },
+        {"layer": 2, "intervention": "nodireft", "low_rank_dimension": 8, "positions": [0, -1]},
+    ],
+}
+NAMES = [None, *ENTRIES]
+TOKENS, VOCABULARY = 20, 512
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose heads are as wide as vLLM wants them."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.08,
+        pad_token_id=0,
+    )
+    path = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def loaded(base: Path) -> Any:
+    return LlamaForCausalLM.from_pretrained(base).eval()
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, (name, entries) in enumerate(ENTRIES.items()):
+        torch.manual_seed(seed)
+        save(rn.get_reft_model(loaded(base), rn.ReftConfig(entries)), folder / name)
+    return {name: folder / name for name in ENTRIES}
+
+
+def save(reft_model: rn.ReftModel, path: Path) -> None:
+    """Save a model whose units are far from the identity."""
+    with torch.no_grad():
+        for name, parameter in reft_model.interventions.named_parameters():
+            if "rotate_layer" not in name:
+                parameter.normal_(std=0.3)
+    reft_model.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """50 prompts of 1 to 90 tokens, of which many begin alike."""
+    draw = random.Random(0)
+    beginning = [draw.randrange(3, VOCABULARY) for _ in range(40)]
+    return [
+        beginning * (index % 3 == 0)
+        + [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 50))]
+        for index in range(50)
+    ]
+
+
+@pytest.fixture(scope="module")
+def ours(base: Path, adapters: dict[str, Path]) -> rn.ReftModel:
+    reft_model = rn.get_reft_model(loaded(base))
+    for name, directory in adapters.items():
+        reft_model.load_adapter(directory, name)
+    return reft_model
+
+
+def expected(ours: rn.ReftModel, prompt: list[int], choice: Any) -> list[int]:
+    ids = torch.tensor([prompt])
+    tokens = ours.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        adapter_names=[choice],
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return tokens[0, len(prompt) :].tolist()
+
+
+def engine(base: Path, **settings: Any) -> Any:
+    return vllm.LLM(
+        str(base),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=256,
+        enable_prefix_caching=True,
+        additional_config={"reft": COMPONENTS},
+        **{"enforce_eager": True, "block_size": 16} | settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def small_engine(base: Path) -> Any:
+    """Chunks of 16 tokens, and too few blocks for all that it may run at once."""
+    return engine(base, max_num_batched_tokens=16, max_num_seqs=16, num_gpu_blocks_override=60)
+
+
+def lora_request(name: str, number: int, path: str) -> Any:
+    return vllm.lora.request.LoRARequest(name, number, path)
+
+
+def sampling(**extra: Any) -> Any:
+    return vllm.SamplingParams(
+        temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, **extra
+    )
+
+
+def request_for(name: str | None, adapters: dict[str, Path]) -> Any:
+    return None if name is None else lora_request(name, NAMES.index(name), str(adapters[name]))
+
+
+def test_a_continuous_batch_of_all_adapters_is_ours_token_for_token(
+    small_engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]
+) -> None:
+    draw = random.Random(1)
+    choices = {index: NAMES[index % len(NAMES)] for index in range(len(prompts))}
+    waiting = draw.sample(sorted(choices), len(choices))
+    written: dict[int, list[int]] = {}
+    running = small_engine.llm_engine
+    while waiting or running.has_unfinished_requests():
+        for _ in range(min(len(waiting), draw.choice([0, 0, 1, 5]))):
+            index = waiting.pop()
+            prompt = {"prompt_token_ids": prompts[index]}
+            lora = request_for(choices[index], adapters)
+            running.add_request(str(index), prompt, sampling(), lora_request=lora)
+        for output in running.step():
+            if output.finished:
+                written[int(output.request_id)] = list(output.outputs[0].token_ids)
+    for index, prompt in enumerate(prompts):
+        assert written[index] == expected(ours, prompt, choices[index]), choices[index]
+    distinct = {tuple(expected(ours, prompts[0], name)) for name in NAMES}
+    assert len(distinct) == len(NAMES)  # every adapter changes what is written
+
+
+def test_cached_prompts_are_not_read_by_other_adapters(
+    small_engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]
+) -> None:
+    prompt = max(prompts, key=len)
+    for name in [*NAMES, *reversed(NAMES)]:
+        lora = request_for(name, adapters)
+        (output,) = small_engine.generate(
+            [{"prompt_token_ids": prompt}], sampling(), lora_request=lora, use_tqdm=False
+        )
+        assert list(output.outputs[0].token_ids) == expected(ours, prompt, name)
+    assert output.num_cached_tokens > 0
+
+
+def test_an_adapter_saved_anew_under_one_path_is_another(
+    small_engine: Any, prompts: Any, base: Path, tmp_path: Path
+) -> None:
+    prompt = max(prompts, key=len)
+    written = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        save(rn.get_reft_model(loaded(base), rn.ReftConfig(ENTRIES["all"])), tmp_path)
+        ours = rn.get_reft_model(loaded(base))
+        ours.load_adapter(tmp_path, "anew")
+        lora = lora_request("anew", 1, str(tmp_path))
+        (output,) = small_engine.generate(
+            [{"prompt_token_ids": prompt}], sampling(), lora_request=lora, use_tqdm=False
+        )
+        written.append(list(output.outputs[0].token_ids))
+        assert written[-1] == expected(ours, prompt, "anew")
+    assert written[0] != written[1]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
+def test_a_request_scales_its_edits(
+    small_engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path], scale: float
+) -> None:
+    prompt = max(prompts, key=len)
+    (output,) = small_engine.generate(
+        [{"prompt_token_ids": prompt}],
+        sampling(extra_args={"reft_scale": scale}),
+        lora_request=request_for("all", adapters),
+        use_tqdm=False,
+    )
+    assert list(output.outputs[0].token_ids) == expected(ours, prompt, {"all": scale})
+
+
+def test_a_compiled_model_is_edited_too(
+    base: Path, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]
+) -> None:
+    compiled = engine(base, enforce_eager=False)
+    names = [NAMES[index % len(NAMES)] for index in range(len(prompts))]
+    outputs = compiled.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling(),
+        lora_request=[request_for(name, adapters) for name in names],
+        use_tqdm=False,
+    )
+    for output, prompt, name in zip(outputs, prompts, names, strict=True):
+        assert list(output.outputs[0].token_ids) == expected(ours, prompt, name), name
+
+
+# -- mistakes ------------------------------------------------------------------------------------
+
+
+def damaged(adapters: dict[str, Path], path: Path) -> None:
+    shutil.copytree(adapters["last"], path, dirs_exist_ok=True)
+    weights = path / "reft_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+
+
+def of_another_base(adapters: dict[str, Path], path: Path) -> None:
+    shutil.copytree(adapters["last"], path, dirs_exist_ok=True)
+    config = json.loads((path / "reft_config.json").read_text())
+    config["base_model"]["hidden_size"] = 128
+    (path / "reft_config.json").write_text(json.dumps(config))
+
+
+MISTAKES = {
+    "damaged": (damaged, "not the weights that reft_config.json was saved with"),
+    "another base": (of_another_base, r"has hidden_size 128, the given model .* 256"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_harms_its_request_alone(
+    small_engine: Any,
+    prompts: Any,
+    ours: rn.ReftModel,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    mistake: str,
+) -> None:
+    make, message = MISTAKES[mistake]
+    make(adapters, tmp_path)
+    prompt = {"prompt_token_ids": prompts[0]}
+    lora = lora_request("wrong", 1, str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        small_engine.generate([prompt], sampling(), lora_request=lora, use_tqdm=False)
+    with pytest.raises(ValueError, match="reft_scale 'much': expected a finite number"):
+        small_engine.generate(
+            [prompt],
+            sampling(extra_args={"reft_scale": "much"}),
+            lora_request=request_for("all", adapters),
+            use_tqdm=False,
+        )
+    lora = request_for("last", adapters)
+    (output,) = small_engine.generate([prompt], sampling(), lora_request=lora, use_tqdm=False)
+    assert list(output.outputs[0].token_ids) == expected(ours, prompts[0], "last")
