@@ -378,9 +378,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(name: str, *arguments: str) -> int:
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    from .parsing import built, explained, parser_of
+    from .parsing import built, explained, new_parser, parser_of
 
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
@@ -390,7 +390,7 @@ def _run(name: str, *arguments: str) -> int:
     prog, description = f"reftnoise {name}", inspect.getdoc(function) or ""
     summary = description.split("\n\nArgs:")[0]
     if config is None:
-        parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
+        parser = new_parser(prog, summary)
         parser.add_function_arguments(function, as_positional=True)
     else:
         parser = parser_of(config, prog, summary)

@@ -31,9 +31,16 @@ _WRONG = {
 }
 
 
+def new_parser(prog: str = "reftnoise", description: str = "") -> ArgumentParser:
+    """A parser without options, which raises its errors and takes no part of a name for it."""
+    return ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+    )
+
+
 def parser_of(config: type, prog: str = "reftnoise", description: str = "") -> ArgumentParser:
     """A parser whose options are a dataclass' fields, and `--config` a file of them."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = new_parser(prog, description)
     parser.add_argument("--config", action="config", help="YAML file of these options")
     parser.add_class_arguments(config)
     return parser

@@ -267,6 +267,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
     classes = ("--task", '{"name": "classification", "labels": ["good", "bad"]}')
     return {
         "option": (("--training.learning_rte", 1), "did you mean '--training.learning_rate'?"),
+        "part": (("--training.learning_rat", 1), "did you mean '--training.learning_rate'?"),
         "value": (("--training.learning_rate", "high"), "training.learning_rate: expected float"),
         "file": (("--data.train", tmp_path / "none.jsonl"), "none.jsonl: no such file"),
         "empty": (("--data.train", empty), "empty.jsonl"),
