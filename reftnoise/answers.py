@@ -17,6 +17,7 @@ from .hints import nearest
 from .likelihood import Progress
 from .loading import load_adapted, template_of
 from .model import ReftModel
+from .run_files import json_lines
 from .saving import replace_all
 from .templates import fill
 from .tokenization import smallest_limit
@@ -234,5 +235,4 @@ def read_jsonl(path: str | Path, column: str) -> list[dict[str, Any]]:
 
 def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as JSON lines, under a temporary name that is then the file's."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_all(Path(path).absolute().parent, {Path(path).name: lines.encode()})
+    replace_all(Path(path).absolute().parent, {Path(path).name: json_lines(rows)})

@@ -4,7 +4,6 @@ Options are made by jsonargparse of the functions' arguments and of the library'
 """
 
 import inspect
-import json as json_format
 import logging
 import os
 import sys
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .bench.workload import Workload
 from .hints import nearest, one_line
 from .recipe import Recipe
-from .run_files import RECIPE
+from .run_files import RECIPE, json_text
 from .study.grid import Study
 
 if TYPE_CHECKING:
@@ -461,4 +460,4 @@ def _progress_console(is_silent: bool) -> "Console | None":
 
 
 def _print_json(value: Any) -> None:
-    print(json_format.dumps(value, indent=2, ensure_ascii=False))
+    print(json_text(value, indent=2))

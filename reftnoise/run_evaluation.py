@@ -11,7 +11,7 @@ from .evaluation import Evaluation, evaluate
 from .model import ReftModel
 from .progress import progress_of
 from .recipe import Recipe
-from .run_files import PREDICTIONS, SCORES
+from .run_files import PREDICTIONS, SCORES, json_lines, json_text
 from .saving import replace_all
 from .sources import Rows, load_rows, rename_columns
 from .tasks.classifier import ClassifierTask
@@ -103,11 +103,9 @@ def save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -
         if evaluation is not None
         for index in range(entry["rows"])
     ]
-    predictions = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    text = json.dumps(list(entries.values()), indent=2, ensure_ascii=False) + "\n"
-    files = {SCORES: text.encode()}
+    files = {SCORES: json_text(list(entries.values()), indent=2).encode() + b"\n"}
     if lines:
-        files[PREDICTIONS] = predictions.encode()
+        files[PREDICTIONS] = json_lines(lines)
     replace_all(directory, files)
 
 

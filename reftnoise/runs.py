@@ -10,7 +10,6 @@
 | `checkpoints/` | only while the run is not finished |
 """
 
-import json
 import os
 import shutil
 import time
@@ -49,6 +48,8 @@ from .run_files import (
     RECIPE,
     SCORES,
     SUMMARY,
+    json_lines,
+    json_text,
     read_lines,
 )
 from .saving import replace_all
@@ -131,8 +132,7 @@ def train_recipe(
         reft_model.eval().save_pretrained(directory / ADAPTER)
     summary = _summary(reft_model, outcome, trainer, seconds)
     if is_main:
-        text = json.dumps(summary, indent=2) + "\n"
-        replace_all(directory, {SUMMARY: text.encode()})
+        replace_all(directory, {SUMMARY: json_text(summary, indent=2).encode() + b"\n"})
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return reft_model.eval(), tokenizer, summary
 
@@ -393,8 +393,7 @@ class _Directory(TrainerCallback):
             _clear(directory)
             replace_all(directory, {RECIPE: self._recipe.to_yaml().encode()})
         lines = [line for line in read_lines(self._path) if line["step"] <= state.global_step]
-        text = "".join(f"{json.dumps(line)}\n" for line in lines)
-        replace_all(directory, {LOG: text.encode()})
+        replace_all(directory, {LOG: json_lines(lines)})
         self._tokens = state.num_input_tokens_seen
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -413,4 +412,4 @@ class _Directory(TrainerCallback):
             line["tokens_per_second"] = round((tokens - self._tokens) / self._seconds, 1)
             self._tokens, self._seconds = tokens, 0.0
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_text(line) + "\n")

@@ -1,11 +1,10 @@
 """The results file of a study: one line per finished cell."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from ..run_files import RESULTS, read_lines
+from ..run_files import RESULTS, json_text, read_lines
 
 Result = dict[str, Any]
 """One finished cell: its levels under `cell`, `key`, `scores`, `right`, `parameters`, `seconds`,
@@ -21,7 +20,7 @@ def read_results(directory: str | Path) -> list[Result]:
 def append_result(directory: Path, result: Result) -> None:
     """Add a finished cell, on a line of its own also where the one before was cut off."""
     with (directory / RESULTS).open("a+b") as file:
-        text = json.dumps(result, ensure_ascii=False) + "\n"
+        text = json_text(result) + "\n"
         if file.tell():
             file.seek(-1, os.SEEK_END)
             text = text if file.read(1) == b"\n" else "\n" + text
