@@ -260,60 +260,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         raise ValueError(f"training: {error}") from None
 
 
-def _checkpoint(recipe: Recipe, resume: bool, overwrite: bool) -> str | None:
-    """Where to go on from; None for a new run, which must not take the place of another."""
-    directory = Path(recipe.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output_dir {directory}: expected a directory, found a file")
-    if resume and not (directory / SUMMARY).exists():
-        _expect_same(recipe, directory / RECIPE)
-        return last_complete_checkpoint(str(directory / CHECKPOINTS))
-    if overwrite:
-        return None
-    if (directory / SUMMARY).exists():
-        raise ValueError(
-            f"output_dir {directory} holds a finished run: choose another --output_dir, or "
-            "--overwrite it"
-        )
-    if (directory / CHECKPOINTS).exists():
-        raise ValueError(
-            f"output_dir {directory} holds an unfinished run: --resume it, or --overwrite it"
-        )
-    if found := [name for name in (RECIPE, *_WRITTEN) if (directory / name).exists()]:
-        raise ValueError(
-            f"output_dir {directory} holds {found[0]} already: choose another --output_dir, or "
-            "--overwrite it"
-        )
-    return None
-
-
-def _expect_same(recipe: Recipe, path: Path) -> None:
-    """A run goes on as it began, but for where it runs and what is scored afterwards."""
-    if not path.exists():
-        raise ValueError(f"{path.parent}: no {RECIPE} in it, so there is no run to resume")
-    before, now = asdict(read_file(Recipe, path)), asdict(recipe)
-    for name in ("output_dir", "device", "evaluation"):
-        del before[name], now[name]
-    for name, value in before.items():
-        if value != now[name]:
-            parts = [n for n in value if value[n] != now[name].get(n)] if name in _SECTIONS else []
-            where, old = (f"{name}.{parts[0]}", value[parts[0]]) if parts else (name, value)
-            new = now[name][parts[0]] if parts else now[name]
-            raise ValueError(
-                f"{where} {new!r}: the run that is to be resumed has {old!r}; leave it, or "
-                "--overwrite the run"
-            )
-
-
-def _clear(directory: Path) -> None:
-    """Remove what an earlier run left, and nothing else."""
-    for name in _WRITTEN:
-        if (directory / name).is_dir():
-            shutil.rmtree(directory / name)
-        else:
-            (directory / name).unlink(missing_ok=True)
-
-
 def _data_module(recipe: Recipe, tokenizer: Any, reft_model: ReftModel) -> dict[str, Any]:
     data = recipe.data
     if data.train is None:
@@ -369,47 +315,3 @@ def _summary(reft_model: ReftModel, outcome: Any, trainer: Any, seconds: float) 
         "peak_memory_bytes": peak_memory(reft_model.device),
         "machine": machine(reft_model.device.type),
     }
-
-
-class _Directory(TrainerCallback):
-    """Makes the run's directory as training begins, and writes what the Trainer logs as it goes.
-
-    Args:
-        recipe: of the run.
-        is_new: whether what an earlier run left there is removed; a resumed run keeps its recipe,
-            and the lines of its log up to the checkpoint.
-    """
-
-    def __init__(self, recipe: Recipe, *, is_new: bool) -> None:
-        self._recipe, self._is_new = recipe, is_new
-        self._path = Path(recipe.output_dir) / LOG
-        self._tokens = 0
-        self._started = self._seconds = 0.0  # of steps alone, without evaluations between them
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        directory = self._path.parent
-        directory.mkdir(parents=True, exist_ok=True)
-        if self._is_new:
-            _clear(directory)
-            replace_all(directory, {RECIPE: self._recipe.to_yaml().encode()})
-        lines = [line for line in read_lines(self._path) if line["step"] <= state.global_step]
-        replace_all(directory, {LOG: json_lines(lines)})
-        self._tokens = state.num_input_tokens_seen
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._seconds += time.perf_counter() - self._started
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        if not logs.keys() & {"loss", "eval_loss"}:
-            return  # the totals of the run, which the summary has
-        line = {"step": state.global_step, **logs}
-        if "loss" in logs:
-            tokens = state.num_input_tokens_seen
-            line["tokens_per_second"] = round((tokens - self._tokens) / self._seconds, 1)
-            self._tokens, self._seconds = tokens, 0.0
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json_text(line) + "\n")

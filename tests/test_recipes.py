@@ -100,7 +100,7 @@ def test_a_recipe_is_the_same_as_yaml(tmp_path: Path) -> None:
         max_leaves=8,
     )
 )
-@example(["2e-3", "1.5E5", 2e-3, 1e-5, "null", "on", "3", "a: b", "-1e3"])
+@example(["2e-3", "1.5E5", 2e-3, 1e-5, "null", "on", "3", "a: b", "-1e3", {"a\x85b": "\x85"}])
 def test_yaml_reads_what_it_writes(value: Any) -> None:
     assert yaml_text.load(yaml_text.dump(value)) == value
 
