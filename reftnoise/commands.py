@@ -46,7 +46,8 @@ def train(
         quiet: print nothing but errors.
         json: print the summary and scores as JSON, and no progress.
     """
-    from .runs import is_main_process, run_recipe
+    from .run_directory import is_main_process
+    from .runs import run_recipe
 
     console = _progress_console(quiet or json)
     summary, entries = run_recipe(recipe, resume=resume, overwrite=overwrite, console=console)

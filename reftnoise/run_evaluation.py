@@ -11,6 +11,7 @@ from .evaluation import Evaluation, evaluate
 from .model import ReftModel
 from .progress import progress_of
 from .recipe import Recipe
+from .run_directory import alone
 from .run_files import PREDICTIONS, SCORES, json_lines, json_text
 from .saving import replace_all
 from .sources import Rows, load_rows, rename_columns
@@ -94,6 +95,11 @@ def score(
 
 def save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -> None:
     """Write evaluations beside a run, in the place of earlier ones of the same rows."""
+    with alone(directory, seconds=60):
+        _save_scores(directory, found)
+
+
+def _save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -> None:
     path = directory / SCORES
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     entries = {_of_what(entry): entry for entry in [*earlier, *(entry for entry, _ in found)]}

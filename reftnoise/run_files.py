@@ -8,6 +8,7 @@ from typing import Any
 RECIPE, ADAPTER, CHECKPOINTS = "recipe.yaml", "adapter", "checkpoints"
 LOG, SUMMARY, SCORES, PREDICTIONS = "log.jsonl", "summary.json", "scores.json", "predictions.jsonl"
 STUDY, RESULTS, CELLS = "study.yaml", "results.jsonl", "cells"
+LOCK = ".lock"  # of a run or study that is being written
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:

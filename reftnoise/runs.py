@@ -8,11 +8,11 @@
 | `summary.json` | parameters, seconds, tokens, peak memory, versions |
 | `scores.json`, `predictions.jsonl` | evaluations |
 | `checkpoints/` | only while the run is not finished |
+| `.lock` | held by the process that writes there |
 """
 
-import os
-import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from rich.console import Console
 from transformers import (
     AutoModelForSequenceClassification,
     PrinterCallback,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -36,33 +35,19 @@ from .hints import nearest
 from .loading import adapter_directory
 from .machine import machine, peak_memory
 from .model import ReftModel, get_reft_model
-from .parsing import read_file
 from .progress import RichProgressCallback
 from .recipe import Recipe
+from .run_directory import RunCallback, RunDirectory, is_main_process
 from .run_evaluation import Entry, evaluation_rows, save_scores, score
-from .run_files import (
-    ADAPTER,
-    CHECKPOINTS,
-    LOG,
-    PREDICTIONS,
-    RECIPE,
-    SCORES,
-    SUMMARY,
-    json_lines,
-    json_text,
-    read_lines,
-)
-from .saving import replace_all
+from .run_files import ADAPTER, CHECKPOINTS
 from .sources import Rows, load_rows, rename_columns
 from .tasks.base import Task
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
 from .templates import as_examples
 from .tokenization import smallest_limit
-from .trainer import ReftTrainer, last_complete_checkpoint
+from .trainer import ReftTrainer
 
-_WRITTEN = (ADAPTER, CHECKPOINTS, LOG, SUMMARY, SCORES, PREDICTIONS)
-_SECTIONS = ("data", "training")
 _POSITIVE = (
     "learning_rate",
     "num_train_epochs",
@@ -74,16 +59,17 @@ _POSITIVE = (
 )
 
 
-def train_recipe(
+def run_recipe(
     recipe: Recipe,
     *,
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
-) -> tuple[ReftModel, Any, dict[str, Any]]:
-    """Train what a recipe says, and write the run's directory.
+) -> tuple[dict[str, Any], list[Entry]]:
+    """Train what a recipe says and score what it names; the summary, and the evaluations.
 
-    Nothing is written, and nothing of an earlier run removed, before the Trainer's first step.
+    Nothing is written, and nothing of an earlier run removed, before the Trainer's first step. One
+    process of several scores; the others return no evaluations.
 
     Args:
         recipe: of the run.
@@ -91,49 +77,52 @@ def train_recipe(
         overwrite: replace a run that is in `output_dir`.
         console: where progress is shown; nowhere, if None.
 
-    Returns:
-        The adapted model in evaluation mode, its tokenizer, and the summary.
-
     Raises:
         ValueError, OSError: what in the recipe cannot be done, and why.
     """
-    directory = Path(recipe.output_dir)
+    is_scored = evaluation_rows(recipe) is not None or bool(recipe.evaluation.lm_eval)
+    with RunDirectory(recipe, resume=resume, overwrite=overwrite) as directory:
+        model, tokenizer, summary = _train(recipe, directory, console)
+        if not is_scored or not is_main_process():
+            return summary, []
+        found = score(recipe, model, tokenizer, console=console)
+        save_scores(directory.path, found)
+        return summary, [entry for entry, _ in found]
+
+
+def _train(
+    recipe: Recipe, directory: RunDirectory, console: Console | None
+) -> tuple[ReftModel, Any, dict[str, Any]]:
+    """The adapted model in evaluation mode, its tokenizer, and the summary."""
     config, task, args = reft_config(recipe), get_task(recipe.task), training_arguments(recipe)
-    checkpoint = _checkpoint(recipe, resume, overwrite)
     set_seed(recipe.seed)
     base, tokenizer = _base(recipe, task)
     reft_model = get_reft_model(base, config)
     _check_room(recipe, tokenizer, reft_model)
-    data_module = _data_module(recipe, tokenizer, reft_model)
-    is_main = is_main_process()
     trainer = ReftTrainer(
         model=reft_model,
         args=args,
         processing_class=tokenizer,
         prefix_cache=recipe.training.prefix_cache,
-        **data_module,
+        **_data_module(recipe, tokenizer, reft_model),
     )
     trainer.remove_callback(PrinterCallback)
-    progress = (
-        None if console is None or not is_main else RichProgressCallback(console, directory.name)
-    )
+    is_main = is_main_process()
     if is_main:
-        trainer.add_callback(_Directory(recipe, is_new=checkpoint is None))
-        if progress is not None:
-            trainer.add_callback(progress)
+        trainer.add_callback(RunCallback(directory))
     started = time.perf_counter()
-    try:
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        if progress is not None:
-            progress.stop()
+    with ExitStack() as stack:
+        if console is not None and is_main:
+            progress = RichProgressCallback(console, directory.path.name)
+            trainer.add_callback(progress)
+            stack.callback(progress.stop)
+        outcome = trainer.train(resume_from_checkpoint=directory.checkpoint)
     seconds = time.perf_counter() - started
     if is_main:
-        reft_model.eval().save_pretrained(directory / ADAPTER)
+        reft_model.eval().save_pretrained(directory.path / ADAPTER)
     summary = _summary(reft_model, outcome, trainer, seconds)
     if is_main:
-        replace_all(directory, {SUMMARY: json_text(summary, indent=2).encode() + b"\n"})
-        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        directory.finish(summary)
     return reft_model.eval(), tokenizer, summary
 
 
@@ -149,34 +138,6 @@ def _check_room(recipe: Recipe, tokenizer: Any, reft_model: ReftModel) -> None:
             f"evaluation.max_new_tokens {wanted}: expected at most {limit - 2}, for a context of "
             f"{limit}"
         )
-
-
-def run_recipe(
-    recipe: Recipe,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> tuple[dict[str, Any], list[Entry]]:
-    """Train what a recipe says and score what it names; the summary, and the evaluations.
-
-    One process of several scores; the others return none. Arguments and errors as of
-    `train_recipe`.
-    """
-    is_scored = evaluation_rows(recipe) is not None or bool(recipe.evaluation.lm_eval)
-    model, tokenizer, summary = train_recipe(
-        recipe, resume=resume, overwrite=overwrite, console=console
-    )
-    if not is_scored or not is_main_process():
-        return summary, []
-    found = score(recipe, model, tokenizer, console=console)
-    save_scores(Path(recipe.output_dir), found)
-    return summary, [entry for entry, _ in found]
-
-
-def is_main_process() -> bool:
-    """Whether this is the first process of those that a launcher started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def load_trained(recipe: Recipe) -> tuple[ReftModel, Any]:

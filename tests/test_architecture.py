@@ -48,7 +48,7 @@ LAYERS = [
     {"demo", "bench", "pyreft_directory", "convert", "integrations"},
     {"evaluation", "inspection", "loading", "describe"},
     {"answers"},
-    {"chat", "runs", "run_evaluation", "printing"},
+    {"chat", "runs", "run_directory", "run_evaluation", "printing"},
     {"study"},
     {"report"},
     {"commands"},

@@ -1,6 +1,9 @@
 """Recipes and runs: what `reftnoise train` and `eval` write, and what they say of mistakes."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from reftnoise.cli import COMMANDS, main
 from reftnoise.evaluation import evaluate
 from reftnoise.parsing import read, read_file, read_yaml
 from reftnoise.recipe import Recipe
+from reftnoise.run_directory import RunDirectory
 from reftnoise.sources import load_rows
 from reftnoise.study.grid import Study, cells
 from reftnoise.tasks.registry import get_task
@@ -218,6 +222,37 @@ def test_what_is_not_a_runs_is_left_alone(
         assert command(*quick(place)) == 2
         assert f"holds {name} already" in capsys.readouterr().err
         assert [path.name for path in place.iterdir()] == [name]
+
+
+def test_one_process_writes_in_a_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, more = tmp_path / "run", ("--training.max_steps", 100_000, "--training.logging_steps", 1)
+    arguments = [str(one) for one in quick(run, *more, "--quiet")]
+    other = subprocess.Popen([sys.executable, "-m", "reftnoise", *arguments])
+    try:
+        deadline = time.monotonic() + 100
+        while not (run / "log.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert command(*quick(run, "--overwrite")) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line == f"reftnoise: {run}: another process is writing there"
+        assert read_file(Recipe, run / "recipe.yaml").training.max_steps == 100_000
+    finally:
+        other.kill()
+        other.wait()
+    assert command(*quick(run, "--overwrite", "--quiet")) == 0
+
+
+def test_a_run_that_another_finished_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    recipe = Recipe(output_dir=str(tmp_path / "run"))
+    slow = RunDirectory(recipe, resume=False, overwrite=False)
+    with RunDirectory(recipe, resume=False, overwrite=False) as quicker:
+        quicker.begin(0)
+        quicker.finish({"steps": 1})
+    with slow, pytest.raises(ValueError, match="holds a finished run"):
+        slow.begin(0)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"steps": 1}
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ..parsing import read_file
 from ..progress import progress_of
+from ..run_directory import alone
 from ..run_files import CELLS, STUDY
 from ..saving import replace_all
 from .cell import check_cell, run_in_process
@@ -44,7 +44,7 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir {directory}: expected a directory, found a file")
     directory.mkdir(parents=True, exist_ok=True)
-    with _alone(directory):
+    with alone(directory):
         if not _is_written(study, directory / STUDY):
             replace_all(directory, {STUDY: study.to_yaml().encode()})
         done = {result["key"]: result for result in read_results(directory)}
@@ -147,12 +147,3 @@ def _threads(count: int) -> Iterator[None]:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    try:
-        with FileLock(directory / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise ValueError(f"{directory}: another process is running this study") from None
