@@ -233,8 +233,8 @@ def test_a_study_that_is_terminated_leaves_no_cell_running(tmp_path: Path) -> No
     while not list(cells_of.glob("*/log.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "reftnoise: interrupted\n")
     while is_running(process.pid) and time.monotonic() < deadline + 60:
         time.sleep(0.1)
     assert not is_running(process.pid)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+import sys
 import threading
 import time
 import warnings
@@ -58,6 +60,9 @@ def run_in_process(
     end: Connection, recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool
 ) -> None:
     """Send what `run_cell` returns, or as a text what it raises, through a pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the study, too
+    # Terminated, a process would leave its semaphores behind; Python's own way out cleans up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         end.send(run_cell(recipe, threads, gpu, keep_adapter))

@@ -103,9 +103,17 @@ def _run(
                 if progress is not None:
                     progress(len(todo) - len(waiting) - len(running), len(todo))
         finally:
-            for _, _, process in running.values():
-                process.terminate()
+            _stop([process for _, _, process in running.values()])
     return failed
+
+
+def _stop(processes: list[Any]) -> None:
+    """Have processes end by themselves, if they do so within seconds."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(timeout=10)
+        process.kill()
 
 
 def _received(pipe: Any, process: Any) -> Result | str:
