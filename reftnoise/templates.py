@@ -58,22 +58,8 @@ def fill(template: str, prompt: str, row: Mapping[str, Any]) -> str | Messages:
         raise ValueError(f"template: no column {error} in a row with {known}") from None
 
 
-def render(template: str, prompt: str, row: Mapping[str, Any], tokenizer: Any) -> str:
-    """The text that a model reads; see `fill` and `writes_special_tokens`."""
-    filled = fill(template, prompt, row)
-    if isinstance(filled, str):
-        return filled
-    text: str = tokenizer.apply_chat_template(filled, add_generation_prompt=True, tokenize=False)
-    return text
-
-
-def writes_special_tokens(template: str) -> bool:
-    """Whether rendered text holds them, so that a tokenizer is to add none."""
-    return template == "chat"
-
-
 def check_template(template: str) -> None:
-    """Raise a ValueError unless `render` knows the template."""
+    """Raise a ValueError unless `fill` knows the template."""
     if template in ("plain", "chat", "alpaca"):
         return
     expected = "expected plain, chat, alpaca, or a text with {prompt} and columns in braces"
@@ -92,7 +78,7 @@ def as_examples(rows: Rows, task: Task, template: str, tokenizer: Any) -> Rows:
     """`prompt` and `completion` of each row, as `make_last_position_supervised_data_module` reads.
 
     With the template `chat`, and for conversations, which the task `text` leaves as they are, they
-    are `messages`. The data module makes of them the tokens that `render` gives.
+    are `messages`.
 
     Raises:
         ValueError: a row that the task or the template cannot take, by its number; a tokenizer
