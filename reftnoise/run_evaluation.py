@@ -14,7 +14,7 @@ from .recipe import Recipe
 from .run_directory import alone
 from .run_files import PREDICTIONS, SCORES, json_lines, json_text
 from .saving import replace_all
-from .sources import Rows, load_rows, rename_columns
+from .sources import Rows, load_rows, place_of, rename_columns
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
 
@@ -38,7 +38,8 @@ def evaluation_rows(recipe: Recipe) -> Rows | None:
         try:
             question = task.question(row)
         except ValueError as error:
-            raise ValueError(f"evaluation.data {wanted.data}, row {index}: {error}") from None
+            place = place_of(wanted.data, wanted.split, index)
+            raise ValueError(f"evaluation.data {place}: {error}") from None
         if by_choices and not question.choices:
             raise ValueError(
                 f"evaluation.by likelihood: the task {task.name!r} has no choices; expected "

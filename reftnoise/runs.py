@@ -40,7 +40,7 @@ from .recipe import Recipe
 from .run_directory import RunCallback, RunDirectory, is_main_process
 from .run_evaluation import Entry, evaluation_rows, save_scores, score
 from .run_files import ADAPTER, CHECKPOINTS
-from .sources import Rows, load_rows, rename_columns
+from .sources import RowError, Rows, load_rows, place_of, rename_columns
 from .tasks.base import Task
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
@@ -235,7 +235,15 @@ def _data_module(recipe: Recipe, tokenizer: Any, reft_model: ReftModel) -> dict[
         is_streamed = data.streaming and source == data.train
         rows = load_rows(source, split=split, subset=data.subset, streaming=is_streamed)
         parts.append(rename_columns(rows, data.columns))
-    return data_module_of(recipe, tokenizer, reft_model, *parts)
+    try:
+        return data_module_of(recipe, tokenizer, reft_model, *parts)
+    except RowError as error:
+        if error.index is None:
+            raise
+        option = "eval" if error.name == "evaluation" else "train"
+        source, split = sources[option == "eval"]
+        place = place_of(source, split, error.index)
+        raise ValueError(f"data.{option} {place}: {error.reason}") from None
 
 
 def data_module_of(
@@ -254,7 +262,9 @@ def data_module_of(
         return make_classifier_data_module(
             tokenizer, task, rows, eval_rows, max_length=limit or task.max_length
         )
-    given = None if eval_rows is None else as_examples(eval_rows, task, data.template, tokenizer)
+    given = None
+    if eval_rows is not None:
+        given = as_examples(eval_rows, task, data.template, tokenizer, name="evaluation")
     return make_last_position_supervised_data_module(
         tokenizer,
         reft_model,

@@ -298,6 +298,8 @@ def test_the_base_itself_is_trained_where_a_recipe_says_so(tmp_path: Path) -> No
 def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
     """Arguments beside those of a good run, and what must be said of them."""
     empty, wrong, labelled = (tmp_path / f"{n}.jsonl" for n in ("empty", "wrong", "labelled"))
+    blank, bare = tmp_path / "blank.csv", tmp_path / "bare.jsonl"
+    of_one = ("--data.train", labelled, "--data.train_split", "train[:1]")
     unscored = ("--evaluation.data", "null", "--data.template", "plain")
     classes = ("--task", '{"name": "classification", "labels": ["good", "bad"]}')
     return {
@@ -308,7 +310,20 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
         "empty": (("--data.train", empty), "empty.jsonl"),
         "columns": (("--data.train", wrong, "--data.template", "plain"), "no column 'prompt' in"),
         "mapped": (("--data.columns", '{"prompt": "quest"}'), "the data has prompt"),
-        "label": (("--data.train", labelled, *classes, *unscored), "example 1: completion ' bed'"),
+        "label": (
+            ("--data.train", labelled, *classes, *unscored),
+            "labelled.jsonl, line 3: completion ' bed'",
+        ),
+        "blank": (("--data.train", blank, *unscored), "blank.csv, line 4: column 'prompt'"),
+        "bare": (("--data.train", bare, *unscored), "bare.jsonl, line 1: "),
+        "evaluated": (
+            ("--evaluation.data", labelled, *classes, "--evaluation.split", "test[1:]"),
+            "evaluation.data {tmp}/labelled.jsonl, line 3: completion ' bed'",
+        ),
+        "watched": (
+            ("--data.eval", labelled, *classes, *unscored, *of_one),
+            "data.eval {tmp}/labelled.jsonl, line 3: completion ' bed'",
+        ),
         "unit": (("--representations", '[{"layer": 0, "intervention": "lorft"}]'), "'loreft'"),
         "layer": (
             ("--representations", LOREFT.replace('"all"', "99")),
@@ -337,7 +352,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "wrong.jsonl").write_text('{"question": "Is it?", "completion": "yes"}\n')
     rows = [{"prompt": "a", "completion": " good"}, {"prompt": "b", "completion": " bed"}]
-    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "labelled.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    (tmp_path / "blank.csv").write_text('prompt,completion\n"a\nb",c\n"",d\n')
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "", "completion": "a"}\n')
     arguments, said = mistakes(tmp_path)[name]
     run = tmp_path / "run"
     assert command(*quick(run), *arguments) == 2
@@ -345,7 +362,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert captured.out == ""
     [line] = captured.err.splitlines()
     assert line.startswith("reftnoise: ")
-    assert said in line
+    assert said.replace("{tmp}", str(tmp_path)) in line
     assert not run.exists()
 
 

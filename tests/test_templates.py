@@ -146,12 +146,12 @@ def test_conversations_stay_as_they_are(streaming: bool) -> None:
 @pytest.mark.parametrize(
     ("task", "columns", "template", "message"),
     [
-        (Sums(), {"a": [1, 1], "b": [1, None]}, "plain", "example 1: column 'b' is empty"),
+        (Sums(), {"a": [1, 1], "b": [1, None]}, "plain", "training example 1: column 'b' is empty"),
         (
             Sums(),
             {"a": [1], "b": [1]},
             "{prompt}{c}",
-            "example 0: template: no column 'c' in a row with a, b, prompt",
+            "training example 0: template: no column 'c' in a row with a, b, prompt",
         ),
     ],
 )
