@@ -175,15 +175,17 @@ def study(study: Study, quiet: bool = False, json: bool = False) -> None:
         quiet: print nothing but errors.
         json: print the results as JSON, and no progress.
     """
-    from .report import write_report  # first: it says if the extra that it needs is missing
+    from rich.console import Console
+
+    from .report import show_table, write_study_report  # first: they say if their extra is missing
     from .study.runner import run_study
 
     results = run_study(study, console=_progress_console(quiet or json))
-    page = write_report(study.output_dir)
+    page, table = write_study_report(study.output_dir)
     if json:
         _print_json(results)
     elif not quiet:
-        print((Path(study.output_dir) / "results.md").read_text(encoding="utf-8"))
+        show_table(table, Console(highlight=False))
         print(f"The report is in {page}.")
 
 
