@@ -3,9 +3,10 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Console
+from typing_extensions import NotRequired
 
 from .evaluation import Evaluation, evaluate
 from .model import ReftModel
@@ -18,9 +19,22 @@ from .sources import Rows, load_rows, place_of, rename_columns
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
 
-Entry = dict[str, Any]
-"""One evaluation: task, data, split, by, whether with the adapter, scores, rows, and `right`, a
-string of 0 and 1 for the rows in their order."""
+
+class Entry(TypedDict):
+    """One evaluation, as `scores.json` has it; one of the harness has only the first three."""
+
+    task: str
+    adapter: bool
+    scores: dict[str, float]
+    arguments: NotRequired[dict[str, Any]]
+    data: NotRequired[str | None]
+    subset: NotRequired[str | None]
+    split: NotRequired[str]
+    limit: NotRequired[int | None]
+    by: NotRequired[str]
+    rows: NotRequired[int]
+    right: NotRequired[str]
+    """0 and 1 for the rows in their order."""
 
 
 def evaluation_rows(recipe: Recipe) -> Rows | None:
@@ -149,7 +163,7 @@ def _of_task(
             seed=recipe.seed,
             progress=progress,
         )
-    entry = {
+    entry: Entry = {
         "task": task.name,
         "arguments": {} if isinstance(recipe.task, str) else recipe.task,
         "data": wanted.data,

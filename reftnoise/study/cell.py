@@ -9,7 +9,6 @@ import time
 import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -20,6 +19,7 @@ from ..run_files import ADAPTER
 from ..runs import reft_config, run_recipe, training_arguments
 from ..tasks.registry import get_task
 from .grid import Cell
+from .results import Outcome
 
 
 def check_cell(cell: Cell) -> None:
@@ -35,7 +35,7 @@ def check_cell(cell: Cell) -> None:
         raise ValueError(f"cell {cell.name}: {error}") from None
 
 
-def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> dict[str, Any]:
+def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> Outcome:
     """Train and score; what the results file says of it."""
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -2,19 +2,35 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from ..run_files import RESULTS, json_text, read_lines
 
-Result = dict[str, Any]
-"""One finished cell: its levels under `cell`, `key`, `scores`, `right`, `parameters`, `seconds`,
-`peak_memory_bytes` and `train_loss`."""
+
+class Outcome(TypedDict):
+    """What a cell's run found."""
+
+    scores: dict[str, float]
+    right: str
+    """0 and 1 for the rows in their order."""
+    parameters: int
+    seconds: float
+    peak_memory_bytes: int | None
+    train_loss: float | None
+
+
+class Result(Outcome):
+    """A finished cell: a line of the results file."""
+
+    cell: dict[str, str | int]
+    """Its levels, and its seed."""
+    key: str
 
 
 def read_results(directory: str | Path) -> list[Result]:
     """The finished cells of a study's directory; a line that was cut off counts for none."""
     lines = read_lines(Path(directory) / RESULTS)
-    return [line for line in lines if line.keys() >= {"cell", "key"}]
+    return [cast(Result, line) for line in lines if line.keys() >= {"cell", "key"}]
 
 
 def append_result(directory: Path, result: Result) -> None:

@@ -20,7 +20,7 @@ from ..run_files import CELLS, STUDY
 from ..saving import replace_all
 from .cell import check_cell, run_in_process
 from .grid import Cell, Study, cells
-from .results import Result, append_result, read_results
+from .results import Outcome, Result, append_result, read_results
 
 
 def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
@@ -53,7 +53,7 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
         cell, error = failed[0]
         raise ValueError(f"{len(failed)} of {len(grid)} cells failed; {cell.name}: {error}")
     found = {result["key"]: result for result in read_results(directory)}
-    return [found[cell.key] | {"cell": cell.levels} for cell in grid]
+    return [{**found[cell.key], "cell": cell.levels} for cell in grid]
 
 
 def _is_written(study: Study, path: Path) -> bool:
@@ -98,8 +98,7 @@ def _run(
                     if isinstance(outcome, str):
                         failed.append((cell, outcome))
                     else:
-                        line = {"cell": cell.levels, "key": cell.key, **outcome}
-                        append_result(directory, line)
+                        append_result(directory, {"cell": cell.levels, "key": cell.key, **outcome})
                 if progress is not None:
                     progress(len(todo) - len(waiting) - len(running), len(todo))
         finally:
@@ -116,10 +115,10 @@ def _stop(processes: list[Any]) -> None:
         process.kill()
 
 
-def _received(pipe: Any, process: Any) -> Result | str:
+def _received(pipe: Any, process: Any) -> Outcome | str:
     """A cell's result, or why there is none."""
     try:
-        outcome: Result | str = pipe.recv()
+        outcome: Outcome | str = pipe.recv()
     except EOFError:
         outcome = ""
     process.join()
