@@ -110,24 +110,19 @@ def score(
 
 def save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -> None:
     """Write evaluations beside a run, in the place of earlier ones of the same rows."""
-    with alone(directory, seconds=60):
-        _save_scores(directory, found)
-
-
-def _save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -> None:
-    path = directory / SCORES
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    entries = {_of_what(entry): entry for entry in [*earlier, *(entry for entry, _ in found)]}
     lines = [
         {"adapter": entry["adapter"], **_row(evaluation, index)}
         for entry, evaluation in found
         if evaluation is not None
         for index in range(entry["rows"])
     ]
-    files = {SCORES: json_text(list(entries.values()), indent=2).encode() + b"\n"}
-    if lines:
-        files[PREDICTIONS] = json_lines(lines)
-    replace_all(directory, files)
+    files = {PREDICTIONS: json_lines(lines)} if lines else {}
+    path = directory / SCORES
+    with alone(directory, seconds=60):
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        entries = {_of_what(entry): entry for entry in [*earlier, *(entry for entry, _ in found)]}
+        files[SCORES] = json_text(list(entries.values()), indent=2).encode() + b"\n"
+        replace_all(directory, files)
 
 
 def _of_what(entry: Entry) -> tuple[Any, ...]:
