@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typing_extensions import Unpack
 
+from .decoding import GREEDY, Decoding
 from .evaluation import evaluating
 from .files import replace_all
 from .generation import generated
@@ -18,23 +20,9 @@ from .hints import nearest
 from .likelihood import Progress
 from .loading import load_adapted, template_of
 from .model import ReftModel
+from .run_files import json_lines
 from .templates import fill
 from .tokenization import smallest_limit
-
-
-class Settings(TypedDict, total=False):
-    """How answers are written: arguments of `generate_texts`."""
-
-    template: str | None
-    rows: Sequence[Mapping[str, Any]]
-    system: str | None
-    max_new_tokens: int | None
-    temperature: float
-    top_p: float | None
-    top_k: int | None
-    repetition_penalty: float | None
-    batch_size: int
-    seed: int
 
 
 def generate_texts(
@@ -42,16 +30,9 @@ def generate_texts(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    template: str | None = None,
+    decoding: Decoding = GREEDY,
     rows: Sequence[Mapping[str, Any]] = (),
-    system: str | None = None,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    repetition_penalty: float | None = None,
     batch_size: int = 16,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, in the prompts' order.
@@ -60,28 +41,19 @@ def generate_texts(
         reft_model: the base alone answers within `reft_model.disabled()`.
         tokenizer: of the base.
         prompts: texts.
-        template: put around each prompt, as in training; by default the tokenizer's chat template,
-            or nothing where it has none.
+        decoding: what is put around them, by default the tokenizer's chat template or nothing where
+            it has none, and how answers are drawn.
         rows: of which a template takes columns, one for each prompt.
-        system: a message before each of them, in a chat template.
-        max_new_tokens: of each answer; by default 256, or half of a smaller context.
-        temperature: of sampling; 0 for the most likely token at every step.
-        top_p: sample from the most likely tokens that have this probability together.
-        top_k: sample from so many most likely tokens.
-        repetition_penalty: above 1, tokens that were there before are less likely.
         batch_size: prompts per forward pass, padded on the left.
-        seed: of sampling, which also depends on the batch size.
         progress: called with the prompts that are done and all prompts.
 
     Raises:
-        ValueError: an empty prompt, or settings that are out of range.
+        ValueError: an empty prompt, a template that does not fit, or more new tokens than the
+            model's context has.
     """
-    if template is None:
-        template = "plain" if tokenizer.chat_template is None else "chat"
+    template = decoding.template_or("plain" if tokenizer.chat_template is None else "chat")
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
-    if system is not None and template != "chat":
-        raise ValueError(f"system needs the template chat, not {template!r}")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"prompt {index}: expected a text, got {prompt!r}")
@@ -89,44 +61,25 @@ def generate_texts(
         fill(template, prompt, row)
         for prompt, row in zip(prompts, rows or repeat({}), strict=False)
     ]
-    if system is not None:
-        before = {"role": "system", "content": system}
+    if decoding.system is not None:
+        before = {"role": "system", "content": decoding.system}
         asked = [[before, *messages] for messages in asked if not isinstance(messages, str)]
-    if max_new_tokens is None:
-        max_new_tokens = enough(tokenizer, reft_model)
-    penalty = {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
-    with evaluating(reft_model, seed):
+    with evaluating(reft_model, decoding.seed):
         return generated(
             reft_model,
             tokenizer,
             asked,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=decoding.max_new_tokens or default_new_tokens(tokenizer, reft_model),
             batch_size=batch_size,
-            generation=sampling(temperature, top_p, top_k) | penalty,
+            generation=decoding.arguments(),
             progress=progress,
         )
 
 
-def enough(tokenizer: Any, model: Any) -> int:
+def default_new_tokens(tokenizer: Any, model: Any) -> int:
     """New tokens where nobody says how many: 256, or half of a smaller context."""
     limit = smallest_limit(tokenizer, model, None)
     return 256 if limit is None else min(256, limit // 2)
-
-
-def sampling(
-    temperature: float, top_p: float | None = None, top_k: int | None = None
-) -> dict[str, Any]:
-    """Arguments of `generate` for a temperature, of which 0 means greedy."""
-    if not isinstance(temperature, int | float) or not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature {temperature!r}: expected a number of at least 0")
-    if not temperature:
-        for name, value in (("top_p", top_p), ("top_k", top_k)):
-            if value is not None:
-                raise ValueError(f"{name} {value}: needs a temperature above 0")
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    cuts = {"top_p": top_p, "top_k": top_k}
-    given = {name: value for name, value in cuts.items() if value is not None}
-    return {"do_sample": True, "temperature": float(temperature)} | given
 
 
 def answer_prompts(
@@ -139,8 +92,9 @@ def answer_prompts(
     compare: bool = False,
     model: str | None = None,
     device: str = "auto",
+    decoding: Decoding = GREEDY,
+    batch_size: int = 16,
     console: Console | None = None,
-    **settings: Unpack[Settings],
 ) -> list[dict[str, Any]]:
     """Load an adapter, answer prompts, and print the answers or write them to a file.
 
@@ -156,12 +110,13 @@ def answer_prompts(
         compare: also let the base answer.
         model: the base, as in `load_adapted`.
         device: of both, as in `load_adapted`.
+        decoding: as in `generate_texts`; the template is by default that of the run.
+        batch_size: as in `generate_texts`.
         console: where the answers are printed that go to no file; nowhere, if None.
-        settings: as in `generate_texts`.
 
     Raises:
         OSError: no such adapter, base or file.
-        ValueError: no prompts, a line without one, or settings that are out of range.
+        ValueError: no prompts, a line without one, or a template that does not fit.
     """
     rows = [{"prompt": prompt} for prompt in prompts]
     texts = list(prompts)
@@ -180,16 +135,22 @@ def answer_prompts(
             )
     if output is not None and Path(output).is_dir():
         raise ValueError(f"output {output}: expected a file, found a directory")
-    if settings.get("template") is None:
-        settings["template"] = template_of(adapter)
-    settings["rows"] = rows
+    decoding = replace(decoding, template=decoding.template or template_of(adapter))
     reft_model, tokenizer = load_adapted(adapter, model, device=device)
+    answer = partial(
+        generate_texts,
+        reft_model,
+        tokenizer,
+        texts,
+        decoding=decoding,
+        rows=rows,
+        batch_size=batch_size,
+    )
     if compare:
         with reft_model.disabled():
-            bases = generate_texts(reft_model, tokenizer, texts, **settings)
+            bases = answer()
         rows = [row | {"base": text} for row, text in zip(rows, bases, strict=True)]
-    answers = generate_texts(reft_model, tokenizer, texts, **settings)
-    rows = [row | {"text": text} for row, text in zip(rows, answers, strict=True)]
+    rows = [row | {"text": text} for row, text in zip(rows, answer(), strict=True)]
     if output is not None:
         write_jsonl(output, rows)
     elif console is not None:
@@ -234,5 +195,4 @@ def read_jsonl(path: str | Path, column: str) -> list[dict[str, Any]]:
 
 def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as JSON lines, under a temporary name that is then the file's."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_all(Path(path).absolute().parent, {Path(path).name: lines.encode()})
+    replace_all(Path(path).absolute().parent, {Path(path).name: json_lines(rows)})

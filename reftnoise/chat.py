@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .answers import enough, sampling
+from .answers import default_new_tokens
+from .decoding import GREEDY, Decoding
 from .generation import ends_of, prompt_tokens
 from .hints import nearest
 from .loading import load_adapted, template_of
 from .model import ReftModel
-from .templates import fill
+from .templates import check_template, fill
 from .tokenization import smallest_limit
 
 SIGN = "› "
@@ -29,10 +30,7 @@ def chat(
     *,
     model: str | None = None,
     device: str = "auto",
-    system: str | None = None,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
+    decoding: Decoding = GREEDY,
     console: Console | None = None,
 ) -> None:
     """Read messages from stdin until its end, and stream an answer to each.
@@ -41,31 +39,28 @@ def chat(
         adapter: as in `load_adapted`.
         model: the base, as in `load_adapted`.
         device: of both, as in `load_adapted`.
-        system: a message before the conversation.
-        max_new_tokens: of each answer; by default 256, or half of a smaller context.
-        temperature: of sampling; 0 for the most likely token at every step.
-        seed: of sampling.
+        decoding: how answers are drawn. In another template than chat, by default that of the run,
+            each line is a prompt of its own.
         console: where to print.
 
     Raises:
         OSError: no such adapter or base.
-        ValueError: settings that are out of range, or a damaged adapter.
+        ValueError: a template that does not fit, or a damaged adapter.
     """
     console = console or Console(highlight=False)
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 1")
-    settings = sampling(temperature)
+    template = decoding.template_or(template_of(adapter) or "chat")
+    check_template(template)
     transformers_logging.set_verbosity_error()
     reft_model, tokenizer = load_adapted(adapter, model, device=device)
-    set_seed(seed)
+    set_seed(decoding.seed)
     talk = Conversation(
         reft_model,
         tokenizer,
         console,
-        system=system,
-        template=template_of(adapter),
-        max_new_tokens=enough(tokenizer, reft_model) if max_new_tokens is None else max_new_tokens,
-        settings=settings,
+        system=decoding.system,
+        template=template,
+        max_new_tokens=decoding.max_new_tokens or default_new_tokens(tokenizer, reft_model),
+        settings=decoding.arguments(),
     )
     if sys.stdin.isatty():
         console.print("[dim]/help lists commands, Ctrl-D leaves.[/dim]")

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 from transformers import DataCollatorWithPadding
 
-from .sources import Rows, map_rows
+from .sources import RowError, Rows, map_rows
 from .tasks.classifier import ClassifierTask
 
 
@@ -21,17 +21,18 @@ def make_classifier_data_module(
     """Datasets, collator and the task's metrics, to be given to a trainer as `**module`.
 
     Raises:
-        ValueError: a row that the task cannot read, by its number, or a tokenizer that cannot pad.
+        RowError: a row that the task cannot read.
+        ValueError: a tokenizer that cannot pad.
     """
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no padding token: give it one and save it again")
 
-    def encoded(source: Rows) -> Rows:
+    def encoded(source: Rows, name: str) -> Rows:
         def encode(row: Any, index: int) -> dict[str, Any]:
             try:
                 texts, label = task.texts(row), task.label(row)
             except ValueError as error:
-                raise ValueError(f"example {index}: {error}") from None
+                raise RowError(error, name=name, index=index) from None
             tokens = tokenizer(*texts, truncation=True, max_length=max_length)
             return {**tokens, "labels": label, "length": len(tokens["input_ids"])}
 
@@ -47,8 +48,8 @@ def make_classifier_data_module(
         return task.scores([task.prediction(row) for row in predicted.predictions], answers)
 
     return {
-        "train_dataset": encoded(rows),
-        "eval_dataset": None if eval_rows is None else encoded(eval_rows),
+        "train_dataset": encoded(rows, "training"),
+        "eval_dataset": None if eval_rows is None else encoded(eval_rows, "evaluation"),
         "data_collator": DataCollatorWithPadding(tokenizer),
         "compute_metrics": metrics,
     }

@@ -16,7 +16,7 @@ from .config import ReftConfig
 from .interventions.rotation import orthonormal_rows
 from .loading import adapter_directory
 from .placement import unit_keys
-from .run_files import ADAPTER, SCORES
+from .run_files import ADAPTER, LOCK, SCORES
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,11 @@ def describe(directory: str | Path) -> Description:
         peft=files.config.peft,
         peft_parameters=others,
         sha256=files.sha256,
-        files={one.name: one.stat().st_size for one in sorted(adapter.iterdir()) if one.is_file()},
+        files={
+            one.name: one.stat().st_size
+            for one in sorted(adapter.iterdir())
+            if one.is_file() and one.name != LOCK
+        },
         scores=json.loads(scores.read_text(encoding="utf-8")) if is_run else [],
     )
 

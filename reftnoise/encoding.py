@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .sources import RowError
 from .tokenization import Messages, tokenize_all, truncate
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Encoder:
         """Batches of examples: one for each row, or for each assistant's turn of its conversation.
 
         Raises:
-            ValueError: a row that is no example, by its number.
+            RowError: a row that is no example.
         """
         batch: list[_Pair] = []
         for index, row in enumerate(rows):
@@ -98,9 +99,10 @@ class Encoder:
         """Each assistant's message, with all messages before it."""
         for turn, message in enumerate(conversation):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise ValueError(
-                    f"{self.name} example {index}: message {turn} is {message!r}, expected a "
-                    "mapping with 'role' and 'content'"
+                raise RowError(
+                    f"message {turn} is {message!r}, expected a mapping with 'role' and 'content'",
+                    name=self.name,
+                    index=index,
                 )
             if message["role"] == "assistant":
                 yield index, conversation[:turn], message["content"]
@@ -110,7 +112,7 @@ class Encoder:
             found = tokenize_all(self.tokenizer, [(p, c) for _, p, c in batch], self.nonstop)
         except Exception as error:  # of the tokenizer or its chat template, too
             if len(batch) == 1:
-                raise ValueError(f"{self.name} example {batch[0][0]}: {error}") from error
+                raise RowError(error, name=self.name, index=batch[0][0]) from error
             return [example for pair in batch for example in self._encode([pair])]
         return [self._fit(*ids) for ids in found]
 

@@ -4,10 +4,9 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .generation import generated
 from .likelihood import Progress, choice_log_probs
@@ -89,53 +88,41 @@ def evaluate(
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     questions = _questions(task, rows)
     answers = [question.answer for question in questions]
-    more: dict[str, float] = {}
+    settings = _Settings(model, tokenizer, batch_size, progress)
+    normalised: list[str] | None = None
     with evaluating(model, seed):
         if isinstance(task, ClassifierTask):
             if template != "plain":
                 raise ValueError(f"template {template!r}: a classifier reads its texts as they are")
-            texts = _by_head(model, tokenizer, task, rows, batch_size, progress)
-            predictions = texts
+            texts = predictions = _by_head(settings, task, rows)
         else:
-            _expect_causal(model)
-            if template == "chat" and tokenizer.chat_template is None:
-                raise ValueError("template 'chat': the tokenizer has no chat template")
-            prompts = [
-                fill(template, question.prompt, row)
-                for question, row in zip(questions, rows, strict=True)
-            ]
+            prompts = _prompts(settings, template, questions, rows)
             if by == "generation":
-                if max_new_tokens is None:
-                    max_new_tokens = _enough(model, tokenizer, task, prompts, questions)
-                texts = generated(
-                    model,
-                    tokenizer,
-                    prompts,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=batch_size,
-                    generation=task.generation,
-                    progress=progress,
-                )
+                texts = _by_generation(settings, task, questions, prompts, max_new_tokens)
                 predictions = [task.extract(text) for text in texts]
             else:
-                if not all(question.choices for question in questions):
-                    raise ValueError(f"task {task.name!r} has no choices: evaluate by generation")
-                choices = [question.choices for question in questions]
-                sums = choice_log_probs(
-                    model, tokenizer, prompts, choices, batch_size=batch_size, progress=progress
-                )
-                texts, predictions = _most_likely(questions, sums)
-                _, normalised = _most_likely(questions, _per_character(questions, sums))
-                found = task.scores(normalised, answers)
-                more = {f"{name}_normalised": value for name, value in found.items()}
+                texts, predictions, normalised = _by_likelihood(settings, task, questions, prompts)
+    scores = task.scores(predictions, answers)
+    if normalised is not None:
+        found = task.scores(normalised, answers)
+        scores |= {f"{name}_normalised": value for name, value in found.items()}
     return Evaluation(
-        scores=task.scores(predictions, answers) | more,
+        scores=scores,
         right=[task.is_right(p, a) for p, a in zip(predictions, answers, strict=True)],
         predictions=predictions,
         texts=texts,
         prompts=[question.prompt for question in questions],
         answers=answers,
     )
+
+
+class _Settings(NamedTuple):
+    """What all ways of asking a model need."""
+
+    model: Any
+    tokenizer: Any
+    batch_size: int
+    progress: Progress | None
 
 
 def _questions(task: Task, rows: Sequence[Row]) -> list[Question]:
@@ -165,16 +152,47 @@ def evaluating(model: Any, seed: int = 0) -> Iterator[None]:
             module.training = mode
 
 
-def _expect_causal(model: Any) -> None:
+def _prompts(
+    settings: _Settings, template: str, questions: Sequence[Question], rows: Sequence[Row]
+) -> list[str | Messages]:
+    """What a causal language model reads."""
+    model = settings.model
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         kind = type(model.model if isinstance(model, ReftModel) else model).__name__
         raise ValueError(f"the task needs a causal language model, got {kind}")
+    if template == "chat" and settings.tokenizer.chat_template is None:
+        raise ValueError("template 'chat': the tokenizer has no chat template")
+    return [
+        fill(template, question.prompt, row) for question, row in zip(questions, rows, strict=True)
+    ]
 
 
 # -- by generation ---------------------------------------------------------------------------------
 
 
-def _enough(
+def _by_generation(
+    settings: _Settings,
+    task: Task,
+    questions: Sequence[Question],
+    prompts: Sequence[str | Messages],
+    max_new_tokens: int | None,
+) -> list[str]:
+    """The texts that a model writes."""
+    model, tokenizer, batch_size, progress = settings
+    if max_new_tokens is None:
+        max_new_tokens = _needed_tokens(model, tokenizer, task, prompts, questions)
+    return generated(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        generation=task.generation,
+        progress=progress,
+    )
+
+
+def _needed_tokens(
     model: Any,
     tokenizer: Any,
     task: Task,
@@ -202,33 +220,39 @@ def _enough(
 # -- by likelihood ---------------------------------------------------------------------------------
 
 
-def _most_likely(
-    questions: Sequence[Question], scores: Sequence[Tensor]
-) -> tuple[list[str], list[str]]:
-    """The texts of the best choices, and the answers that they stand for."""
-    best = [int(row.argmax()) for row in scores]
-    texts = [q.choices[index] for q, index in zip(questions, best, strict=True)]
-    answers = [q.choice_answers[index] for q, index in zip(questions, best, strict=True)]
-    return texts, answers
+def _by_likelihood(
+    settings: _Settings,
+    task: Task,
+    questions: Sequence[Question],
+    prompts: Sequence[str | Messages],
+) -> tuple[list[str], list[str], list[str]]:
+    """Texts of the likeliest choices, and the answers that these and the normalised ones stand for.
 
-
-def _per_character(questions: Sequence[Question], sums: Sequence[Tensor]) -> list[Tensor]:
-    lengths = [torch.tensor([max(1, len(c.strip())) for c in q.choices]) for q in questions]
-    return [total / length for total, length in zip(sums, lengths, strict=True)]
+    Normalised is a choice's log-probability per character.
+    """
+    model, tokenizer, batch_size, progress = settings
+    if not all(question.choices for question in questions):
+        raise ValueError(f"task {task.name!r} has no choices: evaluate by generation")
+    choices = [question.choices for question in questions]
+    sums = choice_log_probs(
+        model, tokenizer, prompts, choices, batch_size=batch_size, progress=progress
+    )
+    lengths = [torch.tensor([max(1, len(choice.strip())) for choice in one]) for one in choices]
+    best = [int(row.argmax()) for row in sums]
+    of_normalised = [int((row / count).argmax()) for row, count in zip(sums, lengths, strict=True)]
+    return (
+        [q.choices[index] for q, index in zip(questions, best, strict=True)],
+        [q.choice_answers[index] for q, index in zip(questions, best, strict=True)],
+        [q.choice_answers[index] for q, index in zip(questions, of_normalised, strict=True)],
+    )
 
 
 # -- by a head -------------------------------------------------------------------------------------
 
 
-def _by_head(
-    model: Any,
-    tokenizer: Any,
-    task: ClassifierTask,
-    rows: Sequence[Row],
-    batch_size: int,
-    progress: Progress | None,
-) -> list[str]:
+def _by_head(settings: _Settings, task: ClassifierTask, rows: Sequence[Row]) -> list[str]:
     """The predictions of a classification head."""
+    model, tokenizer, batch_size, progress = settings
     limit = min(task.max_length, smallest_limit(tokenizer, model, None) or task.max_length)
     encoded = [tokenizer(*task.texts(row), truncation=True, max_length=limit) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: -len(encoded[index]["input_ids"]))

@@ -8,6 +8,8 @@ from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_direct
 from .bases import load_base
 from .model import ReftModel
 from .run_files import ADAPTER, RECIPE
+from .tasks.classifier import ClassifierTask
+from .tasks.registry import get_task
 
 _OF_BASE = ("model", "revision", "dtype", "quantization")
 """What a recipe says of its base."""
@@ -34,9 +36,11 @@ def load_adapted(
 
     Raises:
         OSError: no such adapter, or no such base.
-        ValueError: the adapter is damaged, does not tell its base, or is for another.
+        ValueError: the adapter is damaged, does not tell its base, is for another, or is of a run
+            that trained a classifier.
     """
     directory = adapter_directory(adapter)
+    _expect_no_classifier(directory)
     known = base_of(directory) if model is None else {"model": model}
     given = {"revision": revision, "dtype": dtype}
     known |= {name: value for name, value in given.items() if value is not None}
@@ -82,6 +86,15 @@ def template_of(adapter: str | Path) -> str | None:
     """What a run's recipe puts around its prompts; None for an adapter without a recipe."""
     data = _recipe_beside(Path(adapter) / ADAPTER).get("data")
     return data.get("template") if isinstance(data, dict) else None
+
+
+def _expect_no_classifier(directory: Path) -> None:
+    task = _recipe_beside(directory).get("task")
+    if task is not None and isinstance(get_task(task), ClassifierTask):
+        raise ValueError(
+            f"{directory.parent}: the run is a classifier, which writes no text; 'reftnoise eval "
+            f"{directory.parent}' scores it"
+        )
 
 
 def _recipe_beside(directory: Path) -> dict[str, Any]:

@@ -31,11 +31,17 @@ _WRONG = {
 }
 
 
-def parser_of(config: type, prog: str = "reftnoise", description: str = "") -> ArgumentParser:
-    """A parser whose options are a dataclass' fields, and `--config` a file of them."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of these options")
-    parser.add_class_arguments(config)
+def parser_of(
+    *configs: type, prog: str = "reftnoise", description: str = "", has_file: bool = True
+) -> ArgumentParser:
+    """A parser whose options are dataclasses' fields, and with `--config` a file of them."""
+    parser = ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+    )
+    if has_file:
+        parser.add_argument("--config", action="config", help="YAML file of these options")
+    for config in configs:
+        parser.add_class_arguments(config)
     return parser
 
 

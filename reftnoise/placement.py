@@ -25,20 +25,17 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
             at one site whose positions can overlap.
     """
     placed: list[PlacedUnit] = []
-    taken: dict[str, int] = {}
+    counts = Counter[str]()
     for index, entry in enumerate(config.representations):
         try:
-            layers: Sequence[int | None] = [None]
+            layers = 0
             if entry.is_per_layer:
-                layers = entry.layers(num_layers(model, split_component(entry.component)[0]))
-            for positions in entry.parts():
-                for layer in layers:
-                    site = find_site(model, entry.component, layer)
-                    _expect_decoding(model, site, positions)
-                    unit = entry.build(site.width, default=hidden_size(model))
-                    name = _key(entry, layer)
-                    taken[name] = taken.get(name, -1) + 1
-                    placed.append(PlacedUnit(f"{name}#{taken[name]}", unit, site, positions))
+                layers = num_layers(model, split_component(entry.component)[0])
+            for key, layer, positions in _places(entry, layers, counts):
+                site = find_site(model, entry.component, layer)
+                _expect_decoding(model, site, positions)
+                unit = entry.build(site.width, default=hidden_size(model))
+                placed.append(PlacedUnit(key, unit, site, positions))
         except ValueError as error:
             raise ValueError(f"representations[{index}]: {error}") from None
     modules = [
@@ -64,21 +61,28 @@ def unit_keys(
     config: ReftConfig, layers: int
 ) -> Iterator[tuple[str, RepresentationConfig, int | None, str | None]]:
     """Key, entry, layer and positions of each unit that a model of so many layers would get."""
-    taken = Counter[str]()
+    counts = Counter[str]()
     for entry in config.representations:
-        numbers: Sequence[int | None] = entry.layers(layers) if entry.is_per_layer else [None]
-        for positions in entry.parts():
-            for layer in numbers:
-                name = _key(entry, layer)
-                spec = None if positions is None else str(positions.spec())
-                yield f"{name}#{taken[name]}", entry, layer, spec
-                taken[name] += 1
+        for key, layer, positions in _places(entry, layers, counts):
+            yield key, entry, layer, None if positions is None else str(positions.spec())
 
 
-def _key(entry: RepresentationConfig, layer: int | None) -> str:
-    """pyvene's key for a unit, without the counter of units at one place."""
-    component = entry.component.replace(".", "_")
-    return f"layer_{layer or 0}_comp_{component}_unit_pos_nunit_1"
+def _places(
+    entry: RepresentationConfig, layers: int, counts: Counter[str]
+) -> Iterator[tuple[str, int | None, Positions | None]]:
+    """pyvene's key, layer and positions of each of an entry's units.
+
+    Args:
+        entry: of a config.
+        layers: of the model.
+        counts: units at each place that entries before it have.
+    """
+    numbers: Sequence[int | None] = entry.layers(layers) if entry.is_per_layer else [None]
+    for positions in entry.parts():
+        for layer in numbers:
+            place = f"layer_{layer or 0}_comp_{entry.component.replace('.', '_')}_unit_pos_nunit_1"
+            yield f"{place}#{counts[place]}", layer, positions
+            counts[place] += 1
 
 
 def _disjoint(placed: list[PlacedUnit]) -> list[PlacedUnit]:

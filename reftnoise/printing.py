@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .recipe import Recipe
+from .run_evaluation import Entry
 
 
-def print_run(recipe: Recipe, summary: dict[str, Any], entries: Sequence[dict[str, Any]]) -> None:
+def print_run(recipe: Recipe, summary: dict[str, Any], entries: Sequence[Entry]) -> None:
     """What was trained, how well it scores, and what to do next."""
     console, parameters = Console(highlight=False), summary["parameters"]
     trained = parameters["units"] + parameters["base"]
@@ -25,7 +26,7 @@ def print_run(recipe: Recipe, summary: dict[str, Any], entries: Sequence[dict[st
         console.print(f"  reftnoise {command}", markup=False, soft_wrap=True)
 
 
-def print_scores(entries: Sequence[dict[str, Any]]) -> None:
+def print_scores(entries: Sequence[Entry]) -> None:
     """One row per evaluation and metric."""
     if not entries:
         return

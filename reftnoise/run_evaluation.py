@@ -3,23 +3,38 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Console
+from typing_extensions import NotRequired
 
 from .evaluation import Evaluation, evaluate
 from .files import replace_all
 from .model import ReftModel
 from .progress import progress_of
 from .recipe import Recipe
-from .run_files import PREDICTIONS, SCORES
-from .sources import Rows, load_rows, rename_columns
+from .run_directory import alone
+from .run_files import PREDICTIONS, SCORES, json_lines, json_text
+from .sources import Rows, load_rows, place_of, rename_columns
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
 
-Entry = dict[str, Any]
-"""One evaluation: task, data, split, by, whether with the adapter, scores, rows, and `right`, a
-string of 0 and 1 for the rows in their order."""
+
+class Entry(TypedDict):
+    """One evaluation, as `scores.json` has it; one of the harness has only the first three."""
+
+    task: str
+    adapter: bool
+    scores: dict[str, float]
+    arguments: NotRequired[dict[str, Any]]
+    data: NotRequired[str | None]
+    subset: NotRequired[str | None]
+    split: NotRequired[str]
+    limit: NotRequired[int | None]
+    by: NotRequired[str]
+    rows: NotRequired[int]
+    right: NotRequired[str]
+    """0 and 1 for the rows in their order."""
 
 
 def evaluation_rows(recipe: Recipe) -> Rows | None:
@@ -37,7 +52,8 @@ def evaluation_rows(recipe: Recipe) -> Rows | None:
         try:
             question = task.question(row)
         except ValueError as error:
-            raise ValueError(f"evaluation.data {wanted.data}, row {index}: {error}") from None
+            place = place_of(wanted.data, wanted.split, index)
+            raise ValueError(f"evaluation.data {place}: {error}") from None
         if by_choices and not question.choices:
             raise ValueError(
                 f"evaluation.by likelihood: the task {task.name!r} has no choices; expected "
@@ -94,21 +110,19 @@ def score(
 
 def save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -> None:
     """Write evaluations beside a run, in the place of earlier ones of the same rows."""
-    path = directory / SCORES
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    entries = {_of_what(entry): entry for entry in [*earlier, *(entry for entry, _ in found)]}
     lines = [
         {"adapter": entry["adapter"], **_row(evaluation, index)}
         for entry, evaluation in found
         if evaluation is not None
         for index in range(entry["rows"])
     ]
-    predictions = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    text = json.dumps(list(entries.values()), indent=2, ensure_ascii=False) + "\n"
-    files = {SCORES: text.encode()}
-    if lines:
-        files[PREDICTIONS] = predictions.encode()
-    replace_all(directory, files)
+    files = {PREDICTIONS: json_lines(lines)} if lines else {}
+    path = directory / SCORES
+    with alone(directory, seconds=60):
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        entries = {_of_what(entry): entry for entry in [*earlier, *(entry for entry, _ in found)]}
+        files[SCORES] = json_text(list(entries.values()), indent=2).encode() + b"\n"
+        replace_all(directory, files)
 
 
 def _of_what(entry: Entry) -> tuple[Any, ...]:
@@ -144,7 +158,7 @@ def _of_task(
             seed=recipe.seed,
             progress=progress,
         )
-    entry = {
+    entry: Entry = {
         "task": task.name,
         "arguments": {} if isinstance(recipe.task, str) else recipe.task,
         "data": wanted.data,

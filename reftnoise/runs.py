@@ -8,12 +8,11 @@
 | `summary.json` | parameters, seconds, tokens, peak memory, versions |
 | `scores.json`, `predictions.jsonl` | evaluations |
 | `checkpoints/` | only while the run is not finished |
+| `.lock` | held by the process that writes there |
 """
 
-import json
-import os
-import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from rich.console import Console
 from transformers import (
     AutoModelForSequenceClassification,
     PrinterCallback,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -33,35 +31,23 @@ from .bases import load_base
 from .classifiers import make_classifier_data_module
 from .config import ReftConfig
 from .data import make_last_position_supervised_data_module
-from .files import replace_all
 from .hints import nearest
 from .loading import adapter_directory
 from .machine import machine, peak_memory
 from .model import ReftModel, get_reft_model
-from .parsing import read_file
 from .progress import RichProgressCallback
 from .recipe import Recipe
+from .run_directory import RunCallback, RunDirectory, is_main_process
 from .run_evaluation import Entry, evaluation_rows, save_scores, score
-from .run_files import (
-    ADAPTER,
-    CHECKPOINTS,
-    LOG,
-    PREDICTIONS,
-    RECIPE,
-    SCORES,
-    SUMMARY,
-    read_lines,
-)
-from .sources import Rows, load_rows, rename_columns
+from .run_files import ADAPTER, CHECKPOINTS
+from .sources import RowError, Rows, load_rows, place_of, rename_columns
 from .tasks.base import Task
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
 from .templates import as_examples
 from .tokenization import smallest_limit
-from .trainer import ReftTrainer, last_complete_checkpoint
+from .trainer import ReftTrainer
 
-_WRITTEN = (ADAPTER, CHECKPOINTS, LOG, SUMMARY, SCORES, PREDICTIONS)
-_SECTIONS = ("data", "training")
 _POSITIVE = (
     "learning_rate",
     "num_train_epochs",
@@ -73,16 +59,17 @@ _POSITIVE = (
 )
 
 
-def train_recipe(
+def run_recipe(
     recipe: Recipe,
     *,
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
-) -> tuple[ReftModel, Any, dict[str, Any]]:
-    """Train what a recipe says, and write the run's directory.
+) -> tuple[dict[str, Any], list[Entry]]:
+    """Train what a recipe says and score what it names; the summary, and the evaluations.
 
-    Nothing is written, and nothing of an earlier run removed, before the Trainer's first step.
+    Nothing is written, and nothing of an earlier run removed, before the Trainer's first step. One
+    process of several scores; the others return no evaluations.
 
     Args:
         recipe: of the run.
@@ -90,50 +77,52 @@ def train_recipe(
         overwrite: replace a run that is in `output_dir`.
         console: where progress is shown; nowhere, if None.
 
-    Returns:
-        The adapted model in evaluation mode, its tokenizer, and the summary.
-
     Raises:
         ValueError, OSError: what in the recipe cannot be done, and why.
     """
-    directory = Path(recipe.output_dir)
+    is_scored = evaluation_rows(recipe) is not None or bool(recipe.evaluation.lm_eval)
+    with RunDirectory(recipe, resume=resume, overwrite=overwrite) as directory:
+        model, tokenizer, summary = _train(recipe, directory, console)
+        if not is_scored or not is_main_process():
+            return summary, []
+        found = score(recipe, model, tokenizer, console=console)
+        save_scores(directory.path, found)
+        return summary, [entry for entry, _ in found]
+
+
+def _train(
+    recipe: Recipe, directory: RunDirectory, console: Console | None
+) -> tuple[ReftModel, Any, dict[str, Any]]:
+    """The adapted model in evaluation mode, its tokenizer, and the summary."""
     config, task, args = reft_config(recipe), get_task(recipe.task), training_arguments(recipe)
-    checkpoint = _checkpoint(recipe, resume, overwrite)
     set_seed(recipe.seed)
     base, tokenizer = _base(recipe, task)
     reft_model = get_reft_model(base, config)
     _check_room(recipe, tokenizer, reft_model)
-    data_module = _data_module(recipe, tokenizer, reft_model)
-    is_main = is_main_process()
     trainer = ReftTrainer(
         model=reft_model,
         args=args,
         processing_class=tokenizer,
         prefix_cache=recipe.training.prefix_cache,
-        **data_module,
+        **_data_module(recipe, tokenizer, reft_model),
     )
     trainer.remove_callback(PrinterCallback)
-    progress = (
-        None if console is None or not is_main else RichProgressCallback(console, directory.name)
-    )
+    is_main = is_main_process()
     if is_main:
-        trainer.add_callback(_Directory(recipe, is_new=checkpoint is None))
-        if progress is not None:
-            trainer.add_callback(progress)
+        trainer.add_callback(RunCallback(directory))
     started = time.perf_counter()
-    try:
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        if progress is not None:
-            progress.stop()
+    with ExitStack() as stack:
+        if console is not None and is_main:
+            progress = RichProgressCallback(console, directory.path.name)
+            trainer.add_callback(progress)
+            stack.callback(progress.stop)
+        outcome = trainer.train(resume_from_checkpoint=directory.checkpoint)
     seconds = time.perf_counter() - started
     if is_main:
-        reft_model.eval().save_pretrained(directory / ADAPTER)
+        reft_model.eval().save_pretrained(directory.path / ADAPTER)
     summary = _summary(reft_model, outcome, trainer, seconds)
     if is_main:
-        text = json.dumps(summary, indent=2) + "\n"
-        replace_all(directory, {SUMMARY: text.encode()})
-        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        directory.finish(summary)
     return reft_model.eval(), tokenizer, summary
 
 
@@ -149,34 +138,6 @@ def _check_room(recipe: Recipe, tokenizer: Any, reft_model: ReftModel) -> None:
             f"evaluation.max_new_tokens {wanted}: expected at most {limit - 2}, for a context of "
             f"{limit}"
         )
-
-
-def run_recipe(
-    recipe: Recipe,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> tuple[dict[str, Any], list[Entry]]:
-    """Train what a recipe says and score what it names; the summary, and the evaluations.
-
-    One process of several scores; the others return none. Arguments and errors as of
-    `train_recipe`.
-    """
-    is_scored = evaluation_rows(recipe) is not None or bool(recipe.evaluation.lm_eval)
-    model, tokenizer, summary = train_recipe(
-        recipe, resume=resume, overwrite=overwrite, console=console
-    )
-    if not is_scored or not is_main_process():
-        return summary, []
-    found = score(recipe, model, tokenizer, console=console)
-    save_scores(Path(recipe.output_dir), found)
-    return summary, [entry for entry, _ in found]
-
-
-def is_main_process() -> bool:
-    """Whether this is the first process of those that a launcher started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def load_trained(recipe: Recipe) -> tuple[ReftModel, Any]:
@@ -260,60 +221,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         raise ValueError(f"training: {error}") from None
 
 
-def _checkpoint(recipe: Recipe, resume: bool, overwrite: bool) -> str | None:
-    """Where to go on from; None for a new run, which must not take the place of another."""
-    directory = Path(recipe.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output_dir {directory}: expected a directory, found a file")
-    if resume and not (directory / SUMMARY).exists():
-        _expect_same(recipe, directory / RECIPE)
-        return last_complete_checkpoint(str(directory / CHECKPOINTS))
-    if overwrite:
-        return None
-    if (directory / SUMMARY).exists():
-        raise ValueError(
-            f"output_dir {directory} holds a finished run: choose another --output_dir, or "
-            "--overwrite it"
-        )
-    if (directory / CHECKPOINTS).exists():
-        raise ValueError(
-            f"output_dir {directory} holds an unfinished run: --resume it, or --overwrite it"
-        )
-    if found := [name for name in (RECIPE, *_WRITTEN) if (directory / name).exists()]:
-        raise ValueError(
-            f"output_dir {directory} holds {found[0]} already: choose another --output_dir, or "
-            "--overwrite it"
-        )
-    return None
-
-
-def _expect_same(recipe: Recipe, path: Path) -> None:
-    """A run goes on as it began, but for where it runs and what is scored afterwards."""
-    if not path.exists():
-        raise ValueError(f"{path.parent}: no {RECIPE} in it, so there is no run to resume")
-    before, now = asdict(read_file(Recipe, path)), asdict(recipe)
-    for name in ("output_dir", "device", "evaluation"):
-        del before[name], now[name]
-    for name, value in before.items():
-        if value != now[name]:
-            parts = [n for n in value if value[n] != now[name].get(n)] if name in _SECTIONS else []
-            where, old = (f"{name}.{parts[0]}", value[parts[0]]) if parts else (name, value)
-            new = now[name][parts[0]] if parts else now[name]
-            raise ValueError(
-                f"{where} {new!r}: the run that is to be resumed has {old!r}; leave it, or "
-                "--overwrite the run"
-            )
-
-
-def _clear(directory: Path) -> None:
-    """Remove what an earlier run left, and nothing else."""
-    for name in _WRITTEN:
-        if (directory / name).is_dir():
-            shutil.rmtree(directory / name)
-        else:
-            (directory / name).unlink(missing_ok=True)
-
-
 def _data_module(recipe: Recipe, tokenizer: Any, reft_model: ReftModel) -> dict[str, Any]:
     data = recipe.data
     if data.train is None:
@@ -328,7 +235,15 @@ def _data_module(recipe: Recipe, tokenizer: Any, reft_model: ReftModel) -> dict[
         is_streamed = data.streaming and source == data.train
         rows = load_rows(source, split=split, subset=data.subset, streaming=is_streamed)
         parts.append(rename_columns(rows, data.columns))
-    return data_module_of(recipe, tokenizer, reft_model, *parts)
+    try:
+        return data_module_of(recipe, tokenizer, reft_model, *parts)
+    except RowError as error:
+        if error.index is None:
+            raise
+        option = "eval" if error.name == "evaluation" else "train"
+        source, split = sources[option == "eval"]
+        place = place_of(source, split, error.index)
+        raise ValueError(f"data.{option} {place}: {error.reason}") from None
 
 
 def data_module_of(
@@ -347,7 +262,9 @@ def data_module_of(
         return make_classifier_data_module(
             tokenizer, task, rows, eval_rows, max_length=limit or task.max_length
         )
-    given = None if eval_rows is None else as_examples(eval_rows, task, data.template, tokenizer)
+    given = None
+    if eval_rows is not None:
+        given = as_examples(eval_rows, task, data.template, tokenizer, name="evaluation")
     return make_last_position_supervised_data_module(
         tokenizer,
         reft_model,
@@ -369,48 +286,3 @@ def _summary(reft_model: ReftModel, outcome: Any, trainer: Any, seconds: float) 
         "peak_memory_bytes": peak_memory(reft_model.device),
         "machine": machine(reft_model.device.type),
     }
-
-
-class _Directory(TrainerCallback):
-    """Makes the run's directory as training begins, and writes what the Trainer logs as it goes.
-
-    Args:
-        recipe: of the run.
-        is_new: whether what an earlier run left there is removed; a resumed run keeps its recipe,
-            and the lines of its log up to the checkpoint.
-    """
-
-    def __init__(self, recipe: Recipe, *, is_new: bool) -> None:
-        self._recipe, self._is_new = recipe, is_new
-        self._path = Path(recipe.output_dir) / LOG
-        self._tokens = 0
-        self._started = self._seconds = 0.0  # of steps alone, without evaluations between them
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        directory = self._path.parent
-        directory.mkdir(parents=True, exist_ok=True)
-        if self._is_new:
-            _clear(directory)
-            replace_all(directory, {RECIPE: self._recipe.to_yaml().encode()})
-        lines = [line for line in read_lines(self._path) if line["step"] <= state.global_step]
-        text = "".join(f"{json.dumps(line)}\n" for line in lines)
-        replace_all(directory, {LOG: text.encode()})
-        self._tokens = state.num_input_tokens_seen
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._seconds += time.perf_counter() - self._started
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        if not logs.keys() & {"loss", "eval_loss"}:
-            return  # the totals of the run, which the summary has
-        line = {"step": state.global_step, **logs}
-        if "loss" in logs:
-            tokens = state.num_input_tokens_seen
-            line["tokens_per_second"] = round((tokens - self._tokens) / self._seconds, 1)
-            self._tokens, self._seconds = tokens, 0.0
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")

@@ -1,5 +1,6 @@
 """Rows of a file, of a hub dataset or of the embedded examples."""
 
+import csv
 import glob
 import hashlib
 import logging
@@ -21,6 +22,20 @@ from .hints import one_line
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+
+class RowError(ValueError):
+    """A row that cannot be used.
+
+    Args:
+        reason: why.
+        name: of the rows that it is one of, such as training or evaluation.
+        index: of the row among them.
+    """
+
+    def __init__(self, reason: object, *, name: str = "training", index: int | None = None) -> None:
+        super().__init__(str(reason) if index is None else f"{name} example {index}: {reason}")
+        self.reason, self.name, self.index = reason, name, index
 
 
 def load_rows(
@@ -117,6 +132,42 @@ def map_rows(
             cache_file_name=str(directory / f"{name}.arrow") if directory else None,
             new_fingerprint=name,
         )
+
+
+def place_of(source: str | Path, split: str, index: int) -> str:
+    """Where a row stands: `rows.jsonl, line 3`, or its number where a source has no lines of rows.
+
+    Args:
+        source: as in `load_rows`.
+        split: as in `load_rows`.
+        index: of the row in the split.
+    """
+    path, name = Path(source).expanduser(), re.match(r"\w+", split)
+    read = {".jsonl": _lines_of_json, ".csv": _lines_of_csv}.get(path.suffix)
+    if read is not None and name is not None and path.is_file():
+        lines = datasets.Dataset.from_dict({"line": list(read(path))})
+        if len(lines) == len(load_rows(source, split=name[0])):
+            return f"{source}, line {_take({name[0]: lines}, split, source)[index]['line']}"
+    return f"{source}, row {index}"
+
+
+def _lines_of_json(path: Path) -> Iterator[int]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number
+
+
+def _lines_of_csv(path: Path) -> Iterator[int]:
+    """The first line of each row, of which one may have several."""
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
+        next(reader, None)  # names of columns
+        before = reader.line_num
+        for row in reader:
+            if row:
+                yield before + 1
+            before = reader.line_num
 
 
 def file_digest(path: Path) -> str:

@@ -18,6 +18,9 @@ _BATCH = 64  # examples tokenised at once: enough for speed, and little work ahe
 class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     """Tokenised examples of rows that are read as they are needed.
 
+    Workers of a DataLoader share out the files (or shards) of the rows; those beyond their number
+    have nothing to do.
+
     How many examples were too long is told at the end of the first pass, or where training stops
     before it; that there are any, as soon as the first one is seen.
 
@@ -43,6 +46,9 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 if epoch == 0 and counts.examples:
                     counts.tell(self.encoder.name, self.encoder.max_length)
             if not counts.examples:
+                worker = torch.utils.data.get_worker_info()
+                if worker is not None and worker.id > 0:  # datasets gives each file to one worker
+                    return
                 raise ValueError(f"no {self.encoder.name} examples in the stream")
 
     def _examples(self, counts: Counts, tells: bool) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from .sources import Rows, column_names, map_rows
+from .sources import RowError, Rows, column_names, map_rows
 from .tasks.base import Task
 from .tokenization import Messages
 
@@ -58,22 +58,8 @@ def fill(template: str, prompt: str, row: Mapping[str, Any]) -> str | Messages:
         raise ValueError(f"template: no column {error} in a row with {known}") from None
 
 
-def render(template: str, prompt: str, row: Mapping[str, Any], tokenizer: Any) -> str:
-    """The text that a model reads; see `fill` and `writes_special_tokens`."""
-    filled = fill(template, prompt, row)
-    if isinstance(filled, str):
-        return filled
-    text: str = tokenizer.apply_chat_template(filled, add_generation_prompt=True, tokenize=False)
-    return text
-
-
-def writes_special_tokens(template: str) -> bool:
-    """Whether rendered text holds them, so that a tokenizer is to add none."""
-    return template == "chat"
-
-
 def check_template(template: str) -> None:
-    """Raise a ValueError unless `render` knows the template."""
+    """Raise a ValueError unless `fill` knows the template."""
     if template in ("plain", "chat", "alpaca"):
         return
     expected = "expected plain, chat, alpaca, or a text with {prompt} and columns in braces"
@@ -88,32 +74,41 @@ def check_template(template: str) -> None:
             raise ValueError(f"template {template!r}: {{{field}}} is no column; {expected}")
 
 
-def as_examples(rows: Rows, task: Task, template: str, tokenizer: Any) -> Rows:
+def as_examples(
+    rows: Rows, task: Task, template: str, tokenizer: Any, *, name: str = "training"
+) -> Rows:
     """`prompt` and `completion` of each row, as `make_last_position_supervised_data_module` reads.
 
     With the template `chat`, and for conversations, which the task `text` leaves as they are, they
-    are `messages`. The data module makes of them the tokens that `render` gives.
+    are `messages`.
+
+    Args:
+        rows: with the columns that the task reads.
+        task: makes prompts and completions of them.
+        template: as in `fill`.
+        tokenizer: of the base.
+        name: of the rows, in messages.
 
     Raises:
-        ValueError: a row that the task or the template cannot take, by its number; a tokenizer
-            without chat template that needs one.
+        RowError: a row that the task or the template cannot take.
+        ValueError: a tokenizer without chat template that needs one.
     """
     check_template(template)
     if template == "chat" and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("template 'chat': the tokenizer has no chat template")
-    names = column_names(rows)
-    if task.name == "text" and "messages" in names and "prompt" not in names:
+    columns = column_names(rows)
+    if task.name == "text" and "messages" in columns and "prompt" not in columns:
         return rows.select_columns("messages")
 
     def example(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
             question = task.question(row)
-            for name, text in (("prompt", question.prompt), ("completion", question.completion)):
+            for part, text in (("prompt", question.prompt), ("completion", question.completion)):
                 if not isinstance(text, str):
-                    raise ValueError(f"{name} {text!r}: expected a text")
+                    raise ValueError(f"{part} {text!r}: expected a text")
             filled = fill(template, question.prompt, row)
         except ValueError as error:
-            raise ValueError(f"example {index}: {error}") from None
+            raise RowError(error, name=name, index=index) from None
         if isinstance(filled, str):
             return {"prompt": filled, "completion": question.completion}
         return {"messages": [*filled, {"role": "assistant", "content": question.completion}]}

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from adapters import QUESTIONS, answer, save_adapter
 from rich.console import Console
 
 import reftnoise as rn
-from reftnoise.answers import answer_prompts, generate_texts, sampling
+from reftnoise.answers import answer_prompts, generate_texts
 from reftnoise.chat import chat
+from reftnoise.decoding import Decoding
 from reftnoise.loading import load_adapted
 from reftnoise.recipe import DataConfig, Recipe
 
-SHORT: dict[str, Any] = {"max_new_tokens": 12}
+SHORT = Decoding(max_new_tokens=12)
+PLAIN = replace(SHORT, template="plain")
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +44,17 @@ def alone(loaded: tuple[rn.ReftModel, Any], *, system: str | None = None) -> lis
 def test_a_batch_answers_as_each_prompt_alone(
     batch_size: int, loaded: tuple[rn.ReftModel, Any]
 ) -> None:
-    assert generate_texts(*loaded, QUESTIONS, batch_size=batch_size, **SHORT) == alone(loaded)
+    assert generate_texts(*loaded, QUESTIONS, batch_size=batch_size, decoding=SHORT) == alone(
+        loaded
+    )
 
 
 def test_a_system_message(loaded: tuple[rn.ReftModel, Any]) -> None:
-    texts = generate_texts(*loaded, QUESTIONS, system="Answer in emoji.", **SHORT)
+    texts = generate_texts(*loaded, QUESTIONS, decoding=replace(SHORT, system="Answer in emoji."))
     assert texts == alone(loaded, system="Answer in emoji.")
     assert texts != alone(loaded)
     with pytest.raises(ValueError, match=r"^system needs the template chat, not 'plain'$"):
-        generate_texts(*loaded, QUESTIONS, template="plain", system="Be brief.")
+        generate_texts(*loaded, QUESTIONS, decoding=Decoding(template="plain", system="Be brief."))
 
 
 def test_plain_texts_are_continued(loaded: tuple[rn.ReftModel, Any]) -> None:
@@ -57,12 +62,12 @@ def test_plain_texts_are_continued(loaded: tuple[rn.ReftModel, Any]) -> None:
     prompt = tokenizer(QUESTIONS[0], return_tensors="pt")
     tokens = reft_model.generate(**prompt, max_new_tokens=12, do_sample=False)
     expected = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert generate_texts(*loaded, QUESTIONS, template="plain", **SHORT)[0] == expected
+    assert generate_texts(*loaded, QUESTIONS, decoding=PLAIN)[0] == expected
 
 
 def test_sampling_follows_its_seed(loaded: tuple[rn.ReftModel, Any]) -> None:
     def sampled(**settings: Any) -> list[str]:
-        return generate_texts(*loaded, QUESTIONS, **SHORT, **settings)
+        return generate_texts(*loaded, QUESTIONS, decoding=replace(SHORT, **settings))
 
     state = torch.get_rng_state()
     assert sampled(temperature=1.5) == sampled(temperature=1.5)
@@ -75,14 +80,19 @@ def test_sampling_follows_its_seed(loaded: tuple[rn.ReftModel, Any]) -> None:
 def test_greedy_whatever_the_base_samples_with(adapter: Path) -> None:
     reft_model, tokenizer = load_adapted(adapter, device="cpu")
     reft_model.generation_config.update(do_sample=True, temperature=3.0, top_p=0.9)
-    expected = generate_texts(*load_adapted(adapter, device="cpu"), QUESTIONS, **SHORT)
-    assert generate_texts(reft_model, tokenizer, QUESTIONS, **SHORT) == expected
+    expected = generate_texts(*load_adapted(adapter, device="cpu"), QUESTIONS, decoding=SHORT)
+    assert generate_texts(reft_model, tokenizer, QUESTIONS, decoding=SHORT) == expected
 
 
 @pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf"), "hot"])
 def test_what_is_no_temperature(temperature: Any) -> None:
     with pytest.raises(ValueError, match=r"^temperature .*: expected a number of at least 0$"):
-        sampling(temperature)
+        Decoding(temperature=temperature)
+
+
+def test_what_is_no_number_of_tokens() -> None:
+    with pytest.raises(ValueError, match=r"^max_new_tokens 0: expected at least 1$"):
+        Decoding(max_new_tokens=0)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +101,7 @@ def test_what_is_no_temperature(temperature: Any) -> None:
         (["a", ""], {}, "prompt 1: expected a text, got ''"),
         ([3], {}, "prompt 0: expected a text, got 3"),
         (["a"], {"batch_size": 0}, "batch_size 0: expected at least 1"),
-        (["a"], {"max_new_tokens": 0}, "max_new_tokens 0: expected at least 1"),
+        (["a"], {"decoding": Decoding(max_new_tokens=300)}, "max_new_tokens 300: expected at"),
     ],
 )
 def test_bad_input(
@@ -112,7 +122,7 @@ def test_files_side_by_side(
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n", encoding="utf-8")
     target.write_text("of an earlier time", encoding="utf-8")
     written = answer_prompts(
-        adapter, input=source, output=target, column="question", compare=True, **SHORT
+        adapter, input=source, output=target, column="question", compare=True, decoding=SHORT
     )
     with loaded[0].disabled():
         bases = alone(loaded)
@@ -139,7 +149,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no room"):
-        answer_prompts(adapter, prompts=QUESTIONS[:1], output=target, **SHORT)
+        answer_prompts(adapter, prompts=QUESTIONS[:1], output=target, decoding=SHORT)
     assert target.read_text(encoding="utf-8") == "of an earlier time"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -147,7 +157,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 def test_what_is_printed(adapter: Path, loaded: tuple[rn.ReftModel, Any]) -> None:
     def printed(**arguments: Any) -> str:
         file = io.StringIO()
-        answer_prompts(adapter, console=Console(file=file, width=200), **arguments, **SHORT)
+        answer_prompts(adapter, console=Console(file=file, width=200), **arguments, decoding=SHORT)
         return file.getvalue()
 
     assert printed(prompts=QUESTIONS[:1]) == alone(loaded)[0] + "\n"
@@ -188,17 +198,15 @@ def test_prompts_of_a_run_stand_in_its_template(
     model.save_pretrained(run / "adapter")
     recipe = Recipe(data=DataConfig(template="Question: {prompt}\nAnswer:"))
     (run / "recipe.yaml").write_text(recipe.to_yaml())
-    [answered] = answer_prompts(run, prompts=["Can a bee fly?"], **SHORT)
+    [answered] = answer_prompts(run, prompts=["Can a bee fly?"], decoding=SHORT)
     filled = ["Question: Can a bee fly?\nAnswer:"]
-    assert (
-        answered["text"] == generate_texts(model, tokenizer, filled, template="plain", **SHORT)[0]
-    )
-    [plain] = answer_prompts(run, prompts=filled, template="plain", **SHORT)
+    assert answered["text"] == generate_texts(model, tokenizer, filled, decoding=PLAIN)[0]
+    [plain] = answer_prompts(run, prompts=filled, decoding=PLAIN)
     assert plain["text"] == answered["text"]
 
     monkeypatch.setattr("sys.stdin", io.StringIO("Can a bee fly?\n"))
     console = Console(file=io.StringIO(), width=200)
-    chat(run, console=console, max_new_tokens=SHORT["max_new_tokens"])
+    chat(run, console=console, decoding=SHORT)
     assert console.file.getvalue().rstrip().endswith(answered["text"].rstrip())  # type: ignore[attr-defined]
 
 
@@ -210,4 +218,4 @@ def test_answers_replace_no_column_and_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a file, found a directory"):
         answer_prompts("nowhere", prompts=["a"], output=tmp_path)
     with pytest.raises(ValueError, match=r"top_p 0\.5: needs a temperature above 0"):
-        sampling(0.0, top_p=0.5)
+        Decoding(top_p=0.5)

@@ -18,7 +18,7 @@ SYSTEM = [
 
 # Every module of reftnoise, from what depends on nothing to what depends on everything.
 LAYERS = [
-    {"files", "interventions", "hints", "recipe", "run_files", "tiny", "yaml_text"},
+    {"decoding", "files", "interventions", "hints", "recipe", "run_files", "tiny", "yaml_text"},
     {
         "compiled",
         "composition",
@@ -48,9 +48,10 @@ LAYERS = [
     {"demo", "bench", "pyreft_directory", "convert", "integrations"},
     {"evaluation", "inspection", "steering", "loading", "describe"},
     {"answers"},
-    {"chat", "runs", "run_evaluation", "printing"},
+    {"chat", "runs", "run_directory", "run_evaluation", "printing"},
     {"study"},
     {"report"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -60,7 +61,8 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 LATE = {
     "saving": {"model"},
     "run_evaluation": {"integrations"},
-    "cli": {"__init__", *LEVEL} - {"__main__"},
+    "cli": {"loading", "parsing"},
+    "commands": set(LEVEL) - {"cli", "__main__"},
     "demo": set(LEVEL) - {"__main__"},
 }
 

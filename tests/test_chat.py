@@ -20,7 +20,10 @@ import reftnoise as rn
 from reftnoise.chat import Conversation
 from reftnoise.loading import load_adapted
 
-SCRIPT = "import sys; from reftnoise.chat import chat; chat(sys.argv[1], max_new_tokens=16)"
+SCRIPT = (
+    "import sys; from reftnoise.chat import Decoding, chat\n"
+    "chat(sys.argv[1], decoding=Decoding(max_new_tokens=16))"
+)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +147,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(adapter: Path) -> None:
         "def slowly(*given): time.sleep(0.3); put(*given)\n"
         "chat._Shown.put = slowly\n"
         "chat.ends_of = lambda *_: [0]\n"
-        "chat.chat(sys.argv[1], max_new_tokens=120)\n"
+        "chat.chat(sys.argv[1], decoding=chat.Decoding(max_new_tokens=120))\n"
     )
     with Terminal(sys.executable, "-c", slow, str(adapter)) as terminal:
         drive(terminal)

@@ -77,7 +77,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_the_papers_flow_on_made_up_reviews(roberta: Path, tmp_path: Path) -> None:
+def test_the_papers_flow_on_made_up_reviews(
+    roberta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train, held_out = (write(tmp_path / f"{n}.jsonl", reviews(n)) for n in (0, 1))
     options = {
         "model": roberta,
@@ -101,6 +103,17 @@ def test_the_papers_flow_on_made_up_reviews(roberta: Path, tmp_path: Path) -> No
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     selected = [line["eval_accuracy"] for line in log if "eval_accuracy" in line]
     assert len(selected) == 8
+
+    capsys.readouterr()
+    for command in (
+        ["generate", str(tmp_path / "run"), "--prompt", "a"],
+        ["chat", str(tmp_path / "run")],
+    ):
+        assert main(command) == 2
+        assert capsys.readouterr().err == (
+            f"reftnoise: {tmp_path / 'run'}: the run is a classifier, which writes no text; "
+            f"'reftnoise eval {tmp_path / 'run'}' scores it\n"
+        )
 
     base = AutoModelForSequenceClassification.from_pretrained(roberta)
     adapted = rn.ReftModel.from_pretrained(base, tmp_path / "run" / "adapter")

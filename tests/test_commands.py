@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from test_recipes import command, quick
 
 import reftnoise as rn
 from reftnoise.answers import generate_texts
+from reftnoise.decoding import Decoding
+
+SHORT = Decoding(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +34,9 @@ def test_generate(
     run: Path, loaded: tuple[Any, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     question, settings = "Where does a bear live?", ("--max_new_tokens", 8, "--device", "cpu")
-    expected = generate_texts(*loaded, [question], max_new_tokens=8)
+    expected = generate_texts(*loaded, [question], decoding=SHORT)
     with loaded[0].disabled():
-        base = generate_texts(*loaded, [question], max_new_tokens=8)
+        base = generate_texts(*loaded, [question], decoding=SHORT)
     capsys.readouterr()
     assert command("generate", run, "--prompt", question, "--compare", "--json", *settings) == 0
     assert json.loads(capsys.readouterr().out) == [
@@ -54,9 +58,17 @@ def test_chat(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    [expected] = generate_texts(*loaded, ["Where does a bear live?"], max_new_tokens=8)
+    [expected] = generate_texts(*loaded, ["Where does a bear live?"], decoding=SHORT)
     monkeypatch.setattr("sys.stdin", io.StringIO("Where does a bear live?\n"))
     assert command("chat", run, "--max_new_tokens", 8, "--device", "cpu") == 0
+    assert expected.strip() in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where does a bear live?\n"))
+    own = "Where? {prompt}\n"
+    [expected] = generate_texts(
+        *loaded, ["Where does a bear live?"], decoding=replace(SHORT, template=own)
+    )
+    drawn = ("--template", own, "--temperature", 1.5, "--top_k", 1)  # the most likely, as greedily
+    assert command("chat", run, "--max_new_tokens", 8, "--device", "cpu", *drawn) == 0
     assert expected.strip() in capsys.readouterr().out
 
 
@@ -105,6 +117,9 @@ def test_eval_of_an_adapter_alone(
         (("train", "--seed", 1, "recipe.yaml"), "recipe.yaml: a file comes first"),
         (("train", "nowhere.yaml"), "no such file"),
         (("chat", "{run}", "--max_new_tokens", 0), "max_new_tokens 0: expected at least 1"),
+        (("chat", "{run}", "--template", "alpacca"), "template 'alpacca': expected plain"),
+        (("chat", "{run}", "--template", "plain", "--system", "a"), "system needs the template"),
+        (("generate", "{run}", "--system_", "a"), "did you mean '--system'?"),
     ],
 )
 def test_mistakes(

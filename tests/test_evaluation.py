@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
+from rendered import rendered
 from tiny_models import new_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
@@ -16,7 +17,6 @@ from reftnoise.generation import generated
 from reftnoise.likelihood import choice_log_probs
 from reftnoise.tasks.base import Task
 from reftnoise.tasks.registry import get_task
-from reftnoise.templates import render, writes_special_tokens
 
 LABELS = ["in the forest", "in a big house", "no"]
 ROWS = [
@@ -115,10 +115,9 @@ def test_likelihood_is_that_of_each_row_alone(
 def test_likelihood_in_a_template(template: str) -> None:
     model, tokenizer = loaded()
     answers = evaluate(model, tokenizer, task_of_labels(), ROWS, by="likelihood", template=template)
-    adds = not writes_special_tokens(template)
-    end = [] if adds else [tokenizer.eos_token_id]  # this chat template ends a turn with it
     for row, text in zip(ROWS, answers.texts, strict=True):
-        prompt = render(template, row["prompt"], row, tokenizer)
+        prompt, adds = rendered(tokenizer, template, row)
+        end = [] if adds else [tokenizer.eos_token_id]  # this chat template ends a turn with it
         ids = tokenizer(prompt, add_special_tokens=adds).input_ids
         sums = []
         for label in LABELS:

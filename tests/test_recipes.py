@@ -1,6 +1,9 @@
 """Recipes and runs: what `reftnoise train` and `eval` write, and what they say of mistakes."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from reftnoise.cli import COMMANDS, main
 from reftnoise.evaluation import evaluate
 from reftnoise.parsing import read, read_file, read_yaml
 from reftnoise.recipe import Recipe
+from reftnoise.run_directory import RunDirectory
 from reftnoise.sources import load_rows
 from reftnoise.study.grid import Study, cells
 from reftnoise.tasks.registry import get_task
@@ -100,7 +104,7 @@ def test_a_recipe_is_the_same_as_yaml(tmp_path: Path) -> None:
         max_leaves=8,
     )
 )
-@example(["2e-3", "1.5E5", 2e-3, 1e-5, "null", "on", "3", "a: b", "-1e3"])
+@example(["2e-3", "1.5E5", 2e-3, 1e-5, "null", "on", "3", "a: b", "-1e3", {"a\x85b": "\x85"}])
 def test_yaml_reads_what_it_writes(value: Any) -> None:
     assert yaml_text.load(yaml_text.dump(value)) == value
 
@@ -220,6 +224,37 @@ def test_what_is_not_a_runs_is_left_alone(
         assert [path.name for path in place.iterdir()] == [name]
 
 
+def test_one_process_writes_in_a_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, more = tmp_path / "run", ("--training.max_steps", 100_000, "--training.logging_steps", 1)
+    arguments = [str(one) for one in quick(run, *more, "--quiet")]
+    other = subprocess.Popen([sys.executable, "-m", "reftnoise", *arguments])
+    try:
+        deadline = time.monotonic() + 100
+        while not (run / "log.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert command(*quick(run, "--overwrite")) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line == f"reftnoise: {run}: another process is writing there"
+        assert read_file(Recipe, run / "recipe.yaml").training.max_steps == 100_000
+    finally:
+        other.kill()
+        other.wait()
+    assert command(*quick(run, "--overwrite", "--quiet")) == 0
+
+
+def test_a_run_that_another_finished_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    recipe = Recipe(output_dir=str(tmp_path / "run"))
+    slow = RunDirectory(recipe, resume=False, overwrite=False)
+    with RunDirectory(recipe, resume=False, overwrite=False) as quicker:
+        quicker.begin(0)
+        quicker.finish({"steps": 1})
+    with slow, pytest.raises(ValueError, match="holds a finished run"):
+        slow.begin(0)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"steps": 1}
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -263,16 +298,32 @@ def test_the_base_itself_is_trained_where_a_recipe_says_so(tmp_path: Path) -> No
 def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
     """Arguments beside those of a good run, and what must be said of them."""
     empty, wrong, labelled = (tmp_path / f"{n}.jsonl" for n in ("empty", "wrong", "labelled"))
+    blank, bare = tmp_path / "blank.csv", tmp_path / "bare.jsonl"
+    of_one = ("--data.train", labelled, "--data.train_split", "train[:1]")
     unscored = ("--evaluation.data", "null", "--data.template", "plain")
     classes = ("--task", '{"name": "classification", "labels": ["good", "bad"]}')
     return {
         "option": (("--training.learning_rte", 1), "did you mean '--training.learning_rate'?"),
+        "part": (("--training.learning_rat", 1), "did you mean '--training.learning_rate'?"),
         "value": (("--training.learning_rate", "high"), "training.learning_rate: expected float"),
         "file": (("--data.train", tmp_path / "none.jsonl"), "none.jsonl: no such file"),
         "empty": (("--data.train", empty), "empty.jsonl"),
         "columns": (("--data.train", wrong, "--data.template", "plain"), "no column 'prompt' in"),
         "mapped": (("--data.columns", '{"prompt": "quest"}'), "the data has prompt"),
-        "label": (("--data.train", labelled, *classes, *unscored), "example 1: completion ' bed'"),
+        "label": (
+            ("--data.train", labelled, *classes, *unscored),
+            "labelled.jsonl, line 3: completion ' bed'",
+        ),
+        "blank": (("--data.train", blank, *unscored), "blank.csv, line 4: column 'prompt'"),
+        "bare": (("--data.train", bare, *unscored), "bare.jsonl, line 1: "),
+        "evaluated": (
+            ("--evaluation.data", labelled, *classes, "--evaluation.split", "test[1:]"),
+            "evaluation.data {tmp}/labelled.jsonl, line 3: completion ' bed'",
+        ),
+        "watched": (
+            ("--data.eval", labelled, *classes, *unscored, *of_one),
+            "data.eval {tmp}/labelled.jsonl, line 3: completion ' bed'",
+        ),
         "unit": (("--representations", '[{"layer": 0, "intervention": "lorft"}]'), "'loreft'"),
         "layer": (
             ("--representations", LOREFT.replace('"all"', "99")),
@@ -301,7 +352,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "wrong.jsonl").write_text('{"question": "Is it?", "completion": "yes"}\n')
     rows = [{"prompt": "a", "completion": " good"}, {"prompt": "b", "completion": " bed"}]
-    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "labelled.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    (tmp_path / "blank.csv").write_text('prompt,completion\n"a\nb",c\n"",d\n')
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "", "completion": "a"}\n')
     arguments, said = mistakes(tmp_path)[name]
     run = tmp_path / "run"
     assert command(*quick(run), *arguments) == 2
@@ -309,7 +362,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert captured.out == ""
     [line] = captured.err.splitlines()
     assert line.startswith("reftnoise: ")
-    assert said in line
+    assert said.replace("{tmp}", str(tmp_path)) in line
     assert not run.exists()
 
 

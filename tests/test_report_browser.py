@@ -1,4 +1,4 @@
-"""The report in a real browser, on a phone's width."""
+"""The report in a real browser, on a phone's width and on a large screen's."""
 
 import html
 import json
@@ -30,17 +30,20 @@ document.body.textContent = "measured" + JSON.stringify({
   beyond: beyond.map(part => part.className || part.tagName),
   broken: [...page.images].filter(image => !image.naturalWidth).length,
   images: page.images.length,
+  widths: [...page.querySelectorAll(".narrow img")].map(image => image.clientWidth),
+  cut: [...page.querySelectorAll("td.text")]
+    .filter(cell => cell.getBoundingClientRect().right > frame.clientWidth).length,
   scrolled: [...page.querySelectorAll(".scroll")].filter(s => s.scrollWidth > s.clientWidth).length,
 }) + "end";
 """
 
 
-def measured(page: Path, tmp_path: Path) -> dict[str, Any]:
+def measured(page: Path, tmp_path: Path, width: int = WIDTH) -> dict[str, Any]:
     """The page in a frame, since a window of Chromium is at least 500 pixels wide."""
     outer = tmp_path / "phone.html"
     inner = html.escape(page.read_text(encoding="utf-8"))
     outer.write_text(
-        f'<!doctype html><meta charset="utf-8"><body><iframe width="{WIDTH}" height="844" '
+        f'<!doctype html><meta charset="utf-8"><body><iframe width="{width}" height="844" '
         f'style="border: 0" srcdoc="{inner}"></iframe>'
         f'<script>addEventListener("load", () => {{{MEASURE}}});</script>',
         encoding="utf-8",
@@ -61,7 +64,7 @@ def measured(page: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["run", "study"])
-def test_nothing_is_wider_than_a_phone(tmp_path: Path, kind: str) -> None:
+def test_everything_fits_a_phone_and_uses_a_large_screen(tmp_path: Path, kind: str) -> None:
     if kind == "run":
         prompts = ["A question with a very long word in it, " + "and" * 60 + "?"]
         directory = make_run(tmp_path / kind)
@@ -77,3 +80,7 @@ def test_nothing_is_wider_than_a_phone(tmp_path: Path, kind: str) -> None:
     assert found["broken"] == 0
     assert found["images"] >= 2
     assert found["scrolled"] >= 1
+    assert found["cut"] == 0
+    wide = measured(directory / "report.html", tmp_path, 1280)
+    assert (wide["width"], wide["beyond"], wide["cut"]) == (1280, [], 0)
+    assert min(wide["widths"]) > 560

@@ -1,14 +1,17 @@
 """A study's report: every number of its table from the cells themselves."""
 
+import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from report_directories import Line, make_study, write_lines
+from rich.console import Console
 
-from reftnoise.report import write_report
+from reftnoise.report import show_table, write_report, write_study_report
 from reftnoise.study.statistics import mean_interval, paired_difference
 
 
@@ -111,6 +114,26 @@ def test_a_study_that_is_not_finished(tmp_path: Path) -> None:
     assert found["trec", "symnoise"][:2] == ["3", "70.0"]
     assert found["trec", "symnoise"][3] == "+20.0"
     assert found["boolq", "symnoise"][3:6] == ["–", "–", "–"]
+
+
+def test_the_table_in_a_terminal(tmp_path: Path) -> None:
+    directory = make_study(tmp_path / "shown")
+    page, made = write_study_report(directory)
+    assert page == directory / "report.html"
+
+    def shown(**console: Any) -> list[list[str]]:
+        file = io.StringIO()
+        show_table(made, Console(file=file, **console))
+        lines = file.getvalue().splitlines()
+        assert all(len(line) <= console.get("width", 200) for line in lines)
+        return [re.split(r"  +", line.strip()) for line in lines]
+
+    whole = [made.columns, *[[cell.text for cell in row] for row in made.rows]]
+    assert shown() == whole
+    narrow = shown(force_terminal=True, color_system=None, width=60)
+    assert narrow[1] == whole[1][: len(narrow[0])]
+    assert 3 < len(narrow[0]) < len(made.columns)
+    assert any(line[0].startswith("The report also has") for line in narrow)
 
 
 def test_scores_without_answers(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from real import REAL
 
 import reftnoise as rn
-from reftnoise.sources import load_rows, rename_columns
+from reftnoise.sources import load_rows, place_of, rename_columns
 
 ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(10)]
 KINDS = ["jsonl", "json", "csv", "parquet"]
@@ -159,6 +159,24 @@ def test_mistaken_columns(
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the whole message is compared
         rename_columns(rows, columns)
     assert str(caught.value) == message
+
+
+# -- places --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "train[1:]", "train[-2:]", "train[2:]+train[:1]"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json"])
+def test_the_place_of_a_row(tmp_path: Path, name: str, split: str) -> None:
+    texts = {  # whose rows hold their lines
+        "rows.jsonl": '{"at": 1}\n\n{"at": 3}\n  \n\n{"at": 6}',
+        "rows.csv": 'at,text\n2,"a\nb"\n4,c\n\n6,d\n',
+        "rows.json": '[{"at": 0},\n{"at": 1}, {"at": 2}]',
+    }
+    path = tmp_path / name
+    path.write_text(texts[name])
+    for index, row in enumerate(load_rows(path, split=split)):
+        place = f"row {index}" if name == "rows.json" else f"line {row['at']}"
+        assert place_of(path, split, index) == f"{path}, {place}"
 
 
 # -- mistakes --------------------------------------------------------------------------------------

@@ -81,6 +81,17 @@ def test_a_seed_shuffles_each_pass_in_its_own_way(tokenizer: Any) -> None:
     assert first != passes(shuffle_seed=4, shuffle_buffer=20)[0]
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_workers_share_out_the_rows(tokenizer: Any, shards: int) -> None:
+    source = datasets.Dataset.from_list(rows(30)).to_iterable_dataset(num_shards=shards)
+    made = module(tokenizer, source, eval_prompts=source)
+    loaded = torch.utils.data.DataLoader(made["eval_dataset"], batch_size=None, num_workers=2)
+    ids = [list(example["input_ids"]) for example in loaded]
+    assert sorted(ids) == sorted(example["input_ids"] for example in made["eval_dataset"])
+    loaded = torch.utils.data.DataLoader(made["train_dataset"], batch_size=None, num_workers=2)
+    assert len(list(islice(loaded, 50))) == 50
+
+
 # -- what is told ----------------------------------------------------------------------------------
 
 

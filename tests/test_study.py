@@ -14,7 +14,7 @@ import yaml
 
 from reftnoise.cli import main
 from reftnoise.parsing import read
-from reftnoise.run_files import read_lines
+from reftnoise.run_files import json_lines, json_text, read_lines
 from reftnoise.study.grid import Study, cells, merged
 from reftnoise.study.results import read_results
 
@@ -140,6 +140,18 @@ def test_lines_that_were_cut_off_count_for_none(tmp_path: Path) -> None:
     assert read_lines(path) == [{"a": "\u2028"}, {"c": 3}]
 
 
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    def refused(constant: str) -> None:
+        raise AssertionError(constant)
+
+    value = {"loss": float("nan"), "scores": [{"a": float("-inf"), "b": 0.5}], "text": "é NaN"}
+    expected = {"loss": None, "scores": [{"a": None, "b": 0.5}], "text": "é NaN"}
+    assert json.loads(json_text(value, indent=2), parse_constant=refused) == expected
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(json_lines([value, value]))
+    assert read_lines(path) == [expected, expected]
+
+
 # -- runs ----------------------------------------------------------------------------------------
 
 
@@ -221,8 +233,8 @@ def test_a_study_that_is_terminated_leaves_no_cell_running(tmp_path: Path) -> No
     while not list(cells_of.glob("*/log.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "reftnoise: interrupted\n")
     while is_running(process.pid) and time.monotonic() < deadline + 60:
         time.sleep(0.1)
     assert not is_running(process.pid)

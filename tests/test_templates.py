@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import pytest
 from real import REAL
+from rendered import rendered
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -15,7 +16,7 @@ import reftnoise as rn
 from reftnoise.sources import load_rows
 from reftnoise.tasks.base import Question, Task
 from reftnoise.tasks.text import TextTask
-from reftnoise.templates import as_examples, fill, render, writes_special_tokens
+from reftnoise.templates import as_examples, fill
 from reftnoise.tiny import DIRECTORY
 
 STORIES = REAL / "models" / "TinyStories-Instruct-3M-chat"
@@ -100,13 +101,8 @@ def test_training_sees_the_tokens_of_evaluation(
     tokenizer: Any, template: str, streaming: bool
 ) -> None:
     rows = load_rows("tiny-chat", split="test[:5]")
-    expected = [
-        tokenizer(
-            render(template, row["prompt"], row, tokenizer),
-            add_special_tokens=not writes_special_tokens(template),
-        )["input_ids"]
-        for row in rows
-    ]
+    texts = [rendered(tokenizer, template, row) for row in rows]
+    expected = [tokenizer(text, add_special_tokens=adds)["input_ids"] for text, adds in texts]
     rows = rows.to_iterable_dataset() if streaming else rows
     module = rn.make_last_position_supervised_data_module(
         tokenizer, None, as_examples(rows, TextTask(), template, tokenizer)
@@ -150,12 +146,12 @@ def test_conversations_stay_as_they_are(streaming: bool) -> None:
 @pytest.mark.parametrize(
     ("task", "columns", "template", "message"),
     [
-        (Sums(), {"a": [1, 1], "b": [1, None]}, "plain", "example 1: column 'b' is empty"),
+        (Sums(), {"a": [1, 1], "b": [1, None]}, "plain", "training example 1: column 'b' is empty"),
         (
             Sums(),
             {"a": [1], "b": [1]},
             "{prompt}{c}",
-            "example 0: template: no column 'c' in a row with a, b, prompt",
+            "training example 0: template: no column 'c' in a row with a, b, prompt",
         ),
     ],
 )

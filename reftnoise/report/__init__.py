@@ -1,3 +1,5 @@
 """Reports of runs and studies: one HTML page without scripts, and its pictures."""
 
+from .terminal import show_table as show_table
 from .write import write_report as write_report
+from .write import write_study_report as write_study_report

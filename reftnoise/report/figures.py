@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:
     raise ValueError("a report needs matplotlib: pip install 'reftnoise[plots]'") from None
 
-DPI = 192
+DPI = 240
 WIDTH = 5.0
 """Inches; in CSS pixels, 96 times as many."""
 

@@ -22,7 +22,7 @@ from ..run_files import (
 )
 from ..study.grid import SEED, cells
 from ..study.grid import Study as Grid
-from ..study.results import read_results
+from ..study.results import Result, read_results
 
 Line = dict[str, Any]
 Key = tuple[tuple[str, str], ...]
@@ -54,7 +54,7 @@ class Combination:
     """The finished cells of a study that differ in their seed alone."""
 
     axes: dict[str, str]
-    cells: dict[str, Line]
+    cells: dict[str, Result]
     """By seed."""
 
     @property

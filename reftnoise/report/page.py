@@ -57,6 +57,11 @@ class Table:
     rows: list[list[Cell]]
     kind: Literal["table"] = "table"
 
+    @property
+    def is_texts(self) -> bool:
+        """Whether its cells stand below each other on a narrow screen."""
+        return any(cell.style == "text" for row in self.rows for cell in row)
+
 
 @dataclass(frozen=True)
 class Text:

@@ -9,7 +9,7 @@ from ..study.statistics import Difference, Interval, mean_interval, paired_diffe
 from .figures import draw_panels, picture
 from .files import DATA_AXES, Combination, Key, Study
 from .formats import duration, memory, score, signed
-from .page import Cell, Folded, Section, Style, Table, Text, markdown, number
+from .page import Cell, Folded, Section, Style, Table, Text, number
 
 NONE = "–"
 
@@ -26,8 +26,8 @@ class Outcome:
     """To the baseline, over the seeds that both have."""
 
 
-def study_page(study: Study) -> tuple[list[Section], str]:
-    """The sections of a study's page, and its table as Markdown."""
+def study_page(study: Study) -> tuple[list[Section], Table, str]:
+    """The sections of a study's page, and of these the table and what it says."""
     found = [_outcome(study, one) for one in study.combinations]
     table, text = _table(study, found), _explanation(study)
     sections = [Section("Results", [Text(text), table])]
@@ -63,7 +63,7 @@ def study_page(study: Study) -> tuple[list[Section], str]:
         draw = partial(draw_panels, seeds, "right, %", is_difference=False)
         sections.append(Section("Seeds", [Text(about), picture("seeds", about, draw)]))
     sections.append(Section("Study", [Folded("study.yaml", study.text)]))
-    return sections, f"{markdown(table)}\n{text}\n"
+    return sections, table, text
 
 
 def _outcome(study: Study, one: Combination) -> Outcome:

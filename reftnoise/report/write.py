@@ -1,12 +1,12 @@
 """Write the report of a run or a study."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import replace_all
 from ..recipe import Recipe
 from .files import is_study, read_run, read_study
-from .page import Section, pictures, render
+from .page import Section, Table, markdown, pictures, render
 from .run import run_sections
 from .study import study_page
 
@@ -45,39 +45,50 @@ def write_report(
         ValueError: files that cannot be read, or an adapter that does not fit its base.
     """
     directory = Path(directory)
-    output = directory if output_dir is None else Path(output_dir)
-    files: dict[str, bytes] = {}
     if is_study(directory):
         for name, value in (("against", against), ("prompts", prompts)):
             if value is not None:
                 raise ValueError(f"{name}: {directory} is a study; expected a run's directory")
-        study = read_study(directory)
-        sections, table = study_page(study)
-        title = f"Study {directory.resolve().name}"
-        subtitle = f"{len(study.combinations)} combinations of {', '.join(study.axes)}"
-        files["results.md"] = table.encode()
-    else:
-        run = read_run(directory)
-        if device is not None:
-            run.recipe.device = device
-        sections = run_sections(
-            run,
-            against=None if against is None else Path(against),
-            prompts=prompts,
-            rows=rows,
-            draws=draws,
-            max_new_tokens=max_new_tokens,
-        )
-        title, subtitle = f"Run {directory.resolve().name}", _units(run.recipe)
-    files |= _files(title, subtitle, sections)
-    output.mkdir(parents=True, exist_ok=True)
-    replace_all(output, files)
-    return output / "report.html"
+        return write_study_report(directory, output_dir=output_dir)[0]
+    run = read_run(directory)
+    if device is not None:
+        run.recipe.device = device
+    sections = run_sections(
+        run,
+        against=None if against is None else Path(against),
+        prompts=prompts,
+        rows=rows,
+        draws=draws,
+        max_new_tokens=max_new_tokens,
+    )
+    title = f"Run {directory.resolve().name}"
+    return _write(output_dir or directory, title, _units(run.recipe), sections, {})
 
 
-def _files(title: str, subtitle: str, sections: Sequence[Section]) -> dict[str, bytes]:
+def write_study_report(
+    directory: str | Path, *, output_dir: str | Path | None = None
+) -> tuple[Path, Table]:
+    """As `write_report` for a study; also the table of its results."""
+    study = read_study(Path(directory))
+    sections, table, text = study_page(study)
+    title = f"Study {Path(directory).resolve().name}"
+    subtitle = f"{len(study.combinations)} combinations of {', '.join(study.axes)}"
+    results = {"results.md": f"{markdown(table)}\n{text}\n".encode()}
+    return _write(output_dir or directory, title, subtitle, sections, results), table
+
+
+def _write(
+    output: str | Path,
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    files: Mapping[str, bytes],
+) -> Path:
     pngs = {f"{drawn.name}.png": drawn.light for drawn in pictures(sections)}
-    return {"report.html": render(title, subtitle, sections).encode(), **pngs}
+    page = {"report.html": render(title, subtitle, sections).encode()}
+    Path(output).mkdir(parents=True, exist_ok=True)
+    replace_all(Path(output), {**files, **page, **pngs})
+    return Path(output) / "report.html"
 
 
 def _units(recipe: Recipe) -> str:

@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import signal
+import sys
 import threading
 import time
 import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -18,6 +19,7 @@ from ..run_files import ADAPTER
 from ..runs import reft_config, run_recipe, training_arguments
 from ..tasks.registry import get_task
 from .grid import Cell
+from .results import Outcome
 
 
 def check_cell(cell: Cell) -> None:
@@ -33,7 +35,7 @@ def check_cell(cell: Cell) -> None:
         raise ValueError(f"cell {cell.name}: {error}") from None
 
 
-def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> dict[str, Any]:
+def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> Outcome:
     """Train and score; what the results file says of it."""
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -58,6 +60,9 @@ def run_in_process(
     end: Connection, recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool
 ) -> None:
     """Send what `run_cell` returns, or as a text what it raises, through a pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the study, too
+    # Terminated, a process would leave its semaphores behind; Python's own way out cleans up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         end.send(run_cell(recipe, threads, gpu, keep_adapter))

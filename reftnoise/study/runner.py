@@ -11,16 +11,16 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ..files import replace_all
 from ..parsing import read_file
 from ..progress import progress_of
+from ..run_directory import alone
 from ..run_files import CELLS, STUDY
 from .cell import check_cell, run_in_process
 from .grid import Cell, Study, cells
-from .results import Result, append_result, read_results
+from .results import Outcome, Result, append_result, read_results
 
 
 def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
@@ -44,7 +44,7 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir {directory}: expected a directory, found a file")
     directory.mkdir(parents=True, exist_ok=True)
-    with _alone(directory):
+    with alone(directory):
         if not _is_written(study, directory / STUDY):
             replace_all(directory, {STUDY: study.to_yaml().encode()})
         done = {result["key"]: result for result in read_results(directory)}
@@ -53,7 +53,7 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
         cell, error = failed[0]
         raise ValueError(f"{len(failed)} of {len(grid)} cells failed; {cell.name}: {error}")
     found = {result["key"]: result for result in read_results(directory)}
-    return [found[cell.key] | {"cell": cell.levels} for cell in grid]
+    return [{**found[cell.key], "cell": cell.levels} for cell in grid]
 
 
 def _is_written(study: Study, path: Path) -> bool:
@@ -98,20 +98,27 @@ def _run(
                     if isinstance(outcome, str):
                         failed.append((cell, outcome))
                     else:
-                        line = {"cell": cell.levels, "key": cell.key, **outcome}
-                        append_result(directory, line)
+                        append_result(directory, {"cell": cell.levels, "key": cell.key, **outcome})
                 if progress is not None:
                     progress(len(todo) - len(waiting) - len(running), len(todo))
         finally:
-            for _, _, process in running.values():
-                process.terminate()
+            _stop([process for _, _, process in running.values()])
     return failed
 
 
-def _received(pipe: Any, process: Any) -> Result | str:
+def _stop(processes: list[Any]) -> None:
+    """Have processes end by themselves, if they do so within seconds."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(timeout=10)
+        process.kill()
+
+
+def _received(pipe: Any, process: Any) -> Outcome | str:
     """A cell's result, or why there is none."""
     try:
-        outcome: Result | str = pipe.recv()
+        outcome: Outcome | str = pipe.recv()
     except EOFError:
         outcome = ""
     process.join()
@@ -147,12 +154,3 @@ def _threads(count: int) -> Iterator[None]:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    try:
-        with FileLock(directory / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise ValueError(f"{directory}: another process is running this study") from None
