@@ -75,14 +75,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         self._engines: OrderedDict[tuple[FrozenAdapter, ...], Engine] = OrderedDict()
 
     def __getitem__(self, name: str) -> FrozenAdapter:
-        if name not in self._adapters:
-            many = f"{len(self)} are, see reft_model.adapters" if len(self) > _LISTED else None
-            hint = nearest(name, [*self._adapters, OWN], many)
-            raise ValueError(f"adapter {name!r} is not loaded; {hint}")
         return self._adapters[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._adapters
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapters)
@@ -123,8 +116,15 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         """
         if name in _scales(self.active):
             raise ValueError(f"adapter {name!r} is active: set_adapter another first")
-        self._forget(self[name])
+        self._forget(self._find(name))
         del self._adapters[name]
+
+    def _find(self, name: str) -> FrozenAdapter:
+        if name not in self._adapters:
+            many = f"{len(self)} are, see reft_model.adapters" if len(self) > _LISTED else None
+            hint = nearest(name, [*self._adapters, OWN], many)
+            raise ValueError(f"adapter {name!r} is not loaded; {hint}")
+        return self._adapters[name]
 
     def _forget(self, adapter: FrozenAdapter | None) -> None:
         for key in [key for key in self._engines if adapter in key]:
@@ -168,7 +168,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         """The adapters that occur in choices, and their names."""
         names = sorted({name for choice in choices for name in choice})
         own = self._own.units
-        return names, tuple(FrozenAdapter.of(own) if n == OWN else self[n] for n in names)
+        return names, tuple(FrozenAdapter.of(own) if n == OWN else self._find(n) for n in names)
 
     def _engine(self, adapters: tuple[FrozenAdapter, ...]) -> Engine:
         if adapters not in self._engines:
