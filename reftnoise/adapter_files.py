@@ -99,14 +99,17 @@ class AdapterFiles:
         except SafetensorError as error:
             raise ValueError(f"{self.weights_path}: truncated or damaged ({error})") from None
 
-    def expect_own_weights(self) -> None:
-        """Raise a ValueError where the weights are not those that the config was saved with."""
+    def digest(self) -> str:
+        """The SHA-256 of the weights; a ValueError where the config was saved with others."""
+        if not self.weights_path.is_file():
+            raise FileNotFoundError(f"{self.directory}: no {WEIGHTS_NAME} in it")
         found = hashlib.sha256(self.weights_path.read_bytes()).hexdigest()
         if self.sha256 not in (None, found):
             raise ValueError(
                 f"{self.weights_path}: not the weights that {CONFIG_NAME} was saved with, as after "
                 "an interrupted save"
             )
+        return found
 
     def expect_base(self, shape: Mapping[str, Any], name: object) -> None:
         """Raise a ValueError for a base of another shape.

@@ -183,7 +183,7 @@ def load_weights(reft_model: Any, adapter: AdapterFiles) -> set[str]:
     announced = {*expected, *adapter.base_parameters} & set(own)
     if unknown := [name for name in state if name not in announced]:
         raise ValueError(f"{path}: holds {unknown[0]}, which neither the config nor the base has")
-    adapter.expect_own_weights()
+    adapter.digest()
     for name, tensor in state.items():
         if own[name].shape != tensor.shape:
             raise ValueError(

@@ -78,8 +78,7 @@ def pinned(path: str, config: VllmConfig) -> str:
             )
     base = _Base(nn.Module(), config.model_config.hf_config)
     adapter.expect_base(base.fingerprint(), config.model_config.model)
-    adapter.expect_own_weights()
-    return f"{path}{PINNED}{adapter.sha256}"
+    return f"{path}{PINNED}{adapter.digest()}"
 
 
 def number_of(path: str) -> int:
@@ -124,7 +123,7 @@ class ServedAdapters:
         if number_of(path) in self._adapters:
             return
         adapter = AdapterFiles.read(directory)
-        if adapter.sha256 != digest:
+        if adapter.digest() != digest:
             raise ValueError(f"{directory}: another adapter has been saved there meanwhile")
         frozen = freeze(adapter, self._base)
         frozen.weights = frozen.weights.to(self._runner.device)
