@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .bench.workload import Workload
 from .decoding import Decoding
 from .recipe import Recipe
-from .run_files import json_text
+from .run_files import ADAPTER, json_text
 from .study.grid import Study
 
 if TYPE_CHECKING:
@@ -147,6 +147,34 @@ def chat(adapter: str, decoding: Decoding, model: str | None = None, device: str
     from .chat import chat as start_chat
 
     start_chat(adapter, model=model, device=device, decoding=decoding)
+
+
+def serve(
+    adapter: str,
+    others: dict[str, str] | None = None,
+    model: str | None = None,
+    host: str = "localhost",
+    port: int = 8000,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Serve adapters of one base by the OpenAI API, each as a model, on transformers' server.
+
+    Args:
+        adapter: directory of a run or an adapter, or a hub name; its last part is the name that
+            requests use.
+        others: further adapters of that base by name, as --others.polite runs/polite.
+        model: the base, where it lies elsewhere than when the adapter was saved.
+        host: to listen on.
+        port: likewise.
+        dtype: of the base, such as bfloat16.
+        device: cpu, cuda, …; auto takes a GPU where there is one.
+    """
+    from .serve import serve as start_server
+
+    name = Path(adapter).parent.name if Path(adapter).name == ADAPTER else Path(adapter).name
+    adapters = {name: adapter} | (others or {})
+    start_server(adapters, model, host=host, port=port, dtype=dtype, device=device)
 
 
 def inspect_adapter(directory: str, json: bool = False) -> None:
@@ -292,6 +320,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "eval": evaluate,
     "study": study,
     "report": report,

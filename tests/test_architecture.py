@@ -48,7 +48,7 @@ LAYERS = [
     {"demo", "bench", "pyreft_directory", "convert", "integrations"},
     {"evaluation", "inspection", "steering", "loading", "describe"},
     {"answers"},
-    {"chat", "runs", "run_directory", "run_evaluation", "printing"},
+    {"chat", "serve", "runs", "run_directory", "run_evaluation", "printing"},
     {"study"},
     {"report"},
     {"commands"},
