@@ -22,7 +22,7 @@ PROMPT = "Where does a bear live?"
 def reft_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[rn.ReftModel, Any]:
     base, tokenizer = rn.load_tiny_model()
     library = rn.get_reft_model(base)
-    for seed, positions in enumerate(("l1", "all")):
+    for seed, positions in enumerate(("l1", "all+decode")):
         torch.manual_seed(seed)
         entry = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
         config = rn.ReftConfig([entry | {"positions": positions}])
@@ -30,7 +30,7 @@ def reft_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[rn.ReftModel, 
         with torch.no_grad():
             for name, parameter in adapted.interventions.named_parameters():
                 if "rotate_layer" not in name:
-                    parameter.normal_(std=1.0)
+                    parameter.normal_(std=0.3)
         path = tmp_path_factory.mktemp(positions)
         adapted.save_pretrained(path)
         library.load_adapter(path, positions)
@@ -75,9 +75,9 @@ def expected(reft_model: tuple[rn.ReftModel, Any], name: str) -> str:
 
 def test_an_adapter_is_a_models_name(url: str, reft_model: tuple[rn.ReftModel, Any]) -> None:
     listed = ask(f"{url}/models")["data"]
-    assert {model["id"] for model in listed} == {"base", "l1", "all"}
+    assert {model["id"] for model in listed} == {"base", "l1", "all+decode"}
     written = {}
-    for name in ("base", "l1", "all"):
+    for name in ("base", "l1", "all+decode"):
         body = {"model": name, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
         written[name] = ask(f"{url}/completions", body)["choices"][0]["text"]
         assert written[name] == expected(reft_model, name)
