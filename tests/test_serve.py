@@ -88,4 +88,4 @@ def test_an_unknown_name_is_the_clients_mistake(url: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as raised:
         ask(f"{url}/completions", {"model": "l2", "prompt": PROMPT})
     assert raised.value.code == 404
-    assert "did you mean 'l1'?" in raised.value.read().decode()
+    assert "possible: base, l1, all+decode" in raised.value.read().decode()
