@@ -1,0 +1,97 @@
+"""Flattened batches in chunks: they edit the tokens that padded batches do."""
+
+import random
+
+import pytest
+import torch
+from architectures import tiny_model
+from torch import Tensor
+
+import reftnoise as rn
+from reftnoise.integrations.flat_batch import FlatBatch, Requests, apply_
+from reftnoise.positions import Positions, PromptLayout
+from reftnoise.stacking import FrozenAdapter
+
+POSITIONS = ["l1", "f7+l7", "f2+l3", "all", "all+decode", "decode", [0, 3, -1]]
+
+
+def adapter(base: object, positions: object) -> FrozenAdapter:
+    entry = {"layer": 1, "intervention": "loreft", "low_rank_dimension": 2, "positions": positions}
+    reft_model = rn.get_reft_model(base, rn.ReftConfig([entry]))
+    return FrozenAdapter.of(reft_model._engine.units)
+
+
+def padded(positions: object, prompt: int, length: int) -> set[int]:
+    """The tokens of a row alone that our own passes edit."""
+    layout = PromptLayout(torch.ones(1, length, dtype=torch.bool), torch.tensor([prompt]))
+    parsed = Positions.parse(positions)
+    selection = layout.select(parsed)
+    if selection.columns is None:
+        return set(selection.mask[0].nonzero().squeeze(1).tolist())
+    return set(selection.columns[selection.mask].tolist())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_chunks_edit_what_a_row_alone_edits(seed: int) -> None:
+    draw = random.Random(seed)
+    base = tiny_model()
+    adapters = [adapter(base, positions) for positions in POSITIONS]
+    batch = FlatBatch(adapters, torch.device("cpu"))
+    module = base.model.layers[1]
+    rows = [
+        (draw.randrange(-1, len(adapters)), draw.randint(1, 20), draw.randint(0, 6))
+        for _ in range(12)
+    ]
+    done, edited = [0] * len(rows), [set[int]() for _ in rows]
+    while any(d < prompt + written for d, (_, prompt, written) in zip(done, rows, strict=True)):
+        step = draw.sample(range(len(rows)), draw.randint(1, len(rows)))
+        sizes = []
+        for index in step:
+            _, prompt, written = rows[index]
+            left = (prompt if done[index] < prompt else prompt + written) - done[index]
+            sizes.append(draw.randint(0, min(left, 5)))
+        edits = batch.edits(
+            Requests(
+                torch.tensor([rows[index][0] for index in step]),
+                torch.ones(len(step)),
+                torch.tensor(sizes),
+                torch.tensor([done[index] for index in step]),
+                torch.tensor([rows[index][1] for index in step]),
+            )
+        )
+        tokens = [
+            (i, done[i] + n) for i, size in zip(step, sizes, strict=True) for n in range(size)
+        ]
+        for edit in edits.get(module, []):
+            for row, gates in zip(edit.rows.tolist(), edit.gates, strict=True):
+                index, token = tokens[row]
+                own = edit.unit.owner.unique().tolist()
+                if any(gates[column] for column in own):
+                    assert int(gates.nonzero()) == rows[index][0]
+                    edited[index].add(token)
+        for index, size in zip(step, sizes, strict=True):
+            done[index] += size
+    for (column, prompt, written), found in zip(rows, edited, strict=True):
+        expected = set() if column < 0 else padded(POSITIONS[column], prompt, prompt + written)
+        assert found == expected, (POSITIONS[column], prompt, written)
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_edits_are_added_to_the_sum_of_both_parts(has_residual: bool) -> None:
+    torch.manual_seed(0)
+    base = tiny_model()
+    units = rn.get_reft_model(
+        base,
+        rn.ReftConfig([{"layer": 1, "intervention": "loreft", "low_rank_dimension": 2}]),
+    )
+    (unit,) = units.interventions.values()
+    batch = FlatBatch([FrozenAdapter.of(units._engine.units)], torch.device("cpu"))
+    one, zero = torch.tensor([1]), torch.tensor([0])
+    found = batch.edits(Requests(zero, torch.tensor([0.5]), 3 * one, zero, 3 * one))
+    hidden, residual = torch.randn(2, 3, unit.hidden_size)
+    states: Tensor = hidden + residual if has_residual else hidden
+    expected = hidden.clone()
+    with torch.no_grad():
+        expected[2] += 0.5 * unit.edit(states[2])
+    apply_(found[base.model.layers[1]], hidden, residual if has_residual else None)
+    torch.testing.assert_close(hidden, expected)
