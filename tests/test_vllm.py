@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +169,15 @@ def engine(base: Path, **settings: Any) -> Any:
         max_model_len=256,
         enable_prefix_caching=True,
         additional_config={"reft": COMPONENTS},
-        **{"enforce_eager": True, "block_size": 16} | settings,
+        disable_log_stats=False,
+        **{"enforce_eager": True, "block_size": 32} | settings,
     )
 
 
 @pytest.fixture(scope="module")
 def small_engine(base: Path) -> Any:
     """Chunks of 16 tokens, and too few blocks for all that it may run at once."""
-    return engine(base, max_num_batched_tokens=16, max_num_seqs=16, num_gpu_blocks_override=60)
+    return engine(base, max_num_batched_tokens=16, max_num_seqs=16, num_gpu_blocks_override=30)
 
 
 def lora_request(name: str, number: int, path: str) -> Any:
@@ -211,15 +213,17 @@ def test_a_continuous_batch_of_all_adapters_is_ours_token_for_token(
                 written[int(output.request_id)] = list(output.outputs[0].token_ids)
     for index, prompt in enumerate(prompts):
         assert written[index] == expected(ours, prompt, choices[index]), choices[index]
-    distinct = {tuple(expected(ours, prompts[0], name)) for name in NAMES}
-    assert len(distinct) == len(NAMES)  # every adapter changes what is written
+    texts = {name: [expected(ours, prompt, name) for prompt in prompts[:6]] for name in NAMES}
+    assert all(texts[name] != texts[other] for name, other in combinations(NAMES, 2))
+    counts = {one.name: one.value for one in small_engine.get_metrics() if hasattr(one, "value")}
+    assert counts["vllm:num_preemptions"] > 0
 
 
 def test_cached_prompts_are_not_read_by_other_adapters(
     small_engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]
 ) -> None:
     prompt = max(prompts, key=len)
-    for name in [*NAMES, *reversed(NAMES)]:
+    for name in [name for name in NAMES for _ in range(2)]:
         lora = request_for(name, adapters)
         (output,) = small_engine.generate(
             [{"prompt_token_ids": prompt}], sampling(), lora_request=lora, use_tqdm=False
@@ -311,9 +315,9 @@ def test_a_mistake_harms_its_request_alone(
     make(adapters, tmp_path)
     prompt = {"prompt_token_ids": prompts[0]}
     lora = lora_request("wrong", 1, str(tmp_path))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(vllm.exceptions.VLLMValidationError, match=message):
         small_engine.generate([prompt], sampling(), lora_request=lora, use_tqdm=False)
-    with pytest.raises(ValueError, match="reft_scale 'much': expected a finite number"):
+    with pytest.raises(vllm.exceptions.VLLMValidationError, match="reft_scale 'much': expected"):
         small_engine.generate(
             [prompt],
             sampling(extra_args={"reft_scale": "much"}),

@@ -91,16 +91,16 @@ def _process_inputs(
 
 
 async def _load_lora_adapter(
-    original: Callable[..., Any], models: OpenAIServingModels, request: Any, *args: Any
+    original: Callable[..., Any], models: OpenAIServingModels, request: Any, **kwargs: Any
 ) -> Any:
     """Check an adapter before the engine sees it: a client's mistake is no error of the server."""
     if not _is_ours(request.lora_path):
-        return await original(models, request, *args)
+        return await original(models, request, **kwargs)
     try:
         path = pinned(request.lora_path, models.input_processor.vllm_config)
     except (OSError, ValueError) as error:
         return create_error_response(str(error))
-    return await original(models, request.model_copy(update={"lora_path": path}), *args)
+    return await original(models, request.model_copy(update={"lora_path": path}), **kwargs)
 
 
 def _is_ours(path: str) -> bool:
