@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.handlers[0].setFormatter(logging.Formatter("%(name)s: %(message)s"))
     # Of what libraries will change, their users' users can do nothing.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of each of its many attempts
     try:
         return _run(*arguments)
     except BrokenPipeError:  # as of `| head`

@@ -30,6 +30,7 @@ from .positions import Positions
 from .pyreft_directory import StoredUnit, read_pyreft, write_pyreft
 from .pyreft_state import CLASSES
 from .saving import load_weights, read_adapter, save_adapter
+from .tiny import DIRECTORY, NAME
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,8 @@ def _structure(name: str, trained: Iterable[str], class_name: str | None = None)
         ValueError: there is no such config, or none of its models is such a base.
     """
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        place = DIRECTORY if name == NAME else name
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"base {name!r}: {str(error).splitlines()[0]}") from None
     possible: dict[str, PreTrainedModel] = {}

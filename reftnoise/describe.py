@@ -146,7 +146,8 @@ def show(description: Description, console: Console) -> None:
     columns = ("unit", "site", "positions", "rank", "parameters", "norms", "|RRᵀ − I|")
     numbers = ("rank", "parameters", "|RRᵀ − I|")
     for heading in columns:
-        units.add_column(heading, justify="right" if heading in numbers else "left")
+        is_number = heading in numbers
+        units.add_column(heading, justify="right" if is_number else "left", overflow="fold")
     for unit in description.units:
         units.add_row(
             unit.intervention,

@@ -60,7 +60,10 @@ def _ids(tokenizer: Any, texts: Sequence[str], kinds: Sequence[_Text]) -> list[l
     found: list[list[int]] = [[] for _ in texts]
     for is_plain in {kind.is_plain for kind in kinds}:
         indices = [index for index, kind in enumerate(kinds) if kind.is_plain == is_plain]
-        encoded = tokenizer([texts[index] for index in indices], add_special_tokens=is_plain)
+        # Quietly: what is too long is cut afterwards, and told.
+        encoded = tokenizer(
+            [texts[index] for index in indices], add_special_tokens=is_plain, verbose=False
+        )
         for index, ids in zip(indices, encoded["input_ids"], strict=True):
             found[index] = ids
     return found

@@ -455,3 +455,11 @@ def test_pyreft_itself(
     loaded = pyreft.ReftModel.load(str(tmp_path / "back"), tiny_model())
     if dtype is torch.bfloat16 or name in ("consreft", "lobireft"):
         same(logits(list(loaded.interventions.values())), expected)
+
+
+def test_the_embedded_model_is_a_base_by_its_name(tmp_path: Path) -> None:
+    entry = {"layer": 1, "intervention": "loreft", "low_rank_dimension": 2}
+    reft_model = rn.get_reft_model(rn.load_tiny_model()[0], rn.ReftConfig([entry]))
+    reft_model.save_pretrained(tmp_path / "ours")
+    told = convert(tmp_path / "ours", tmp_path / "theirs", base="tiny-chat")
+    assert told.endswith("theirs: 1 units")

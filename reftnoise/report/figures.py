@@ -91,7 +91,7 @@ def draw_lines(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif finite and min(finite) >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(finite) * 1.05 or None)  # room for the marker at the top
     axes.set(xlabel="step", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     axes.grid(axis="y")
