@@ -174,7 +174,9 @@ def _difference(
         offset = torch.zeros_like(bias)
     rank = len(projection)
     if unit.act_fn is None:  # one product for Wh - Ph
-        return Factors(weight - projection, bias - offset, projection, ((None, rank),))
+        wide = torch.promote_types(weight.dtype, torch.float32)  # a difference loses digits
+        difference = weight.to(wide) - projection.to(wide)
+        return Factors(difference, bias.to(wide) - offset.to(wide), projection, ((None, rank),))
     return Factors(
         torch.cat([weight, projection]),
         torch.cat([bias, offset]),

@@ -241,8 +241,8 @@ def test_untied_units_are_all_prefixes_before_all_suffixes() -> None:
 REFT_KEYS = "layer, component, embed_dim, positions, tied, intervention, low_rank_dimension"
 NOISE_KEYS = "layer, component, embed_dim, intervention, alpha, length, unit_variance, where"
 NAMES = (
-    "loreft, noreft, direft, nodireft, consreft, lobireft, bias, adapter, neftune, "
-    "gaussian, bernoulli, symnoise"
+    "loreft, noreft, direft, nodireft, consreft, lobireft, bias, addition, adapter, "
+    "neftune, gaussian, bernoulli, symnoise"
 )
 COMPONENTS = (
     "block_output, block_input, attention_output, mlp_output, embeddings, or a dotted path that "

@@ -20,7 +20,7 @@ from reftnoise.interventions import (
 )
 
 REFT = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"]
-ADAPTERS = ["bias", "adapter"]
+ADAPTERS = ["bias", "addition", "adapter"]
 NOISE = ["neftune", "gaussian", "bernoulli", "symnoise"]
 
 # For every argument of a registered class, a value that is no class's default.
