@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 import reftnoise as rn
 from reftnoise.base_sample import other_weights, sample_weights
-from reftnoise.interventions import INTERVENTIONS
+from reftnoise.interventions import INTERVENTIONS, NoiseIntervention
 from reftnoise.interventions.base import constructor_arguments
 
-REFT = [name for name, unit in INTERVENTIONS.items() if issubclass(unit, rn.ReftIntervention)]
-NOISE = [name for name in INTERVENTIONS if name not in REFT]
+NOISE = [name for name, unit in INTERVENTIONS.items() if issubclass(unit, NoiseIntervention)]
+TRAINED = [name for name in INTERVENTIONS if name not in (*NOISE, "addition")]
 LOREFT = {"layer": 0, "intervention": "loreft", "low_rank_dimension": 2}
 FILES = {"reft_config.json", "reft_model.safetensors", "README.md"}
 
@@ -82,7 +82,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", REFT)
+@pytest.mark.parametrize("name", TRAINED)
 def test_loading_gives_bit_equal_outputs(
     name: str, tied: bool, dtype: str, base_dtype: torch.dtype, tmp_path: Path
 ) -> None:
