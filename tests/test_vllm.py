@@ -61,7 +61,9 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
             "positions": "all+decode",
         }
     ],
-    "first": [{"layer": 3, "intervention": "consreft", "low_rank_dimension": 2, "positions": "f3"}],
+    "first": [
+        {"layer": "all", "intervention": "noreft", "low_rank_dimension": 4, "positions": "f3"}
+    ],
     "mlp": [
         {
             "layer": "all",
@@ -79,6 +81,7 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
             "positions": "l2",
         },
         {"layer": 2, "intervention": "nodireft", "low_rank_dimension": 8, "positions": [0, -1]},
+        {"layer": 3, "intervention": "consreft", "low_rank_dimension": 2},
     ],
 }
 NAMES = [None, *ENTRIES]
@@ -177,7 +180,7 @@ def engine(base: Path, **settings: Any) -> Any:
 @pytest.fixture(scope="module")
 def small_engine(base: Path) -> Any:
     """Chunks of 16 tokens, and too few blocks for all that it may run at once."""
-    return engine(base, max_num_batched_tokens=16, max_num_seqs=16, num_gpu_blocks_override=30)
+    return engine(base, max_num_batched_tokens=16, max_num_seqs=16, num_gpu_blocks_override=12)
 
 
 def lora_request(name: str, number: int, path: str) -> Any:
@@ -265,21 +268,6 @@ def test_a_request_scales_its_edits(
     assert list(output.outputs[0].token_ids) == expected(ours, prompt, {"all": scale})
 
 
-def test_a_compiled_model_is_edited_too(
-    base: Path, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]
-) -> None:
-    compiled = engine(base, enforce_eager=False)
-    names = [NAMES[index % len(NAMES)] for index in range(len(prompts))]
-    outputs = compiled.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        sampling(),
-        lora_request=[request_for(name, adapters) for name in names],
-        use_tqdm=False,
-    )
-    for output, prompt, name in zip(outputs, prompts, names, strict=True):
-        assert list(output.outputs[0].token_ids) == expected(ours, prompt, name), name
-
-
 # -- mistakes ------------------------------------------------------------------------------------
 
 
@@ -292,13 +280,13 @@ def damaged(adapters: dict[str, Path], path: Path) -> None:
 def of_another_base(adapters: dict[str, Path], path: Path) -> None:
     shutil.copytree(adapters["last"], path, dirs_exist_ok=True)
     config = json.loads((path / "reft_config.json").read_text())
-    config["base_model"]["hidden_size"] = 128
+    config["base_model"]["hidden_size"] = 7
     (path / "reft_config.json").write_text(json.dumps(config))
 
 
 MISTAKES = {
     "damaged": (damaged, "not the weights that reft_config.json was saved with"),
-    "another base": (of_another_base, r"has hidden_size 128, the given model .* 256"),
+    "another base": (of_another_base, "has hidden_size 7, the given model"),
 }
 
 
@@ -329,6 +317,24 @@ def test_a_mistake_harms_its_request_alone(
     assert list(output.outputs[0].token_ids) == expected(ours, prompts[0], "last")
 
 
+# -- compiled -----------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_is_edited_too(
+    base: Path, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]
+) -> None:
+    compiled = engine(base, enforce_eager=False)
+    names = [NAMES[index % len(NAMES)] for index in range(len(prompts))]
+    outputs = compiled.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling(),
+        lora_request=[request_for(name, adapters) for name in names],
+        use_tqdm=False,
+    )
+    for output, prompt, name in zip(outputs, prompts, names, strict=True):
+        assert list(output.outputs[0].token_ids) == expected(ours, prompt, name), name
+
+
 # -- the server ----------------------------------------------------------------------------------
 
 
@@ -339,11 +345,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model, tokenizer = rn.load_tiny_model()
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    for seed, positions in enumerate(("l1", "all")):
+    for seed, (name, positions) in enumerate({"l1": "l1", "all": "all+decode"}.items()):
         torch.manual_seed(seed)
         entry = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
         config = rn.ReftConfig([entry | {"positions": positions}])
-        save(rn.get_reft_model(rn.load_tiny_model()[0], config), folder / positions)
+        save(rn.get_reft_model(rn.load_tiny_model()[0], config), folder / name)
     mistaken = {"all": folder / "all", "last": folder / "l1"}
     for name, (make, _) in MISTAKES.items():
         make(mistaken, folder / name)
@@ -416,7 +422,7 @@ def complete(client: Any, name: str, **extra: Any) -> str:
 
 
 def load(client: Any, name: str, path: Path) -> Any:
-    body = {"lora_name": name, "lora_path": str(path)}
+    body = {"lora_name": name, "lora_path": str(path), "load_inplace": True}
     return client.post("/load_lora_adapter", body=body, cast_to=str)
 
 
