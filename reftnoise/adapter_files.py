@@ -111,6 +111,12 @@ class AdapterFiles:
             )
         return found
 
+    def identity(self) -> str:
+        """A digest of weights and config: equal ones edit alike."""
+        found = hashlib.sha256(self.config_path.read_bytes())
+        found.update(self.digest().encode())
+        return found.hexdigest()
+
     def expect_base(self, shape: Mapping[str, Any], name: object) -> None:
         """Raise a ValueError for a base of another shape.
 

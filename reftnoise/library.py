@@ -197,7 +197,11 @@ def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
         units = nn.Module()
         units.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
         load_weights(units, adapter)
-        return FrozenAdapter.of(placed)
+        frozen = FrozenAdapter.of(placed)
+    # Beside others in one product, it would make NaN of rows that are not its own.
+    if not frozen.weights.isfinite().all():
+        raise ValueError(f"{adapter.weights_path}: holds numbers that are not finite")
+    return frozen
 
 
 def _scales(choice: AdapterChoice) -> dict[str, float]:

@@ -324,6 +324,15 @@ def test_loaded_adapters_are_not_trained(
         reft_model.eval()(**prompts(2), unit_locations={"sources->base": (None, [[[0]] * 2])})
 
 
+def test_an_adapter_that_would_spoil_the_rows_of_others_is_not_loaded(tmp_path: Path) -> None:
+    broken = wrapped(ENTRIES["last"], tiny_model(), seed=0)
+    with torch.no_grad():
+        next(iter(broken.interventions.values())).learned_source.bias[0] = math.nan
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds numbers that are not finite"):
+        rn.get_reft_model(tiny_model()).load_adapter(tmp_path, "broken")
+
+
 def test_an_adapter_with_weights_of_the_base_has_a_base_of_its_own(tmp_path: Path) -> None:
     config = rn.ReftConfig(ENTRIES["last"], modules_to_save=["lm_head"])
     trained = rn.get_reft_model(tiny_model(), config)

@@ -254,6 +254,24 @@ def test_an_adapter_saved_anew_under_one_path_is_another(
     assert written[0] != written[1]
 
 
+def test_equal_weights_at_other_positions_are_another_adapter(
+    small_engine: Any, prompts: Any, base: Path, tmp_path: Path
+) -> None:
+    for positions in ("all", "f1"):
+        torch.manual_seed(0)
+        entry = ENTRIES["all"][0] | {"positions": positions}
+        save(rn.get_reft_model(loaded(base), rn.ReftConfig([entry])), tmp_path / positions)
+        ours = rn.get_reft_model(loaded(base))
+        ours.load_adapter(tmp_path / positions, "one")
+        lora = lora_request(positions, 1, str(tmp_path / positions))
+        (output,) = small_engine.generate(
+            [{"prompt_token_ids": prompts[0]}], sampling(), lora_request=lora, use_tqdm=False
+        )
+        assert list(output.outputs[0].token_ids) == expected(ours, prompts[0], "one")
+    both = [tmp_path / one / "reft_model.safetensors" for one in ("all", "f1")]
+    assert both[0].read_bytes() == both[1].read_bytes()
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
 def test_a_request_scales_its_edits(
     small_engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path], scale: float

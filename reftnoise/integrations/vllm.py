@@ -12,7 +12,7 @@ components that adapters may edit; without it, the plugin does nothing. `--enabl
 needed, and cannot be combined. A request may scale its edits, as by
 `{"vllm_xargs": {"reft_scale": 0.5}}`.
 
-An adapter is known by the digest of its weights. The digest is part of the path that a request
+An adapter is known by the digest of its config and weights. The digest is part of the path that a request
 carries, which vLLM's prefix cache takes into its keys, and of the adapter's number; so states that
 one adapter edited are never read by another, nor by what is loaded under its name later.
 """
@@ -56,7 +56,7 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         return around(original, self, *args, **kwargs)
 
-    wrapped._of_reftnoise = True  # type: ignore[attr-defined]
+    wrapped._of_reftnoise = True  # type: ignore[attr-defined]  # ours
     setattr(owner, name, wrapped)
 
 

@@ -27,7 +27,7 @@ SCALE = "reft_scale"
 """The extra argument of a request by which its edits are multiplied."""
 
 PINNED = "#sha256:"
-"""Between an adapter's directory and the digest of its weights."""
+"""Between an adapter's directory and the digest of its config and weights."""
 
 _SERVED = [name for name in COMPONENTS if name != "block_input"]
 
@@ -60,7 +60,7 @@ def components_of(config: VllmConfig) -> list[str]:
 
 
 def pinned(path: str, config: VllmConfig) -> str:
-    """An adapter's directory with the digest of its weights, which are whole and fit the base.
+    """The directory of an adapter that is whole and fits the base, with its digest.
 
     Raises:
         FileNotFoundError: no adapter there.
@@ -78,11 +78,11 @@ def pinned(path: str, config: VllmConfig) -> str:
             )
     base = _Base(nn.Module(), config.model_config.hf_config)
     adapter.expect_base(base.fingerprint(), config.model_config.model)
-    return f"{path}{PINNED}{adapter.digest()}"
+    return f"{path}{PINNED}{adapter.identity()}"
 
 
 def number_of(path: str) -> int:
-    """An adapter's number, one for equal weights."""
+    """An adapter's number, one for equal ones."""
     return int(path.partition(PINNED)[2][:15], 16) + 1
 
 
@@ -123,7 +123,7 @@ class ServedAdapters:
         if number_of(path) in self._adapters:
             return
         adapter = AdapterFiles.read(directory)
-        if adapter.digest() != digest:
+        if adapter.identity() != digest:
             raise ValueError(f"{directory}: another adapter has been saved there meanwhile")
         frozen = freeze(adapter, self._base)
         frozen.weights = frozen.weights.to(self._runner.device)
