@@ -12,9 +12,10 @@ components that adapters may edit; without it, the plugin does nothing. `--enabl
 needed, and cannot be combined. A request may scale its edits, as by
 `{"vllm_xargs": {"reft_scale": 0.5}}`.
 
-An adapter is known by the digest of its config and weights. The digest is part of the path that a request
-carries, which vLLM's prefix cache takes into its keys, and of the adapter's number; so states that
-one adapter edited are never read by another, nor by what is loaded under its name later.
+An adapter is known by the digest of its config and weights. The digest is part of the path that a
+request carries, which vLLM's prefix cache takes into its keys, and of the adapter's number; so
+states that one adapter edited are never read by another, nor by what is loaded under its name
+later.
 """
 
 import functools
