@@ -2,26 +2,24 @@
 
     python examples/serving/vllm_throughput.py
 
-Three engines of one model take turns: one without our option, one with it and no adapter, and one
-whose requests have eight adapters among them. The figures are medians over the turns, and ratios.
+Two engines of one model, each in a process of its own, take turns: one in whose process the plugin
+is not even loaded, and one that serves requests without adapters, and with eight among them. A
+ratio is the median over the turns, in each of which the three follow one another, in random order.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import statistics
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
 import torch
-import vllm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from vllm.lora.request import LoRARequest
 
 import reftnoise as rn
 
@@ -53,60 +51,93 @@ def adapters_of(base: Path, folder: Path, count: int) -> list[Path]:
     return paths
 
 
+def engine(pipe: Connection, load: dict[str, Any], *, has_plugin: bool, eager: bool) -> None:
+    """Serve the load each time the pipe asks, with adapters or not, and answer with seconds."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    if not has_plugin:
+        os.environ["VLLM_PLUGINS"] = ""
+    import vllm
+    from vllm.lora.request import LoRARequest
+
+    llm = vllm.LLM(
+        load["base"],
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=512,
+        enforce_eager=eager,
+        enable_prefix_caching=False,
+        **({"additional_config": {"reft": ["block_output"]}} if has_plugin else {}),
+    )
+    prompts = [{"prompt_token_ids": tokens} for tokens in load["prompts"]]
+    settings = vllm.SamplingParams(
+        temperature=0, max_tokens=load["tokens"], ignore_eos=True, detokenize=False
+    )
+    loaded = [LoRARequest(path.name, 1 + int(path.name), str(path)) for path in load["adapters"]]
+    mixed = [loaded[index % len(loaded)] for index in range(len(prompts))]
+    pipe.send("ready")
+    while (with_adapters := pipe.recv()) is not None:
+        start = time.perf_counter()
+        lora = mixed if with_adapters else None
+        llm.generate(prompts, settings, lora_request=lora, use_tqdm=False)
+        pipe.send(time.perf_counter() - start)
+
+
+def started(load: dict[str, Any], **settings: bool) -> Connection:
+    """The pipe of an engine that is ready."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=engine, args=(theirs, load), kwargs=settings, daemon=True).start()
+    theirs.close()
+    ours.recv()
+    return ours
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64, help="generated per request")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32, help="generated per request")
+    parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
     options = parser.parse_args()
     draw = random.Random(0)
-    prompts = [
-        {"prompt_token_ids": [draw.randrange(3, 8192) for _ in range(draw.randint(16, 128))]}
-        for _ in range(options.requests)
-    ]
-    settings = vllm.SamplingParams(
-        temperature=0, max_tokens=options.tokens, ignore_eos=True, detokenize=False
-    )
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"
         random_base(base, options.width, options.layers)
-        paths = adapters_of(base, Path(scratch), options.adapters)
-
-        def engine(**further: Any) -> Any:
-            return vllm.LLM(
-                str(base),
-                skip_tokenizer_init=True,
-                dtype="float32",
-                max_model_len=512,
-                enforce_eager=options.eager,
-                enable_prefix_caching=False,
-                **further,
-            )
-
-        plain, ready = engine(), engine(additional_config={"reft": ["block_output"]})
-        chosen = [LoRARequest(p.name, 1 + int(p.name), str(p)) for p in paths]
-        mixed = [chosen[index % len(chosen)] for index in range(options.requests)]
+        load = {
+            "base": str(base),
+            "adapters": adapters_of(base, Path(scratch), options.adapters),
+            "tokens": options.tokens,
+            "prompts": [
+                [draw.randrange(3, 8192) for _ in range(draw.randint(16, 128))]
+                for _ in range(options.requests)
+            ],
+        }
+        plain = started(load, has_plugin=False, eager=options.eager)
+        ours = started(load, has_plugin=True, eager=options.eager)
         sides = {
-            "without the plugin": (plain, None),
-            "no adapter": (ready, None),
-            f"{options.adapters} adapters": (ready, mixed),
+            "without the plugin": (plain, False),
+            "no adapter": (ours, False),
+            f"{options.adapters} adapters": (ours, True),
         }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(options.turns + 1):  # the first warms up
-            for name, (llm, lora) in sides.items():
-                start = time.perf_counter()
-                llm.generate(prompts, settings, lora_request=lora, use_tqdm=False)
+            for name, (pipe, with_adapters) in draw.sample(list(sides.items()), len(sides)):
+                pipe.send(with_adapters)
+                took = pipe.recv()
                 if turn:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(took)
+        plain.send(None)
+        ours.send(None)
     total = options.requests * options.tokens
-    first = statistics.median(seconds["without the plugin"])
+    first = seconds["without the plugin"]
     for name, times in seconds.items():
-        median = statistics.median(times)
-        print(f"{name:20} {total / median:8.0f} tokens/s  {first / median:.3f}")
+        ratio = statistics.median(a / b for a, b in zip(first, times, strict=True))
+        print(f"{name:20} {total / statistics.median(times):8.0f} tokens/s  {ratio:.3f}")
 
 
 if __name__ == "__main__":

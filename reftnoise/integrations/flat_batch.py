@@ -55,12 +55,12 @@ class FlatBatch:
     def __init__(self, adapters: Sequence[FrozenAdapter], device: torch.device) -> None:
         self._count, self._device = len(adapters), device
         self._units = stack(adapters)
-        self._edits_decode = any(one.positions and one.positions.decode for one in self._units)
+        self.edits_decode = any(one.positions and one.positions.decode for one in self._units)
 
     def edits(self, requests: Requests) -> dict[nn.Module, list[FlatEdit]]:
         """What the step edits, by the module whose output it is."""
         edited = requests.adapters >= 0
-        if not self._edits_decode:
+        if not self.edits_decode:
             edited = edited & (requests.computed < requests.prompts)
         if not edited.any():
             return {}

@@ -5,9 +5,11 @@ output in place. vLLM compiles it with the model, as one node whose content it d
 """
 
 import contextlib
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from ..adapter_files import AdapterFiles
+from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
 from ..components import COMPONENTS, find_layers, find_site
 from ..hints import nearest
 from ..library import freeze
@@ -68,7 +70,7 @@ def pinned(path: str, config: VllmConfig) -> str:
     """
     if PINNED in path:
         return path
-    adapter = AdapterFiles.read(path)
+    adapter, identity = _read(path, _stamps(path))
     components = components_of(config)
     for index, entry in enumerate(adapter.config.representations):
         if not entry.is_noise and entry.component not in components:
@@ -78,7 +80,20 @@ def pinned(path: str, config: VllmConfig) -> str:
             )
     base = _Base(nn.Module(), config.model_config.hf_config)
     adapter.expect_base(base.fingerprint(), config.model_config.model)
-    return f"{path}{PINNED}{adapter.identity()}"
+    return f"{path}{PINNED}{identity}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(path: str, stamps: tuple[tuple[int, ...], ...]) -> tuple[AdapterFiles, str]:
+    """An adapter and its identity, read again when its files have other stamps."""
+    adapter = AdapterFiles.read(path)
+    return adapter, adapter.identity()
+
+
+def _stamps(path: str) -> tuple[tuple[int, ...], ...]:
+    files = [file for name in (CONFIG_NAME, WEIGHTS_NAME) if (file := Path(path) / name).is_file()]
+    found = [file.stat() for file in files]
+    return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
 
 
 def number_of(path: str) -> int:
@@ -136,8 +151,11 @@ class ServedAdapters:
         for request in batch.lora_id_to_lora_request.values():
             self.load(request.lora_path)
         chosen = tuple(sorted(batch.lora_id_to_lora_request))
-        edits = self._batch(chosen).edits(self._requests(chosen))
-        _current.update({self._hooks[module]: found for module, found in edits.items()})
+        flat, count = self._batch(chosen), batch.num_reqs
+        decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
+        if flat.edits_decode or not decodes.all():
+            edits = flat.edits(self._requests(chosen))
+            _current.update({self._hooks[module]: found for module, found in edits.items()})
         try:
             yield
         finally:
