@@ -80,6 +80,8 @@ class Engine:
         self, base: PreTrainedModel, units: Sequence[PlacedUnit], scale: float = 1.0
     ) -> None:
         self.base, self.scale = base, scale
+        self.observer: Observer | None = None
+        """Called with the units of a site, and the hidden states before and after them."""
         self._place(units)
         self._chunk: Chunk | TokenlessChunk | None = None
         self._traced_chunk: Chunk | TokenlessChunk | None = None
@@ -393,6 +395,17 @@ class Engine:
                 f"{placed[0].site}: expected hidden states [{chunk.batch}, {chunk.length}, width], "
                 f"one per row and token of the input, got {tuple(hidden.shape)}"
             )
+        found = self._run_units(placed, chunk, hidden)
+        if self.observer is not None:
+            self.observer(placed, hidden, found)
+        return found
+
+    def _run_units(
+        self,
+        placed: list[PlacedUnit],
+        chunk: Chunk,
+        hidden: Float[Tensor, "batch length hidden"],
+    ) -> Float[Tensor, "batch length hidden"]:
         edited: list[PlacedUnit] = []
         for one in placed:
             if not isinstance(one.unit, NoiseIntervention):
@@ -441,6 +454,8 @@ class Engine:
 
 
 ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]
+
+Observer: TypeAlias = Callable[[Sequence[PlacedUnit], Tensor, Tensor], None]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .chunks import PlacedUnit
 from .components import find_layers, is_encoder_decoder
 from .composition import inner_model
-from .engine import Engine
 from .evaluation import evaluating
 from .interventions import LowRankRotation, NoiseIntervention
 from .library import AdapterLibrary
@@ -77,16 +77,38 @@ def edit_norms(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> EditNor
     if is_encoder_decoder(inner_model(reft_model.model)):
         raise ValueError("edit norms: expected a model with one sequence, not an encoder-decoder")
     inputs = _encode(reft_model, tokenizer, prompt)
-    with evaluating(reft_model), _watched(reft_model._engine) as seen:
+    seen: dict[str, Tensor] = {}
+    with evaluating(reft_model), observed(reft_model, seen.__setitem__):
         reft_model(**inputs)
     tokens = [tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist()]
     width = len(tokens)
-    rows = [
-        (after.float() - before.float()).norm(dim=-1) / before.float().norm(dim=-1)
-        for before, after in seen.values()
-    ]
-    norms = torch.stack([row[0, -width:].cpu() for row in rows]) if rows else torch.empty(0, width)
-    return EditNorms(list(seen), tokens, norms)
+    rows = [row[0, -width:].cpu() for row in seen.values()]
+    return EditNorms(list(seen), tokens, torch.stack(rows) if rows else torch.empty(0, width))
+
+
+@contextlib.contextmanager
+def observed(
+    reft_model: ReftModel, see: Callable[[str, Float[Tensor, "batch tokens"]], None]
+) -> Iterator[None]:
+    r"""Within the block, call `see` with $\|h' - h\| / \|h\|$ of each edited site as passes run.
+
+    Args:
+        reft_model: whose calls are observed, with whichever adapters they choose.
+        see: gets the site's name, and a number for each row and token of the call, a step of a
+            generation for example. Where nothing is edited any more, it is not called.
+    """
+
+    def observer(placed: Sequence[PlacedUnit], before: Tensor, after: Tensor) -> None:
+        if any(one.positions is not None for one in placed):
+            moved = (after.float() - before.float()).norm(dim=-1)
+            see(str(placed[0].site), moved / before.float().norm(dim=-1))
+
+    engine = reft_model._engine
+    engine.observer = observer
+    try:
+        yield
+    finally:
+        engine.observer = None
 
 
 def subspaces(reft_model: ReftModel) -> dict[str, Float[Tensor, "rank hidden"]]:
@@ -293,25 +315,6 @@ def _encode(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> dict[str, 
 
 def _on_device(values: Any, reft_model: ReftModel) -> Any:
     return values.to(reft_model.device) if isinstance(values, Tensor) else values
-
-
-@contextlib.contextmanager
-def _watched(engine: Engine) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Hidden states before and after the units of each site, by site, as passes run."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    apply = engine._apply
-
-    def watching(placed: Any, chunk: Any, hidden: Tensor) -> Tensor:
-        edited = apply(placed, chunk, hidden)
-        if any(one.positions is not None for one in placed):
-            seen[str(placed[0].site)] = hidden, edited
-        return edited
-
-    engine._apply = watching  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        del engine._apply
 
 
 @contextlib.contextmanager

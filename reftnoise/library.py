@@ -156,7 +156,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         choices = [_scales(choice) for choice in rows]
         names, adapters = self._chosen(choices)
         engine = self._engine(adapters)
-        engine.scale = self._own.scale
+        engine.scale, engine.observer = self._own.scale, self._own.observer
         if len(names) == 1 and all(choice == {names[0]: 1.0} for choice in choices):
             return Route(engine, Locator(engine))
         gates = [[choice.get(name, 0.0) for name in names] for choice in choices]

@@ -1,20 +1,10 @@
-"""Adapters in vLLM's engine and server, against our own `generate`, token for token.
+"""Adapters in vLLM's engine, against our own `generate`, token for token.
 
 `make test-vllm` runs these, in an environment of their own: vLLM pins what it needs.
 """
 
-import json
 import os
 import random
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,6 +14,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import pytest
 import torch
+from served_adapters import MISTAKES, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftnoise as rn
@@ -119,15 +110,6 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         torch.manual_seed(seed)
         save(rn.get_reft_model(loaded(base), rn.ReftConfig(entries)), folder / name)
     return {name: folder / name for name in ENTRIES}
-
-
-def save(reft_model: rn.ReftModel, path: Path) -> None:
-    """Save a model whose units are far from the identity."""
-    with torch.no_grad():
-        for name, parameter in reft_model.interventions.named_parameters():
-            if "rotate_layer" not in name:
-                parameter.normal_(std=0.3)
-    reft_model.save_pretrained(path)
 
 
 @pytest.fixture(scope="module")
@@ -289,25 +271,6 @@ def test_a_request_scales_its_edits(
 # -- mistakes ------------------------------------------------------------------------------------
 
 
-def damaged(adapters: dict[str, Path], path: Path) -> None:
-    shutil.copytree(adapters["last"], path, dirs_exist_ok=True)
-    weights = path / "reft_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-
-
-def of_another_base(adapters: dict[str, Path], path: Path) -> None:
-    shutil.copytree(adapters["last"], path, dirs_exist_ok=True)
-    config = json.loads((path / "reft_config.json").read_text())
-    config["base_model"]["hidden_size"] = 7
-    (path / "reft_config.json").write_text(json.dumps(config))
-
-
-MISTAKES = {
-    "damaged": (damaged, "not the weights that reft_config.json was saved with"),
-    "another base": (of_another_base, "has hidden_size 7, the given model"),
-}
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_harms_its_request_alone(
     small_engine: Any,
@@ -318,7 +281,7 @@ def test_a_mistake_harms_its_request_alone(
     mistake: str,
 ) -> None:
     make, message = MISTAKES[mistake]
-    make(adapters, tmp_path)
+    make(adapters["last"], tmp_path)
     prompt = {"prompt_token_ids": prompts[0]}
     lora = lora_request("wrong", 1, str(tmp_path))
     with pytest.raises(vllm.exceptions.VLLMValidationError, match=message):
@@ -351,147 +314,3 @@ def test_a_compiled_model_is_edited_too(
     )
     for output, prompt, name in zip(outputs, prompts, names, strict=True):
         assert list(output.outputs[0].token_ids) == expected(ours, prompt, name), name
-
-
-# -- the server ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The embedded model, and adapters of it."""
-    folder = tmp_path_factory.mktemp("served")
-    model, tokenizer = rn.load_tiny_model()
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    for seed, (name, positions) in enumerate({"l1": "l1", "all": "all+decode"}.items()):
-        torch.manual_seed(seed)
-        entry = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
-        config = rn.ReftConfig([entry | {"positions": positions}])
-        save(rn.get_reft_model(rn.load_tiny_model()[0], config), folder / name)
-    mistaken = {"all": folder / "all", "last": folder / "l1"}
-    for name, (make, _) in MISTAKES.items():
-        make(mistaken, folder / name)
-    return {path.name: path for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def client(served: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of a server that began with one adapter."""
-    openai = pytest.importorskip("openai")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(served["base"]), "--served-model-name", "base"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    command += ["--additional-config", json.dumps({"reft": ["block_output"]})]
-    command += ["--lora-modules", f"l1={served['l1']}", "--port", str(port)]
-    environment = {
-        **os.environ,
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    log = tmp_path_factory.mktemp("log") / "server.txt"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + 400
-            while not is_up(url):
-                assert server.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(1)
-            yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def is_up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-PROMPT = "Where does a bear live?"
-
-
-def written_by_us(served: dict[str, Path], name: str, scale: float = 1.0) -> str:
-    base, tokenizer = rn.load_tiny_model()
-    reft_model = rn.get_reft_model(base)
-    if name != "base":
-        reft_model.load_adapter(served[name], name)
-        reft_model.set_adapter({name: scale})
-    ids = tokenizer(PROMPT, return_tensors="pt")
-    tokens = reft_model.generate(**ids, max_new_tokens=12, do_sample=False)
-    return tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def complete(client: Any, name: str, **extra: Any) -> str:
-    answer = client.completions.create(
-        model=name, prompt=PROMPT, max_tokens=12, temperature=0, **extra
-    )
-    return answer.choices[0].text
-
-
-def load(client: Any, name: str, path: Path) -> Any:
-    body = {"lora_name": name, "lora_path": str(path), "load_inplace": True}
-    return client.post("/load_lora_adapter", body=body, cast_to=str)
-
-
-def test_an_adapter_is_a_models_name(client: Any, served: dict[str, Path]) -> None:
-    assert {model.id for model in client.models.list()} >= {"base", "l1"}
-    for name in ("base", "l1"):
-        assert complete(client, name) == written_by_us(served, name)
-    streamed = client.completions.create(
-        model="l1", prompt=PROMPT, max_tokens=12, temperature=0, stream=True
-    )
-    assert "".join(chunk.choices[0].text for chunk in streamed) == written_by_us(served, "l1")
-    half = complete(client, "l1", extra_body={"vllm_xargs": {"reft_scale": 0.5}})
-    assert half == written_by_us(served, "l1", 0.5)
-
-
-def test_adapters_come_under_traffic_and_mistakes_are_the_clients(
-    client: Any, served: dict[str, Path]
-) -> None:
-    openai = pytest.importorskip("openai")
-    with ThreadPoolExecutor(8) as pool:
-        names = ["base", "l1"] * 16
-        running = [pool.submit(complete, client, name) for name in names]
-        load(client, "all", served["all"])
-        for mistake, (_, message) in MISTAKES.items():
-            with pytest.raises(openai.BadRequestError, match=message):
-                load(client, "wrong", served[mistake])
-        with pytest.raises(openai.NotFoundError, match="wrong"):
-            complete(client, "wrong")
-        with pytest.raises(openai.BadRequestError, match="expected a finite number"):
-            complete(client, "l1", extra_body={"vllm_xargs": {"reft_scale": "much"}})
-        answers = [one.result() for one in running]
-    ours = {name: written_by_us(served, name) for name in ("base", "l1", "all")}
-    assert answers == [ours[name] for name in names]
-    assert complete(client, "all") == ours["all"]
-    assert len(set(ours.values())) == 3
-
-
-def test_clients_that_leave_harm_nobody(client: Any, served: dict[str, Path]) -> None:
-    load(client, "all", served["all"])
-    ours = {name: written_by_us(served, name) for name in ("base", "l1", "all")}
-
-    def leave_or_read(number: int) -> bool:
-        name = ("base", "l1", "all")[number % 3]
-        if number % 4:
-            return complete(client, name) == ours[name]
-        stream = client.completions.create(
-            model=name, prompt=PROMPT, max_tokens=60, temperature=0, stream=True
-        )
-        next(iter(stream))
-        stream.close()
-        return True
-
-    with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(leave_or_read, range(96)))

@@ -18,7 +18,9 @@ states that one adapter edited are never read by another, nor by what is loaded 
 later.
 """
 
+import asyncio
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.input_processor import InputProcessor
@@ -43,10 +46,12 @@ def register() -> None:
         return
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(OpenAIServingModels, "load_lora_adapter", _load_lora_adapter)
+    _wrap(OpenAIServingModels, "unload_lora_adapter", _unload_lora_adapter)
     _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", _unsupported)
     _wrap(GPUModelRunner, "load_model", _load_model)
     _wrap(CPUModelRunner, "load_model", _load_model)
     _wrap(LoRAModelRunnerMixin, "add_lora", _add_lora)
+    _wrap(LoRAModelRunnerMixin, "remove_lora", _remove_lora)
     _wrap(GPUModelRunner, "_model_forward", _model_forward)
 
 
@@ -101,7 +106,41 @@ async def _load_lora_adapter(
         path = pinned(request.lora_path, models.input_processor.vllm_config)
     except (OSError, ValueError) as error:
         return create_error_response(str(error))
-    return await original(models, request.model_copy(update={"lora_path": path}), **kwargs)
+    answer = await original(models, request.model_copy(update={"lora_path": path}), **kwargs)
+    if isinstance(answer, ErrorResponse) and (found := _REFUSED.search(answer.error.message)):
+        return create_error_response(found[1])
+    return answer
+
+
+async def _unload_lora_adapter(
+    original: Callable[..., Any], models: OpenAIServingModels, request: Any
+) -> Any:
+    """Have the workers forget an adapter, too, once no request needs it; vLLM forgets its name."""
+    loaded = models.lora_requests.get(request.lora_name)
+    answer = await original(models, request)
+    if loaded and PINNED in loaded.lora_path and request.lora_name not in models.lora_requests:
+        task = asyncio.create_task(_forget(models, loaded.lora_path))
+        _tasks.add(task)
+        task.add_done_callback(_tasks.discard)
+    return answer
+
+
+async def _forget(models: OpenAIServingModels, path: str) -> None:
+    running = models.engine_client.output_processor.request_states
+    while any(one.lora_request and one.lora_request.lora_path == path for one in running.values()):
+        await asyncio.sleep(_PATIENCE)
+    if all(one.lora_path != path for one in models.lora_requests.values()):
+        await models.engine_client.remove_lora(number_of(path))
+
+
+_REFUSED = re.compile(r"<reft>(.*)</reft>", re.DOTALL)
+"""Around what a worker says of an adapter; of an error, vLLM hands on only the text."""
+
+_PATIENCE = 0.5
+"""Seconds between looks at whether an adapter is still needed."""
+
+_tasks: set[asyncio.Task[None]] = set()
+"""Kept from being collected while they run."""
 
 
 def _is_ours(path: str) -> bool:
@@ -128,8 +167,17 @@ def _load_model(
 def _add_lora(original: Callable[..., Any], runner: GPUModelRunner, request: LoRARequest) -> Any:
     if not _is_ours(request.lora_path):
         return original(runner, request)
-    runner.reftnoise.load(request.lora_path)
+    try:
+        runner.reftnoise.load(request.lora_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"<reft>{error}</reft>") from None
     return True
+
+
+def _remove_lora(original: Callable[..., Any], runner: GPUModelRunner, number: int) -> Any:
+    if not hasattr(runner, "reftnoise"):
+        return original(runner, number)
+    return runner.reftnoise.remove(number)
 
 
 def _model_forward(

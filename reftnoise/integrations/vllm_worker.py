@@ -70,7 +70,7 @@ def pinned(path: str, config: VllmConfig) -> str:
     """
     if PINNED in path:
         return path
-    adapter, identity = _read(path, _stamps(path))
+    adapter, identity = _read(path, _stamps_of(path))
     components = components_of(config)
     for index, entry in enumerate(adapter.config.representations):
         if not entry.is_noise and entry.component not in components:
@@ -84,13 +84,13 @@ def pinned(path: str, config: VllmConfig) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(path: str, stamps: tuple[tuple[int, ...], ...]) -> tuple[AdapterFiles, str]:
+def _read(path: str, _stamps: tuple[tuple[int, ...], ...]) -> tuple[AdapterFiles, str]:
     """An adapter and its identity, read again when its files have other stamps."""
     adapter = AdapterFiles.read(path)
     return adapter, adapter.identity()
 
 
-def _stamps(path: str) -> tuple[tuple[int, ...], ...]:
+def _stamps_of(path: str) -> tuple[tuple[int, ...], ...]:
     files = [file for name in (CONFIG_NAME, WEIGHTS_NAME) if (file := Path(path) / name).is_file()]
     found = [file.stat() for file in files]
     return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
@@ -143,6 +143,12 @@ class ServedAdapters:
         frozen = freeze(adapter, self._base)
         frozen.weights = frozen.weights.to(self._runner.device)
         self._adapters[number_of(path)] = frozen
+
+    def remove(self, number: int) -> bool:
+        """Forget an adapter; False if it is not there."""
+        for chosen in [one for one in self._batches if number in one]:
+            del self._batches[chosen]
+        return self._adapters.pop(number, None) is not None
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

@@ -1,0 +1,272 @@
+"""Adapters in vLLM's server, which clients of OpenAI's API reach, against our own `generate`."""
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from served_adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
+
+import reftnoise as rn
+
+pytest.importorskip("vllm", reason="needs vllm: see README, Serving in vLLM")
+openai = pytest.importorskip("openai")
+psutil = pytest.importorskip("psutil")
+
+ALL_MISTAKES = MISTAKES | SEEN_BY_THE_ENGINE
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The embedded model, and adapters of it."""
+    folder = tmp_path_factory.mktemp("served")
+    model, tokenizer = rn.load_tiny_model()
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for seed, (name, positions) in enumerate({"l1": "l1", "all": "all+decode"}.items()):
+        torch.manual_seed(seed)
+        entry = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
+        config = rn.ReftConfig([entry | {"positions": positions}])
+        save(rn.get_reft_model(rn.load_tiny_model()[0], config), folder / name)
+    for name, (make, _) in ALL_MISTAKES.items():
+        make(folder / "l1", folder / name)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def server(served: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server that began with one adapter: its process, and its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(served["base"]), "--served-model-name", "base"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    command += ["--additional-config", json.dumps({"reft": ["block_output"]})]
+    command += ["--lora-modules", f"l1={served['l1']}", "--port", str(port)]
+    environment = {
+        **os.environ,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    log = tmp_path_factory.mktemp("log") / "server.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + 400
+            while not is_up(url):
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(1)
+            yield process, f"{url}/v1"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(server: Any) -> Any:
+    return openai.OpenAI(base_url=server[1], api_key="none", max_retries=0)
+
+
+def is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+PROMPT = "Where does a bear live?"
+
+
+def written_by_us(served: dict[str, Path], name: str, scale: float = 1.0) -> str:
+    base, tokenizer = rn.load_tiny_model()
+    reft_model = rn.get_reft_model(base)
+    if name != "base":
+        reft_model.load_adapter(served[name], name)
+        reft_model.set_adapter({name: scale})
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    tokens = reft_model.generate(**ids, max_new_tokens=12, do_sample=False)
+    return tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def complete(client: Any, name: str, **extra: Any) -> str:
+    answer = client.completions.create(
+        model=name, prompt=PROMPT, max_tokens=12, temperature=0, **extra
+    )
+    return answer.choices[0].text
+
+
+def load(client: Any, name: str, path: Path) -> Any:
+    body = {"lora_name": name, "lora_path": str(path), "load_inplace": True}
+    return client.post("/load_lora_adapter", body=body, cast_to=str)
+
+
+def test_an_adapter_is_a_models_name(client: Any, served: dict[str, Path]) -> None:
+    assert {model.id for model in client.models.list()} >= {"base", "l1"}
+    for name in ("base", "l1"):
+        assert complete(client, name) == written_by_us(served, name)
+    streamed = client.completions.create(
+        model="l1", prompt=PROMPT, max_tokens=12, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in streamed) == written_by_us(served, "l1")
+    half = complete(client, "l1", extra_body={"vllm_xargs": {"reft_scale": 0.5}})
+    assert half == written_by_us(served, "l1", 0.5)
+
+
+def test_adapters_come_under_traffic_and_mistakes_are_the_clients(
+    client: Any, served: dict[str, Path]
+) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        names = ["base", "l1"] * 16
+        running = [pool.submit(complete, client, name) for name in names]
+        load(client, "all", served["all"])
+        for mistake, (_, message) in ALL_MISTAKES.items():
+            with pytest.raises(openai.BadRequestError, match=message):
+                load(client, "wrong", served[mistake])
+        with pytest.raises(openai.NotFoundError, match="wrong"):
+            complete(client, "wrong")
+        with pytest.raises(openai.BadRequestError, match="expected a finite number"):
+            complete(client, "l1", extra_body={"vllm_xargs": {"reft_scale": "much"}})
+        answers = [one.result() for one in running]
+    ours = {name: written_by_us(served, name) for name in ("base", "l1", "all")}
+    assert answers == [ours[name] for name in names]
+    assert complete(client, "all") == ours["all"]
+    assert len(set(ours.values())) == 3
+
+
+def test_clients_that_leave_harm_nobody(client: Any, served: dict[str, Path]) -> None:
+    load(client, "all", served["all"])
+    ours = {name: written_by_us(served, name) for name in ("base", "l1", "all")}
+
+    def leave_or_read(number: int) -> bool:
+        name = ("base", "l1", "all")[number % 3]
+        if number % 4:
+            return complete(client, name) == ours[name]
+        stream = client.completions.create(
+            model=name, prompt=PROMPT, max_tokens=60, temperature=0, stream=True
+        )
+        next(iter(stream))
+        stream.close()
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(leave_or_read, range(96)))
+
+
+# -- two minutes of it ----------------------------------------------------------------------------
+
+
+class Traffic:
+    """Clients of all kinds, up to a time."""
+
+    def __init__(self, url: str, ours: dict[str, str], seconds: float) -> None:
+        self.client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+        self.ours, self.end = ours, time.monotonic() + seconds
+        self.read = self.left = self.loaded = 0
+
+    def goes_on(self) -> bool:
+        return time.monotonic() < self.end
+
+    async def reader_or_leaver(self, number: int) -> None:
+        draw = random.Random(number)
+        create = self.client.completions.create
+        while self.goes_on():
+            name = draw.choice(list(self.ours))
+            request = {"model": name, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+            match draw.choice(["whole", "stream", "leave", "cancel"]):
+                case "whole":
+                    assert (await create(**request)).choices[0].text == self.ours[name]
+                    self.read += 1
+                case "stream":
+                    chunks = await create(**request, stream=True)
+                    assert "".join([one.choices[0].text async for one in chunks]) == self.ours[name]
+                    self.read += 1
+                case "leave":
+                    chunks = await create(**request, stream=True)
+                    for _ in range(draw.randint(1, 6)):
+                        await anext(aiter(chunks), None)
+                    await chunks.close()
+                    self.left += 1
+                case "cancel":
+                    coming = asyncio.ensure_future(create(**request))
+                    await asyncio.wait([coming], timeout=draw.random() / 2)
+                    coming.cancel()
+                    await asyncio.wait([coming])
+                    done = coming.cancelled() or coming.result().choices[0].text
+                    assert done in (True, self.ours[name])
+                    self.left += 1
+
+    async def adapters_that_come_and_go(self, path: Path) -> None:
+        """Each of half a megabyte, used once, unloaded, and gone from disk."""
+        base = rn.load_tiny_model()[0]
+        entry = {"layer": "all", "intervention": "adapter", "low_rank_dimension": 128}
+        while self.goes_on():
+            torch.manual_seed(self.loaded)
+            save(rn.get_reft_model(base, rn.ReftConfig([entry])), path)
+            loading = {"lora_name": "passing", "lora_path": str(path)}
+            await self.client.post("/load_lora_adapter", body=loading, cast_to=str)
+            await self.client.completions.create(model="passing", prompt=PROMPT, max_tokens=4)
+            unloading = {"lora_name": "passing"}
+            await self.client.post("/unload_lora_adapter", body=unloading, cast_to=str)
+            shutil.rmtree(path)
+            self.loaded += 1
+
+
+async def watched(traffic: Traffic, group: int) -> list[int]:
+    """Each second, the bytes of memory of the processes of a group."""
+    found = []
+    while traffic.goes_on():
+        processes = [one for one in psutil.process_iter() if os.getpgid(one.pid) == group]
+        found.append(sum(one.memory_info().rss for one in processes))
+        await asyncio.sleep(1)
+    return found
+
+
+@pytest.mark.slow
+def test_64_clients_for_two_minutes_of_whom_many_leave(
+    server: Any, client: Any, served: dict[str, Path], tmp_path: Path
+) -> None:
+    """While adapters come and go: nobody reads another's text, and nothing piles up."""
+    process, url = server
+    load(client, "all", served["all"])
+    ours = {name: written_by_us(served, name) for name in ("base", "l1", "all")}
+    traffic = Traffic(url, ours, seconds=120)
+
+    async def all_of_it() -> list[int]:
+        memory, *_ = await asyncio.gather(
+            watched(traffic, process.pid),
+            traffic.adapters_that_come_and_go(tmp_path / "passing"),
+            *[traffic.reader_or_leaver(number) for number in range(64)],
+        )
+        return memory
+
+    memory = asyncio.run(all_of_it())
+    megabytes = [round(one / 2**20) for one in memory]
+    print(traffic.read, traffic.left, traffic.loaded, megabytes[::10])
+    assert process.poll() is None
+    assert min(traffic.read, traffic.left) > 200
+    third = len(megabytes) // 3
+    grown = statistics.median(megabytes[-third:]) - statistics.median(megabytes[third : 2 * third])
+    assert traffic.loaded > 20
+    assert grown < 8  # MiB
