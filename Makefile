@@ -22,7 +22,7 @@ $(VENV)-quantised/.test: pyproject.toml constraints.txt
 
 # Apart from the rest, since vLLM has versions of its own of what we need. Its build for CPUs.
 test-vllm: $(VENV)-vllm/.test
-	$(<D)/bin/python -m pytest tests/test_vllm.py
+	$(<D)/bin/python -m pytest -m 'slow or not slow' tests/test_vllm.py tests/test_vllm_server.py
 
 $(VENV)-vllm/.test: pyproject.toml constraints.txt tests/requirements-vllm.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

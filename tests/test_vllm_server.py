@@ -259,6 +259,7 @@ def test_64_clients_for_two_minutes_of_whom_many_leave(
             traffic.adapters_that_come_and_go(tmp_path / "passing"),
             *[traffic.reader_or_leaver(number) for number in range(64)],
         )
+        await traffic.client.close()
         return memory
 
     memory = asyncio.run(all_of_it())
