@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .bench.workload import Workload
 from .decoding import Decoding
 from .recipe import Recipe
-from .run_files import ADAPTER, json_text
+from .run_files import json_text
 from .study.grid import Study
 
 if TYPE_CHECKING:
@@ -170,11 +170,35 @@ def serve(
         dtype: of the base, such as bfloat16.
         device: cpu, cuda, …; auto takes a GPU where there is one.
     """
+    from .loading import name_of
     from .serve import serve as start_server
 
-    name = Path(adapter).parent.name if Path(adapter).name == ADAPTER else Path(adapter).name
-    adapters = {name: adapter} | (others or {})
+    adapters = {name_of(adapter): adapter} | (others or {})
     start_server(adapters, model, host=host, port=port, dtype=dtype, device=device)
+
+
+def playground(
+    source: str,
+    others: dict[str, str] | None = None,
+    model: str | None = None,
+    host: str = "localhost",
+    port: int = 7860,
+    device: str = "auto",
+) -> None:
+    """Open a page in the browser: base and adapters side by side, scaled, in parts, and noised.
+
+    Args:
+        source: directory of a run or an adapter, or a hub name; or the address of a running server
+            of the OpenAI API, such as http://localhost:8000/v1.
+        others: further adapters of that base by name, as --others.polite runs/polite.
+        model: the base, where it lies elsewhere than when the adapter was saved.
+        host: of the page.
+        port: likewise.
+        device: cpu, cuda, …; auto takes a GPU where there is one.
+    """
+    from .playground.run import run_playground
+
+    run_playground(source, others or {}, model, host=host, port=port, device=device)
 
 
 def inspect_adapter(directory: str, json: bool = False) -> None:
@@ -321,6 +345,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "playground": playground,
     "eval": evaluate,
     "study": study,
     "report": report,

@@ -158,6 +158,12 @@ def num_layers(model: PreTrainedModel, stack: Stack | None = None) -> int:
     return len(find_layers(model, stack))
 
 
+def layer_of(model: PreTrainedModel, site: Site) -> int | None:
+    """The number of the layer that a site is of or in; None for one outside of the layers."""
+    layers = find_layers(model, site.stack)
+    return next((n for n, layer in enumerate(layers) if site.module in layer.modules()), None)
+
+
 def hidden_size(model: PreTrainedModel) -> int:
     """The width of the residual stream, d."""
     width = getattr(_text_config(model), "hidden_size", None)

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .chunks import Pass
+from .components import layer_of
 from .engine import Engine
 from .hints import nearest
 from .locating import Locator
 from .placement import place_units
-from .positions import UnitLocations
+from .positions import POSITION_FIELDS, UnitLocations
 from .saving import load_weights, read_adapter
-from .stacking import FrozenAdapter, Slot, stack
+from .stacking import FrozenAdapter, Place, Slot, stack
 
 AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 """An adapter, the sum of several, or of several each times a scale; None for the bare base."""
@@ -98,15 +99,48 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
             ValueError: the adapter is damaged, for another base, or has weights of the base; or the
                 name is taken for the model's own units.
         """
-        if not isinstance(name, str) or not name or name == OWN:
-            raise ValueError(f"adapter name {name!r}: expected a name other than {OWN!r}")
+        self._expect_free(name)
         files = [CONFIG_NAME, WEIGHTS_NAME]
         found = local_directory(directory, files, revision=revision, token=token)
         frozen = freeze(read_adapter(found, self._base), self._base)
         frozen.weights = frozen.weights.to(self._base.device)
-        frozen.slots = self._slots.setdefault(frozen.slots, frozen.slots)
-        self._forget(self._adapters.get(name))
-        self._adapters[name] = frozen
+        self._put(name, frozen)
+
+    def derive(
+        self,
+        name: str,
+        source: str,
+        *,
+        layers: Collection[int] | None = None,
+        positions: Collection[str] | None = None,
+    ) -> None:
+        """Add a part of an adapter as one of its own, to see what the part does.
+
+        Args:
+            name: of the part. An adapter of that name is replaced.
+            source: of the whole; `default` for the model's own units.
+            layers: whose edits it keeps, beside those outside of layers; None for all.
+            positions: of the fields `first`, `last`, `all`, `decode` and `indices` of `Positions`,
+                those where it goes on editing; None for all.
+
+        Raises:
+            ValueError: the source is not loaded, the name is taken for the model's own units, or a
+                position has another name.
+        """
+        self._expect_free(name)
+        for field in positions or ():
+            if field not in POSITION_FIELDS:
+                raise ValueError(f"positions {field!r}; {nearest(field, POSITION_FIELDS)}")
+
+        def keep(place: Place) -> Place | None:
+            layer = layer_of(self._base, place.site)
+            if layers is not None and layer is not None and layer not in layers:
+                return None
+            kept = place.positions if positions is None else place.positions.only(positions)
+            return place._replace(positions=kept) if kept.edits_prompt or kept.decode else None
+
+        ((whole,),) = self._chosen([{source: 1.0}])[1:]
+        self._put(name, whole.part(keep))
 
     def delete(self, name: str) -> None:
         """Forget an adapter.
@@ -118,6 +152,15 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
             raise ValueError(f"adapter {name!r} is active: set_adapter another first")
         self._forget(self._find(name))
         del self._adapters[name]
+
+    def _expect_free(self, name: str) -> None:
+        if not isinstance(name, str) or not name or name == OWN:
+            raise ValueError(f"adapter name {name!r}: expected a name other than {OWN!r}")
+
+    def _put(self, name: str, adapter: FrozenAdapter) -> None:
+        adapter.slots = self._slots.setdefault(adapter.slots, adapter.slots)
+        self._forget(self._adapters.get(name))
+        self._adapters[name] = adapter
 
     def _find(self, name: str) -> FrozenAdapter:
         if name not in self._adapters:

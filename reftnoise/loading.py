@@ -1,12 +1,13 @@
 """Load an adapter together with the base that it names."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from . import yaml_text
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .bases import load_base
-from .model import ReftModel
+from .model import ReftModel, get_reft_model
 from .run_files import ADAPTER, RECIPE
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
@@ -56,6 +57,42 @@ def load_adapted(
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{name}, the adapter's base: {reason}") from None
     return ReftModel.from_pretrained(base, directory), tokenizer
+
+
+def load_library(
+    adapters: Mapping[str, str | Path],
+    model: str | None = None,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> tuple[ReftModel, Any]:
+    """A base with several adapters by name, in evaluation mode, and its tokenizer.
+
+    Args:
+        adapters: directories of runs or adapters, or hub names, by the name that each gets.
+        model: the base; by default that of the first adapter.
+        dtype: of the base, as in `load_base`.
+        device: for both, as in `load_base`.
+
+    Raises:
+        OSError: no such adapter or base.
+        ValueError: an adapter is damaged, or for another base.
+    """
+    directories = {name: adapter_directory(one) for name, one in adapters.items()}
+    known = {"model": model} if model else base_of(next(iter(directories.values())))
+    if dtype is not None:
+        known["dtype"] = dtype
+    base, tokenizer = load_base(known.pop("model"), device=device, **known)
+    reft_model = get_reft_model(base)
+    for name, directory in directories.items():
+        reft_model.load_adapter(directory, name)
+    return reft_model.eval(), tokenizer
+
+
+def name_of(adapter: str | Path) -> str:
+    """What to call an adapter: its directory's or repository's name, or its run's."""
+    path = Path(adapter)
+    return path.parent.name if path.name == ADAPTER else path.name
 
 
 def adapter_directory(adapter: str | Path) -> Path:

@@ -6,8 +6,8 @@ difference. Everything is vectorised over the batch and stays on the batch's dev
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,10 @@ class Positions:
         counts = [f"{c}{n}" for c, n in (("f", self.first), ("l", self.last)) if n]
         return "+".join(counts + [w for w in ("all", "decode") if getattr(self, w)])
 
+    def only(self, names: Collection[str]) -> "Positions":
+        """Those of some fields: `first`, `last`, `all`, `decode`, `indices`."""
+        return Positions(**{name: getattr(self, name) for name in names})
+
     def split(self) -> "list[Positions]":
         """Prefix and the rest, for interventions with weights of their own for each."""
         if not (self.first and self.last):
@@ -119,6 +123,9 @@ class Positions:
     def is_dense(self) -> bool:
         """Whether the number of positions grows with the sequence."""
         return self.all or self.decode
+
+
+POSITION_FIELDS = tuple(field.name for field in fields(Positions))
 
 
 def _syntax_error(spec: str, column: int, expected: str) -> ValueError:

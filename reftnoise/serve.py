@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from .bases import load_base
 from .hints import nearest
-from .loading import adapter_directory, base_of
-from .model import ReftModel, get_reft_model
+from .loading import load_library
+from .model import ReftModel
 
 try:
     from fastapi import HTTPException
@@ -115,12 +114,5 @@ def serve(
     """
     if BASE in adapters:
         raise ValueError(f"adapter name {BASE!r}: that is the model without an adapter")
-    directories = {name: adapter_directory(one) for name, one in adapters.items()}
-    known = {"model": model} if model else base_of(next(iter(directories.values())))
-    if dtype is not None:
-        known["dtype"] = dtype
-    base, tokenizer = load_base(known.pop("model"), device=device, **known)
-    reft_model = get_reft_model(base)
-    for name, directory in directories.items():
-        reft_model.load_adapter(directory, name)
+    reft_model, tokenizer = load_library(adapters, model, dtype=dtype, device=device)
     start(reft_model, tokenizer, host=host, port=port)

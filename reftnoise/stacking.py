@@ -1,7 +1,7 @@
 """Adapters for inference: small at rest, side by side when they act."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,8 +56,7 @@ class FrozenAdapter:
         Raises:
             ValueError: a unit of a class without `factors`.
         """
-        slots: list[Slot] = []
-        tensors: list[Tensor] = []
+        parts: list[tuple[Place, Factors]] = []
         for one in units:
             if isinstance(one.unit, NoiseIntervention):
                 continue
@@ -67,9 +66,16 @@ class FrozenAdapter:
                     "adapters: derive it from LowRankIntervention"
                 )
             assert one.positions is not None
-            with torch.no_grad():
-                down, bias, up, acts = one.unit.factors()
             place = Place(one.site, one.positions, one.prefix, one.suffix)
+            with torch.no_grad():
+                parts.append((place, one.unit.factors()))
+        return cls._joined(parts)
+
+    @classmethod
+    def _joined(cls, parts: Iterable[tuple[Place, Factors]]) -> "FrozenAdapter":
+        slots: list[Slot] = []
+        tensors: list[Tensor] = []
+        for place, (down, bias, up, acts) in parts:
             rank, width = down.shape
             slots.append(Slot(place, rank, width, acts))
             tensors += [down.flatten(), bias, up.flatten()]
@@ -83,6 +89,11 @@ class FrozenAdapter:
             down, bias, up = next(parts), next(parts), next(parts)
             shape = slot.rank, slot.width
             yield slot.place, Factors(down.view(shape), bias, up.view(shape), slot.acts)
+
+    def part(self, keep: Callable[[Place], Place | None]) -> "FrozenAdapter":
+        """Its units at the places that `keep` makes of theirs, without those that have none."""
+        kept = ((keep(place), factors) for place, factors in self.factors())
+        return self._joined((place, factors) for place, factors in kept if place is not None)
 
 
 def stack(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:

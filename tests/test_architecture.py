@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MATHS = sorted((ROOT / "interventions").glob("*.py"))
 SYSTEM = [
     path
-    for folder in (".", "bench", "integrations", "report", "study", "tasks")
+    for folder in (".", "bench", "integrations", "playground", "report", "study", "tasks")
     for path in sorted((ROOT / "reftnoise" / folder).glob("*.py"))
 ]
 
@@ -48,7 +48,7 @@ LAYERS = [
     {"demo", "bench", "pyreft_directory", "convert", "integrations"},
     {"evaluation", "inspection", "steering", "loading", "describe"},
     {"answers"},
-    {"chat", "serve", "runs", "run_directory", "run_evaluation", "printing"},
+    {"chat", "playground", "serve", "runs", "run_directory", "run_evaluation", "printing"},
     {"study"},
     {"report"},
     {"commands"},

@@ -1,0 +1,317 @@
+"""The playground in a real browser, against our own `generate`."""
+
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reftnoise as rn
+from reftnoise.decoding import Decoding
+from reftnoise.inspection import edit_norms
+from reftnoise.playground.asking import BASE, NO_NOISE, TOGETHER, Question
+from reftnoise.playground.local import LocalModel
+
+for needed in ("gradio", "openai"):
+    pytest.importorskip(needed, reason=f"needs {needed}: pip install 'reftnoise[web]'")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PROMPT = "Where does a bear live?"
+TOKENS = 12
+PLACES = {"polite": ("l1", "all"), "emoji": ("all+decode", "0-2")}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for seed, (name, (positions, layer)) in enumerate(PLACES.items()):
+        torch.manual_seed(seed)
+        entry = {"layer": layer, "intervention": "loreft", "low_rank_dimension": 2}
+        config = rn.ReftConfig([entry | {"positions": positions}])
+        reft_model = rn.get_reft_model(rn.load_tiny_model()[0], config)
+        with torch.no_grad():
+            for key, parameter in reft_model.interventions.named_parameters():
+                if "rotate_layer" not in key:
+                    parameter.normal_(std=0.5)
+        found[name] = tmp_path_factory.mktemp(name)
+        reft_model.save_pretrained(found[name])
+    return found
+
+
+@pytest.fixture
+def library(adapters: dict[str, Path]) -> tuple[rn.ReftModel, Any]:
+    model, tokenizer = rn.load_tiny_model()
+    reft_model = rn.get_reft_model(model)
+    for name, path in adapters.items():
+        reft_model.load_adapter(path, name)
+    return reft_model.eval(), tokenizer
+
+
+@pytest.fixture
+def local(library: tuple[rn.ReftModel, Any]) -> LocalModel:
+    return LocalModel(*library, title="tiny-chat")
+
+
+def written(library: tuple[rn.ReftModel, Any], choice: Any, count: int = TOKENS) -> str:
+    """What `generate` writes after the prompt as it is."""
+    reft_model, tokenizer = library
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    tokens = reft_model.generate(
+        **ids, adapter_names=[choice], max_new_tokens=count, do_sample=False
+    )
+    return tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def question(**settings: Any) -> Question:
+    decoding = Decoding(template="plain", max_new_tokens=TOKENS)
+    return Question(**{"prompt": PROMPT, "names": [BASE, *PLACES], "decoding": decoding} | settings)
+
+
+def last(local: LocalModel, **settings: Any) -> dict[str, str]:
+    *_, answers = local.answers(question(**settings))
+    return {name: answer.text for name, answer in answers.items()}
+
+
+# -- a model here --------------------------------------------------------------------------------
+
+
+def test_rows_are_what_generate_writes(local: LocalModel, library: Any) -> None:
+    assert local.names == [BASE, "polite", "emoji", TOGETHER]
+    assert (local.layers, local.positions) == ([0, 1, 2, 3], ["last", "all", "decode"])
+    texts = last(local, names=local.names, scales={"emoji": 0.5})
+    choices = [None, "polite", {"emoji": 0.5}, {"polite": 1.0, "emoji": 0.5}]
+    assert list(texts.values()) == [written(library, choice) for choice in choices]
+    assert len(set(texts.values())) == 4
+
+
+def test_answers_grow(local: LocalModel) -> None:
+    texts = [answers["emoji"].text for answers in local.answers(question())]
+    assert len(texts) > 1
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+
+
+@pytest.mark.parametrize(
+    ("part", "kept"),
+    [
+        ({"layers": []}, {}),
+        ({"layers": [0, 3]}, {"polite": ("l1", [0, 3]), "emoji": ("all+decode", [0])}),
+        ({"positions": ["all"]}, {"emoji": ("all", [0, 1, 2])}),
+        ({"positions": ["last"], "layers": [1]}, {"polite": ("l1", [1])}),
+    ],
+)
+def test_layers_and_positions_are_turned_off(
+    local: LocalModel, library: Any, adapters: dict[str, Path], part: Any, kept: Any
+) -> None:
+    """Against adapters of which the same units are left."""
+    expected = {name: written(library, None) for name in [BASE, *PLACES]}
+    for name, (positions, layers) in kept.items():
+        whole = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], adapters[name])
+        entry = {"intervention": "loreft", "low_rank_dimension": 2, "positions": positions}
+        config = rn.ReftConfig([entry | {"layer": layer} for layer in layers])
+        less = rn.get_reft_model(rn.load_tiny_model()[0], config).eval()
+        units = {str(one.site): one.unit for one in whole._engine.units}
+        for one in less._engine.units:
+            one.unit.load_state_dict(units[str(one.site)].state_dict())
+        expected[name] = written((less, library[1]), "default")
+    assert last(local, **part) == expected
+
+
+def test_noise_is_one_draw_for_all_answers(local: LocalModel, library: Any) -> None:
+    assert last(local, noise="symnoise", alpha=0.0) == last(local, noise=NO_NOISE)
+    for noise in ("neftune", "symnoise", "gaussian", "bernoulli"):
+        noisy = last(local, noise=noise, alpha=400.0)
+        assert noisy == last(local, noise=noise, alpha=400.0)
+        assert noisy[BASE] != written(library, None)
+        assert last(local, noise=noise, alpha=400.0, scales={"emoji": 0.0})["emoji"] == noisy[BASE]
+
+
+def test_norms_are_those_of_the_prompt_and_of_the_answer(
+    local: LocalModel, library: Any, adapters: dict[str, Path]
+) -> None:
+    *_, answers = local.answers(question())
+    assert answers[BASE].norms is None
+    for name in PLACES:
+        norms = answers[name].norms
+        whole = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], adapters[name])
+        text = PROMPT + answers[name].text if name == "emoji" else PROMPT
+        expected = edit_norms(whole, library[1], text)
+        width = min(len(expected.tokens), len(norms.tokens))
+        assert norms.prompt <= width
+        assert norms.sites == expected.sites
+        torch.testing.assert_close(norms.values[:, :width], expected.norms[:, :width])
+        is_after = torch.arange(len(norms.tokens)) >= norms.prompt
+        assert norms.values[:, is_after].any() == (name == "emoji")
+
+
+def test_who_stops_reading_stops_the_model(local: LocalModel) -> None:
+    before = threading.active_count()
+    answers = local.answers(question(decoding=Decoding(template="plain", max_new_tokens=200)))
+    next(answers)
+    answers.close()
+    assert threading.active_count() == before
+    assert last(local)[BASE]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"names": []}, "choose who answers"),
+        ({"decoding": Decoding(template="plain", max_new_tokens=10_000)}, "has room for 0"),
+        ({"decoding": Decoding(template="{nothing}")}, "expected plain, chat, alpaca"),
+        ({"noise": "neftun"}, "neftune"),
+        ({"positions": ["prompt"]}, "positions 'prompt'"),
+    ],
+)
+def test_mistakes_are_said(local: LocalModel, settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        last(local, **settings)
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def opened(*arguments: str) -> Iterator[Any]:
+    """A page of the command in Chromium, which asks nobody but the page's server for anything."""
+    command = [sys.executable, "-m", "reftnoise", "playground", *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(free_port())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(rn.__file__).parents[1])}
+    asked: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("The page is at http://127.0.0.1"), line
+            address = line.split()[4].rstrip(";")
+            with playwright.sync_playwright() as driver:
+                browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+                page = browser.new_page(viewport={"width": 1280, "height": 1000})
+                page.on("request", lambda request: asked.append(request.url))
+                page.goto(address)
+                page.wait_for_selector("#prompt textarea")
+                yield page
+                browser.close()
+        finally:
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def until(is_so: Callable[[], Any], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def ask(page: Any) -> None:
+    page.fill("#prompt textarea", PROMPT)
+    page.press("#prompt textarea", "Enter")
+
+
+def texts(page: Any, count: int = 4) -> list[str]:
+    """Of those who are on the page."""
+    boxes = [page.locator(f"#answer-{n} textarea") for n in range(count)]
+    return [box.input_value() for box in boxes if box.count()]
+
+
+def fill(page: Any, box: str, value: str) -> None:
+    page.fill(f"{box} input[type=number]", value)
+    page.press(f"{box} input[type=number]", "Tab")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_page_shows_answers_norms_and_mistakes(adapters: dict[str, Path], library: Any) -> None:
+    choices = [None, "polite", "emoji", ["polite", "emoji"]]
+    answers = [written(library, choice) for choice in choices]
+    half = written(library, {"emoji": 0.5})
+    with opened(
+        str(adapters["polite"]), "--others.emoji", str(adapters["emoji"]), "--model", "tiny-chat"
+    ) as page:
+        page.click("text=How answers are drawn")
+        fill(page, "#new-tokens", str(TOKENS))
+        page.fill("#template input", "plain")
+        page.press("#template input", "Enter")
+        ask(page)
+        until(lambda: texts(page) == answers)
+        until(lambda: page.locator("#norms-2 tbody tr").count() == 3)
+        assert page.locator("#norms-2 td.new[title]").count() > 0
+        assert page.locator("#norms-0").inner_text().strip() == "No edits."
+        fill(page, "#scale-2", "0.5")
+        ask(page)
+        until(lambda: texts(page)[2] == half)
+        for box in page.locator("#layers input").all():
+            box.uncheck()
+        page.locator("#names input").last.uncheck()
+        page.click("#ask")
+        until(lambda: texts(page) == answers[:1] * 3)
+        page.fill("#prompt textarea", " ")
+        page.click("#ask")
+        page.wait_for_selector("text=the prompt is empty")
+        for box in page.locator("#layers input").all():
+            box.check()
+        stops_where_it_is(page)
+
+
+def stops_where_it_is(page: Any) -> None:
+    """With edits that are too strong for an end of text."""
+    fill(page, "#scale-2", "2")
+    fill(page, "#new-tokens", "240")
+    ask(page)
+    until(lambda: len(texts(page)[2]) > 20)
+    page.click("#stop")
+    time.sleep(1)
+    stopped = texts(page)
+    time.sleep(1)
+    assert texts(page) == stopped
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_page_asks_a_server(library: Any) -> None:
+    """Of transformers, with our adapters as models."""
+    pytest.importorskip("fastapi")
+    from reftnoise.serve import start
+
+    port = free_port()
+    server = start(*library, host="127.0.0.1", port=port, waits=False)
+    try:
+        until(lambda: server.server.started)
+        with opened(f"http://127.0.0.1:{port}/v1") as page:
+            names = page.locator("#names label").all_inner_texts()
+            assert sorted(names) == [BASE, "emoji", "polite"]
+            page.click("text=How answers are drawn")
+            fill(page, "#new-tokens", str(TOKENS))
+            page.fill("#template input", "plain")
+            page.press("#template input", "Enter")
+            ask(page)
+            expected = [written(library, None if name == BASE else name) for name in names]
+            until(lambda: texts(page, 3) == expected)
+            assert page.locator("#layers").count() == page.locator("#noise").count() == 0
+    finally:
+        server.kill_server()
+
+
+def test_a_server_that_is_not_there() -> None:
+    from reftnoise.playground.server import Server
+
+    with pytest.raises(ConnectionError, match="no server of the OpenAI API there"):
+        Server(f"http://127.0.0.1:{free_port()}/v1")
