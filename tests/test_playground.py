@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ PLACES = {"polite": ("l1", "all"), "emoji": ("all+decode", "0-2")}
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
+    folder = tmp_path_factory.mktemp("adapters")
     for seed, (name, (positions, layer)) in enumerate(PLACES.items()):
         torch.manual_seed(seed)
         entry = {"layer": layer, "intervention": "loreft", "low_rank_dimension": 2}
@@ -46,9 +47,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             for key, parameter in reft_model.interventions.named_parameters():
                 if "rotate_layer" not in key:
                     parameter.normal_(std=0.5)
-        found[name] = tmp_path_factory.mktemp(name)
-        reft_model.save_pretrained(found[name])
-    return found
+        reft_model.save_pretrained(folder / name)
+    return {name: folder / name for name in PLACES}
 
 
 @pytest.fixture
@@ -190,30 +190,51 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def chosen(adapters: dict[str, Path]) -> list[str]:
+    """Arguments that name the adapters."""
+    polite, emoji = adapters["polite"], adapters["emoji"]
+    return [str(polite), "--others.emoji", str(emoji), "--model", "tiny-chat"]
+
+
 @contextmanager
-def opened(*arguments: str) -> Iterator[Any]:
-    """A page of the command in Chromium, which asks nobody but the page's server for anything."""
-    command = [sys.executable, "-m", "reftnoise", "playground", *arguments]
-    command += ["--host", "127.0.0.1", "--port", str(free_port())]
+def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs until it is interrupted."""
     environment = {**os.environ, "PYTHONPATH": str(Path(rn.__file__).parents[1])}
-    asked: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    line = [sys.executable, "-m", "reftnoise", *arguments]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            line = process.stdout.readline()
-            assert line.startswith("The page is at http://127.0.0.1"), line
-            address = line.split()[4].rstrip(";")
-            with playwright.sync_playwright() as driver:
-                browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-                page = browser.new_page(viewport={"width": 1280, "height": 1000})
-                page.on("request", lambda request: asked.append(request.url))
-                page.goto(address)
-                page.wait_for_selector("#prompt textarea")
-                yield page
-                browser.close()
+            yield process
         finally:
             process.send_signal(signal.SIGINT)
     assert process.returncode == 130
+
+
+@contextmanager
+def opened(*arguments: str) -> Iterator[Any]:
+    """A page in Chromium, which asks nobody but the page's server for anything."""
+    port = ("--host", "127.0.0.1", "--port", str(free_port()))
+    asked: list[str] = []
+    with command("playground", *arguments, *port) as process:
+        line = process.stdout.readline()
+        assert line.startswith("The page is at http://127.0.0.1"), line
+        address = line.split()[4].rstrip(";")
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1280, "height": 1000})
+            page.on("request", lambda request: asked.append(request.url))
+            page.goto(address)
+            page.wait_for_selector("#prompt textarea")
+            yield page
+            browser.close()
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 def until(is_so: Callable[[], Any], seconds: float = 60) -> None:
@@ -244,9 +265,7 @@ def test_a_page_shows_answers_norms_and_mistakes(adapters: dict[str, Path], libr
     choices = [None, "polite", "emoji", ["polite", "emoji"]]
     answers = [written(library, choice) for choice in choices]
     half = written(library, {"emoji": 0.5})
-    with opened(
-        str(adapters["polite"]), "--others.emoji", str(adapters["emoji"]), "--model", "tiny-chat"
-    ) as page:
+    with opened(*chosen(adapters)) as page:
         page.click("text=How answers are drawn")
         fill(page, "#new-tokens", str(TOKENS))
         page.fill("#template input", "plain")
@@ -286,16 +305,13 @@ def stops_where_it_is(page: Any) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_page_asks_a_server(library: Any) -> None:
+def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
     """Of transformers, with our adapters as models."""
     pytest.importorskip("fastapi")
-    from reftnoise.serve import start
-
-    port = free_port()
-    server = start(*library, host="127.0.0.1", port=port, waits=False)
-    try:
-        until(lambda: server.server.started)
-        with opened(f"http://127.0.0.1:{port}/v1") as page:
+    address = f"http://127.0.0.1:{(port := free_port())}/v1"
+    with command("serve", *chosen(adapters), "--host", "127.0.0.1", "--port", str(port)):
+        until(lambda: is_up(f"{address}/models"))
+        with opened(address) as page:
             names = page.locator("#names label").all_inner_texts()
             assert sorted(names) == [BASE, "emoji", "polite"]
             page.click("text=How answers are drawn")
@@ -306,8 +322,6 @@ def test_a_page_asks_a_server(library: Any) -> None:
             expected = [written(library, None if name == BASE else name) for name in names]
             until(lambda: texts(page, 3) == expected)
             assert page.locator("#layers").count() == page.locator("#noise").count() == 0
-    finally:
-        server.kill_server()
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -1,5 +1,6 @@
 """The page: a prompt, an answer of each model, and what is turned on."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,7 +83,10 @@ def launch(page: gr.Blocks, *, host: str, port: int, waits: bool = True) -> str:
     )  # fmt: skip
     if waits:
         print(f"The page is at {address}; Ctrl-C ends it.", flush=True)
-        page.block_thread()
+        try:
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
     return address
 
 
