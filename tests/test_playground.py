@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,11 @@ from reftnoise.inspection import edit_norms
 from reftnoise.playground.asking import BASE, NO_NOISE, TOGETHER, Question
 from reftnoise.playground.local import LocalModel
 
-for needed in ("gradio", "openai"):
-    pytest.importorskip(needed, reason=f"needs {needed}: pip install 'reftnoise[web]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_a_browser = pytest.mark.skipif(
+    CHROMIUM is None or None in map(find_spec, ("gradio", "openai", "playwright")),
+    reason="needs Chromium, playwright, and reftnoise[web]",
+)
 PROMPT = "Where does a bear live?"
 TOKENS = 12
 PLACES = {"polite": ("l1", "all"), "emoji": ("all+decode", "0-2")}
@@ -212,13 +212,15 @@ def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 @contextmanager
 def opened(*arguments: str) -> Iterator[Any]:
     """A page in Chromium, which asks nobody but the page's server for anything."""
+    from playwright.sync_api import sync_playwright
+
     port = ("--host", "127.0.0.1", "--port", str(free_port()))
     asked: list[str] = []
     with command("playground", *arguments, *port) as process:
         line = process.stdout.readline()
         assert line.startswith("The page is at http://127.0.0.1"), line
         address = line.split()[4].rstrip(";")
-        with playwright.sync_playwright() as driver:
+        with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1280, "height": 1000})
             page.on("request", lambda request: asked.append(request.url))
@@ -260,7 +262,7 @@ def fill(page: Any, box: str, value: str) -> None:
     page.press(f"{box} input[type=number]", "Tab")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_a_browser
 def test_a_page_shows_answers_norms_and_mistakes(adapters: dict[str, Path], library: Any) -> None:
     choices = [None, "polite", "emoji", ["polite", "emoji"]]
     answers = [written(library, choice) for choice in choices]
@@ -304,10 +306,10 @@ def stops_where_it_is(page: Any) -> None:
     assert texts(page) == stopped
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_a_browser
 def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
     """Of transformers, with our adapters as models."""
-    pytest.importorskip("fastapi")
+    pytest.importorskip("fastapi", reason="needs fastapi: pip install 'reftnoise[serve]'")
     address = f"http://127.0.0.1:{(port := free_port())}/v1"
     with command("serve", *chosen(adapters), "--host", "127.0.0.1", "--port", str(port)):
         until(lambda: is_up(f"{address}/models"))
@@ -325,6 +327,7 @@ def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
 
 
 def test_a_server_that_is_not_there() -> None:
+    pytest.importorskip("openai", reason="needs openai: pip install 'reftnoise[web]'")
     from reftnoise.playground.server import Server
 
     with pytest.raises(ConnectionError, match="no server of the OpenAI API there"):
