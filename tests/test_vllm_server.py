@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ import torch
 from served_adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
 
 import reftnoise as rn
+from reftnoise.decoding import Decoding
+from reftnoise.playground.asking import Question
 
 pytest.importorskip("vllm", reason="needs vllm: see README, Serving in vLLM")
 openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
+
+from reftnoise.playground.server import Server  # noqa: E402  # which needs openai
 
 ALL_MISTAKES = MISTAKES | SEEN_BY_THE_ENGINE
 
@@ -132,6 +137,20 @@ def test_an_adapter_is_a_models_name(client: Any, served: dict[str, Path]) -> No
     assert "".join(chunk.choices[0].text for chunk in streamed) == written_by_us(served, "l1")
     half = complete(client, "l1", extra_body={"vllm_xargs": {"reft_scale": 0.5}})
     assert half == written_by_us(served, "l1", 0.5)
+
+
+def test_a_playground_asks_it(server: Any, served: dict[str, Path]) -> None:
+    answerer = Server(server[1])
+    assert {"base", "l1"} <= set(answerer.names)
+    assert "l1" in answerer.scaled
+    assert "base" not in answerer.scaled
+    decoding = Decoding(template="plain", max_new_tokens=12)
+    question = Question(PROMPT, ["base", "l1"], {"l1": 0.5}, decoding)
+    *_, answers = answerer.answers(question)
+    assert answers["base"].text == written_by_us(served, "base")
+    assert answers["l1"].text == written_by_us(served, "l1", 0.5)
+    with pytest.raises(ValueError, match="nobody: "):
+        list(answerer.answers(replace(question, names=["nobody"])))
 
 
 def test_adapters_come_under_traffic_and_mistakes_are_the_clients(

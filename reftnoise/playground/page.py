@@ -18,7 +18,7 @@ NOISES = (NO_NOISE, "neftune", "symnoise", "gaussian", "bernoulli")
 TEMPLATES = ("chat", "plain", "alpaca")
 POSITIONS = {
     "first": "the prompt's first tokens",
-    "last": "its last tokens",
+    "last": "the prompt's last tokens",
     "all": "the whole prompt",
     "indices": "chosen tokens",
     "decode": "the answer",
