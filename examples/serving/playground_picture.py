@@ -1,7 +1,7 @@
 """Take the picture of the playground that README shows: of the demo's adapter, in Chromium.
 
-    reftnoise demo
-    python examples/serving/playground_picture.py reftnoise-demo examples/serving/playground.png
+reftnoise demo
+python examples/serving/playground_picture.py reftnoise-demo examples/serving/playground.png
 """
 
 import argparse

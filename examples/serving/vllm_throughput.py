@@ -38,13 +38,13 @@ def random_base(path: Path, width: int, layers: int) -> None:
     LlamaForCausalLM(config).save_pretrained(path)
 
 
-def adapters_of(base: Path, folder: Path, count: int) -> list[Path]:
-    """LoReFT of rank 4 at all layers, with different positions."""
+def adapters_of(base: Path, folder: Path, count: int, positions: list[str]) -> list[Path]:
+    """LoReFT of rank 4 at all layers, at one of the positions after the other."""
     paths = []
     for number in range(count):
         torch.manual_seed(number)
         entry = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
-        entry["positions"] = ("l1", "f4+l4", "all", "f1")[number % 4]
+        entry["positions"] = positions[number % len(positions)]
         model = AutoModelForCausalLM.from_pretrained(base)
         paths.append(folder / str(number))
         rn.get_reft_model(model, rn.ReftConfig([entry])).save_pretrained(paths[-1])
@@ -102,6 +102,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="generated per request")
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument(
+        "--positions", nargs="+", default=["l1", "f4+l4", "all", "f1"], help="of the adapters"
+    )
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
     options = parser.parse_args()
     draw = random.Random(0)
@@ -110,7 +113,7 @@ def main() -> None:
         random_base(base, options.width, options.layers)
         load = {
             "base": str(base),
-            "adapters": adapters_of(base, Path(scratch), options.adapters),
+            "adapters": adapters_of(base, Path(scratch), options.adapters, options.positions),
             "tokens": options.tokens,
             "prompts": [
                 [draw.randrange(3, 8192) for _ in range(draw.randint(16, 128))]
