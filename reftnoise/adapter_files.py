@@ -117,24 +117,38 @@ class AdapterFiles:
         found.update(self.digest().encode())
         return found.hexdigest()
 
-    def expect_base(self, shape: Mapping[str, Any], name: object) -> None:
+    def expect_base(
+        self, shape: Mapping[str, Any], name: object, whose: str = "the given model"
+    ) -> None:
         """Raise a ValueError for a base of another shape.
 
         Args:
             shape: the base's fingerprint.
             name: the base's, for the message.
+            whose: base it is, likewise.
         """
         for key, mine in shape.items():
             if self.base.get(key) != mine:
                 raise ValueError(
                     f"{self.config_path}: the adapter's base ({self.base_name}) has {key} "
-                    f"{self.base.get(key)!r}, the given model ({called(name)}) {mine!r}"
+                    f"{self.base.get(key)!r}, {whose} ({called(name)}) {mine!r}"
                 )
 
     @property
     def base_name(self) -> object:
         """For messages."""
         return called(self.base.get("name_or_path"))
+
+
+def by_unit(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each unit, by its key and their names in the unit."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        owner, _, rest = name.partition(".")
+        if owner == "interventions":
+            key, _, parameter = rest.partition(".")
+            found.setdefault(key, {})[parameter] = tensor
+    return found
 
 
 def called(name: object) -> object:

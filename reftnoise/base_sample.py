@@ -52,9 +52,16 @@ def other_weights(sample: Mapping[str, Sequence[float]], model: PreTrainedModel)
     One that the model does not have, or that cannot be read, tells nothing.
     """
     found = dict(_matrices(inner_model(model)))
+    return other_values(sample, {name: _values(found[name]) for name in sample if name in found})
+
+
+def other_values(
+    sample: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
+) -> str | None:
+    """The first matrix of two samples of which they have other values; None where there is none."""
     for name, values in sample.items():
-        if name in found:
-            mine, theirs = torch.tensor(_values(found[name])), torch.tensor(values)
+        if name in other:
+            mine, theirs = torch.tensor(other[name]), torch.tensor(values)
             largest = torch.maximum(mine.abs(), theirs.abs())
             if ((mine - theirs).abs() > TOLERANCE * largest + SMALLEST).any():
                 return name

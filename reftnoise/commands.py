@@ -170,11 +170,12 @@ def serve(
         dtype: of the base, such as bfloat16.
         device: cpu, cuda, …; auto takes a GPU where there is one.
     """
-    from .loading import name_of
+    from .loading import by_name
     from .serve import serve as start_server
 
-    adapters = {name_of(adapter): adapter} | (others or {})
-    start_server(adapters, model, host=host, port=port, dtype=dtype, device=device)
+    start_server(
+        by_name(adapter, others or {}), model, host=host, port=port, dtype=dtype, device=device
+    )
 
 
 def playground(
@@ -201,11 +202,21 @@ def playground(
     run_playground(source, others or {}, model, host=host, port=port, device=device)
 
 
-def inspect_adapter(directory: str, json: bool = False) -> None:
+def inspect_adapter(
+    directory: str,
+    others: dict[str, str] | None = None,
+    output: str | None = None,
+    json: bool = False,
+) -> None:
     """Tell what an adapter or a run is: base, units, norms, parameters, scores.
 
+    With others, also how alike the subspaces are that the adapters edit. No base is loaded.
+
     Args:
-        directory: of a run or an adapter, or the hub name of an adapter.
+        directory: of a run or an adapter, or the hub name of an adapter; its last part is the name
+            beside others.
+        others: further adapters of the same base by name, as --others.polite runs/polite.
+        output: PNG file for a picture of the overlaps.
         json: print it as JSON.
     """
     from rich.console import Console
@@ -213,10 +224,27 @@ def inspect_adapter(directory: str, json: bool = False) -> None:
     from .describe import describe, show
 
     found = describe(directory)
+    if others is None:
+        if output is not None:
+            raise ValueError(
+                f"output {output!r}: the picture is of overlaps with others, and there are none; "
+                "name some, as --others.polite runs/polite"
+            )
+        _print_json(asdict(found)) if json else show(found, Console(highlight=False))
+        return
+    from .loading import by_name
+    from .overlaps import overlaps_by_name, saved_overlaps, show_overlaps
+
+    names, overlaps = saved_overlaps(by_name(directory, others))
+    if output is not None:
+        from .report import write_overlaps
+
+        write_overlaps(output, names, overlaps)
     if json:
-        _print_json(asdict(found))
+        _print_json(asdict(found) | {"overlaps": overlaps_by_name(names, overlaps)})
     else:
         show(found, Console(highlight=False))
+        show_overlaps(names, overlaps, Console(highlight=False))
 
 
 def study(study: Study, quiet: bool = False, json: bool = False) -> None:

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .adapter_files import AdapterFiles
+from .adapter_files import AdapterFiles, by_unit
 from .config import ReftConfig
 from .interventions.rotation import orthonormal_rows
 from .loading import adapter_directory
-from .placement import unit_keys
+from .placement import place_name, unit_keys
 from .run_files import ADAPTER, LOCK, SCORES
 
 
@@ -80,15 +80,9 @@ def describe(directory: str | Path) -> Description:
     """
     adapter = adapter_directory(directory)
     files = AdapterFiles.read(adapter)
-    by_key: dict[str, dict[str, Tensor]] = {}
-    others = 0
-    for name, tensor in files.weights().items():
-        owner, _, rest = name.partition(".")
-        if owner == "interventions":
-            key, _, parameter = rest.partition(".")
-            by_key.setdefault(key, {})[parameter] = tensor
-        else:
-            others += tensor.numel()
+    weights = files.weights()
+    by_key = by_unit(weights)
+    of_units = sum(t.numel() for state in by_key.values() for t in state.values())
     scores = adapter.parent / SCORES
     is_run = adapter.name == ADAPTER and scores.is_file()
     return Description(
@@ -97,7 +91,7 @@ def describe(directory: str | Path) -> Description:
         units=_units(files.config, by_key, files.base.get("num_hidden_layers")),
         noises=[entry.to_dict() for entry in files.config.representations if entry.is_noise],
         peft=files.config.peft,
-        peft_parameters=others,
+        peft_parameters=sum(t.numel() for t in weights.values()) - of_units,
         sha256=files.sha256,
         files={
             one.name: one.stat().st_size
@@ -126,7 +120,7 @@ def _units(
             UnitDescription(
                 key=key,
                 intervention=str(entry.intervention),
-                site=entry.component if layer is None else f"{entry.component}, layer {layer}",
+                site=place_name(entry, layer),
                 positions=str(positions),
                 rank=entry.arguments.get("low_rank_dimension"),
                 parameters=sum(tensor.numel() for tensor in state.values()),

@@ -4,7 +4,6 @@ Everything is measured on a `ReftModel` in evaluation mode; the mode it was in c
 """
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -20,6 +19,7 @@ from .evaluation import evaluating
 from .interventions import LowRankRotation, NoiseIntervention
 from .library import AdapterLibrary
 from .model import ReftModel
+from .overlaps import overlap_matrix, row_space, row_spaces
 from .tokenization import Messages
 
 Prompt: TypeAlias = str | Messages
@@ -173,27 +173,11 @@ def library_overlaps(library: AdapterLibrary) -> tuple[list[str], Float[Tensor, 
     orthonormal bases Q of what the adapters add there, as in `subspace_cosine`; NaN where two
     adapters have no common site.
     """
-    names = list(library)
-    bases: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for number, name in enumerate(names):
-        at_site: dict[str, list[Tensor]] = defaultdict(list)
-        for place, factors in library[name].factors():
-            at_site[str(place.site)].append(factors.up.double())
-        for site, rows in at_site.items():
-            bases[site][number] = _row_space(torch.cat(rows))
-    total, sites = torch.zeros(2, len(names), len(names), dtype=torch.float64)
-    for found in bases.values():
-        numbers, spaces = torch.tensor(list(found)), list(found.values())
-        ranks = torch.tensor([len(space) for space in spaces])
-        owner = torch.repeat_interleave(ranks)
-        joint = torch.cat(spaces).cpu()
-        blocks = torch.zeros(len(joint), len(ranks), dtype=torch.float64)
-        blocks[torch.arange(len(joint)), owner] = 1
-        squares = blocks.T @ (joint @ joint.T) ** 2 @ blocks
-        index = numbers[:, None], numbers[None]
-        total[index] += squares / torch.minimum(ranks[:, None], ranks[None]).clamp(min=1)
-        sites[index] += 1
-    return names, (total / sites).float()
+    spaces = [
+        row_spaces((str(place.site), factors.up) for place, factors in adapter.factors())
+        for adapter in library.values()
+    ]
+    return list(library), overlap_matrix(spaces)
 
 
 def logit_lens(
@@ -292,14 +276,8 @@ def _projection(unit: nn.Module) -> Tensor | None:
         return rotation().detach()
     projection = getattr(unit, "proj_layer", None)
     if isinstance(projection, nn.Linear):
-        return _row_space(projection.weight.detach())
+        return row_space(projection.weight.detach())
     return None
-
-
-def _row_space(matrix: Float[Tensor, "k hidden"]) -> Float[Tensor, "rank hidden"]:
-    """An orthonormal basis of what the rows span."""
-    _, values, rows = torch.linalg.svd(matrix, full_matrices=False)
-    return rows[values > values[0] * 1e-6]
 
 
 def _encode(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> dict[str, Tensor]:

@@ -89,10 +89,17 @@ def load_library(
     return reft_model.eval(), tokenizer
 
 
-def name_of(adapter: str | Path) -> str:
-    """What to call an adapter: its directory's or repository's name, or its run's."""
-    path = Path(adapter)
-    return path.parent.name if path.name == ADAPTER else path.name
+def by_name(adapter: str | Path, others: Mapping[str, str | Path]) -> dict[str, str | Path]:
+    """An adapter, by its directory's or repository's name or its run's, and others by theirs.
+
+    Raises:
+        ValueError: one of the others has that name.
+    """
+    path = Path(adapter).absolute()
+    name = path.parent.name if path.name == ADAPTER else path.name
+    if name in others:
+        raise ValueError(f"others.{name}: {adapter} has that name already; choose another")
+    return {name: adapter, **others}
 
 
 def adapter_directory(adapter: str | Path) -> Path:

@@ -67,6 +67,11 @@ def unit_keys(
             yield key, entry, layer, None if positions is None else str(positions.spec())
 
 
+def place_name(entry: RepresentationConfig, layer: int | None) -> str:
+    """An entry's place as its config has it: `block_output, layer 3`."""
+    return entry.component if layer is None else f"{entry.component}, layer {layer}"
+
+
 def _places(
     entry: RepresentationConfig, layers: int, counts: Counter[str]
 ) -> Iterator[tuple[str, int | None, Positions | None]]:

@@ -46,7 +46,7 @@ LAYERS = [
     {"streams", "token_cache"},
     {"classifiers", "data", "generation", "trainer", "likelihood"},
     {"demo", "bench", "pyreft_directory", "convert", "integrations"},
-    {"evaluation", "inspection", "steering", "loading", "describe"},
+    {"evaluation", "inspection", "overlaps", "steering", "loading", "describe"},
     {"answers"},
     {"chat", "playground", "serve", "runs", "run_directory", "run_evaluation", "printing"},
     {"study"},

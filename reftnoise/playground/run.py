@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..loading import load_library, name_of, template_of
+from ..loading import by_name, load_library, template_of
 from .asking import BASE, TOGETHER, Answerer
 from .page import build, launch
 
@@ -42,7 +42,7 @@ def run_playground(
 
         answerer, template = Server(source), "chat"
     else:
-        adapters = {name_of(source): source, **others}
+        adapters = by_name(source, others)
         for name in (BASE, TOGETHER):
             if name in adapters:
                 raise ValueError(f"adapter name {name!r}: the page has an answer of that name")

@@ -5,6 +5,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 from .page import Picture
@@ -165,19 +166,21 @@ def draw_cosines(cosines: Mapping[str, float], chance: float) -> Figure:
 
 
 def draw_overlaps(names: Sequence[str], overlaps: Any) -> Figure:
-    """A matrix of adapters, of which a cell is how alike two are."""
-    count = len(names)
-    width = max(WIDTH, 1.6 + 0.3 * count)
-    figure, axes = new_axes(width - 1.2, width)
+    """A matrix of adapters, of which a cell is how alike two are; – where that is NaN."""
+    count, texts = len(names), [printable(name, 24) for name in names]
+    has_numbers = count <= 12
+    side = max(1.5, (0.5 if has_numbers else 0.25) * count)
+    room = 0.25 + 0.08 * max(map(len, texts))  # for names below and on the left
+    figure, axes = new_axes(side + room, side + room + 0.9)
     image = axes.imshow(overlaps, cmap="cividis", vmin=0, vmax=1)
-    axes.set_xticks(range(count), names, rotation=90)
-    axes.set_yticks(range(count), names)
-    if count <= 12:
-        for row in range(count):
-            for column in range(count):
-                value = float(overlaps[row, column])
-                colour = "black" if value > 0.5 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(count), texts, rotation=90)
+    axes.set_yticks(range(count), texts)
+    for row, column in product(range(count), repeat=2) if has_numbers else ():
+        value = float(overlaps[row, column])
+        is_known = math.isfinite(value)
+        colour = ("black" if value > 0.5 else "white") if is_known else None
+        shown = f"{value:.2f}" if is_known else "–"
+        axes.text(column, row, shown, ha="center", va="center", color=colour)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, label="mean cos² θ", pad=0.02, aspect=30)
