@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 from transformers import DataCollatorWithPadding
 
-from .sources import RowError, Rows, map_rows
+from .sources import RowError, Rows, expect_no_subspaces, map_rows
 from .tasks.classifier import ClassifierTask
 
 
@@ -22,12 +22,14 @@ def make_classifier_data_module(
 
     Raises:
         RowError: a row that the task cannot read.
-        ValueError: a tokenizer that cannot pad.
+        ValueError: a tokenizer that cannot pad, or a column `subspaces`.
     """
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no padding token: give it one and save it again")
 
     def encoded(source: Rows, name: str) -> Rows:
+        expect_no_subspaces(source)
+
         def encode(row: Any, index: int) -> dict[str, Any]:
             try:
                 texts, label = task.texts(row), task.label(row)

@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 
 import datasets
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from .components import takes_position_ids
-from .encoding import IGNORED_LABEL, Encoder
+from .encoding import IGNORED_LABEL, SUBSPACES, Encoder
 from .model import ReftModel
 from .sources import Rows, column_names, load_rows
 from .streams import ExampleStream
@@ -38,6 +39,7 @@ def make_last_position_supervised_data_module(
     prompt_column: str = "prompt",
     completion_column: str = "completion",
     messages_column: str = "messages",
+    subspaces_column: str = SUBSPACES,
     chat_template: bool = False,
     max_length: int | None = None,
     shuffle_seed: int | None = None,
@@ -60,6 +62,8 @@ def make_last_position_supervised_data_module(
         completion_column: column of completions in a dataset.
         messages_column: column of conversations, lists of `{"role", "content"}`; used, with the
             tokenizer's chat template, where a dataset has it and not `prompt_column`.
+        subspaces_column: column of lists of dimensions, where a dataset has it: each row is trained
+            in those of every unit's subspace, as `forward(subspaces=…)` has it.
         chat_template: also render plain prompts as a user's turn of the chat template.
         max_length: tokens of an example, by default what tokenizer and model allow. A longer
             example loses the beginning of its prompt; how many did is logged.
@@ -89,6 +93,7 @@ def make_last_position_supervised_data_module(
             prompt_column=prompt_column,
             completion_column=completion_column,
             messages_column=messages_column,
+            subspaces_column=subspaces_column,
             chat_template=chat_template,
             nonstop=nonstop,
             max_length=limit,
@@ -140,6 +145,7 @@ def tokenize_examples(
     prompt_column: str = "prompt",
     completion_column: str = "completion",
     messages_column: str = "messages",
+    subspaces_column: str = SUBSPACES,
     chat_template: bool = False,
     nonstop: bool = False,
     max_length: int | None = None,
@@ -147,6 +153,8 @@ def tokenize_examples(
     repeats: bool = False,
 ) -> datasets.Dataset | ExampleStream:
     """`input_ids`, `labels`, `prompt_lengths` and `length` for each example or assistant turn.
+
+    `subspaces`, too, where rows have the dimensions that they are trained in.
 
     `length` is what a Trainer groups batches by, so that they hold little padding
     (`train_sampling_strategy="group_by_length"`). A stream of rows gives a stream, which begins
@@ -157,6 +165,7 @@ def tokenize_examples(
         prompt_column=prompt_column,
         completion_column=completion_column,
         messages_column=messages_column,
+        subspaces_column=subspaces_column,
         chat_template=chat_template,
         nonstop=nonstop,
         max_length=max_length,
@@ -173,7 +182,7 @@ class ReftDataCollator:
     """Pad examples to the longest of the batch, on the tokenizer's padding side.
 
     The attention mask tells tokens from padding, so it does not matter which id pads, and a
-    tokenizer without a padding token is fine.
+    tokenizer without a padding token is fine. `subspaces` are padded with -1.
     """
 
     tokenizer: Any
@@ -201,7 +210,20 @@ class ReftDataCollator:
             "prompt_lengths": [f["prompt_lengths"] for f in features],
         }
         tensors = {name: torch.tensor(rows) for name, rows in batch.items()}
+        if any(SUBSPACES in feature for feature in features):
+            tensors[SUBSPACES] = _padded_subspaces(features)
         if self.position_ids and on_left:
             counted = tensors["attention_mask"].cumsum(1) - 1
             tensors["position_ids"] = counted.clamp(min=0)
         return tensors
+
+
+def _padded_subspaces(features: Sequence[Mapping[str, Any]]) -> Int[Tensor, "batch n"]:
+    rows: list[Any] = [feature.get(SUBSPACES) for feature in features]
+    if None in rows:
+        raise ValueError(
+            f"subspaces: {rows.count(None)} of {len(rows)} examples of a batch have none; expected "
+            "a list of dimensions for each, such as all of them"
+        )
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.long)

@@ -11,7 +11,15 @@ from .tokenization import Messages, tokenize_all, truncate
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
-_Pair = tuple[int, str | Messages, str]  # row, prompt, completion
+SUBSPACES = "subspaces"
+"""Of an example, as `ReftModel.forward` calls it."""
+
+
+class _Pair(NamedTuple):
+    row: int
+    prompt: str | Messages
+    completion: str
+    subspaces: list[int] | None
 
 
 class Example(NamedTuple):
@@ -21,15 +29,19 @@ class Example(NamedTuple):
     target_ids: list[int]
     is_cut: bool
     is_cut_short: bool
+    subspaces: list[int] | None = None
+    """Dimensions of the units' subspaces that the example is trained in; None for all."""
 
     def features(self) -> dict[str, Any]:
         """What a Trainer's dataset holds of an example."""
         prompts = len(self.prompt_ids)
+        chosen = {} if self.subspaces is None else {SUBSPACES: self.subspaces}
         return {
             "input_ids": self.prompt_ids + self.target_ids,
             "labels": [IGNORED_LABEL] * prompts + self.target_ids,
             "prompt_lengths": prompts,
             "length": prompts + len(self.target_ids),
+            **chosen,
         }
 
 
@@ -42,6 +54,7 @@ class Encoder:
         prompt_column: of the rows.
         completion_column: of the rows.
         messages_column: of conversations, used where there are no prompts.
+        subspaces_column: of each row's dimensions, which rows need not have.
         chat_template: make a user's turn of each prompt.
         nonstop: leave out the end-of-text token.
         max_length: tokens of an example.
@@ -52,6 +65,7 @@ class Encoder:
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     messages_column: str = "messages"
+    subspaces_column: str = SUBSPACES
     chat_template: bool = False
     nonstop: bool = False
     max_length: int | None = None
@@ -59,10 +73,11 @@ class Encoder:
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """Those of a dataset's columns that are read."""
+        chosen = [self.subspaces_column] if self.subspaces_column in names else []
         if self.prompt_column in names and self.completion_column in names:
-            return [self.prompt_column, self.completion_column]
+            return [self.prompt_column, self.completion_column, *chosen]
         if self.messages_column in names:
-            return [self.messages_column]
+            return [self.messages_column, *chosen]
         raise ValueError(
             f"columns {', '.join(names)}: expected {self.prompt_column!r} and "
             f"{self.completion_column!r}, or {self.messages_column!r}; name yours with "
@@ -85,17 +100,30 @@ class Encoder:
             yield self._encode(batch)
 
     def _pairs(self, index: int, row: Mapping[str, Any]) -> Iterator[_Pair]:
-        if self.columns(list(row)) == [self.messages_column]:
-            yield from self._assistant_turns(index, row[self.messages_column])
+        columns = self.columns(list(row))
+        subspaces = None
+        if self.subspaces_column in columns:
+            subspaces = self._subspaces(index, row[self.subspaces_column])
+        if self.messages_column in columns:
+            yield from self._assistant_turns(index, row[self.messages_column], subspaces)
             return
         prompt, completion = row[self.prompt_column], row[self.completion_column]
-        yield (
-            index,
-            [{"role": "user", "content": prompt}] if self.chat_template else prompt,
-            completion,
-        )
+        rendered = [{"role": "user", "content": prompt}] if self.chat_template else prompt
+        yield _Pair(index, rendered, completion, subspaces)
 
-    def _assistant_turns(self, index: int, conversation: Any) -> Iterator[_Pair]:
+    def _subspaces(self, index: int, given: Any) -> list[int]:
+        is_list = isinstance(given, Sequence) and not isinstance(given, str)
+        if not is_list or not all(type(i) is int and i >= 0 for i in given):
+            raise RowError(
+                f"{self.subspaces_column} {given!r}: expected a list of dimensions, such as [0, 1]",
+                name=self.name,
+                index=index,
+            )
+        return list(given)
+
+    def _assistant_turns(
+        self, index: int, conversation: Any, subspaces: list[int] | None
+    ) -> Iterator[_Pair]:
         """Each assistant's message, with all messages before it."""
         for turn, message in enumerate(conversation):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -105,23 +133,26 @@ class Encoder:
                     index=index,
                 )
             if message["role"] == "assistant":
-                yield index, conversation[:turn], message["content"]
+                yield _Pair(index, conversation[:turn], message["content"], subspaces)
 
     def _encode(self, batch: Sequence[_Pair]) -> list[Example]:
         try:
-            found = tokenize_all(self.tokenizer, [(p, c) for _, p, c in batch], self.nonstop)
+            pairs = [(pair.prompt, pair.completion) for pair in batch]
+            found = tokenize_all(self.tokenizer, pairs, self.nonstop)
         except Exception as error:  # of the tokenizer or its chat template, too
             if len(batch) == 1:
-                raise RowError(error, name=self.name, index=batch[0][0]) from error
+                raise RowError(error, name=self.name, index=batch[0].row) from error
             return [example for pair in batch for example in self._encode([pair])]
-        return [self._fit(*ids) for ids in found]
+        return [self._fit(*ids, p.subspaces) for ids, p in zip(found, batch, strict=True)]
 
-    def _fit(self, prompt_ids: list[int], target_ids: list[int]) -> Example:
+    def _fit(
+        self, prompt_ids: list[int], target_ids: list[int], subspaces: list[int] | None
+    ) -> Example:
         limit, whole = self.max_length, len(target_ids)
         is_cut = limit is not None and len(prompt_ids) + whole > limit
         if limit is not None and is_cut:
             prompt_ids, target_ids = truncate(self.tokenizer, prompt_ids, target_ids, limit)
-        return Example(prompt_ids, target_ids, is_cut, len(target_ids) < whole)
+        return Example(prompt_ids, target_ids, is_cut, len(target_ids) < whole, subspaces)
 
 
 @dataclass

@@ -109,6 +109,15 @@ def column_names(rows: Rows) -> list[str]:
     return list(rows.column_names or next(iter(rows.take(1)), ()))
 
 
+def expect_no_subspaces(rows: Rows) -> None:
+    """Raise a ValueError for rows that name dimensions, which a recipe would silently leave out."""
+    if "subspaces" in column_names(rows):
+        raise ValueError(
+            "column 'subspaces': recipes train and score all dimensions; train some by "
+            "make_last_position_supervised_data_module, or leave the column out"
+        )
+
+
 def map_rows(
     rows: Rows,
     function: Callable[[Mapping[str, Any], int], dict[str, Any]],

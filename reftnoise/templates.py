@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from .sources import RowError, Rows, column_names, map_rows
+from .sources import RowError, Rows, column_names, expect_no_subspaces, map_rows
 from .tasks.base import Task
 from .tokenization import Messages
 
@@ -91,9 +91,10 @@ def as_examples(
 
     Raises:
         RowError: a row that the task or the template cannot take.
-        ValueError: a tokenizer without chat template that needs one.
+        ValueError: a tokenizer without chat template that needs one, or a column `subspaces`.
     """
     check_template(template)
+    expect_no_subspaces(rows)
     if template == "chat" and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("template 'chat': the tokenizer has no chat template")
     columns = column_names(rows)

@@ -23,7 +23,7 @@ import transformers
 from datasets.fingerprint import get_temporary_cache_files_directory
 from rich.console import Console
 
-from .encoding import Counts, Encoder, Example
+from .encoding import SUBSPACES, Counts, Encoder, Example
 from .progress import progress_of
 from .sources import file_digest
 
@@ -123,18 +123,21 @@ def _key(rows: datasets.Dataset, encoder: Encoder) -> str:
 
 
 def _write(sink: Any, rows: datasets.Dataset, encoder: Encoder) -> None:
-    with pa.ipc.new_stream(sink, _SCHEMA) as writer:
+    schema = _SCHEMA
+    if encoder.subspaces_column in rows.column_names:
+        schema = schema.append(pa.field(SUBSPACES, _INTS))
+    with pa.ipc.new_stream(sink, schema) as writer:
         for batch in _watched(encoder.encode(rows, _BATCH), len(rows), encoder.name):
-            writer.write_batch(_record_batch(batch))
+            writer.write_batch(_record_batch(batch, schema))
 
 
-def _record_batch(batch: Sequence[Example]) -> pa.RecordBatch:
+def _record_batch(batch: Sequence[Example], schema: pa.Schema) -> pa.RecordBatch:
     rows = [
         {**each.features(), "is_cut": each.is_cut, "is_cut_short": each.is_cut_short}
         for each in batch
     ]
-    columns = {field.name: [row[field.name] for row in rows] for field in _SCHEMA}
-    return pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
+    columns = {field.name: [row[field.name] for row in rows] for field in schema}
+    return pa.RecordBatch.from_pydict(columns, schema=schema)
 
 
 def _counts(table: Any) -> Counts:
