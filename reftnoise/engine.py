@@ -11,9 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from threading import RLock, get_ident
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -37,11 +36,7 @@ from .interventions import (
     NoiseIntervention,
     shared_bases,
 )
-
-# Threads take turns on a base, and within a thread the innermost pass alone edits: a pass of
-# another ReftModel, or of the bare base, may be run from a hook or a logits processor.
-_LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
-_PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()
+from .turns import exclusive, innermost
 
 # torch.compile, which can call only functions of plain values while it traces, finds engines here.
 _ENGINES: "WeakValueDictionary[str, Engine]" = WeakValueDictionary()
@@ -49,22 +44,6 @@ _NUMBERS = itertools.count()
 
 _CHECKPOINT_FUNCTIONS = ("checkpoint_fn", "_gradient_checkpointing_func")
 """What recomputes: of torch's CheckpointWrapper, which FSDP puts around layers; of transformers."""
-
-
-@contextlib.contextmanager
-def innermost(base: nn.Module) -> Iterator[Callable[[], bool]]:
-    """Make the block the innermost pass on `base`; yields whether it still is, in this thread."""
-    passes, mine, thread = _PASSES.setdefault(base, []), object(), get_ident()
-    passes.append(mine)
-    try:
-        yield lambda: passes[-1] is mine and get_ident() == thread
-    finally:
-        passes.remove(mine)
-
-
-def exclusive(base: nn.Module) -> RLock:
-    """The lock by which threads take turns on `base`."""
-    return _LOCKS.setdefault(base, RLock())
 
 
 class Engine:

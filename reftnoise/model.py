@@ -25,7 +25,7 @@ from .composition import (
     without_peft,
 )
 from .config import ReftConfig
-from .engine import Engine, exclusive, innermost
+from .engine import Engine
 from .fused import call_fused, expect_plain_head, has_fused_head
 from .guidance import guidance
 from .inputs import (
@@ -45,6 +45,7 @@ from .positions import (
 from .prefix_cache import PrefixCache
 from .quantised import keep_differentiable
 from .subspaces import Subspaces, subspace_gates
+from .turns import exclusive, innermost
 from .wrapped import WrappedModel
 
 # Continuous batching lays prompts out in a way of its own, in passes that are not ours.

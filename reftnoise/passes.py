@@ -27,7 +27,7 @@ from .chunks import Pass
 from .components import takes_position_ids
 from .composition import inner_model, may_add_to_loss, virtual_tokens
 from .devices import is_spread
-from .engine import Engine, checkpointed_modules, exclusive, innermost
+from .engine import Engine, checkpointed_modules
 from .interventions import NoiseIntervention
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
 from .pairs import first_of_pairs
@@ -36,6 +36,7 @@ from .prefix_cache import Complete, PrefixCache, PromptStates, pack, unpack
 from .probe import Abilities, has_foreign_hooks, is_watched, probe
 from .quantised import check_gradients
 from .split import PER_TOKEN, Alignment, align, aligned_inputs
+from .turns import exclusive, innermost
 
 logger = logging.getLogger(__name__)
 

@@ -32,6 +32,7 @@ LAYERS = [
         "quantised",
         "tasks",
         "tokenization",
+        "turns",
     },
     {"components"},
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
