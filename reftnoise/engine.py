@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .checkpointing import checkpointed_modules, checkpointing
 from .chunks import ActingUnit, Chunk, Pass, PlacedUnit, TokenlessChunk, edit_rows
 from .compiled import (
     as_written,
@@ -41,9 +42,6 @@ from .turns import exclusive, innermost
 # torch.compile, which can call only functions of plain values while it traces, finds engines here.
 _ENGINES: "WeakValueDictionary[str, Engine]" = WeakValueDictionary()
 _NUMBERS = itertools.count()
-
-_CHECKPOINT_FUNCTIONS = ("checkpoint_fn", "_gradient_checkpointing_func")
-"""What recomputes: of torch's CheckpointWrapper, which FSDP puts around layers; of transformers."""
 
 
 class Engine:
@@ -116,7 +114,7 @@ class Engine:
             if not checkpointed:
                 stack.enter_context(shared_bases(self._rotations()))
             for module in checkpointed:
-                stack.enter_context(self._replayable(module))
+                stack.enter_context(checkpointing(module, self._repeatable))
             hooks = stack.enter_context(contextlib.ExitStack())
             is_ours = hooks.enter_context(self._hooked(base))
             for current in passes:
@@ -293,36 +291,21 @@ class Engine:
                 handle = module.register_forward_hook(edit, prepend=True)
             yield handle.remove
 
-    @contextlib.contextmanager
-    def _replayable(self, module: nn.Module) -> Iterator[None]:
-        """Let gradient checkpointing recompute `module` in the backward pass as it ran.
+    def _repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which edits the chunk of now also when our hooks have left the base."""
+        chunk = self._chunk
 
-        The recomputation comes when our hooks have left the base, so the checkpoint function of
-        the module is wrapped to bring them back with the chunk of this very call.
-        """
-        name = next(name for name in _CHECKPOINT_FUNCTIONS if name in vars(module))
-        checkpoint = getattr(module, name)
-
-        def checkpoint_with_edits(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            chunk = self._chunk
-
-            def run(*inputs: Any, **named: Any) -> Any:
-                if self._chunk is chunk:
+        def run(*inputs: Any, **named: Any) -> Any:
+            if self._chunk is chunk:
+                return function(*inputs, **named)
+            self._chunk, outer = chunk, self._chunk
+            try:
+                with self._hooked(inner_model(self.base)):
                     return function(*inputs, **named)
-                self._chunk, outer = chunk, self._chunk
-                try:
-                    with self._hooked(inner_model(self.base)):
-                        return function(*inputs, **named)
-                finally:
-                    self._chunk = outer
+            finally:
+                self._chunk = outer
 
-            return checkpoint(run, *args, **kwargs)
-
-        setattr(module, name, checkpoint_with_edits)
-        try:
-            yield
-        finally:
-            setattr(module, name, checkpoint)
+        return run
 
     def _edit_output(
         self,
@@ -471,15 +454,3 @@ def _no_edit(*_: Any) -> None:
 def cached_length(cache: Any) -> int:
     """Tokens that a transformers cache holds; 0 for None."""
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def checkpointed_modules(base: nn.Module) -> list[nn.Module]:
-    """The modules whose layers gradient checkpointing would recompute now."""
-    return [
-        module
-        for module in base.modules()
-        if module.training
-        and torch.is_grad_enabled()
-        and any(name in vars(module) for name in _CHECKPOINT_FUNCTIONS)
-        and vars(module).get("gradient_checkpointing", "checkpoint_fn" in vars(module))
-    ]

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
+from .checkpointing import checkpointed_modules
 from .chunks import Pass
 from .components import takes_position_ids
 from .composition import inner_model, may_add_to_loss, virtual_tokens
 from .devices import is_spread
-from .engine import Engine, checkpointed_modules
+from .engine import Engine
 from .interventions import NoiseIntervention
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
 from .pairs import first_of_pairs

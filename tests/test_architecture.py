@@ -20,6 +20,7 @@ SYSTEM = [
 LAYERS = [
     {"decoding", "files", "interventions", "hints", "recipe", "run_files", "tiny", "yaml_text"},
     {
+        "checkpointing",
         "compiled",
         "composition",
         "devices",
