@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from .components import Site, Stack
-from .interventions import NoiseIntervention, ReftIntervention, StackedEdit, Unit
+from .inputs import cached_length
+from .interventions import NoiseIntervention, StackedEdit, Unit
 from .positions import Positions, PromptLayout, Selection
 from .split import Alignment
 
@@ -65,6 +66,14 @@ class Pass:
             assert self.locate is not None
             self.layout, self.selections = self.locate(attended, past)
         return self.layout
+
+    def has(self, one: PlacedUnit) -> bool:
+        """Whether a unit acts in this pass."""
+        if one.site.stack != self.stack:
+            return False
+        if isinstance(one.unit, NoiseIntervention):
+            return one.unit.training and not self.is_generation
+        return self.layout is None or self.selections[one.key] is not None
 
     @property
     def cut(self) -> int:
@@ -180,56 +189,32 @@ class Rows(NamedTuple):
     counts: list[int]
 
 
-class ActingUnit(NamedTuple):
-    """A unit in one pass."""
-
-    unit: ReftIntervention | StackedEdit
-    selection: Selection
-    gates: Float[Tensor, "batch k"] | None = None
-    """How much of each dimension the rows of the batch get."""
-
-
-def edit_rows(
-    edited: Float[Tensor, "batch length hidden"],
-    hidden: Float[Tensor, "batch length hidden"],
-    units: Sequence[ActingUnit],
-    rows: Rows,
-    scale: float = 1.0,
-) -> Float[Tensor, "batch length hidden"]:
-    """Add each unit's edit of `hidden`, times `scale`, to those rows of `edited` in the mask.
-
-    Rows outside the mask are added exact zeros, which keeps every shape static: no
-    synchronisation with the device, and a NaN in padding stays where it is.
-    """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    target = edited.reshape(-1, hidden.shape[-1])
-    mask = rows.mask.to(hidden.device)[:, None]
-    if rows.indices is None:
-        delta = _delta(units[0], flat.masked_fill(~mask, 0), scale)
-        return _shaped_like(hidden, target + delta.masked_fill(~mask, 0))
-    indices = rows.indices.to(hidden.device)
-    parts = flat.index_select(0, indices).split_with_sizes(rows.counts)
-    deltas = [_delta(unit, part, scale) for unit, part in zip(units, parts, strict=True)]
-    delta = torch.cat(deltas).masked_fill(~mask, 0)
-    return _shaped_like(hidden, target.index_add(0, indices, delta))
-
-
-def _delta(
-    acting: ActingUnit, hidden: Float[Tensor, "n hidden"], scale: float
-) -> Float[Tensor, "n hidden"]:
-    if acting.gates is None:
-        delta = acting.unit.delta(hidden)
+def chunk_of_call(
+    current: Pass,
+    entry: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    virtual_tokens: int,
+) -> Chunk | TokenlessChunk:
+    """The columns of a pass that a call of the module where it enters the base sees."""
+    given: Any = kwargs.get("inputs_embeds")
+    if given is None:
+        given = kwargs.get("input_ids", args[0] if args else None)
+        if given is None or given.is_floating_point():
+            return TokenlessChunk.of_call(current, entry, kwargs)
+    batch, length = given.shape[:2]
+    cache = kwargs.get("past_key_values")
+    offset = cached_length(cache) - virtual_tokens
+    if kwargs.get("cache_params") is not None:
+        offset = current.seen
+    current.seen = offset + length
+    if current.stack == "encoder" or (current.stack and cache is not None and offset <= 0):
+        current.layout = None  # another prompt, as of long speech's next part
+    width = offset + length  # without virtual tokens, which come first
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= width:
+        mask = mask[:, -width:]
     else:
-        gates = acting.gates.to(hidden.device)
-        by_row = hidden.view(len(gates), -1, hidden.shape[-1])
-        delta = acting.unit.delta(by_row, gates[:, None]).flatten(0, 1)
-    return (delta if scale == 1.0 else scale * delta).to(hidden.dtype)
-
-
-def _shaped_like(hidden: Tensor, flat: Tensor) -> Tensor:
-    """Fresh `flat` in the shape of `hidden`, not as a view.
-
-    FSDP2 gathers for the backward pass by a hook on a layer's output, which an in-place operation
-    on a view would drop.
-    """
-    return torch.ops.aten._unsafe_view(flat, hidden.shape)
+        mask = torch.ones(batch, width, device=given.device)
+    layout = current.settle(mask.bool(), max(offset, 0))
+    return Chunk(current, layout, offset, length, batch)

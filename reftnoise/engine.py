@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .checkpointing import checkpointed_modules, checkpointing
-from .chunks import ActingUnit, Chunk, Pass, PlacedUnit, TokenlessChunk, edit_rows
+from .chunks import Chunk, Pass, PlacedUnit, TokenlessChunk, chunk_of_call
 from .compiled import (
     as_written,
     calls_as_written,
@@ -32,11 +32,9 @@ from .compiled import (
 from .components import Site, find_stack, site_now
 from .composition import inner_model, may_add_to_loss, virtual_tokens
 from .devices import gather_for, is_part
-from .interventions import (
-    LowRankRotation,
-    NoiseIntervention,
-    shared_bases,
-)
+from .editing import apply_units
+from .inputs import cached_length
+from .interventions import LowRankRotation, shared_bases
 from .turns import exclusive, innermost
 
 # torch.compile, which can call only functions of plain values while it traces, finds engines here.
@@ -101,7 +99,7 @@ class Engine:
         checkpointed = checkpointed_modules(self.base)
         with exclusive(base), contextlib.ExitStack() as stack:
             self._follow_base()
-            if not any(self._acts(one, current) for current in passes for one in self.units):
+            if not any(current.has(one) for current in passes for one in self.units):
                 if not passes[-1].is_generation:  # whose caller may put hooks on the base
                     stack.enter_context(as_written(self.base, self._hooked_modules(base)))
                 yield stack.enter_context(innermost(base))
@@ -150,35 +148,15 @@ class Engine:
         self,
         current: Pass,
         is_ours: Callable[[], bool],
-        base: nn.Module,
+        entry: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not is_ours():
             return args, kwargs
         self._is_inside = True
-        given: Any = kwargs.get("inputs_embeds")
-        if given is None:
-            given = kwargs.get("input_ids", args[0] if args else None)
-            if given is None or given.is_floating_point():
-                self._chunk = TokenlessChunk.of_call(current, base, kwargs)
-                return args, kwargs
-        batch, length = given.shape[:2]
-        cache = kwargs.get("past_key_values")
-        offset = cached_length(cache) - virtual_tokens(self.base, current.stack)
-        if kwargs.get("cache_params") is not None:
-            offset = current.seen
-        current.seen = offset + length
-        if current.stack == "encoder" or (current.stack and cache is not None and offset <= 0):
-            current.layout = None  # another prompt, as of long speech's next part
-        width = offset + length  # without virtual tokens, which come first
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= width:
-            mask = mask[:, -width:]
-        else:
-            mask = torch.ones(batch, width, device=given.device)
-        layout = current.settle(mask.bool(), max(offset, 0))
-        self._chunk = Chunk(current, layout, offset, length, batch)
+        virtual = virtual_tokens(self.base, current.stack)
+        self._chunk = chunk_of_call(current, entry, args, kwargs, virtual)
         return args, self._with_edited_embeddings(self._chunk, kwargs)
 
     def _leave(self, is_ours: Callable[[], bool], *_: Any) -> None:
@@ -222,13 +200,6 @@ class Engine:
                 return self.base(**self._with_edited_embeddings(chunk, inputs))
         finally:
             self._traced_chunk = None
-
-    def _acts(self, placed: PlacedUnit, current: Pass) -> bool:
-        if placed.site.stack != current.stack:
-            return False
-        if isinstance(placed.unit, NoiseIntervention):
-            return placed.unit.training and not current.is_generation
-        return current.layout is None or current.selections[placed.key] is not None
 
     def _rotations(self) -> list[LowRankRotation]:
         modules = [module for placed in self.units for module in placed.unit.modules()]
@@ -346,73 +317,10 @@ class Engine:
     ) -> Float[Tensor, "batch length hidden"]:
         if placed[0].site.stack != chunk.current.stack:  # an embedding that two stacks share
             return hidden
-        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-            raise ValueError(
-                f"{placed[0].site}: expected hidden states [batch, length, width], got "
-                f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
-            )
-        chunk = chunk.at(hidden)
-        if hidden.shape[:2] != (chunk.batch, chunk.length):
-            raise ValueError(
-                f"{placed[0].site}: expected hidden states [{chunk.batch}, {chunk.length}, width], "
-                f"one per row and token of the input, got {tuple(hidden.shape)}"
-            )
-        found = self._run_units(placed, chunk, hidden)
+        found = apply_units(placed, chunk, hidden, self.scale)
         if self.observer is not None:
             self.observer(placed, hidden, found)
         return found
-
-    def _run_units(
-        self,
-        placed: list[PlacedUnit],
-        chunk: Chunk,
-        hidden: Float[Tensor, "batch length hidden"],
-    ) -> Float[Tensor, "batch length hidden"]:
-        edited: list[PlacedUnit] = []
-        for one in placed:
-            if not isinstance(one.unit, NoiseIntervention):
-                edited.append(one)
-                continue
-            hidden, edited = self._edit(edited, chunk, hidden), []
-            if chunk.current.alignment is not None and one.unit.training:
-                hidden = hidden + chunk.current.noise(one, hidden, chunk.offset)
-            elif one.unit.training and not chunk.current.is_generation:
-                hidden = one.unit(hidden, **chunk.tokens(hidden.device))
-        return self._edit(edited, chunk, hidden)
-
-    def _edit(
-        self,
-        placed: list[PlacedUnit],
-        chunk: Chunk,
-        hidden: Float[Tensor, "batch length hidden"],
-    ) -> Float[Tensor, "batch length hidden"]:
-        """Add the edits of all units to the states that all of them read.
-
-        Those of few positions are applied at once.
-        """
-        if chunk.offset + chunk.length <= chunk.current.cut or self.scale == 0.0:
-            return hidden
-        edited, few = hidden, []
-        for one in placed:
-            selection = chunk.current.selections[one.key]
-            if selection is None:
-                continue
-            assert not isinstance(one.unit, NoiseIntervention)
-            if hidden.shape[-1] != one.unit.hidden_size:
-                raise ValueError(
-                    f"{one.site} has width {hidden.shape[-1]}, but its "
-                    f"{type(one.unit).__name__} has embed_dim {one.unit.hidden_size}: pass "
-                    f"embed_dim={hidden.shape[-1]}"
-                )
-            acting = ActingUnit(one.unit, selection, chunk.gates(one.key))
-            if selection.columns is None:
-                edited = edit_rows(edited, hidden, [acting], chunk.rows([selection]), self.scale)
-            else:
-                few.append(acting)
-        if few:
-            rows = chunk.rows([acting.selection for acting in few])
-            edited = edit_rows(edited, hidden, few, rows, self.scale)
-        return edited
 
 
 ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]
@@ -449,8 +357,3 @@ class _StandingHook:
 
 def _no_edit(*_: Any) -> None:
     """Leave a module's input or output as it is."""
-
-
-def cached_length(cache: Any) -> int:
-    """Tokens that a transformers cache holds; 0 for None."""
-    return 0 if cache is None else int(cache.get_seq_length())

@@ -50,6 +50,11 @@ def batch_of(inputs: Mapping[str, Any]) -> int:
     return first.shape[0]
 
 
+def cached_length(cache: Any) -> int:
+    """Tokens that a transformers cache holds; 0 for None."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 def attended_tokens(inputs: Mapping[str, Any], past: int = 0) -> Bool[Tensor, "batch width"]:
     """Which of the cached and given tokens are no padding."""
     batch, width = size_of(inputs)

@@ -10,8 +10,8 @@ from torch import Tensor
 from .chunks import Located, Pass
 from .components import Stack, is_encoder_decoder
 from .composition import inner_model
-from .engine import Engine, cached_length
-from .inputs import read_layout, size_of, tokens_of
+from .engine import Engine
+from .inputs import cached_length, read_layout, size_of, tokens_of
 from .positions import (
     PromptLayout,
     Selection,

@@ -38,6 +38,7 @@ LAYERS = [
     {"components"},
     {"config", "fused", "inputs", "split", "probe", "pyreft_state"},
     {"chunks", "guidance"},
+    {"editing"},
     {"engine"},
     {"locating", "passes", "placement", "stacking", "subspaces"},
     {"adapter_files", "base_sample", "card"},
