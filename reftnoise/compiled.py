@@ -81,6 +81,17 @@ def edit_outside(
     return _replace(module, "_compiled_call_impl", call)
 
 
+def hook_first(
+    module: nn.Module, edit: Callable[..., Any], *, is_input: bool
+) -> Callable[[], None]:
+    """Register a hook; first, so that whoever reads hidden states by one reads edited ones."""
+    if is_input:
+        handle = module.register_forward_pre_hook(edit, prepend=True, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(edit, prepend=True)
+    return handle.remove
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """What `torch.compile(module)` was made of; the module itself if it is none."""
     inside = module._modules.get("_orig_mod")

@@ -6,29 +6,19 @@ as tensors, and shared by all layers: no loop over the batch, no synchronisation
 """
 
 import contextlib
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, KeysView, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
-from weakref import WeakValueDictionary
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .checkpointing import checkpointed_modules, checkpointing
 from .chunks import Chunk, Pass, PlacedUnit, TokenlessChunk, chunk_of_call
-from .compiled import (
-    as_written,
-    calls_as_written,
-    can_edit_outside,
-    edit_outside,
-    put_in_order,
-    uncompiled,
-)
+from .compiled import as_written, calls_as_written, can_edit_outside, edit_outside, hook_first
 from .components import Site, find_stack, site_now
 from .composition import inner_model, may_add_to_loss, virtual_tokens
 from .devices import gather_for, is_part
@@ -37,9 +27,8 @@ from .inputs import cached_length
 from .interventions import LowRankRotation, shared_bases
 from .turns import exclusive, innermost
 
-# torch.compile, which can call only functions of plain values while it traces, finds engines here.
-_ENGINES: "WeakValueDictionary[str, Engine]" = WeakValueDictionary()
-_NUMBERS = itertools.count()
+ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]
+Observer: TypeAlias = Callable[[Sequence[PlacedUnit], Tensor, Tensor], None]
 
 
 class Engine:
@@ -59,20 +48,11 @@ class Engine:
         """Called with the units of a site, and the hidden states before and after them."""
         self._place(units)
         self._chunk: Chunk | TokenlessChunk | None = None
-        self._traced_chunk: Chunk | TokenlessChunk | None = None
-        self._standing: dict[Site, Callable[[], None]] = {}
-        """Sites with hooks of compiled passes, and what removes them."""
         self._is_inside = False
         """Whether a call that the chunk is of goes on, so that embeddings belong to it."""
-        self._number = str(next(_NUMBERS))  # torch.compile may take ints for variables
-        _ENGINES[self._number] = self
 
     def __reduce__(self) -> Any:
-        return Engine, (
-            self.base,
-            self.units,
-            self.scale,
-        )  # a copy has a number, and hooks, of its own
+        return Engine, (self.base, self.units, self.scale)
 
     def _place(self, units: Sequence[PlacedUnit]) -> None:
         self.units = list(units)
@@ -80,9 +60,14 @@ class Engine:
         for placed in units:
             self._by_site[placed.site].append(placed)
 
-    def _follow_base(self) -> None:
+    @property
+    def sites(self) -> KeysView[Site]:
+        """Where units are."""
+        return self._by_site.keys()
+
+    def follow_base(self) -> None:
         """Take the modules that are at the sites now: some may have been replaced since."""
-        current = {site: site_now(inner_model(self.base), site) for site in self._by_site}
+        current = {site: site_now(inner_model(self.base), site) for site in self.sites}
         if any(now is not site for site, now in current.items()):
             self._place([replace(placed, site=current[placed.site]) for placed in self.units])
 
@@ -98,7 +83,7 @@ class Engine:
         base = inner_model(self.base)
         checkpointed = checkpointed_modules(self.base)
         with exclusive(base), contextlib.ExitStack() as stack:
-            self._follow_base()
+            self.follow_base()
             if not any(current.has(one) for current in passes for one in self.units):
                 if not passes[-1].is_generation:  # whose caller may put hooks on the base
                     stack.enter_context(as_written(self.base, self._hooked_modules(base)))
@@ -110,7 +95,7 @@ class Engine:
             # What is recomputed in the backward pass must not depend on what is computed outside:
             # with reentrant checkpointing, a shared basis would be differentiated several times.
             if not checkpointed:
-                stack.enter_context(shared_bases(self._rotations()))
+                stack.enter_context(self.sharing_bases())
             for module in checkpointed:
                 stack.enter_context(checkpointing(module, self._repeatable))
             hooks = stack.enter_context(contextlib.ExitStack())
@@ -157,54 +142,28 @@ class Engine:
         self._is_inside = True
         virtual = virtual_tokens(self.base, current.stack)
         self._chunk = chunk_of_call(current, entry, args, kwargs, virtual)
-        return args, self._with_edited_embeddings(self._chunk, kwargs)
+        return args, self.with_edited_embeddings(self._chunk, kwargs)
 
     def _leave(self, is_ours: Callable[[], bool], *_: Any) -> None:
         if is_ours():
             self._is_inside = False
 
-    def _with_edited_embeddings(
+    def with_edited_embeddings(
         self, chunk: Chunk | TokenlessChunk, inputs: dict[str, Any]
     ) -> dict[str, Any]:
+        """The inputs of a call, with the edits of embeddings that the base will not make itself."""
         embeds: Any = inputs.get("inputs_embeds")
         stack = chunk.current.stack
         units = [one for one in self.units if one.site.is_embeddings and one.site.stack == stack]
         if embeds is None or not units:
             return inputs
-        # The base will not call its embedding.
         return inputs | {"inputs_embeds": self._apply(units, chunk, embeds)}
 
-    def trace(self, current: Pass, inputs: dict[str, Any]) -> Any:
-        """One call of the base while `torch.compile` traces it: one graph, without a break.
-
-        Hooks that come and go cannot be traced. Those of a compiled pass stay on the base, and do
-        nothing in any other.
-        """
-        if current.stack is not None:
-            raise ValueError(
-                "torch.compile of a ReftModel takes bases with one sequence: compile the layers of "
-                "this encoder-decoder model one by one, layer.compile()"
-            )
-        _stand_on_base(self._number)
-        chunk: Chunk | TokenlessChunk
-        if current.layout is None:
-            chunk = TokenlessChunk.of_call(current, inner_model(self.base), inputs)
-        else:
-            tokens: Any = inputs.get("input_ids")
-            batch, length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[:2]
-            offset = current.layout.attended.shape[1] - length
-            chunk = Chunk(current, current.layout, offset, length, batch)
-        self._traced_chunk = chunk
-        try:
-            with shared_bases(self._rotations()):
-                return self.base(**self._with_edited_embeddings(chunk, inputs))
-        finally:
-            self._traced_chunk = None
-
-    def _rotations(self) -> list[LowRankRotation]:
+    def sharing_bases(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block, each unit's orthonormal rows are computed once."""
         modules = [module for placed in self.units for module in placed.unit.modules()]
         rotations = [module for module in modules if isinstance(module, LowRankRotation)]
-        return [module for module in rotations if not is_part(module.weight)]
+        return shared_bases([module for module in rotations if not is_part(module.weight)])
 
     def _end_chunk(
         self,
@@ -236,31 +195,19 @@ class Engine:
 
             stack.enter_context(as_written(self.base, self._hooked_modules(base)))
             stack.enter_context(calls_as_written(base))
-            for remove in self._hook(chunk):
-                stack.callback(remove)
+            for site, edit in self.edits(chunk):
+                put = edit_outside if can_edit_outside(site.module) else hook_first
+                stack.callback(put(site.module, edit, is_input=site.is_input))
             yield is_ours
 
     def _hooked_modules(self, base: nn.Module) -> list[nn.Module]:
-        return [base, *(site.module for site in self._by_site)]
+        return [base, *(site.module for site in self.sites)]
 
-    def _hook(
-        self, chunk: "ChunkOf", kind: Callable[..., Any] = partial
-    ) -> Iterator[Callable[[], None]]:
-        """Put hooks on all sites; yields what removes them."""
+    def edits(self, chunk_of: ChunkOf) -> Iterator[tuple[Site, Callable[..., Any]]]:
+        """The hook for each site, by which its units edit the chunk that `chunk_of` tells."""
         for site, placed in self._by_site.items():
-            edit = kind(self._edit_input if site.is_input else self._edit_output, placed, chunk)
-            module = site.module
-            if kind is _StandingHook:
-                module = uncompiled(module)  # which is the one that is traced
-            elif can_edit_outside(module):
-                yield edit_outside(module, edit, is_input=site.is_input)
-                continue
-            # First, so that whoever reads hidden states by a hook reads edited ones.
-            if site.is_input:
-                handle = module.register_forward_pre_hook(edit, prepend=True, with_kwargs=True)
-            else:
-                handle = module.register_forward_hook(edit, prepend=True)
-            yield handle.remove
+            edit = self._edit_input if site.is_input else self._edit_output
+            yield site, partial(edit, placed, chunk_of)
 
     def _repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, which edits the chunk of now also when our hooks have left the base."""
@@ -281,7 +228,7 @@ class Engine:
     def _edit_output(
         self,
         placed: list[PlacedUnit],
-        chunk_of: "ChunkOf",
+        chunk_of: ChunkOf,
         module: nn.Module,
         args: tuple[Any, ...],
         output: Any,
@@ -296,7 +243,7 @@ class Engine:
     def _edit_input(
         self,
         placed: list[PlacedUnit],
-        chunk_of: "ChunkOf",
+        chunk_of: ChunkOf,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -321,39 +268,3 @@ class Engine:
         if self.observer is not None:
             self.observer(placed, hidden, found)
         return found
-
-
-ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]
-
-Observer: TypeAlias = Callable[[Sequence[PlacedUnit], Tensor, Tensor], None]
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
-def _stand_on_base(number: str) -> None:
-    """Put the hooks of an engine's compiled passes on its base, once."""
-    engine = _ENGINES[number]
-    engine._follow_base()
-    if engine._standing.keys() != engine._by_site.keys():  # at first, or modules were replaced
-        for remove in engine._standing.values():
-            remove()
-        hooks = engine._hook(lambda _: engine._traced_chunk, _StandingHook)
-        engine._standing = dict(zip(engine._by_site, hooks, strict=True))
-        for site in engine._by_site:
-            put_in_order(uncompiled(site.module))
-
-
-class _StandingHook:
-    """A hook of compiled passes; what copies or pickles the base gets one that does nothing."""
-
-    def __init__(self, edit: Callable[..., Any], *arguments: Any) -> None:
-        self.edit, self.arguments = edit, arguments
-
-    def __call__(self, *given: Any) -> Any:
-        return self.edit(*self.arguments, *given)
-
-    def __reduce__(self) -> Any:
-        return partial, (_no_edit,)
-
-
-def _no_edit(*_: Any) -> None:
-    """Leave a module's input or output as it is."""

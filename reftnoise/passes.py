@@ -37,6 +37,7 @@ from .prefix_cache import Complete, PrefixCache, PromptStates, pack, unpack
 from .probe import Abilities, has_foreign_hooks, is_watched, probe
 from .quantised import check_gradients
 from .split import PER_TOKEN, Alignment, align, aligned_inputs
+from .tracing import Tracer
 from .turns import exclusive, innermost
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Runner:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine, self._tracer = engine, Tracer(engine)
         self._logged: set[tuple[str, str]] = set()
         self._known: dict[tuple[object, ...], Abilities] = {}
         self._is_checked = False
@@ -92,7 +93,7 @@ class Runner:
         """
         current = passes[0]
         if torch.compiler.is_compiling():
-            outputs = self._engine.trace(current, inputs)
+            outputs = self._tracer.run(current, inputs)
             return outputs if pairs is None else first_of_pairs(outputs, pairs)
         if torch.is_grad_enabled() and not self._is_checked:
             check_gradients(self._engine.base)

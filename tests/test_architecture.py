@@ -40,6 +40,7 @@ LAYERS = [
     {"chunks", "guidance"},
     {"editing"},
     {"engine"},
+    {"tracing"},
     {"locating", "passes", "placement", "stacking", "subspaces"},
     {"adapter_files", "base_sample", "card"},
     {"library", "model", "saving", "wrapped"},

@@ -1,0 +1,106 @@
+"""Passes of a base with its units while `torch.compile` traces them: one graph, without a break.
+
+Hooks that come and go cannot be traced. Those of traced passes stay on the base, and do nothing in
+any other.
+"""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from .chunks import Chunk, Pass, TokenlessChunk
+from .compiled import hook_first, put_in_order, uncompiled
+from .components import Site
+from .composition import inner_model
+from .engine import Engine
+from .inputs import size_of
+
+# torch.compile, which can call only functions of plain values while it traces, finds tracers here.
+_TRACERS: "WeakValueDictionary[str, Tracer]" = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class Tracer:
+    """Runs traced passes of an engine.
+
+    Args:
+        engine: the base with its units.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._chunk: Chunk | TokenlessChunk | None = None
+        self._standing: dict[Site, Callable[[], None]] = {}
+        """Sites with hooks, and what removes them."""
+        self._number = str(next(_NUMBERS))  # torch.compile may take ints for variables
+        _TRACERS[self._number] = self
+
+    def __reduce__(self) -> Any:
+        return Tracer, (self._engine,)  # a copy has a number, and hooks, of its own
+
+    def run(self, current: Pass, inputs: dict[str, Any]) -> Any:
+        """One call of the base.
+
+        Raises:
+            ValueError: the base has two stacks.
+        """
+        if current.stack is not None:
+            raise ValueError(
+                "torch.compile of a ReftModel takes bases with one sequence: compile the layers of "
+                "this encoder-decoder model one by one, layer.compile()"
+            )
+        _stand_on_base(self._number)
+        base = self._engine.base
+        chunk: Chunk | TokenlessChunk
+        if current.layout is None:
+            chunk = TokenlessChunk.of_call(current, inner_model(base), inputs)
+        else:
+            batch, length = size_of(inputs)
+            offset = current.layout.attended.shape[1] - length
+            chunk = Chunk(current, current.layout, offset, length, batch)
+        self._chunk = chunk
+        try:
+            with self._engine.sharing_bases():
+                return base(**self._engine.with_edited_embeddings(chunk, inputs))
+        finally:
+            self._chunk = None
+
+    def stand_on_base(self) -> None:
+        """Put the hooks of traced passes on the base, once."""
+        self._engine.follow_base()
+        if self._standing.keys() == self._engine.sites:
+            return
+        for remove in self._standing.values():  # modules were replaced
+            remove()
+        self._standing = {}
+        for site, edit in self._engine.edits(lambda _: self._chunk):
+            module = uncompiled(site.module)  # which is the one that is traced
+            remove = hook_first(module, _StandingHook(edit), is_input=site.is_input)
+            put_in_order(module)
+            self._standing[site] = remove
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def _stand_on_base(number: str) -> None:
+    _TRACERS[number].stand_on_base()
+
+
+class _StandingHook:
+    """A hook of traced passes; what copies or pickles the base gets one that does nothing."""
+
+    def __init__(self, edit: Callable[..., Any]) -> None:
+        self._edit = edit
+
+    def __call__(self, *given: Any) -> Any:
+        return self._edit(*given)
+
+    def __reduce__(self) -> Any:
+        return partial, (_no_edit,)
+
+
+def _no_edit(*_: Any) -> None:
+    """Leave a module's input or output as it is."""
