@@ -101,24 +101,30 @@ class Engine:
             hooks = stack.enter_context(contextlib.ExitStack())
             is_ours = hooks.enter_context(self._hooked(base))
             for current in passes:
-                entry = self._entry(current)
-                start = entry.register_forward_pre_hook(
-                    partial(self._start_chunk, current, is_ours), with_kwargs=True
-                )
-                leave = entry.register_forward_hook(partial(self._leave, is_ours), always_call=True)
-                hooks.callback(start.remove)
-                hooks.callback(leave.remove)
-            last = passes[-1]  # the decoder's, of two
-            edits_decode = any(p.positions and p.positions.decode for p in self.units)
-            if last.is_generation and not (edits_decode or last.is_assisted):
-                end = self._entry(last).register_forward_hook(
-                    partial(self._end_chunk, last, is_ours, hooks), with_kwargs=True
-                )
-                hooks.callback(end.remove)
+                self._follow_calls(current, is_ours, hooks)
             try:
                 yield is_ours
             finally:
                 self._chunk = outer
+
+    # -- the calls of a pass, and the chunk that each sees ---------------------------------------
+
+    def _follow_calls(
+        self, current: Pass, is_ours: Callable[[], bool], hooks: contextlib.ExitStack
+    ) -> None:
+        entry = self._entry(current)
+        start = partial(self._start_chunk, current, is_ours)
+        leave = partial(self._leave_call, is_ours)
+        handles = [
+            entry.register_forward_pre_hook(start, with_kwargs=True),
+            entry.register_forward_hook(leave, always_call=True),
+        ]
+        edits_decode = any(one.positions and one.positions.decode for one in self.units)
+        if current.is_generation and not (current.stack or edits_decode or current.is_assisted):
+            end = partial(self._end_chunk, current, is_ours, hooks)
+            handles.append(entry.register_forward_hook(end, with_kwargs=True))
+        for handle in handles:
+            hooks.callback(handle.remove)
 
     def _entry(self, current: Pass) -> nn.Module:
         """The module whose call begins a chunk of a pass."""
@@ -144,42 +150,43 @@ class Engine:
         self._chunk = chunk_of_call(current, entry, args, kwargs, virtual)
         return args, self.with_edited_embeddings(self._chunk, kwargs)
 
-    def _leave(self, is_ours: Callable[[], bool], *_: Any) -> None:
+    def _leave_call(self, is_ours: Callable[[], bool], *_: Any) -> None:
         if is_ours():
             self._is_inside = False
-
-    def with_edited_embeddings(
-        self, chunk: Chunk | TokenlessChunk, inputs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The inputs of a call, with the edits of embeddings that the base will not make itself."""
-        embeds: Any = inputs.get("inputs_embeds")
-        stack = chunk.current.stack
-        units = [one for one in self.units if one.site.is_embeddings and one.site.stack == stack]
-        if embeds is None or not units:
-            return inputs
-        return inputs | {"inputs_embeds": self._apply(units, chunk, embeds)}
-
-    def sharing_bases(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block, each unit's orthonormal rows are computed once."""
-        modules = [module for placed in self.units for module in placed.unit.modules()]
-        rotations = [module for module in modules if isinstance(module, LowRankRotation)]
-        return shared_bases([module for module in rotations if not is_part(module.weight)])
 
     def _end_chunk(
         self,
         current: Pass,
         is_ours: Callable[[], bool],
         hooks: contextlib.ExitStack,
-        base: nn.Module,
+        entry: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        if current.layout is None or current.stack is not None:
+        if current.layout is None or not is_ours():
             return
         width = current.layout.attended.shape[1] + virtual_tokens(self.base)
-        if is_ours() and cached_length(kwargs.get("past_key_values")) >= width:
+        if cached_length(kwargs.get("past_key_values")) >= width:
             hooks.close()
+
+    def _repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which edits the chunk of now also when our hooks have left the base."""
+        chunk = self._chunk
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            if self._chunk is chunk:
+                return function(*inputs, **named)
+            self._chunk, outer = chunk, self._chunk
+            try:
+                with self._hooked(inner_model(self.base)):
+                    return function(*inputs, **named)
+            finally:
+                self._chunk = outer
+
+        return run
+
+    # -- the edits of a chunk, at each site ------------------------------------------------------
 
     @contextlib.contextmanager
     def _hooked(self, base: nn.Module) -> Iterator[Callable[[], bool]]:
@@ -208,22 +215,6 @@ class Engine:
         for site, placed in self._by_site.items():
             edit = self._edit_input if site.is_input else self._edit_output
             yield site, partial(edit, placed, chunk_of)
-
-    def _repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, which edits the chunk of now also when our hooks have left the base."""
-        chunk = self._chunk
-
-        def run(*inputs: Any, **named: Any) -> Any:
-            if self._chunk is chunk:
-                return function(*inputs, **named)
-            self._chunk, outer = chunk, self._chunk
-            try:
-                with self._hooked(inner_model(self.base)):
-                    return function(*inputs, **named)
-            finally:
-                self._chunk = outer
-
-        return run
 
     def _edit_output(
         self,
@@ -268,3 +259,20 @@ class Engine:
         if self.observer is not None:
             self.observer(placed, hidden, found)
         return found
+
+    def with_edited_embeddings(
+        self, chunk: Chunk | TokenlessChunk, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The inputs of a call, with the edits of embeddings that the base will not make itself."""
+        embeds: Any = inputs.get("inputs_embeds")
+        stack = chunk.current.stack
+        units = [one for one in self.units if one.site.is_embeddings and one.site.stack == stack]
+        if embeds is None or not units:
+            return inputs
+        return inputs | {"inputs_embeds": self._apply(units, chunk, embeds)}
+
+    def sharing_bases(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block, each unit's orthonormal rows are computed once."""
+        modules = [module for placed in self.units for module in placed.unit.modules()]
+        rotations = [module for module in modules if isinstance(module, LowRankRotation)]
+        return shared_bases([module for module in rotations if not is_part(module.weight)])
