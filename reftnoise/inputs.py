@@ -1,7 +1,5 @@
 """Read from a base's inputs which of its tokens are attended, and where the prompts end."""
 
-import functools
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +15,6 @@ from .positions import (
     has_token_labels,
     prompt_lengths_from_labels,
 )
-
-logger = logging.getLogger(__name__)
 
 
 def tokens_of(inputs: Mapping[str, Any]) -> Tensor | None:
@@ -115,43 +111,3 @@ def read_layout(
     else:
         return PromptLayout(attended)
     return PromptLayout(attended, lengths)
-
-
-def infer_attention_mask(kwargs: Mapping[str, Any], own_config: Any) -> Tensor | None:
-    """The mask that `generate` would infer from padding, so that both see the same one."""
-    pad = setting("pad_token_id", kwargs, own_config)
-    eos = setting("eos_token_id", kwargs, own_config)
-    ends = torch.as_tensor(-1 if eos is None else eos).flatten().tolist()
-    if pad is None or pad in ends or kwargs["input_ids"].is_floating_point():
-        return None
-    mask: Tensor = kwargs["input_ids"].ne(pad).long()
-    return mask
-
-
-def setting(name: str, kwargs: Mapping[str, Any], own_config: Any) -> Any:
-    """A setting of `generate`: transformers fills what a given config leaves open."""
-    given = kwargs.get("generation_config")
-    values = (kwargs.get(name), getattr(given, name, None), getattr(own_config, name, None))
-    return next((value for value in values if value is not None), None)
-
-
-def warn_of_doubtful_prompts(layout: PromptLayout, labels: Tensor | None) -> None:
-    """Say, once, where a training pass counts as prompts what hardly are prompts.
-
-    Edits would be trained at other tokens than those that generation edits.
-    """
-    if labels is None:
-        _warn_once(
-            "training without labels or prompt_lengths: every token counts as the prompt's, so "
-            "positions such as 'l1' are counted from the end of the completion"
-        )
-    elif not (layout.prompt[:, 1:] & layout.prompt[:, :-1]).any():
-        _warn_once(
-            "labels begin with each row's first token, which alone counts as its prompt, so that "
-            "positions such as 'l1' mean this token: set labels of prompts to -100"
-        )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)

@@ -2,24 +2,19 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
-from .chunks import Pass
-from .components import layer_of
 from .engine import Engine
 from .hints import nearest
 from .locating import Locator
 from .placement import place_units
-from .positions import POSITION_FIELDS, UnitLocations
 from .saving import load_weights, read_adapter
 from .stacking import FrozenAdapter, Place, Slot, stack
 
@@ -34,29 +29,6 @@ _LISTED = 20
 
 _KEPT = 2
 """Sets of adapters that acted last, whose stacks need memory beside the adapters' own."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """The units that act in a pass, and what each row of the batch gets of them."""
-
-    engine: Engine
-    locator: Locator
-    gates: Float[Tensor, "batch adapters"] | None = None
-    """None where all rows get all units as they were trained."""
-
-    def passes(
-        self,
-        inputs: Mapping[str, Any],
-        prompt_lengths: Tensor | None,
-        unit_locations: UnitLocations | None = None,
-    ) -> list[Pass]:
-        """What to edit: as `Locator.passes`, with the rows' gates."""
-        passes = self.locator.passes(inputs, prompt_lengths, unit_locations)
-        if self.gates is not None:
-            for current in passes:
-                current.gates = {one.key: self.gates for one in self.engine.units}
-        return passes
 
 
 class AdapterLibrary(Mapping[str, FrozenAdapter]):
@@ -178,8 +150,8 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         self._chosen([_scales(choice)])
         self.active = choice
 
-    def route(self, rows: Sequence[AdapterChoice] | None, batch: int) -> Route:
-        """The units that act in a pass.
+    def locator(self, rows: Sequence[AdapterChoice] | None, batch: int) -> Locator:
+        """The units that act in a pass, and what each row gets of them.
 
         Args:
             rows: a choice for each row of the batch; None for the active one.
@@ -201,9 +173,10 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         engine = self._engine(adapters)
         engine.scale, engine.observer = self._own.scale, self._own.observer
         if len(names) == 1 and all(choice == {names[0]: 1.0} for choice in choices):
-            return Route(engine, Locator(engine))
-        gates = [[choice.get(name, 0.0) for name in names] for choice in choices]
-        return Route(engine, Locator(engine), torch.tensor(gates, device=self._base.device))
+            return Locator(engine)
+        scales = [[choice.get(name, 0.0) for name in names] for choice in choices]
+        gates = torch.tensor(scales, device=self._base.device)
+        return Locator(engine, {one.key: gates for one in engine.units})
 
     def _chosen(
         self, choices: Sequence[Mapping[str, float]]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .chunks import Located, Pass
@@ -26,11 +27,14 @@ class Locator:
     """Makes the passes of calls of a base.
 
     Args:
-        engine: the base with its units.
+        engine: the base with the units that act.
+        gates: what each row of the batch gets of them, as a `Pass` has it.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(
+        self, engine: Engine, gates: Mapping[str, Float[Tensor, "batch k"]] | None = None
+    ) -> None:
+        self.engine, self._gates = engine, gates or {}
         self.continues = bool(inner_model(engine.base).can_generate())
         """Whether the base writes tokens after a prompt."""
         self.stacks: tuple[Stack | None, ...] = (None,)
@@ -51,7 +55,7 @@ class Locator:
         self,
         inputs: Mapping[str, Any],
         prompt_lengths: Tensor | None,
-        unit_locations: UnitLocations | None,
+        unit_locations: UnitLocations | None = None,
         times: int = 1,
     ) -> list[Pass]:
         """What to edit, in each stack.
@@ -70,6 +74,7 @@ class Locator:
                 "cache_params hold states, which do not tell how many tokens they are of: give the "
                 "whole input, or use generate"
             )
+        gates = {key: gate.repeat(times, 1) for key, gate in self._gates.items()}
         if self.reads_tokens(inputs):
             layout = read_layout(
                 inputs,
@@ -78,17 +83,22 @@ class Locator:
                 continues=self.labels_end_prompts,
             )
             if unit_locations is None:
-                return [Pass(layout, self._select(layout, None))]
-            batch, width = size_of(inputs)
-            return [Pass(layout, self._chosen(unit_locations, batch // times, width, times))]
+                selections = self._select(layout, None)
+            else:
+                batch, width = size_of(inputs)
+                selections = self._chosen(unit_locations, batch // times, width, times)
+            return [Pass(layout, selections, gates)]
         if unit_locations is not None or prompt_lengths is not None:
             raise ValueError(
-                f"{type(inner_model(self._engine.base)).__name__} tells the length of its "
+                f"{type(inner_model(self.engine.base)).__name__} tells the length of its "
                 "sequences only when it runs, so unit_locations and prompt_lengths cannot be "
                 "given: use the config's positions"
             )
         locate = functools.partial(self._locate, inputs)
-        return [Pass(locate=functools.partial(locate, one), stack=one) for one in self.stacks]
+        return [
+            Pass(gates=gates, locate=functools.partial(locate, one), stack=one)
+            for one in self.stacks
+        ]
 
     def _locate(
         self, inputs: Mapping[str, Any], stack: Stack | None, attended: Tensor, past: int
@@ -110,9 +120,9 @@ class Locator:
     def _chosen(
         self, unit_locations: UnitLocations, batch: int, width: int, times: int
     ) -> dict[str, Selection | None]:
-        units = [one for one in self._engine.units if one.positions is not None]
+        units = [one for one in self.engine.units if one.positions is not None]
         found = parse_unit_locations(unit_locations, len(units), batch, width)
-        device = self._engine.base.device
+        device = self.engine.base.device
         chosen = [
             None if c is None else explicit_selection(c.to(device).repeat(times, 1)) for c in found
         ]
@@ -125,6 +135,6 @@ class Locator:
             select = functools.cache(select)
         return {
             one.key: select(one.positions, one.prefix, one.suffix)
-            for one in self._engine.units
+            for one in self.engine.units
             if one.positions is not None and one.site.stack == stack
         }

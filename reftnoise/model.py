@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,33 +13,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import saving
-from .chunks import Pass
-from .composition import (
-    inner_model,
-    is_peft_model,
-    section_of,
-    virtual_tokens,
-    with_peft,
-    without_peft,
-)
+from .composition import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .config import ReftConfig
+from .doubts import TrainingDoubts
+from .edited_generation import generate_edited
 from .engine import Engine
 from .fused import call_fused, expect_plain_head, has_fused_head
-from .guidance import guidance
-from .inputs import (
-    batch_of,
-    infer_attention_mask,
-    warn_of_doubtful_prompts,
-)
-from .library import OWN, AdapterChoice, AdapterLibrary, Route
+from .inputs import batch_of
+from .library import OWN, AdapterChoice, AdapterLibrary
 from .locating import Locator
 from .pairs import in_pairs, mean_of_pairs
 from .passes import Runner, SplitMode
 from .placement import place_units
-from .positions import (
-    PromptLayout,
-    UnitLocations,
-)
+from .positions import UnitLocations
 from .prefix_cache import PrefixCache
 from .quantised import keep_differentiable
 from .subspaces import Subspaces, subspace_gates
@@ -95,12 +79,11 @@ class ReftModel(WrappedModel):
         self.prefix_cache: PrefixCache | None = None
         self._engine = Engine(model, placed)
         self._locator = Locator(self._engine)
-        self._own = Route(self._engine, self._locator)
         self.adapters = AdapterLibrary(self._engine)
         """Loaded adapters by name."""
         self._runner = Runner(self._engine)
+        self._doubts = TrainingDoubts(self._locator)
         self._is_disabled = False
-        self._has_looked_at_labels = False
         self.interventions.train(model.training)
         self.training = model.training
         self.register_state_dict_post_hook(saving.keep_trained)  # type: ignore[no-untyped-call]  # torch's
@@ -172,18 +155,9 @@ class ReftModel(WrappedModel):
         given["prompt_lengths"] = prompt_lengths
         inputs.update({name: value for name, value in given.items() if value is not None})
         if isinstance(input_ids, Mapping):
-            batch = {**input_ids, **inputs}
-            original = None
-            if output_original_output:
-                with self.disabled():
-                    original = self(**batch)
-            batch.setdefault("return_logits", return_logits)
-            return original, self(
-                **batch,
-                unit_locations=unit_locations,
-                adapter_names=adapter_names,
-                subspaces=subspaces,
-            )
+            batch = {"return_logits": return_logits, **input_ids, **inputs}
+            edits = (unit_locations, adapter_names, subspaces)
+            return self._in_pyreft_form(self, batch, edits, output_original_output)
         prompt_lengths = inputs.pop("prompt_lengths", None)
         if input_ids is not None:
             inputs["input_ids"] = input_ids
@@ -198,26 +172,31 @@ class ReftModel(WrappedModel):
             )
         if self.training and self.scale != 1.0:
             raise ValueError(f"scale {self.scale}: edits are trained as they are, with scale 1.0")
-        if self.training and not torch.compiler.is_compiling():
-            self._warn_of_noise_of_others()
-        batch_size = batch_of(inputs)
-        route = self._route(adapter_names, lambda: batch_size, unit_locations, subspaces)
-        if route is not self._own:
-            with route.engine.running(*route.passes(inputs, prompt_lengths)):
+        locator = self._choose(adapter_names, inputs, unit_locations, subspaces)
+        if locator.engine is not self._engine:
+            with locator.engine.running(*locator.passes(inputs, prompt_lengths)):
                 return self._call(self.model, inputs)
-        doubled = self.training and any(
-            getattr(one.unit, "paired", False) for one in self._engine.units
-        )
-        if doubled:
-            inputs = in_pairs(inputs, batch_size)
+        return self._run(locator, inputs, prompt_lengths, unit_locations, return_logits)
+
+    def _run(
+        self,
+        locator: Locator,
+        inputs: dict[str, Any],
+        prompt_lengths: Tensor | None,
+        unit_locations: UnitLocations | None,
+        return_logits: bool | None,
+    ) -> Any:
+        """A pass with the model's own units."""
+        is_located = prompt_lengths is not None or unit_locations is not None
+        batch, pairs = batch_of(inputs), None
+        if self.training and any(getattr(one.unit, "paired", False) for one in self._engine.units):
+            inputs, pairs = in_pairs(inputs, batch), batch
             if prompt_lengths is not None:
                 prompt_lengths = torch.as_tensor(prompt_lengths).repeat(2)
-        passes = self._locator.passes(inputs, prompt_lengths, unit_locations, times=1 + doubled)
-        self._gate(passes, subspaces, batch_size, times=1 + doubled)
-        if self.training and self._locator.continues and not torch.compiler.is_compiling():
-            known = prompt_lengths if unit_locations is None else unit_locations
-            self._doubt_prompts(passes[0].layout, inputs.get("labels"), known)
-        pairs = batch_size if doubled else None
+        times = 1 if pairs is None else 2
+        passes = locator.passes(inputs, prompt_lengths, unit_locations, times)
+        if self.training and not torch.compiler.is_compiling():
+            self._doubts.look_at(passes[0], inputs.get("labels"), is_located)
         if inputs.get("fused_lm_head"):
             with self._engine.running(*passes):
                 outputs = self._call(self.model, inputs)
@@ -263,76 +242,47 @@ class ReftModel(WrappedModel):
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
         if isinstance(inputs, Mapping):
-            batch = dict(inputs) | kwargs
-            original = None
-            if output_original_output:
-                with self.disabled():
-                    original = self.generate(**batch)
-            return original, self.generate(
-                **batch,
-                unit_locations=unit_locations,
-                adapter_names=adapter_names,
-                subspaces=subspaces,
-            )
+            edits = (unit_locations, adapter_names, subspaces)
+            batch = {**inputs, **kwargs}
+            return self._in_pyreft_form(self.generate, batch, edits, output_original_output)
         if inputs is not None:
             kwargs[inner_model(self.model).main_input_name] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
         if self._is_disabled:
             with self._bare() as base:
                 return base.generate(**kwargs)
-        if (
-            self._locator.reads_tokens(kwargs)
-            and kwargs.get("attention_mask") is None
-            and "input_ids" in kwargs
-        ):
-            mask = infer_attention_mask(kwargs, self.model.generation_config)
-            if mask is not None:
-                kwargs["attention_mask"] = mask
-        prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
-        rows = partial(batch_of, prompt)
-        route = self._route(adapter_names, rows, unit_locations, subspaces)
-        run = partial(self._continuation, route)
-        guided = guidance(kwargs, self.model.generation_config, run)
-        if guided is not None and self._locator.stacks == (None,):
-            if unit_locations is not None:
-                raise ValueError(
-                    "guidance_scale: unit_locations tell no places in its other prompt"
-                )
-            if virtual_tokens(self.model):
-                raise ValueError(
-                    "guidance_scale: its other prompt would lack PEFT's virtual tokens"
-                )
-            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guided]
-        passes = route.passes(prompt, None, unit_locations)
-        if subspaces is not None:
-            self._gate(passes, subspaces, rows())
-        drafts = ("assistant_model", "assistant_early_exit")
-        settings = kwargs.get("generation_config")
-        is_assisted = any(
-            kwargs.get(name, getattr(settings, name, None)) is not None for name in drafts
-        )
-        for current in passes:
-            current.is_generation, current.is_assisted = True, is_assisted
-        with route.engine.running(*passes):
-            return self.model.generate(**kwargs)
+        locator = self._choose(adapter_names, kwargs, unit_locations, subspaces)
+        return generate_edited(locator, kwargs, unit_locations)
 
-    def _continuation(self, route: Route, inputs: dict[str, Any], prompt_lengths: Tensor) -> Any:
-        """One pass of a generation, without noise."""
-        passes = route.passes(inputs, prompt_lengths)
-        for current in passes:
-            current.is_generation = True
-        with route.engine.running(*passes):
-            return self.model(**inputs)
+    def _in_pyreft_form(
+        self,
+        call: Callable[..., Any],
+        batch: dict[str, Any],
+        edits: tuple[UnitLocations | None, Sequence[AdapterChoice] | None, Subspaces | None],
+        output_original_output: bool,
+    ) -> tuple[Any, Any]:
+        """What `call` returns for the bare base, if that is asked for, and with the units."""
+        original = None
+        if output_original_output:
+            with self.disabled():
+                original = call(**batch)
+        names = ("unit_locations", "adapter_names", "subspaces")
+        return original, call(**batch, **dict(zip(names, edits, strict=True)))
 
-    def _route(
+    def _choose(
         self,
         adapter_names: Sequence[AdapterChoice] | None,
-        batch: Callable[[], int],
+        inputs: Mapping[str, Any],
         unit_locations: UnitLocations | None,
         subspaces: Subspaces | None,
-    ) -> Route:
+    ) -> Locator:
+        """The units that act in a call, and what each row gets of them."""
         if adapter_names is None and self.adapters.active == OWN:
-            return self._own
+            if subspaces is None:
+                return self._locator
+            units, device = self._engine.units, self.model.device
+            gates = subspace_gates(subspaces, units, batch_of(inputs), device)
+            return Locator(self._engine, gates)
         if self.training:
             raise ValueError(
                 "adapters that are loaded by name are frozen: call eval(), or train with the "
@@ -341,16 +291,7 @@ class ReftModel(WrappedModel):
         if unit_locations is not None or subspaces is not None:
             name = "subspaces" if unit_locations is None else "unit_locations"
             raise ValueError(f"{name} are of the model's own units: leave them out")
-        return self.adapters.route(adapter_names, batch())
-
-    def _gate(
-        self, passes: Sequence[Pass], subspaces: Subspaces | None, batch: int, times: int = 1
-    ) -> None:
-        if subspaces is None:
-            return
-        gates = subspace_gates(subspaces, self._engine.units, batch, self.model.device)
-        for current in passes:
-            current.gates = {key: gate.repeat(times, 1) for key, gate in gates.items()}
+        return self.adapters.locator(adapter_names, batch_of(inputs))
 
     def _expect_generation(self, intervene_on_prompt: bool) -> None:
         if not hasattr(self.model, "generate"):
@@ -420,27 +361,6 @@ class ReftModel(WrappedModel):
         """Whether labels are what the base writes after a prompt, so that they tell its end."""
         return self._locator.labels_end_prompts
 
-    def _warn_of_noise_of_others(self) -> None:
-        """transformers' NEFTune stands on the embeddings, beside a noise of the config."""
-        for one in self._engine.units:
-            alpha = getattr(one.site.module, "neftune_noise_alpha", None)
-            if alpha is None or not (one.site.is_embeddings and one.positions is None):
-                continue
-            warnings.warn(
-                f"the embeddings are noised twice: by the config's {type(one.unit).__name__} and "
-                f"by transformers' NEFTune (neftune_noise_alpha={alpha}); leave one of them out",
-                stacklevel=3,
-            )
-
-    def _doubt_prompts(self, layout: PromptLayout | None, labels: Any, known: Any) -> None:
-        """Of labels, only the first training pass is looked at: it waits for the device."""
-        after_prompt = any(one.positions and one.positions.decode for one in self._engine.units)
-        if layout is None or known is not None or after_prompt or not torch.is_grad_enabled():
-            return
-        if labels is None or not self._has_looked_at_labels:
-            self._has_looked_at_labels = labels is not None
-            warn_of_doubtful_prompts(layout, labels)
-
     # -- adapters by name ----------------------------------------------------------------------
 
     def load_adapter(
@@ -479,37 +399,6 @@ class ReftModel(WrappedModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a loaded adapter that is not the active one."""
         self.adapters.delete(adapter_name)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: PreTrainedModel,
-        directory: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-    ) -> "ReftModel":
-        """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode.
-
-        Arguments and errors as of `saving.load_adapter`.
-        """
-        if isinstance(directory, nn.Module):
-            raise ValueError(
-                "the arguments are swapped: ReftModel.from_pretrained(model, directory)"
-            )
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model: expected a model of transformers, got {saving.shown(model)}")
-        return saving.load_adapter(model, directory, revision=revision, token=token)
-
-    @classmethod
-    def load(
-        cls,
-        load_directory: str | Path,
-        model: PreTrainedModel,
-        from_huggingface_hub: bool = False,  # noqa: ARG003  # found out from the name
-    ) -> "ReftModel":
-        """pyreft's name and order of arguments for `from_pretrained`."""
-        return cls.from_pretrained(model, load_directory)
 
 
 if torch.__version__ < "2.8":  # which cannot trace our passes, nor many models of transformers

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from .composition import inner_model, is_peft_model
 from .config import ReftConfig
 from .devices import device_of, size
 from .engine import Engine
+
+if TYPE_CHECKING:
+    from .model import ReftModel
 
 
 class WrappedModel(nn.Module):
@@ -74,7 +78,7 @@ class WrappedModel(nn.Module):
             f"model params: {total:,d} || trainable%: {100 * (units + base) / total:.4f}"
         )
 
-    # -- saving ----------------------------------------------------------------------------------
+    # -- saving and loading ----------------------------------------------------------------------
 
     def save_pretrained(
         self,
@@ -127,3 +131,34 @@ class WrappedModel(nn.Module):
             if hf_repo_name is None:
                 raise ValueError("save_to_hf_hub needs hf_repo_name, such as 'user/adapter'")
             self.push_to_hub(hf_repo_name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        directory: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "ReftModel":
+        """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode.
+
+        Arguments and errors as of `saving.load_adapter`.
+        """
+        if isinstance(directory, nn.Module):
+            raise ValueError(
+                "the arguments are swapped: ReftModel.from_pretrained(model, directory)"
+            )
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a model of transformers, got {saving.shown(model)}")
+        return saving.load_adapter(model, directory, revision=revision, token=token)
+
+    @classmethod
+    def load(
+        cls,
+        load_directory: str | Path,
+        model: PreTrainedModel,
+        from_huggingface_hub: bool = False,  # noqa: ARG003  # found out from the name
+    ) -> "ReftModel":
+        """pyreft's name and order of arguments for `from_pretrained`."""
+        return cls.from_pretrained(model, load_directory)

@@ -33,7 +33,7 @@ from trl_runs import (
 )
 
 import reftnoise as rn
-import reftnoise.inputs
+import reftnoise.doubts
 from reftnoise.tiny import TinyExample
 
 pytestmark = MARKS
@@ -273,8 +273,8 @@ def test_prompts_that_are_none_are_mentioned_once(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    reftnoise.inputs._warn_once.cache_clear()
+    reftnoise.doubts._warn_once.cache_clear()
     sft(*wrapped(), data(), tmp_path, max_steps=2, **settings).train()
-    messages = [record.message for record in caplog.records if record.name == "reftnoise.inputs"]
+    messages = [record.message for record in caplog.records if record.name == "reftnoise.doubts"]
     assert len(messages) == (said is not None)
     assert said is None or said in messages[0]
