@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -71,7 +70,6 @@ class ReftModel(WrappedModel):
         if section is not None and not is_peft_model(model):
             model = with_peft(model, section)
         self.reft_config = dataclasses.replace(config, peft=section)
-        self._is_composed = section is not None
         self.model: PreTrainedModel = model
         self.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
         self._split: SplitMode = "auto"
@@ -80,7 +78,6 @@ class ReftModel(WrappedModel):
         self._engine = Engine(model, placed)
         self._locator = Locator(self._engine)
         self.adapters = AdapterLibrary(self._engine)
-        """Loaded adapters by name."""
         self._runner = Runner(self._engine)
         self._doubts = TrainingDoubts(self._locator)
         self._is_disabled = False
@@ -156,20 +153,19 @@ class ReftModel(WrappedModel):
         inputs.update({name: value for name, value in given.items() if value is not None})
         if isinstance(input_ids, Mapping):
             batch = {"return_logits": return_logits, **input_ids, **inputs}
-            edits = (unit_locations, adapter_names, subspaces)
-            return self._in_pyreft_form(self, batch, edits, output_original_output)
+            original = self._original(self, batch, output_original_output)
+            return original, self(
+                **batch,
+                unit_locations=unit_locations,
+                adapter_names=adapter_names,
+                subspaces=subspaces,
+            )
         prompt_lengths = inputs.pop("prompt_lengths", None)
         if input_ids is not None:
             inputs["input_ids"] = input_ids
         if self._is_disabled:
             with self._bare() as base:
                 return self._call(base, inputs)
-        if self._engine.base is not self.model:
-            raise ValueError(
-                "the base was replaced. nn.DataParallel copies it: start one process per device; "
-                "so does accelerate's regional compilation: compile the base's layers, or the "
-                "whole ReftModel"
-            )
         if self.training and self.scale != 1.0:
             raise ValueError(f"scale {self.scale}: edits are trained as they are, with scale 1.0")
         locator = self._choose(adapter_names, inputs, unit_locations, subspaces)
@@ -238,13 +234,24 @@ class ReftModel(WrappedModel):
         Raises:
             ValueError: as in `forward`, `intervene_on_prompt=False`, or a base without `generate`.
         """
-        self._expect_generation(intervene_on_prompt)
+        if not hasattr(self.model, "generate"):
+            raise ValueError(f"generate: {type(inner_model(self.model)).__name__} writes no tokens")
+        if not intervene_on_prompt:
+            raise ValueError(
+                "intervene_on_prompt False: to edit generated tokens, give the config "
+                "positions 'decode' or 'all+decode'"
+            )
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
         if isinstance(inputs, Mapping):
-            edits = (unit_locations, adapter_names, subspaces)
             batch = {**inputs, **kwargs}
-            return self._in_pyreft_form(self.generate, batch, edits, output_original_output)
+            original = self._original(self.generate, batch, output_original_output)
+            return original, self.generate(
+                **batch,
+                unit_locations=unit_locations,
+                adapter_names=adapter_names,
+                subspaces=subspaces,
+            )
         if inputs is not None:
             kwargs[inner_model(self.model).main_input_name] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
@@ -254,20 +261,14 @@ class ReftModel(WrappedModel):
         locator = self._choose(adapter_names, kwargs, unit_locations, subspaces)
         return generate_edited(locator, kwargs, unit_locations)
 
-    def _in_pyreft_form(
-        self,
-        call: Callable[..., Any],
-        batch: dict[str, Any],
-        edits: tuple[UnitLocations | None, Sequence[AdapterChoice] | None, Subspaces | None],
-        output_original_output: bool,
-    ) -> tuple[Any, Any]:
-        """What `call` returns for the bare base, if that is asked for, and with the units."""
-        original = None
-        if output_original_output:
-            with self.disabled():
-                original = call(**batch)
-        names = ("unit_locations", "adapter_names", "subspaces")
-        return original, call(**batch, **dict(zip(names, edits, strict=True)))
+    def _original(
+        self, call: Callable[..., Any], batch: dict[str, Any], is_wanted: bool
+    ) -> Any | None:
+        """In pyreft's form, what `call` returns for the bare base, if that is wanted."""
+        if not is_wanted:
+            return None
+        with self.disabled():
+            return call(**batch)
 
     def _choose(
         self,
@@ -277,6 +278,12 @@ class ReftModel(WrappedModel):
         subspaces: Subspaces | None,
     ) -> Locator:
         """The units that act in a call, and what each row gets of them."""
+        if self._engine.base is not self.model:
+            raise ValueError(
+                "the base was replaced. nn.DataParallel copies it: start one process per device; "
+                "so does accelerate's regional compilation: compile the base's layers, or the "
+                "whole ReftModel"
+            )
         if adapter_names is None and self.adapters.active == OWN:
             if subspaces is None:
                 return self._locator
@@ -292,15 +299,6 @@ class ReftModel(WrappedModel):
             name = "subspaces" if unit_locations is None else "unit_locations"
             raise ValueError(f"{name} are of the model's own units: leave them out")
         return self.adapters.locator(adapter_names, batch_of(inputs))
-
-    def _expect_generation(self, intervene_on_prompt: bool) -> None:
-        if not hasattr(self.model, "generate"):
-            raise ValueError(f"generate: {type(inner_model(self.model)).__name__} writes no tokens")
-        if not intervene_on_prompt:
-            raise ValueError(
-                "intervene_on_prompt False: to edit generated tokens, give the config "
-                "positions 'decode' or 'all+decode'"
-            )
 
     @property
     def split(self) -> SplitMode:
@@ -345,7 +343,7 @@ class ReftModel(WrappedModel):
     def _bare(self) -> Iterator[PreTrainedModel]:
         base = inner_model(self.model)
         with exclusive(base), innermost(base):
-            if self._is_composed:
+            if self.reft_config.peft is not None:
                 with without_peft(self.model):
                     yield base
             else:
@@ -360,45 +358,6 @@ class ReftModel(WrappedModel):
     def labels_end_prompts(self) -> bool:
         """Whether labels are what the base writes after a prompt, so that they tell its end."""
         return self._locator.labels_end_prompts
-
-    # -- adapters by name ----------------------------------------------------------------------
-
-    def load_adapter(
-        self,
-        directory: str | Path,
-        adapter_name: str,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-    ) -> None:
-        """Load a saved adapter beside the model's own units, for inference.
-
-        Args:
-            directory: of an adapter, or the name of a hub repository that is one.
-            adapter_name: by which `set_adapter` and `adapter_names` choose it. An adapter of that
-                name is replaced.
-            revision: branch, tag or commit of a hub repository.
-            token: for a private one, as `huggingface_hub` takes it.
-
-        Raises:
-            FileNotFoundError: the directory or one of its files is missing.
-            ValueError: the adapter is damaged, for another base, or has weights of the base; or
-                this model itself changes the base's weights.
-        """
-        if self._is_composed or self.reft_config.modules_to_save:
-            raise ValueError(
-                "this model trains weights of the base, for which other adapters were not trained: "
-                "load them into get_reft_model(base)"
-            )
-        self.adapters.load(directory, adapter_name, revision=revision, token=token)
-
-    def set_adapter(self, choice: AdapterChoice) -> None:
-        """Choose what acts where a call does not: values as in `forward`'s `adapter_names`."""
-        self.adapters.activate(choice)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget a loaded adapter that is not the active one."""
-        self.adapters.delete(adapter_name)
 
 
 if torch.__version__ < "2.8":  # which cannot trace our passes, nor many models of transformers

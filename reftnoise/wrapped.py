@@ -14,17 +14,20 @@ from .composition import inner_model, is_peft_model
 from .config import ReftConfig
 from .devices import device_of, size
 from .engine import Engine
+from .library import AdapterChoice, AdapterLibrary
 
 if TYPE_CHECKING:
     from .model import ReftModel
 
 
 class WrappedModel(nn.Module):
-    """A base with units: its parameters, their devices, and how they are saved."""
+    """A base with units: its parameters, their devices, and how they are saved and loaded."""
 
     model: PreTrainedModel
     interventions: nn.ModuleDict
     reft_config: ReftConfig
+    adapters: AdapterLibrary
+    """Loaded adapters by name."""
     _engine: Engine
 
     @property
@@ -162,3 +165,40 @@ class WrappedModel(nn.Module):
     ) -> "ReftModel":
         """pyreft's name and order of arguments for `from_pretrained`."""
         return cls.from_pretrained(model, load_directory)
+
+    def load_adapter(
+        self,
+        directory: str | Path,
+        adapter_name: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        """Load a saved adapter beside the model's own units, for inference.
+
+        Args:
+            directory: of an adapter, or the name of a hub repository that is one.
+            adapter_name: by which `set_adapter` and `adapter_names` choose it. An adapter of that
+                name is replaced.
+            revision: branch, tag or commit of a hub repository.
+            token: for a private one, as `huggingface_hub` takes it.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            ValueError: the adapter is damaged, for another base, or has weights of the base; or
+                this model itself changes the base's weights.
+        """
+        if self.reft_config.peft or self.reft_config.modules_to_save:
+            raise ValueError(
+                "this model trains weights of the base, for which other adapters were not trained: "
+                "load them into get_reft_model(base)"
+            )
+        self.adapters.load(directory, adapter_name, revision=revision, token=token)
+
+    def set_adapter(self, choice: AdapterChoice) -> None:
+        """Choose what acts where a call does not: values as in `forward`'s `adapter_names`."""
+        self.adapters.activate(choice)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget a loaded adapter that is not the active one."""
+        self.adapters.delete(adapter_name)
