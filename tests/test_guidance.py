@@ -16,19 +16,23 @@ POSITIONS = ["l1", "f2+l3", "all", "decode", "all+decode", [0, -1]]
 NEGATIVE = [[7, 8, 9, 10, 11], [12, 13], [14, 15, 16]]
 
 
-def log_probs(model: rn.ReftModel, prompt: list[int], new: list[int]) -> Tensor:
+def log_probs(model: rn.ReftModel, prompt: list[int], new: list[int], **choice: Any) -> Tensor:
     """Of the next token, by a whole forward pass without padding or cache."""
     logits = model(
-        input_ids=torch.tensor([prompt + new]), prompt_lengths=torch.tensor([len(prompt)])
+        input_ids=torch.tensor([prompt + new]),
+        prompt_lengths=torch.tensor([len(prompt)]),
+        **choice,
     ).logits
     return logits[0, -1].log_softmax(-1)
 
 
-def reference(model: rn.ReftModel, prompt: list[int], negative: list[int]) -> list[int]:
+def reference(
+    model: rn.ReftModel, prompt: list[int], negative: list[int], **choice: Any
+) -> list[int]:
     new: list[int] = []
     for _ in range(NEW):
-        without = log_probs(model, negative, new)
-        scores = without + SCALE * (log_probs(model, prompt, new) - without)
+        without = log_probs(model, negative, new, **choice)
+        scores = without + SCALE * (log_probs(model, prompt, new, **choice) - without)
         new.append(int(scores.argmax()))
     return new
 
@@ -60,6 +64,19 @@ def test_guidance_away_from_a_negative_prompt(positions: Any, use_cache: bool) -
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in NEGATIVE])
     negative = {"negative_prompt_ids": ids, "negative_prompt_attention_mask": mask}
     settings = {"guidance_scale": SCALE, "use_cache": use_cache, **negative}
+    assert torch.equal(generated(model, padded("left"), **settings), expected)
+
+
+@torch.no_grad()
+def test_rows_keep_their_subspaces_in_both_prompts() -> None:
+    model, chosen = wrapped(tiny_model(), "all"), [[0, 2], None, []]
+    expected = torch.tensor(
+        [
+            reference(model, row.tolist(), [int(row[-1])], subspaces=[dimensions])
+            for row, dimensions in zip(rows(), chosen, strict=True)
+        ]
+    )
+    settings = {"guidance_scale": SCALE, "subspaces": chosen}
     assert torch.equal(generated(model, padded("left"), **settings), expected)
 
 
