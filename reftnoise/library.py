@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,10 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
+from .components import layer_of
 from .engine import Engine
 from .hints import nearest
 from .locating import Locator
 from .placement import place_units
+from .positions import POSITION_FIELDS
 from .saving import load_weights, read_adapter
 from .stacking import FrozenAdapter, Place, Slot, stack
 
