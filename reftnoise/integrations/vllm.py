@@ -52,6 +52,7 @@ def register() -> None:
     _wrap(CPUModelRunner, "load_model", _load_model)
     _wrap(LoRAModelRunnerMixin, "add_lora", _add_lora)
     _wrap(LoRAModelRunnerMixin, "remove_lora", _remove_lora)
+    _wrap(LoRAModelRunnerMixin, "list_loras", _list_loras)
     _wrap(GPUModelRunner, "_model_forward", _model_forward)
 
 
@@ -178,6 +179,10 @@ def _remove_lora(original: Callable[..., Any], runner: GPUModelRunner, number: i
     if not hasattr(runner, "reftnoise"):
         return original(runner, number)
     return runner.reftnoise.remove(number)
+
+
+def _list_loras(original: Callable[..., Any], runner: GPUModelRunner) -> Any:
+    return runner.reftnoise.numbers() if hasattr(runner, "reftnoise") else original(runner)
 
 
 def _model_forward(

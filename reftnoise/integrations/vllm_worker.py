@@ -150,6 +150,10 @@ class ServedAdapters:
             del self._batches[chosen]
         return self._adapters.pop(number, None) is not None
 
+    def numbers(self) -> set[int]:
+        """Of the adapters that are loaded."""
+        return set(self._adapters)
+
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Within the block, the model runs with the edits of the runner's batch."""
