@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .components import layer_of
+from .composition import inner_model
 from .engine import Engine
 from .hints import nearest
 from .locating import Locator
@@ -19,6 +20,7 @@ from .placement import place_units
 from .positions import POSITION_FIELDS
 from .saving import load_weights, read_adapter
 from .stacking import FrozenAdapter, Place, Slot, stack
+from .turns import exclusive
 
 AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 """An adapter, the sum of several, or of several each times a scale; None for the bare base."""
@@ -144,8 +146,9 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         return self._adapters[name]
 
     def _forget(self, adapter: FrozenAdapter | None) -> None:
-        for key in [key for key in self._engines if adapter in key]:
-            del self._engines[key]
+        with exclusive(inner_model(self._base)):
+            for key in [key for key in self._engines if adapter in key]:
+                del self._engines[key]
 
     def activate(self, choice: AdapterChoice) -> None:
         """Have an adapter, several, or none act where a call does not choose."""
@@ -189,13 +192,14 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         return names, tuple(FrozenAdapter.of(own) if n == OWN else self._find(n) for n in names)
 
     def _engine(self, adapters: tuple[FrozenAdapter, ...]) -> Engine:
-        if adapters not in self._engines:
-            with torch.inference_mode(False), torch.no_grad():
-                self._engines[adapters] = Engine(self._base, stack(adapters))
-            while len(self._engines) > _KEPT:
-                self._engines.popitem(last=False)
-        self._engines.move_to_end(adapters)
-        return self._engines[adapters]
+        with exclusive(inner_model(self._base)):  # a server may run a thread for each adapter
+            if adapters not in self._engines:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._engines[adapters] = Engine(self._base, stack(adapters))
+                while len(self._engines) > _KEPT:
+                    self._engines.popitem(last=False)
+            self._engines.move_to_end(adapters)
+            return self._engines[adapters]
 
 
 def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
@@ -235,9 +239,9 @@ def _scales(choice: AdapterChoice) -> dict[str, float]:
             scales = {name: float(list(choice).count(name)) for name in choice}
         case _:
             raise _no_choice(choice)
-    for scale in scales.values():
+    for name, scale in scales.items():
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not is_number or not math.isfinite(scale):
+        if not isinstance(name, str) or not is_number or not math.isfinite(scale):
             raise _no_choice(choice)
     return {name: float(scale) for name, scale in scales.items()}
 
