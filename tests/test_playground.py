@@ -324,6 +324,10 @@ def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
             expected = [written(library, None if name == BASE else name) for name in names]
             until(lambda: texts(page, 3) == expected)
             assert page.locator("#layers").count() == page.locator("#noise").count() == 0
+            page.fill("#template input", "<i>nothing</i>")
+            page.press("#template input", "Enter")
+            page.click("#ask")
+            page.wait_for_selector("text=template '<i>nothing</i>': expected plain, chat, alpaca")
 
 
 def test_a_server_that_is_not_there() -> None:

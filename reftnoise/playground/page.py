@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 from ..decoding import Decoding
@@ -176,4 +177,4 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        raise gr.Error(escape(str(error)), print_exception=False) from None  # it reads HTML

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 
 from ..templates import fill
+from ..tokenization import Messages
 from .asking import Answer, Answerer, Question
 
 _SCALE = "reft_scale"
@@ -39,18 +40,21 @@ class Server(Answerer):
 
     def answers(self, question: Question) -> Iterator[Mapping[str, Answer]]:
         """All answers as they grow; see `Answerer`."""
+        prompt = fill(question.decoding.template_or("chat"), question.prompt, {})
         coming: Queue[tuple[str, str | Exception | None]] = Queue()
         stop = Event()
 
         def read(name: str) -> None:
             try:
-                for part in self._parts(name, question):
+                for part in self._parts(name, prompt, question):
                     if stop.is_set():
                         return
                     coming.put((name, part))
                 coming.put((name, None))
             except openai.APIError as error:
                 coming.put((name, ValueError(f"{name}: {error}")))
+            except Exception as error:  # raised again where it is seen
+                coming.put((name, error))
 
         for name in question.names:
             Thread(target=read, args=(name,), daemon=True).start()
@@ -68,7 +72,7 @@ class Server(Answerer):
         finally:
             stop.set()
 
-    def _parts(self, name: str, question: Question) -> Iterator[str]:
+    def _parts(self, name: str, prompt: str | Messages, question: Question) -> Iterator[str]:
         decoding = question.decoding
         arguments: dict[str, Any] = {
             "model": name,
@@ -80,7 +84,6 @@ class Server(Answerer):
         scale = question.scales.get(name, 1.0)
         if scale != 1.0:
             arguments["extra_body"] = {"vllm_xargs": {_SCALE: scale}}
-        prompt = fill(decoding.template_or("chat"), question.prompt, {})
         if isinstance(prompt, str):
             for chunk in self._client.completions.create(prompt=prompt, **arguments):
                 yield from (choice.text for choice in chunk.choices if choice.text)
