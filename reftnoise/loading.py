@@ -42,20 +42,7 @@ def load_adapted(
     """
     directory = adapter_directory(adapter)
     _expect_no_classifier(directory)
-    known = base_of(directory) if model is None else {"model": model}
-    given = {"revision": revision, "dtype": dtype}
-    known |= {name: value for name, value in given.items() if value is not None}
-    name = known.pop("model")
-    if not name:
-        raise ValueError(
-            f"{directory / CONFIG_NAME}: the adapter's base has no name: say which model it is for"
-        )
-    try:
-        base, tokenizer = load_base(name, device=device, **known)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0].removeprefix(f"{name}: ")
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{name}, the adapter's base: {reason}") from None
+    base, tokenizer = _load_base(directory, model, revision=revision, dtype=dtype, device=device)
     return ReftModel.from_pretrained(base, directory), tokenizer
 
 
@@ -76,13 +63,14 @@ def load_library(
 
     Raises:
         OSError: no such adapter or base.
-        ValueError: an adapter is damaged, or for another base.
+        ValueError: an adapter is damaged, for another base, or of a run that trained a classifier;
+            or the first does not tell its base.
     """
     directories = {name: adapter_directory(one) for name, one in adapters.items()}
-    known = {"model": model} if model else base_of(next(iter(directories.values())))
-    if dtype is not None:
-        known["dtype"] = dtype
-    base, tokenizer = load_base(known.pop("model"), device=device, **known)
+    for directory in directories.values():
+        _expect_no_classifier(directory)
+    first = next(iter(directories.values()))
+    base, tokenizer = _load_base(first, model, dtype=dtype, device=device)
     reft_model = get_reft_model(base)
     for name, directory in directories.items():
         reft_model.load_adapter(directory, name)
@@ -130,6 +118,31 @@ def template_of(adapter: str | Path) -> str | None:
     """What a run's recipe puts around its prompts; None for an adapter without a recipe."""
     data = _recipe_beside(Path(adapter) / ADAPTER).get("data")
     return data.get("template") if isinstance(data, dict) else None
+
+
+def _load_base(
+    directory: Path,
+    model: str | None,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str,
+) -> tuple[Any, Any]:
+    """The base of an adapter directory, and its tokenizer; arguments as in `load_adapted`."""
+    known = base_of(directory) if model is None else {"model": model}
+    given = {"revision": revision, "dtype": dtype}
+    known |= {name: value for name, value in given.items() if value is not None}
+    name = known.pop("model")
+    if not name:
+        raise ValueError(
+            f"{directory / CONFIG_NAME}: the adapter's base has no name: say which model it is for"
+        )
+    try:
+        return load_base(name, device=device, **known)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].removeprefix(f"{name}: ")
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{name}, the adapter's base: {reason}") from None
 
 
 def _expect_no_classifier(directory: Path) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import reftnoise as rn
 from reftnoise.chat import Conversation
-from reftnoise.loading import load_adapted
+from reftnoise.loading import load_adapted, load_library
 
 SCRIPT = (
     "import sys; from reftnoise.chat import Decoding, chat\n"
@@ -297,5 +297,6 @@ def test_a_base_that_is_not_to_be_had(adapter: Path, tmp_path: Path) -> None:
     description = json.loads(path.read_text(encoding="utf-8"))
     description["base_model"]["name_or_path"] = ""
     path.write_text(json.dumps(description), encoding="utf-8")
-    with pytest.raises(ValueError, match="the adapter's base has no name: say which model"):
-        load_adapted(path.parent)
+    for load in (load_adapted, lambda directory: load_library({"emoji": directory})):
+        with pytest.raises(ValueError, match="the adapter's base has no name: say which model"):
+            load(path.parent)

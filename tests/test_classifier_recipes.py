@@ -19,6 +19,7 @@ from transformers import (
 
 import reftnoise as rn
 from reftnoise.cli import main
+from reftnoise.loading import load_library
 
 RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "glue.yaml"
 ADJECTIVES = {
@@ -114,6 +115,8 @@ def test_the_papers_flow_on_made_up_reviews(
             f"reftnoise: {tmp_path / 'run'}: the run is a classifier, which writes no text; "
             f"'reftnoise eval {tmp_path / 'run'}' scores it\n"
         )
+    with pytest.raises(ValueError, match="the run is a classifier, which writes no text"):
+        load_library({"run": tmp_path / "run"})
 
     base = AutoModelForSequenceClassification.from_pretrained(roberta)
     adapted = rn.ReftModel.from_pretrained(base, tmp_path / "run" / "adapter")
