@@ -114,8 +114,12 @@ def _rows(files: AdapterFiles) -> Iterator[tuple[str, Tensor]]:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 unit = entry.build(None, width)  # draws weights
                 unit.load_state_dict(state)
-                if isinstance(unit, LowRankIntervention):
-                    yield place_name(entry, layer), unit.factors().up
+                if not isinstance(unit, LowRankIntervention):
+                    continue
+                up = unit.factors().up
+                if not up.isfinite().all():
+                    raise ValueError("holds numbers that are not finite")
+                yield place_name(entry, layer), up
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{files.weights_path}: {key}: {one_line(error)}") from None
 
