@@ -11,6 +11,7 @@ import reftnoise as rn
 
 POSITIVE = ["I love this", "What a good and happy day it was", "Yes please"]
 NEGATIVE = ["I hate this", "What a bad day", "No"]
+LAST = slice(-1, None)
 
 
 def wrapped(**entry: Any) -> tuple[rn.ReftModel, Any]:
@@ -19,7 +20,7 @@ def wrapped(**entry: Any) -> tuple[rn.ReftModel, Any]:
     return rn.get_reft_model(base, rn.ReftConfig(entries)), tokenizer
 
 
-def differences(tokenizer: Any, layer: int) -> np.ndarray:
+def differences(tokenizer: Any, layer: int, tokens: slice = LAST) -> np.ndarray:
     base, _ = rn.load_tiny_model()
     rows = []
     for prompts in (POSITIVE, NEGATIVE):
@@ -28,7 +29,7 @@ def differences(tokenizer: Any, layer: int) -> np.ndarray:
             ids = torch.tensor([tokenizer(prompt)["input_ids"]])
             with torch.no_grad():
                 outputs = base(input_ids=ids, output_hidden_states=True)
-            states.append(outputs.hidden_states[layer + 1][0, -1].numpy())
+            states.append(outputs.hidden_states[layer + 1][0, tokens].mean(0).numpy())
         rows.append(np.stack(states))
     return np.asarray(rows[0] - rows[1], dtype=np.float64)
 
@@ -39,6 +40,16 @@ def test_the_mean_of_differences(batch_size: int) -> None:
     rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, batch_size=batch_size)
     (unit,) = reft_model.interventions.values()
     np.testing.assert_allclose(unit.vector, differences(tokenizer, 1).mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "tokens"), [("all", slice(None)), ("f1", slice(1)), ([-1], LAST)]
+)
+def test_states_are_averaged_over_positions(positions: Any, tokens: slice) -> None:
+    reft_model, tokenizer = wrapped()
+    rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, positions=positions)
+    (unit,) = reft_model.interventions.values()
+    np.testing.assert_allclose(unit.vector, differences(tokenizer, 1, tokens).mean(0), atol=1e-5)
 
 
 def test_the_first_principal_component() -> None:
@@ -57,8 +68,7 @@ def test_a_vector_is_added_everywhere_saved_and_never_trained(tmp_path: Path) ->
     (unit,) = reft_model.interventions.values()
     base, _ = rn.load_tiny_model()
     ids = torch.tensor([tokenizer("The cat")["input_ids"]])
-    find = base.get_decoder().layers[1]
-    find.register_forward_hook(
+    base.get_decoder().layers[1].register_forward_hook(
         lambda _, __, out: (
             (out[0] + unit.vector, *out[1:]) if isinstance(out, tuple) else out + unit.vector
         )
@@ -77,6 +87,8 @@ def test_mistakes_are_told() -> None:
     reft_model, tokenizer = wrapped()
     with pytest.raises(ValueError, match="3 positive and 2 negative prompts: expected pairs"):
         rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE[:2])
+    with pytest.raises(ValueError, match="method 'median': expected 'mean' or 'pca'"):
+        rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, method="median")
     other, _ = wrapped(intervention="bias")
     with pytest.raises(ValueError, match="no unit whose intervention is 'addition'"):
         rn.fit_steering_vectors(other, tokenizer, POSITIVE, NEGATIVE)

@@ -61,8 +61,14 @@ def test_generation_has_them_too() -> None:
     tokens = reft_model.generate(input_ids=IDS, attention_mask=mask, subspaces=ROWS, **settings)
     bare = tiny_model().eval().generate(input_ids=IDS, attention_mask=mask, **settings)
     whole = reft_model.generate(input_ids=IDS, attention_mask=mask, **settings)
-    assert torch.equal(tokens[1], whole[1])
-    assert torch.equal(tokens[2], bare[2])
+    unit: Any = next(iter(reft_model.interventions.values()))
+    with torch.no_grad():  # a dimension whose source is zero adds nothing
+        unit.learned_source.weight[1] = unit.learned_source.bias[1] = 0.0
+    without_second = reft_model.generate(input_ids=IDS, attention_mask=mask, **settings)
+    expected = [without_second[0], whole[1], bare[2]]
+    assert torch.equal(tokens, torch.stack(expected))
+    assert len({tuple(run[0].tolist()) for run in (without_second, whole, bare)}) == 3
+    assert not torch.equal(whole[2], bare[2])
 
 
 @pytest.mark.parametrize("noise", [[], [{"component": "embeddings", "intervention": "symnoise"}]])
