@@ -131,7 +131,8 @@ def test_layers_and_positions_are_turned_off(
 
 def test_noise_is_one_draw_for_all_answers(local: LocalModel, library: Any) -> None:
     assert last(local, noise="symnoise", alpha=0.0) == last(local, noise=NO_NOISE)
-    for noise in ("neftune", "symnoise", "gaussian", "bernoulli"):
+    assert set(local.noises) == {"neftune", "symnoise", "gaussian", "bernoulli"}
+    for noise in local.noises:
         noisy = last(local, noise=noise, alpha=400.0)
         assert noisy == last(local, noise=noise, alpha=400.0)
         assert noisy[BASE] != written(library, None)

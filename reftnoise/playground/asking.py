@@ -80,7 +80,8 @@ class Answerer(ABC):
     """Where adapters edit; none if that cannot be changed."""
     positions: Sequence[str] = ()
     """Likewise, as fields of `Positions`."""
-    has_noise: bool = False
+    noises: Sequence[str] = ()
+    """By registered name, those that can be put on the prompt; none if there can be none."""
 
     @abstractmethod
     def answers(self, question: Question) -> Iterator[Mapping[str, Answer]]:

@@ -19,7 +19,8 @@ from ..decoding import Decoding
 from ..evaluation import evaluating
 from ..generation import ends_of, prompt_tokens
 from ..inspection import observed
-from ..interventions.registry import intervention_class
+from ..interventions import NoiseIntervention
+from ..interventions.registry import INTERVENTIONS, intervention_class
 from ..library import AdapterChoice
 from ..model import ReftModel
 from ..positions import POSITION_FIELDS
@@ -40,7 +41,9 @@ class LocalModel(Answerer):
         title: what to call it.
     """
 
-    has_noise = True
+    noises = tuple(
+        name for name, unit in INTERVENTIONS.items() if issubclass(unit, NoiseIntervention)
+    )
 
     def __init__(self, reft_model: ReftModel, tokenizer: Any, title: str) -> None:
         self._model, self._tokenizer, self.title = reft_model, tokenizer, title

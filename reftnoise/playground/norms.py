@@ -45,7 +45,7 @@ def _cells(norms: Norms, site: str, values: list[float], top: float) -> str:
         kind = ' class="new"' if index >= norms.prompt else ""
         share = round(100 * value / top)
         color = f"color-mix(in srgb, #d55e00 {share}%, rgb(128 128 128 / .15))"
-        about = escape(f"{site}, {token!r}: {value:.3g}", quote=True)
+        about = escape(f"{site}, {token!r}: {value:.3g}")
         cells.append(f'<td{kind} style="background: {color}" title="{about}"></td>')
     return "".join(cells)
 

@@ -15,7 +15,6 @@ try:
 except ModuleNotFoundError as error:
     raise ValueError(f"the playground needs {error.name}: pip install 'reftnoise[web]'") from None
 
-NOISES = (NO_NOISE, "neftune", "symnoise", "gaussian", "bernoulli")
 TEMPLATES = ("chat", "plain", "alpaca")
 POSITIONS = {
     "first": "the prompt's first tokens",
@@ -117,9 +116,10 @@ def _controls(answerer: Answerer, template: str, max_new_tokens: int) -> dict[st
             found["positions"] = gr.CheckboxGroup(
                 named, value=[name for _, name in named], label="Positions", elem_id="positions"
             )
-    if answerer.has_noise:
+    if answerer.noises:
         with gr.Accordion("Noise on the prompt's embeddings", open=False), gr.Row():
-            found["noise"] = gr.Radio(NOISES, value=NO_NOISE, label="Noise", elem_id="noise")
+            noises = [NO_NOISE, *answerer.noises]
+            found["noise"] = gr.Radio(noises, value=NO_NOISE, label="Noise", elem_id="noise")
             found["alpha"] = gr.Slider(0, 30, 5, step=0.5, label="α of α/√(Ld)")
     return found
 
