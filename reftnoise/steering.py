@@ -48,7 +48,8 @@ def fit_steering_vectors(
         batch_size: prompts per forward pass.
 
     Raises:
-        ValueError: no `addition` unit, unequal numbers of prompts, or an unknown method.
+        ValueError: no `addition` unit, unequal numbers of prompts, a prompt without a token at
+            `positions`, or an unknown method.
     """
     placed = reft_model._engine.units
     units = {one.key: one.unit for one in placed if isinstance(one.unit, AdditionIntervention)}
@@ -105,7 +106,12 @@ def _states(
             else:
                 weights = torch.zeros(mask.shape, dtype=torch.float64)
                 weights.scatter_add_(1, selection.columns, selection.mask.double())
-            weights /= weights.sum(1, keepdim=True).clamp(min=1)
+            if not weights.any(1).all():
+                row = start + int(weights.any(1).int().argmin())
+                raise ValueError(
+                    f"positions {positions.spec()!r}: prompt {prompts[row]!r} has no such token"
+                )
+            weights /= weights.sum(1, keepdim=True)
             device = reft_model.model.device
             with _recorded(units) as seen:
                 reft_model(input_ids=ids.to(device), attention_mask=mask.long().to(device))

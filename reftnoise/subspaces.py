@@ -28,16 +28,16 @@ def subspace_gates(
         ValueError: another nesting, or a dimension that a unit does not have.
     """
     edits = [one for one in units if one.positions is not None]
-    nested = subspaces.tolist() if isinstance(subspaces, Tensor) else list(subspaces)
+    nested: Any = subspaces.tolist() if isinstance(subspaces, Tensor) else subspaces
     if _depth(nested) < 3:
         nested = [nested] * len(edits)
-    if len(nested) != len(edits):
+    if not _is_list(nested) or len(nested) != len(edits):
         raise _wrong(subspaces, len(edits), batch)
     found = {}
     for one, rows in zip(edits, nested, strict=True):
         if rows is None:
             continue
-        if not isinstance(rows, Sequence) or len(rows) != batch:
+        if not _is_list(rows) or len(rows) != batch:
             raise _wrong(subspaces, len(edits), batch)
         unit = one.unit
         if not isinstance(unit, LowRankIntervention) or not unit.has_subspaces:
@@ -45,6 +45,8 @@ def subspace_gates(
         rank = int(unit.low_rank_dimension or 0)
         gates = torch.zeros(batch, rank)
         for gate, dimensions in zip(gates, rows, strict=True):
+            if dimensions is not None and not _is_list(dimensions):
+                raise _wrong(subspaces, len(edits), batch)
             chosen = range(rank) if dimensions is None else [i for i in dimensions if i != -1]
             if not all(type(i) is int and 0 <= i < rank for i in chosen):
                 raise ValueError(
@@ -55,8 +57,12 @@ def subspace_gates(
     return found
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def _depth(nested: Any) -> int:
-    if not isinstance(nested, Sequence):
+    if not _is_list(nested):
         return 0
     return 1 + max((_depth(part) for part in nested), default=0)
 

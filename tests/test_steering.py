@@ -89,6 +89,9 @@ def test_mistakes_are_told() -> None:
         rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE[:2])
     with pytest.raises(ValueError, match="method 'median': expected 'mean' or 'pca'"):
         rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, method="median")
+    for positions in ("decode", [5]):
+        with pytest.raises(ValueError, match=r"positions .*: prompt '.*' has no such token"):
+            rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, positions=positions)
     other, _ = wrapped(intervention="bias")
     with pytest.raises(ValueError, match="no unit whose intervention is 'addition'"):
         rn.fit_steering_vectors(other, tokenizer, POSITIVE, NEGATIVE)

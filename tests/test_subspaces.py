@@ -89,6 +89,9 @@ def test_training_moves_the_chosen_dimensions_alone(noise: list[Any]) -> None:
     [
         ([[0], [1]], "expected the dimensions of each of 3 rows"),
         ([[0], [1], [3]], "has dimensions 0 to 2"),
+        ([0, 1, 2], "expected the dimensions of each of 3 rows"),
+        (["ab"] * 3, "expected the dimensions of each of 3 rows"),
+        (3, "expected the dimensions of each of 3 rows"),
         ([[[0]] * 3, [[0]] * 3], "or a list of such for each of 1 units"),
     ],
 )
