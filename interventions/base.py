@@ -164,6 +164,8 @@ class ReftIntervention(
         self.dropout = nn.Dropout(dropout)
         self.act_fn_name = act_fn
         self.act_fn: nn.Module | None = None if act_fn is None else ACT2FN[act_fn]
+        if self.act_fn is not None and next(self.act_fn.parameters(), None) is not None:
+            raise ValueError(f"act_fn {act_fn!r} has weights of its own: expected one without")
         self.dtype = as_dtype(dtype)
 
     @abstractmethod

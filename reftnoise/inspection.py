@@ -104,11 +104,11 @@ def observed(
             see(str(placed[0].site), moved / before.float().norm(dim=-1))
 
     engine = reft_model._engine
-    engine.observer = observer
+    before, engine.observer = engine.observer, observer
     try:
         yield
     finally:
-        engine.observer = None
+        engine.observer = before
 
 
 def subspaces(reft_model: ReftModel) -> dict[str, Float[Tensor, "rank hidden"]]:

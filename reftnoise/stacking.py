@@ -79,7 +79,8 @@ class FrozenAdapter:
             rank, width = down.shape
             slots.append(Slot(place, rank, width, acts))
             tensors += [down.flatten(), bias, up.flatten()]
-        return cls(tuple(slots), torch.cat(tensors) if tensors else torch.empty(0))
+        one_device = [tensor.to(tensors[0].device) for tensor in tensors]
+        return cls(tuple(slots), torch.cat(one_device) if tensors else torch.empty(0))
 
     def factors(self) -> Iterable[tuple[Place, Factors]]:
         """The units, as views of the weights."""

@@ -92,8 +92,7 @@ def _process_inputs(
         raise VLLMValidationError(str(error)) from None
     request = original(*arguments, None, **kwargs)
     request.lora_request = LoRARequest(lora_request.lora_name, number_of(path), path)
-    if scale != 1.0:
-        request.cache_salt = f"{request.cache_salt or ''}{SCALE}={scale!r}"
+    request.cache_salt = f"{SCALE}={scale!r};{request.cache_salt or ''}"
     return request
 
 
@@ -107,7 +106,9 @@ async def _load_lora_adapter(
         path = pinned(request.lora_path, models.input_processor.vllm_config)
     except (OSError, ValueError) as error:
         return create_error_response(str(error))
+    before = models.lora_requests.get(request.lora_name)
     answer = await original(models, request.model_copy(update={"lora_path": path}), **kwargs)
+    _drop(models, before)
     if isinstance(answer, ErrorResponse) and (found := _REFUSED.search(answer.error.message)):
         return create_error_response(found[1])
     return answer
@@ -116,14 +117,20 @@ async def _load_lora_adapter(
 async def _unload_lora_adapter(
     original: Callable[..., Any], models: OpenAIServingModels, request: Any
 ) -> Any:
-    """Have the workers forget an adapter, too, once no request needs it; vLLM forgets its name."""
-    loaded = models.lora_requests.get(request.lora_name)
+    """Drop the adapter; vLLM forgets its name alone."""
+    before = models.lora_requests.get(request.lora_name)
     answer = await original(models, request)
-    if loaded and PINNED in loaded.lora_path and request.lora_name not in models.lora_requests:
-        task = asyncio.create_task(_forget(models, loaded.lora_path))
-        _tasks.add(task)
-        task.add_done_callback(_tasks.discard)
+    _drop(models, before)
     return answer
+
+
+def _drop(models: OpenAIServingModels, loaded: LoRARequest | None) -> None:
+    """Have the workers forget an adapter once no request needs it, if no name has it any more."""
+    if loaded is None or PINNED not in loaded.lora_path:
+        return
+    task = asyncio.create_task(_forget(models, loaded.lora_path))
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
 
 
 async def _forget(models: OpenAIServingModels, path: str) -> None:

@@ -145,7 +145,9 @@ class ServedAdapters:
         self._adapters[number_of(path)] = frozen
 
     def remove(self, number: int) -> bool:
-        """Forget an adapter; False if it is not there."""
+        """Forget an adapter; False if it is not there, or a request of the batch needs it."""
+        if number in self._runner.input_batch.lora_id_to_lora_request:
+            return False
         for chosen in [one for one in self._batches if number in one]:
             del self._batches[chosen]
         return self._adapters.pop(number, None) is not None

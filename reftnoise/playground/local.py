@@ -90,6 +90,8 @@ class LocalModel(Answerer):
         finally:
             writing.stop.set()
             thread.join()
+            for part in [name for name in self._model.adapters if name.startswith(_PART)]:
+                self._model.delete_adapter(part)
         if failed:
             raise failed[0]
 

@@ -1,6 +1,7 @@
 """Edit norms as a table of colours: a row for each site, a column for each token."""
 
 from html import escape
+from math import isfinite
 
 from .asking import Norms
 
@@ -27,7 +28,7 @@ def draw(norms: Norms | None) -> str:
     """HTML; each cell also says its site, token and number."""
     if norms is None:
         return '<div class="norms"><p>No edits.</p></div>'
-    top = float(norms.values.max()) or 1.0
+    top = float(norms.values.nan_to_num(0, 0).max()) or 1.0
     head = "".join(f"<td><span>{escape(token)}</span></td>" for token in norms.tokens)
     rows = "".join(
         f"<tr><th>{escape(_short(site))}</th>{_cells(norms, site, values, top)}</tr>"
@@ -43,7 +44,7 @@ def _cells(norms: Norms, site: str, values: list[float], top: float) -> str:
     cells = []
     for index, (token, value) in enumerate(zip(norms.tokens, values, strict=True)):
         kind = ' class="new"' if index >= norms.prompt else ""
-        share = round(100 * value / top)
+        share = round(100 * value / top) if isfinite(value) else 100
         color = f"color-mix(in srgb, #d55e00 {share}%, rgb(128 128 128 / .15))"
         about = escape(f"{site}, {token!r}: {value:.3g}")
         cells.append(f'<td{kind} style="background: {color}" title="{about}"></td>')
