@@ -4,6 +4,7 @@ Each adapter is a model's name to the OpenAI API, and so is the base. (transform
 batching runs passes that are not ours; many users are served by vLLM.)
 """
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,26 @@ def start(
         model_manager.ModelManager = own
 
 
+def expect_free(host: str, port: int) -> None:
+    """Raise an OSError where nothing can listen, which uvicorn would tell by ending the process.
+
+    Raises:
+        OSError: the port is taken, or the host is not this machine.
+        ValueError: no port.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port {port}: expected a number from 0 to {2**16 - 1}")
+
+    async def listen() -> None:
+        loop = asyncio.get_running_loop()
+        (await loop.create_server(asyncio.Protocol, host, port)).close()
+
+    try:
+        asyncio.run(listen())
+    except OSError as error:
+        raise OSError(f"{host}:{port}: {error.strerror}") from None
+
+
 def serve(
     adapters: Mapping[str, str | Path],
     model: str | None = None,
@@ -109,9 +130,10 @@ def serve(
         device: for both, as in `load_base`.
 
     Raises:
-        OSError: no such adapter or base.
-        ValueError: an adapter is damaged, or for another base; or a name that is taken.
+        OSError: no such adapter or base, or the port is taken.
+        ValueError: an adapter is damaged, or for another base; a name that is taken; or no port.
     """
+    expect_free(host, port)
     if BASE in adapters:
         raise ValueError(f"adapter name {BASE!r}: that is the model without an adapter")
     reft_model, tokenizer = load_library(adapters, model, dtype=dtype, device=device)
