@@ -48,8 +48,8 @@ def fit_steering_vectors(
         batch_size: prompts per forward pass.
 
     Raises:
-        ValueError: no `addition` unit, unequal numbers of prompts, a prompt without a token at
-            `positions`, or an unknown method.
+        ValueError: no `addition` unit, unequal numbers of prompts, an unknown method, a prompt
+            without a token at `positions`, or states that are not finite.
     """
     placed = reft_model._engine.units
     units = {one.key: one.unit for one in placed if isinstance(one.unit, AdditionIntervention)}
@@ -57,6 +57,12 @@ def fit_steering_vectors(
         raise ValueError("the config has no unit whose intervention is 'addition'")
     if method not in ("mean", "pca"):
         raise ValueError(f"method {method!r}: expected 'mean' or 'pca'")
+    if isinstance(positive, str) or isinstance(negative, str):
+        raise ValueError(
+            "expected two lists of prompts, got one text, whose letters are no prompts"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: expected at least 1")
     if len(positive) != len(negative) or not positive:
         raise ValueError(
             f"{len(positive)} positive and {len(negative)} negative prompts: expected pairs"
@@ -106,17 +112,18 @@ def _states(
             else:
                 weights = torch.zeros(mask.shape, dtype=torch.float64)
                 weights.scatter_add_(1, selection.columns, selection.mask.double())
-            if not weights.any(1).all():
-                row = start + int(weights.any(1).int().argmin())
-                raise ValueError(
-                    f"positions {positions.spec()!r}: prompt {prompts[row]!r} has no such token"
-                )
-            weights /= weights.sum(1, keepdim=True)
+            counts = weights.sum(1, keepdim=True)
+            if not counts.all():
+                lacking = prompts[start + int(counts.argmin())]
+                raise ValueError(f"positions {str(positions)!r}: none in the prompt {lacking!r}")
+            weights /= counts
             device = reft_model.model.device
             with _recorded(units) as seen:
                 reft_model(input_ids=ids.to(device), attention_mask=mask.long().to(device))
             for key, hidden in seen.items():
                 mean = torch.einsum("bt,btd->bd", weights.to(hidden.device), hidden.double())
+                if not mean.isfinite().all():
+                    raise ValueError(f"{key}: the base's states there are not finite")
                 found[key].append(mean)
     return {key: torch.cat(parts) for key, parts in found.items()}
 

@@ -95,3 +95,26 @@ def test_mistakes_are_told() -> None:
     other, _ = wrapped(intervention="bias")
     with pytest.raises(ValueError, match="no unit whose intervention is 'addition'"):
         rn.fit_steering_vectors(other, tokenizer, POSITIVE, NEGATIVE)
+    with pytest.raises(ValueError, match="expected two lists of prompts, got one text"):
+        rn.fit_steering_vectors(reft_model, tokenizer, "I love it", "I hate it")
+    with pytest.raises(ValueError, match="batch_size 0: expected at least 1"):
+        rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, batch_size=0)
+
+
+@pytest.mark.parametrize("positions", ["decode", [20]])
+def test_a_prompt_without_the_position_is_told(positions: Any) -> None:
+    """Its state would count as zero."""
+    reft_model, tokenizer = wrapped()
+    long, short = "I love it " * 20, "I hate it"
+    with pytest.raises(ValueError, match=r"positions .*: none in the prompt 'I"):
+        rn.fit_steering_vectors(reft_model, tokenizer, [long], [short], positions=positions)
+
+
+@pytest.mark.parametrize("method", ["mean", "pca"])
+def test_states_that_are_not_finite_are_told_and_set_nothing(method: Any) -> None:
+    reft_model, tokenizer = wrapped()
+    with torch.no_grad():
+        reft_model.model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="states there are not finite"):
+        rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, method=method)
+    assert all(value.isfinite().all() for value in reft_model.state_dict().values())
