@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,59 @@ def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
             page.press("#template input", "Enter")
             page.click("#ask")
             page.wait_for_selector("text=template '<i>nothing</i>': expected plain, chat, alpaca")
+
+
+@contextmanager
+def answering(parts: list[bytes], is_over: threading.Event) -> Iterator[Any]:
+    """A `Server` whose model `m` writes parts, and then nothing until it is over."""
+    pytest.importorskip("openai", reason="needs openai: pip install 'reftnoise[web]'")
+    from reftnoise.playground.server import Server
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+        def reply(self, kind: str, lines: list[bytes]) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(b"".join(lines))
+
+        def do_GET(self) -> None:
+            self.reply("application/json", [b'{"object": "list", "data": [{"id": "m"}]}'])
+
+        def do_POST(self) -> None:
+            self.reply("text/event-stream", [b"data: " + part + b"\n\n" for part in parts])
+            is_over.wait(60)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield Server(f"http://127.0.0.1:{server.server_port}/v1")
+        finally:
+            is_over.set()
+            server.shutdown()
+
+
+WRITTEN = b'{"choices": [{"index": 0, "text": "Hello"}]}'
+
+
+@pytest.mark.parametrize(
+    ("parts", "template", "message"),
+    [([WRITTEN, b"{no json"], "plain", "^m: "), ([], "{prompt} {lost}", "m: template: no column")],
+)
+def test_an_answer_that_breaks_off_is_told(parts: Any, template: str, message: str) -> None:
+    with answering(parts, threading.Event()) as server:
+        decoding = Decoding(template=template, max_new_tokens=TOKENS)
+        with pytest.raises(ValueError, match=message):
+            list(server.answers(question(names=["m"], decoding=decoding)))
+
+
+def test_who_reads_of_a_silent_server_can_stop() -> None:
+    with answering([WRITTEN], threading.Event()) as server:
+        answers = server.answers(question(names=["m"]))
+        found = [next(answers)["m"].text for _ in range(3)]
+        answers.close()
+    assert found == ["Hello"] * 3
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -1,7 +1,7 @@
 """Answers of a running server of the OpenAI API, such as vLLM with our plugin."""
 
 from collections.abc import Iterator, Mapping
-from queue import Queue
+from queue import Empty, Queue
 from threading import Event, Thread
 from typing import Any
 
@@ -13,6 +13,8 @@ from .asking import Answer, Answerer, Question
 
 _SCALE = "reft_scale"
 _SECONDS = 5.0
+_SILENCE = 0.5
+"""Seconds after which what has been written so far is given again."""
 
 
 class Server(Answerer):
@@ -51,7 +53,7 @@ class Server(Answerer):
                         return
                     coming.put((name, part))
                 coming.put((name, None))
-            except openai.APIError as error:
+            except Exception as error:  # whatever it is: who waits for the answer is told
                 coming.put((name, ValueError(f"{name}: {error}")))
             except Exception as error:  # raised again where it is seen
                 coming.put((name, error))
@@ -61,7 +63,10 @@ class Server(Answerer):
         texts, running = dict.fromkeys(question.names, ""), set(question.names)
         try:
             while running:
-                name, part = coming.get()
+                try:
+                    name, part = coming.get(timeout=_SILENCE)
+                except Empty:  # who no longer wants the answer can stop only between parts of it
+                    name, part = next(iter(running)), ""
                 if isinstance(part, Exception):
                     raise part
                 if part is None:
