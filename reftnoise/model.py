@@ -154,12 +154,7 @@ class ReftModel(WrappedModel):
         if isinstance(input_ids, Mapping):
             batch = {"return_logits": return_logits, **input_ids, **inputs}
             original = self._original(self, batch, output_original_output)
-            return original, self(
-                **batch,
-                unit_locations=unit_locations,
-                adapter_names=adapter_names,
-                subspaces=subspaces,
-            )
+            return original, self(**batch | _given(unit_locations, adapter_names, subspaces))
         prompt_lengths = inputs.pop("prompt_lengths", None)
         if input_ids is not None:
             inputs["input_ids"] = input_ids
@@ -246,12 +241,8 @@ class ReftModel(WrappedModel):
         if isinstance(inputs, Mapping):
             batch = {**inputs, **kwargs}
             original = self._original(self.generate, batch, output_original_output)
-            return original, self.generate(
-                **batch,
-                unit_locations=unit_locations,
-                adapter_names=adapter_names,
-                subspaces=subspaces,
-            )
+            choices = _given(unit_locations, adapter_names, subspaces)
+            return original, self.generate(**batch | choices)
         if inputs is not None:
             kwargs[inner_model(self.model).main_input_name] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
@@ -358,6 +349,13 @@ class ReftModel(WrappedModel):
     def labels_end_prompts(self) -> bool:
         """Whether labels are what the base writes after a prompt, so that they tell its end."""
         return self._locator.labels_end_prompts
+
+
+def _given(unit_locations: Any, adapter_names: Any, subspaces: Any) -> dict[str, Any]:
+    """Arguments beside a batch, which may have them as columns."""
+    named = {"unit_locations": unit_locations, "adapter_names": adapter_names}
+    named["subspaces"] = subspaces
+    return {name: value for name, value in named.items() if value is not None}
 
 
 if torch.__version__ < "2.8":  # which cannot trace our passes, nor many models of transformers

@@ -84,6 +84,19 @@ def test_training_moves_the_chosen_dimensions_alone(noise: list[Any]) -> None:
     assert moved.tolist() == [False, True, False]
 
 
+def test_a_batch_may_have_them_as_a_column() -> None:
+    """In pyreft's form, as the collator makes it of rows with such a column."""
+    reft_model = wrapped("loreft").eval()
+    rows = torch.tensor([[0, 1], [2, -1], [-1, -1]])
+    batch = {"input_ids": IDS, "subspaces": rows}
+    with torch.no_grad():
+        expected = reft_model(input_ids=IDS, subspaces=rows).logits
+        assert torch.equal(reft_model(batch)[1].logits, expected)
+    settings: Any = {"max_new_tokens": 3, "do_sample": False}
+    tokens = reft_model.generate(input_ids=IDS, subspaces=rows, **settings)
+    assert torch.equal(reft_model.generate(batch, **settings)[1], tokens)
+
+
 @pytest.mark.parametrize(
     ("subspaces", "message"),
     [
@@ -93,6 +106,9 @@ def test_training_moves_the_chosen_dimensions_alone(noise: list[Any]) -> None:
         (["ab"] * 3, "expected the dimensions of each of 3 rows"),
         (3, "expected the dimensions of each of 3 rows"),
         ([[[0]] * 3, [[0]] * 3], "or a list of such for each of 1 units"),
+        ([0, 1, 2], "subspaces .* expected the dimensions of each of 3 rows"),
+        (["0", "1", "2"], "expected the dimensions of each of 3 rows"),
+        (2, "subspaces 2: expected the dimensions of each of 3 rows"),
     ],
 )
 def test_mistakes_are_told(subspaces: Any, message: str) -> None:

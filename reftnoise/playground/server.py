@@ -55,8 +55,6 @@ class Server(Answerer):
                 coming.put((name, None))
             except Exception as error:  # whatever it is: who waits for the answer is told
                 coming.put((name, ValueError(f"{name}: {error}")))
-            except Exception as error:  # raised again where it is seen
-                coming.put((name, error))
 
         for name in question.names:
             Thread(target=read, args=(name,), daemon=True).start()
