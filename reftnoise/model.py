@@ -289,7 +289,13 @@ class ReftModel(WrappedModel):
         if unit_locations is not None or subspaces is not None:
             name = "subspaces" if unit_locations is None else "unit_locations"
             raise ValueError(f"{name} are of the model's own units: leave them out")
-        return self.adapters.locator(adapter_names, batch_of(inputs))
+        rows = self.adapters.locator(adapter_names, batch_of(inputs))
+        if self.reft_config.peft and not all(adapter_names or [self.adapters.active]):
+            raise ValueError(
+                "None: a row without units would not be the bare base, since the peft section acts "
+                "in all rows: call the model within disabled()"
+            )
+        return rows
 
     @property
     def split(self) -> SplitMode:

@@ -364,6 +364,22 @@ def test_an_adapter_with_weights_of_the_base_has_a_base_of_its_own(tmp_path: Pat
         trained.load_adapter(tmp_path, "head")
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+@pytest.mark.parametrize("nothing", [None, [], {}])
+def test_where_peft_acts_in_all_rows_none_is_not_the_base(nothing: Any) -> None:
+    pytest.importorskip("peft", reason="needs peft: pip install 'reftnoise[peft]'")
+    lora = {"peft_type": "lora", "target_modules": ["q_proj"], "init_lora_weights": False}
+    model = rn.get_reft_model(tiny_model(), rn.ReftConfig(ENTRIES["last"], peft=lora)).eval()
+    batch = prompts(2)
+    with pytest.raises(ValueError, match=r"the peft section acts in all rows"):
+        model(**batch, adapter_names=["default", nothing])
+    own = model(**batch).logits
+    torch.testing.assert_close(model(**batch, adapter_names=["default"] * 2).logits, own)
+    model.set_adapter(nothing)
+    with pytest.raises(ValueError, match=r"within disabled\(\)"):
+        model.generate(**batch, max_new_tokens=1)
+
+
 # -- what a library holds ------------------------------------------------------------------------
 
 
