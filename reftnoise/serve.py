@@ -4,7 +4,6 @@ Each adapter is a model's name to the OpenAI API, and so is the base. (transform
 batching runs passes that are not ours; many users are served by vLLM.)
 """
 
-import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from .hints import nearest
+from .listening import expect_free
 from .loading import load_library
 from .model import ReftModel
 
@@ -88,26 +88,6 @@ def start(
         return Serve(host=host, port=port, log_level="error", non_blocking=not waits)
     finally:
         model_manager.ModelManager = own
-
-
-def expect_free(host: str, port: int) -> None:
-    """Raise an OSError where nothing can listen, which uvicorn would tell by ending the process.
-
-    Raises:
-        OSError: the port is taken, or the host is not this machine.
-        ValueError: no port.
-    """
-    if not 0 <= port < 2**16:
-        raise ValueError(f"port {port}: expected a number from 0 to {2**16 - 1}")
-
-    async def listen() -> None:
-        loop = asyncio.get_running_loop()
-        (await loop.create_server(asyncio.Protocol, host, port)).close()
-
-    try:
-        asyncio.run(listen())
-    except OSError as error:
-        raise OSError(f"{host}:{port}: {error.strerror}") from None
 
 
 def serve(

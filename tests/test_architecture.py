@@ -24,6 +24,7 @@ LAYERS = [
         "compiled",
         "composition",
         "devices",
+        "listening",
         "loss",
         "machine",
         "pairs",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..listening import expect_free
 from ..loading import by_name, load_library, template_of
 from .asking import BASE, TOGETHER, Answerer
 from .page import build, launch
@@ -31,9 +32,10 @@ def run_playground(
 
     Raises:
         OSError: no such adapter, base or server, or the port is taken.
-        ValueError: an adapter is damaged, or for another base; a name that is taken; or adapters
-            or a base beside a server.
+        ValueError: an adapter is damaged, or for another base; a name that is taken; adapters
+            or a base beside a server; or no port.
     """
+    expect_free(host, port)
     answerer: Answerer
     if source.startswith(_ADDRESSES):
         if others or model is not None:
