@@ -117,7 +117,8 @@ class ReftIntervention(
         low_rank_dimension: rank of the edit, $1 \le r \le d$; None for classes that have none and
             so do not take it.
         dropout: probability in [0, 1) that an element of the edit is zeroed while training.
-        act_fn: name of a transformers activation applied to the learned source, or None.
+        act_fn: name of a transformers activation without weights, applied to the learned source,
+            or None.
         dtype: dtype of the parameters, as a `torch.dtype` or its name.
         pyvene: fields that pyvene passes when it builds the class itself; not used.
 

@@ -115,7 +115,9 @@ def _states(
             counts = weights.sum(1, keepdim=True)
             if not counts.all():
                 lacking = prompts[start + int(counts.argmin())]
-                raise ValueError(f"positions {str(positions)!r}: none in the prompt {lacking!r}")
+                raise ValueError(
+                    f"positions {positions.spec()!r}: prompt {lacking!r} has no such token"
+                )
             weights /= counts
             device = reft_model.model.device
             with _recorded(units) as seen:

@@ -4,7 +4,7 @@ One adapter can be trained on several tasks, each in dimensions of its own, whic
 R; at inference a row gets some of them, or the union (ReFT, arXiv:2404.03592, on composition).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -38,8 +38,6 @@ def subspace_gates(
         if rows is None:
             continue
         if not _is_list(rows) or len(rows) != batch:
-            raise _wrong(subspaces, len(edits), batch)
-        if any(not isinstance(row, Collection | None) or isinstance(row, str) for row in rows):
             raise _wrong(subspaces, len(edits), batch)
         unit = one.unit
         if not isinstance(unit, LowRankIntervention) or not unit.has_subspaces:

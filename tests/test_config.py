@@ -471,6 +471,10 @@ def test_a_config_file_of_another_kind(tmp_path: Path) -> None:
             "act_fn 'xyz' is not an activation of transformers",
         ),
         (
+            LOREFT | {"act_fn": "prelu"},
+            "act_fn 'prelu' has weights of its own: expected one without",
+        ),
+        (
             LOREFT | {"dtype": "int8"},
             "dtype 'int8': expected 'float16', 'bfloat16', 'float32' or 'float64'",
         ),

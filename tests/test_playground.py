@@ -368,7 +368,7 @@ WRITTEN = b'{"choices": [{"index": 0, "text": "Hello"}]}'
 
 @pytest.mark.parametrize(
     ("parts", "template", "message"),
-    [([WRITTEN, b"{no json"], "plain", "^m: "), ([], "{prompt} {lost}", "m: template: no column")],
+    [([WRITTEN, b"{no json"], "plain", "^m: "), ([], "{prompt} {lost}", "template: no column")],
 )
 def test_an_answer_that_breaks_off_is_told(parts: Any, template: str, message: str) -> None:
     with answering(parts, threading.Event()) as server:
