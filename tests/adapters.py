@@ -14,16 +14,21 @@ UNITS = [
 QUESTIONS = ["Where does a bear live?", "What does a cow eat?", "Who are you?"]
 
 
+def moved(reft_model: rn.ReftModel, std: float = 0.5) -> rn.ReftModel:
+    """The model, its units drawn far from the identity at which they may start."""
+    with torch.no_grad():
+        for name, parameter in reft_model.interventions.named_parameters():
+            if "rotate_layer" not in name:
+                parameter.normal_(std=std)
+    return reft_model
+
+
 def save_adapter(directory: Path) -> Path:
     """An adapter directory for the embedded model, of random edits."""
     torch.manual_seed(3)
     model, _ = rn.load_tiny_model()
     reft_model = rn.get_reft_model(model, rn.ReftConfig(UNITS)).eval()
-    with torch.no_grad():
-        for name, parameter in reft_model.interventions.named_parameters():
-            if "rotate_layer" not in name:
-                parameter.normal_(std=0.5)
-    reft_model.save_pretrained(directory)
+    moved(reft_model).save_pretrained(directory)
     return directory
 
 

@@ -6,17 +6,14 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from adapters import moved
 
 import reftnoise as rn
 
 
 def save(reft_model: rn.ReftModel, path: Path) -> None:
     """Save a model whose units are far from the identity."""
-    with torch.no_grad():
-        for name, parameter in reft_model.interventions.named_parameters():
-            if "rotate_layer" not in name:
-                parameter.normal_(std=0.3)
-    reft_model.save_pretrained(path)
+    moved(reft_model, std=0.3).save_pretrained(path)
 
 
 def damaged(adapter: Path, path: Path) -> None:

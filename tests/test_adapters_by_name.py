@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import moved
 from architectures import tiny_model
 from torch import Tensor
 
@@ -55,11 +56,7 @@ def wrapped(entries: Any, base: Any, seed: int) -> rn.ReftModel:
     """A model whose units are far from the identity."""
     torch.manual_seed(seed)
     reft_model = rn.get_reft_model(base, rn.ReftConfig(entries)).eval()
-    with torch.no_grad():
-        for name, parameter in reft_model.interventions.named_parameters():
-            if "rotate_layer" not in name:
-                parameter.normal_(std=0.5)
-    return reft_model
+    return moved(reft_model)
 
 
 @pytest.fixture(scope="module")

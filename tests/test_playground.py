@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import moved
 
 import reftnoise as rn
 from reftnoise.decoding import Decoding
@@ -44,11 +45,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         entry = {"layer": layer, "intervention": "loreft", "low_rank_dimension": 2}
         config = rn.ReftConfig([entry | {"positions": positions}])
         reft_model = rn.get_reft_model(rn.load_tiny_model()[0], config)
-        with torch.no_grad():
-            for key, parameter in reft_model.interventions.named_parameters():
-                if "rotate_layer" not in key:
-                    parameter.normal_(std=0.5)
-        reft_model.save_pretrained(folder / name)
+        moved(reft_model).save_pretrained(folder / name)
     return {name: folder / name for name in PLACES}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import moved
 from architectures import tiny_model
 from torch import Tensor
 
@@ -27,11 +28,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 
 def wrapped(entries: Any) -> rn.ReftModel:
     reft_model = rn.get_reft_model(tiny_model(), rn.ReftConfig(entries)).eval()
-    with torch.no_grad():
-        for name, parameter in reft_model.interventions.named_parameters():
-            if "rotate_layer" not in name:  # units may start at zero
-                parameter.normal_(std=0.5)
-    return reft_model
+    return moved(reft_model)
 
 
 def columns(positions: str) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import moved
 
 import reftnoise as rn
 
@@ -27,12 +28,8 @@ def reft_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[rn.ReftModel, 
         entry = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
         config = rn.ReftConfig([entry | {"positions": positions}])
         adapted = rn.get_reft_model(rn.load_tiny_model()[0], config)
-        with torch.no_grad():
-            for name, parameter in adapted.interventions.named_parameters():
-                if "rotate_layer" not in name:
-                    parameter.normal_(std=0.3)
         path = tmp_path_factory.mktemp(positions)
-        adapted.save_pretrained(path)
+        moved(adapted, std=0.3).save_pretrained(path)
         library.load_adapter(path, positions)
     return library, tokenizer
 

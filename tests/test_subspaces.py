@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import moved
 from architectures import tiny_model
 from torch import Tensor
 
@@ -16,11 +17,7 @@ ROWS = [[0, 2], None, []]
 def wrapped(intervention: str, **arguments: Any) -> rn.ReftModel:
     entry = {"layer": 1, "intervention": intervention, "low_rank_dimension": 3, "positions": "all"}
     reft_model = rn.get_reft_model(tiny_model(), rn.ReftConfig([entry | arguments])).eval()
-    with torch.no_grad():
-        for name, parameter in reft_model.interventions.named_parameters():
-            if "rotate_layer" not in name:
-                parameter.normal_(std=0.5)
-    return reft_model
+    return moved(reft_model)
 
 
 def by_hand(reft_model: rn.ReftModel, rows: list[list[int]]) -> Tensor:

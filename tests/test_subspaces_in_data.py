@@ -138,9 +138,7 @@ def test_gradients_of_a_mixed_batch_are_those_of_each_task_alone(
     assert of_all == labels_a + labels_b
     for name, gradient in mixed.items():
         torch.testing.assert_close(gradient, of_a[name] + of_b[name], rtol=1e-4, atol=1e-4)
-        if (
-            "rotate_layer" not in name
-        ):  # R's rows stay orthogonal to each other, so they move as one
+        if "rotate_layer" not in name:  # R's rows stay orthogonal to each other: they move as one
             assert not of_a[name][B].any()
             assert not of_b[name][A].any()
 
