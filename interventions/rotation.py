@@ -99,9 +99,8 @@ class LowRankRotation(nn.Module):
     receive twice the gradient.
 
     In evaluation, R is computed at the first call and kept until an optimizer steps, the weight
-    changes, the module
-    moves, or `train()` or `eval()` is called. (A change through `weight.data` alone, which torch
-    does not record, needs one of these calls.)
+    changes, the module moves, or `train()` or `eval()` is called. (A change through `weight.data`
+    alone, which torch does not record, needs one of these calls.)
     """
 
     def __init__(self, hidden_size: int, rank: int, dtype: torch.dtype = torch.float32) -> None:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from . import saving
 from .composition import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .config import ReftConfig
-from .doubts import TrainingDoubts
 from .edited_generation import generate_edited
 from .engine import Engine
 from .fused import call_fused, expect_plain_head, has_fused_head
@@ -28,6 +27,7 @@ from .positions import UnitLocations
 from .prefix_cache import PrefixCache
 from .quantised import keep_differentiable
 from .subspaces import Subspaces, subspace_gates
+from .training_checks import TrainingChecks
 from .turns import exclusive, innermost
 from .wrapped import WrappedModel
 
@@ -79,7 +79,7 @@ class ReftModel(WrappedModel):
         self._locator = Locator(self._engine)
         self.adapters = AdapterLibrary(self._engine)
         self._runner = Runner(self._engine)
-        self._doubts = TrainingDoubts(self._locator)
+        self._checks = TrainingChecks(self._locator)
         self._is_disabled = False
         self.interventions.train(model.training)
         self.training = model.training
@@ -187,7 +187,7 @@ class ReftModel(WrappedModel):
         times = 1 if pairs is None else 2
         passes = locator.passes(inputs, prompt_lengths, unit_locations, times)
         if self.training and not torch.compiler.is_compiling():
-            self._doubts.look_at(passes[0], inputs.get("labels"), is_located)
+            self._checks.check(passes[0], inputs.get("labels"), is_located)
         if inputs.get("fused_lm_head"):
             with self._engine.running(*passes):
                 outputs = self._call(self.model, inputs)

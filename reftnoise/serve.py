@@ -60,7 +60,7 @@ class _Adapters(model_manager.ModelManager):
         """The model of that name, and the tokenizer."""
         if model_id_and_revision not in self._named:
             hint = nearest(model_id_and_revision, self._named)
-            raise HTTPException(404, f"model {model_id_and_revision!r}; {hint}")
+            raise HTTPException(404, f"model {model_id_and_revision!r} is not served; {hint}")
         return self._named[model_id_and_revision], self._tokenizer
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:

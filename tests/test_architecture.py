@@ -43,7 +43,7 @@ LAYERS = [
     {"engine"},
     {"tracing"},
     {"locating", "passes", "placement", "stacking", "subspaces"},
-    {"adapter_files", "base_sample", "card", "doubts", "edited_generation"},
+    {"adapter_files", "base_sample", "card", "training_checks", "edited_generation"},
     {"library", "model", "saving", "wrapped"},
     {"bases", "sources"},
     {"templates"},

@@ -33,7 +33,7 @@ from trl_runs import (
 )
 
 import reftnoise as rn
-import reftnoise.doubts
+import reftnoise.training_checks
 from reftnoise.tiny import TinyExample
 
 pytestmark = MARKS
@@ -273,8 +273,10 @@ def test_prompts_that_are_none_are_mentioned_once(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    reftnoise.doubts._warn_once.cache_clear()
+    reftnoise.training_checks._warn_once.cache_clear()
     sft(*wrapped(), data(), tmp_path, max_steps=2, **settings).train()
-    messages = [record.message for record in caplog.records if record.name == "reftnoise.doubts"]
+    messages = [
+        record.message for record in caplog.records if record.name == "reftnoise.training_checks"
+    ]
     assert len(messages) == (said is not None)
     assert said is None or said in messages[0]

@@ -14,8 +14,8 @@ from .positions import PromptLayout
 logger = logging.getLogger(__name__)
 
 
-class TrainingDoubts:
-    """Looks at training passes of the units that a locator has.
+class TrainingChecks:
+    """Checks of training passes with the units that a locator has.
 
     Args:
         locator: of their prompts.
@@ -25,7 +25,7 @@ class TrainingDoubts:
         self._locator = locator
         self._has_looked_at_labels = False
 
-    def look_at(self, current: Pass, labels: Tensor | None, is_located: bool) -> None:
+    def check(self, current: Pass, labels: Tensor | None, is_located: bool) -> None:
         """Warn of noise that is there twice, and of prompts that hardly are prompts.
 
         Args:
@@ -33,7 +33,7 @@ class TrainingDoubts:
             labels: of the base's inputs.
             is_located: whether the caller told where prompts end, or what to edit.
         """
-        self._look_at_noise()
+        self._check_noise()
         units = self._locator.engine.units
         after_prompt = any(one.positions and one.positions.decode for one in units)
         is_told = is_located or after_prompt or not self._locator.continues
@@ -42,9 +42,9 @@ class TrainingDoubts:
         # Of labels, only those of the first pass are looked at: it waits for the device.
         if labels is None or not self._has_looked_at_labels:
             self._has_looked_at_labels = labels is not None
-            _look_at_prompts(current.layout, labels)
+            _check_prompts(current.layout, labels)
 
-    def _look_at_noise(self) -> None:
+    def _check_noise(self) -> None:
         """transformers' NEFTune stands on the embeddings, beside a noise of the config."""
         for one in self._locator.engine.units:
             alpha = getattr(one.site.module, "neftune_noise_alpha", None)
@@ -57,7 +57,7 @@ class TrainingDoubts:
             )
 
 
-def _look_at_prompts(layout: PromptLayout, labels: Tensor | None) -> None:
+def _check_prompts(layout: PromptLayout, labels: Tensor | None) -> None:
     """Edits in what counts as a prompt and is none would be trained where generation has none."""
     if labels is None:
         _warn_once(
