@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
-from .components import layer_of
+from .components import Stack, is_encoder_decoder, layer_of, num_layers
 from .composition import inner_model
 from .engine import Engine
 from .hints import nearest
@@ -100,13 +100,20 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
                 those where it goes on editing; None for all.
 
         Raises:
-            ValueError: the source is not loaded, the name is taken for the model's own units, or a
-                position has another name.
+            ValueError: the source is not loaded, the name is taken for the model's own units, the
+                base has no such layer, or a position has another name.
         """
         self._expect_free(name)
         for field in positions or ():
             if field not in POSITION_FIELDS:
                 raise ValueError(f"positions {field!r}; {nearest(field, POSITION_FIELDS)}")
+
+        stacks: tuple[Stack | None, ...] = (None,)
+        if is_encoder_decoder(self._base):
+            stacks = ("encoder", "decoder")
+        count = max(num_layers(self._base, stack) for stack in stacks)
+        if beyond := [layer for layer in layers or () if layer not in range(count)]:
+            raise ValueError(f"layers {beyond}: the model has layers 0 to {count - 1}")
 
         def keep(place: Place) -> Place | None:
             layer = layer_of(self._base, place.site)

@@ -173,6 +173,7 @@ def test_who_stops_reading_stops_the_model(local: LocalModel) -> None:
         ({"decoding": Decoding(template="{nothing}")}, "expected plain, chat, alpaca"),
         ({"noise": "neftun"}, "neftune"),
         ({"positions": ["prompt"]}, "positions 'prompt'"),
+        ({"layers": [1, 99]}, r"layers \[99\]: the model has layers 0 to 3"),
     ],
 )
 def test_mistakes_are_said(local: LocalModel, settings: Any, message: str) -> None:

@@ -5,6 +5,7 @@
 
 import os
 import random
+import shutil
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,17 @@ def test_equal_weights_at_other_positions_are_another_adapter(
         assert list(output.outputs[0].token_ids) == expected(ours, prompts[0], "one")
     both = [tmp_path / one / "reft_model.safetensors" for one in ("all", "f1")]
     assert both[0].read_bytes() == both[1].read_bytes()
+
+
+def test_a_runs_directory_stands_for_its_adapter(
+    small_engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(adapters["first"], tmp_path / "adapter")
+    lora = lora_request("run", 1, str(tmp_path))
+    (output,) = small_engine.generate(
+        [{"prompt_token_ids": prompts[0]}], sampling(), lora_request=lora, use_tqdm=False
+    )
+    assert list(output.outputs[0].token_ids) == expected(ours, prompts[0], "first")
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])

@@ -166,6 +166,8 @@ def test_adapters_come_under_traffic_and_mistakes_are_the_clients(
         for mistake, (_, message) in ALL_MISTAKES.items():
             with pytest.raises(openai.BadRequestError, match=message):
                 load(client, "wrong", served[mistake])
+        with pytest.raises(openai.BadRequestError, match=r"no reft_config\.json in it"):
+            load(client, "wrong", served["base"])
         with pytest.raises(openai.NotFoundError, match="wrong"):
             complete(client, "wrong")
         with pytest.raises(openai.BadRequestError, match="expected a finite number"):

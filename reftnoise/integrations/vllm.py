@@ -22,7 +22,6 @@ import asyncio
 import functools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -36,8 +35,16 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from ..adapter_files import CONFIG_NAME
-from .vllm_worker import PINNED, SCALE, ServedAdapters, components_of, number_of, pinned, scale_of
+from .vllm_worker import (
+    PINNED,
+    SCALE,
+    ServedAdapters,
+    components_of,
+    find_adapter,
+    number_of,
+    pinned,
+    scale_of,
+)
 
 
 def register() -> None:
@@ -83,7 +90,7 @@ def _process_inputs(
 ) -> Any:
     """Give a request the digest of its adapter, and the prefix cache the scale of its edits."""
     arguments = (processor, request_id, prompt, params, supported_tasks, arrival_time)
-    if lora_request is None or not _is_ours(lora_request.lora_path):
+    if lora_request is None or not _is_ours(lora_request.lora_path, processor.vllm_config):
         return original(*arguments, lora_request, **kwargs)
     try:
         path = pinned(lora_request.lora_path, processor.vllm_config)
@@ -100,10 +107,11 @@ async def _load_lora_adapter(
     original: Callable[..., Any], models: OpenAIServingModels, request: Any, **kwargs: Any
 ) -> Any:
     """Check an adapter before the engine sees it: a client's mistake is no error of the server."""
-    if not _is_ours(request.lora_path):
+    config = models.input_processor.vllm_config
+    if not _is_ours(request.lora_path, config):
         return await original(models, request, **kwargs)
     try:
-        path = pinned(request.lora_path, models.input_processor.vllm_config)
+        path = pinned(request.lora_path, config)
     except (OSError, ValueError) as error:
         return create_error_response(str(error))
     before = models.lora_requests.get(request.lora_name)
@@ -151,8 +159,9 @@ _tasks: set[asyncio.Task[None]] = set()
 """Kept from being collected while they run."""
 
 
-def _is_ours(path: str) -> bool:
-    return PINNED in path or (Path(path) / CONFIG_NAME).is_file()
+def _is_ours(path: str, config: VllmConfig) -> bool:
+    """Whether we answer for an adapter: with our option, vLLM serves none of its own."""
+    return bool(components_of(config)) or find_adapter(path) is not None
 
 
 # -- the model's process -------------------------------------------------------------------------
@@ -173,7 +182,7 @@ def _load_model(
 
 
 def _add_lora(original: Callable[..., Any], runner: GPUModelRunner, request: LoRARequest) -> Any:
-    if not _is_ours(request.lora_path):
+    if not hasattr(runner, "reftnoise"):
         return original(runner, request)
     try:
         runner.reftnoise.load(request.lora_path)

@@ -22,6 +22,7 @@ from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
 from ..components import COMPONENTS, find_layers, find_site
 from ..hints import nearest
 from ..library import freeze
+from ..run_files import ADAPTER
 from ..stacking import FrozenAdapter
 from .flat_batch import FlatBatch, FlatEdit, Requests, apply_
 
@@ -61,6 +62,12 @@ def components_of(config: VllmConfig) -> list[str]:
     return named
 
 
+def find_adapter(path: str) -> Path | None:
+    """The adapter's directory: itself, or a run's `adapter`; None where there is none."""
+    found = [Path(path), Path(path) / ADAPTER]
+    return next((one for one in found if (one / CONFIG_NAME).is_file()), None)
+
+
 def pinned(path: str, config: VllmConfig) -> str:
     """The directory of an adapter that is whole and fits the base, with its digest.
 
@@ -70,6 +77,7 @@ def pinned(path: str, config: VllmConfig) -> str:
     """
     if PINNED in path:
         return path
+    path = str(find_adapter(path) or path)
     adapter, identity = _read(path, _stamps_of(path))
     components = components_of(config)
     for index, entry in enumerate(adapter.config.representations):

@@ -94,7 +94,7 @@ def _controls(answerer: Answerer, template: str, max_new_tokens: int) -> dict[st
     """What all answers share, by name."""
     found: dict[str, Any] = {}
     names = list(answerer.names)
-    found["names"] = gr.CheckboxGroup(names, value=names[:4], label="Who answers", elem_id="names")
+    found["names"] = gr.CheckboxGroup(names, value=names, label="Who answers", elem_id="names")
     with gr.Accordion("How answers are drawn", open=False), gr.Row():
         choices = [*TEMPLATES, *([] if template in TEMPLATES else [template])]
         found["template"] = gr.Dropdown(
