@@ -9,11 +9,12 @@ STYLE = """
 .norms { direction: rtl; overflow-x: auto; padding-bottom: .3rem; } /* begins at its end */
 .norms > * { direction: ltr; }
 .norms p { margin: .2rem 0; font-size: .8rem; }
-.norms table { border: 0; border-collapse: separate; border-spacing: 1px; font-size: .72rem; }
+.norms table { margin: 0 auto 0 0; border: 0; border-collapse: separate; border-spacing: 1px;
+  font-size: .72rem; }
 .norms tr, .norms th, .norms td { border: 0; padding: 0; background: none; font-weight: normal; }
 .norms tbody td { min-width: .85rem; height: .95rem; }
 .norms tbody tr:first-child td.new { box-shadow: 0 -2px #0072b2; }
-.norms th { position: sticky; left: 0; padding-right: .4rem; text-align: right;
+.norms th { position: sticky; left: 0; z-index: 1; padding-right: .4rem; text-align: right;
   white-space: nowrap; background: var(--body-background-fill); }
 .norms thead td { padding-bottom: 3px; vertical-align: bottom; }
 .norms span { display: block; margin: 0 auto; max-height: 5rem; overflow: hidden;

@@ -132,9 +132,9 @@ def _columns(answerer: Answerer, names: Any) -> tuple[list[Any], list[Any], list
             with gr.Column(min_width=250, visible=name in names.value) as column:
                 columns.append(column)
                 texts.append(gr.Textbox(label=name, lines=5, elem_id=f"answer-{number}"))
-                label = f"{name}: edits times"
                 if name in answerer.scaled:
-                    slider = gr.Slider(-2, 2, 1, step=0.05, label=label, elem_id=f"scale-{number}")
+                    elem_id = f"scale-{number}"
+                    slider = gr.Slider(-2, 2, 1, step=0.05, label="Edits times", elem_id=elem_id)
                     scales.append(slider)
                 if answerer.layers:
                     norms.append(gr.HTML(elem_id=f"norms-{number}"))
