@@ -310,15 +310,13 @@ def test_a_mistake_harms_its_request_alone(
     assert list(output.outputs[0].token_ids) == expected(ours, prompts[0], "last")
 
 
-# -- compiled -----------------------------------------------------------------------------------
+# -- compiled, and tensor parallel -----------------------------------------------------------------
 
 
-def test_a_compiled_model_is_edited_too(
-    base: Path, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]
-) -> None:
-    compiled = engine(base, enforce_eager=False)
+def expect_equal(engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]) -> None:
+    """All adapters, in one call."""
     names = [NAMES[index % len(NAMES)] for index in range(len(prompts))]
-    outputs = compiled.generate(
+    outputs = engine.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         sampling(),
         lora_request=[request_for(name, adapters) for name in names],
@@ -326,3 +324,21 @@ def test_a_compiled_model_is_edited_too(
     )
     for output, prompt, name in zip(outputs, prompts, names, strict=True):
         assert list(output.outputs[0].token_ids) == expected(ours, prompt, name), name
+
+
+def test_a_compiled_model_is_edited_too(
+    base: Path, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]
+) -> None:
+    expect_equal(engine(base, enforce_eager=False), prompts, ours, adapters)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_a_model_in_two_parts_is_edited_too(
+    base: Path,
+    prompts: Any,
+    ours: rn.ReftModel,
+    adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    expect_equal(engine(base, tensor_parallel_size=2), prompts, ours, adapters)
