@@ -107,7 +107,6 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         for field in positions or ():
             if field not in POSITION_FIELDS:
                 raise ValueError(f"positions {field!r}; {nearest(field, POSITION_FIELDS)}")
-
         stacks: tuple[Stack | None, ...] = (None,)
         if is_encoder_decoder(self._base):
             stacks = ("encoder", "decoder")
@@ -122,7 +121,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
             kept = place.positions if positions is None else place.positions.only(positions)
             return place._replace(positions=kept) if kept.edits_prompt or kept.decode else None
 
-        ((whole,),) = self._chosen([{source: 1.0}])[1:]
+        _, (whole,) = self._chosen([{source: 1.0}])
         self._put(name, whole.part(keep))
 
     def delete(self, name: str) -> None:

@@ -270,10 +270,14 @@ def test_threads_may_choose_more_adapters_than_are_kept_side_by_side(
     reft_model: rn.ReftModel, directories: dict[str, Path]
 ) -> None:
     names = list(directories)
+    adapters = reft_model.adapters
+    sites = {n: {str(slot.place.site) for slot in adapters[n].slots} for n in names}
 
     def choose(first: int) -> None:
         for turn in range(200):
-            reft_model.adapters.locator([names[(first + turn) % len(names)]], batch=1)
+            name = names[(first + turn) % len(names)]
+            engine = reft_model.adapters.locator([name], batch=1).engine
+            assert {str(one.site) for one in engine.units} == sites[name]
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -35,9 +35,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
+from . import SCALE
 from .vllm_worker import (
     PINNED,
-    SCALE,
     ServedAdapters,
     components_of,
     find_adapter,

@@ -24,10 +24,8 @@ from ..hints import nearest
 from ..library import freeze
 from ..run_files import ADAPTER
 from ..stacking import FrozenAdapter
+from . import SCALE
 from .flat_batch import FlatBatch, FlatEdit, Requests, apply_
-
-SCALE = "reft_scale"
-"""The extra argument of a request by which its edits are multiplied."""
 
 PINNED = "#sha256:"
 """Between an adapter's directory and the digest of its config and weights."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import openai
 
+from ..integrations import SCALE
 from ..templates import fill
 from ..tokenization import Messages
 from .asking import Answer, Answerer, Question
 
-_SCALE = "reft_scale"
 _SECONDS = 5.0
 _SILENCE = 0.5
 """Seconds after which what has been written so far is given again."""
@@ -86,7 +86,7 @@ class Server(Answerer):
         }
         scale = question.scales.get(name, 1.0)
         if scale != 1.0:
-            arguments["extra_body"] = {"vllm_xargs": {_SCALE: scale}}
+            arguments["extra_body"] = {"vllm_xargs": {SCALE: scale}}
         if isinstance(prompt, str):
             for chunk in self._client.completions.create(prompt=prompt, **arguments):
                 yield from (choice.text for choice in chunk.choices if choice.text)
