@@ -14,13 +14,13 @@ from rich.text import Text
 
 from .decoding import GREEDY, Decoding
 from .evaluation import evaluating
-from .files import replace_all
+from .files import json_lines, replace_all
 from .generation import generated
 from .hints import nearest
 from .likelihood import Progress
-from .loading import load_adapted, template_of
+from .loading import load_adapted
 from .model import ReftModel
-from .run_files import json_lines
+from .run_adapter import template_of
 from .templates import fill
 from .tokenization import smallest_limit
 

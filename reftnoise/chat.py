@@ -17,8 +17,9 @@ from .answers import default_new_tokens
 from .decoding import GREEDY, Decoding
 from .generation import ends_of, prompt_tokens
 from .hints import nearest
-from .loading import load_adapted, template_of
+from .loading import load_adapted
 from .model import ReftModel
+from .run_adapter import template_of
 from .templates import check_template, fill
 from .tokenization import smallest_limit
 

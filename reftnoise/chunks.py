@@ -11,27 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from .components import Site, Stack
-from .inputs import cached_length
-from .interventions import NoiseIntervention, StackedEdit, Unit
-from .positions import Positions, PromptLayout, Selection
+from .components import Stack
+from .interventions import NoiseIntervention
+from .layout import PromptLayout, Selection, cached_length
 from .split import Alignment
+from .units import PlacedUnit
 
 Located: TypeAlias = tuple[PromptLayout, dict[str, Selection | None]]
-
-
-@dataclass(frozen=True)
-class PlacedUnit:
-    """A unit at its site."""
-
-    key: str
-    unit: Unit | StackedEdit
-    site: Site
-    positions: Positions | None = None
-    """None for noise."""
-    prefix: int = 0
-    """The largest prefix of any unit at this site, for the rule for short prompts."""
-    suffix: int = 0
 
 
 @dataclass

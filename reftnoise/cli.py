@@ -111,7 +111,7 @@ def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     if (path / RECIPE).is_file():
         return ("--config", str(path / RECIPE), *place, *rest)
     if (path / "reft_config.json").is_file():
-        from .loading import base_of
+        from .run_adapter import base_of
 
         return ("--model", base_of(path)["model"], *place, *rest)
     raise FileNotFoundError(f"eval: {first}: expected the directory of a run or of an adapter")

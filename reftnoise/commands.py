@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .bench.workload import Workload
 from .decoding import Decoding
+from .files import json_text
 from .recipe import Recipe
-from .run_files import json_text
 from .study.grid import Study
 
 if TYPE_CHECKING:

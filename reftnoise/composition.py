@@ -5,29 +5,14 @@ before the user's do not count as positions.
 """
 
 import contextlib
-import difflib
-import enum
-import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .hints import nearest
+from .peft_section import as_section, import_peft, peft_config
 
-# Of a PEFT config: where it came from and how it is used, not what it is.
-_NOT_SAVED = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "runtime_config",
-}
 # What PEFT finds out by the model, where a section leaves it open.
 _FOUND_OUT = {"task_type", "target_modules", "feedforward_modules", "num_transformer_submodules"}
 _FOUND_OUT |= {"num_attention_heads", "num_layers", "token_dim", "modules_to_save"}
@@ -64,35 +49,14 @@ def is_peft_model(base: nn.Module) -> bool:
     return hasattr(base, "get_base_model") and hasattr(base, "peft_config")
 
 
-def read_peft(section: Any) -> dict[str, Any]:
-    """A `peft` section as plain values: `peft_type`, and the arguments of that method's config.
-
-    Args:
-        section: such a mapping, with `peft_type` in any case (`"lora"`), or a `peft.PeftConfig`.
-
-    Raises:
-        ValueError: an unknown method, argument or value; the message says what is possible.
-        ImportError: peft is not installed.
-    """
-    peft = _peft()
-    if isinstance(section, peft.PeftConfig):
-        return _as_section(section)
-    if not isinstance(section, Mapping) or "peft_type" not in section:
-        raise ValueError(
-            f"peft {section!r}: expected a mapping with 'peft_type', such as "
-            "{'peft_type': 'lora', 'r': 8}, or a peft.PeftConfig"
-        )
-    return _as_section(_config(peft, section))
-
-
 def with_peft(model: PreTrainedModel, section: Mapping[str, Any]) -> Any:
     """`model` inside PEFT's wrapper, with what PEFT trains set to be trained.
 
     Raises:
         ValueError: PEFT finds nothing in the model to adapt, or needs further arguments.
     """
-    peft = _peft()
-    config = _config(peft, section)
+    peft = import_peft()
+    config = peft_config(peft, section)
     if config.task_type is None:
         config.task_type = _task(model)
     try:
@@ -116,7 +80,7 @@ def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, An
             )
         return given
     active: Any = base.active_peft_config
-    own = _as_section(active)
+    own = as_section(active)
     if given is None and not any(parameter.requires_grad for parameter in base.parameters()):
         return None
     names = list(base.peft_config)  # type: ignore[arg-type]  # PEFT's dictionary of adapters
@@ -187,54 +151,6 @@ def may_add_to_loss(base: nn.Module) -> bool:
     return tuner.forward is not BaseTuner.forward and base.base_model is not inner_model(base)
 
 
-def _config(peft: ModuleType, section: Mapping[str, Any]) -> Any:
-    arguments = dict(section)
-    given = arguments.pop("peft_type")
-    name = str(getattr(given, "value", given)).upper()
-    kinds = {kind.value: cls for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=1)
-        hint = f"did you mean {near[0].lower()!r}? " if near else ""
-        known = ", ".join(kind.lower() for kind in sorted(kinds))
-        raise ValueError(f"peft_type {given!r}; {hint}peft has {known}")
-    possible = [n for n in inspect.signature(kinds[name]).parameters if n not in _NOT_SAVED]
-    if unknown := [key for key in arguments if key not in possible]:
-        raise ValueError(
-            f"peft: unknown key {unknown[0]!r} for {kinds[name].__name__}; "
-            f"{nearest(unknown[0], possible)}"
-        )
-    try:
-        return kinds[name](**arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"peft {name.lower()}: {error}") from None
-
-
-def _as_section(config: Any) -> dict[str, Any]:
-    """What differs from the defaults, as JSON values."""
-    values = {
-        field.name: _plain(getattr(config, field.name))
-        for field in fields(config)
-        if field.name not in _NOT_SAVED and getattr(config, field.name) != _default(field)
-    }
-    return {"peft_type": config.peft_type.value.lower()} | values
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value
-
-
 def _task(model: PreTrainedModel) -> str | None:
     name = type(model).__name__
     for ending, task in _TASKS.items():
@@ -243,13 +159,3 @@ def _task(model: PreTrainedModel) -> str | None:
     if not model.can_generate() or model.main_input_name != "input_ids":
         return None
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-
-
-def _peft() -> ModuleType:
-    try:
-        import peft
-    except ImportError:
-        raise ImportError(
-            "the config has a peft section, which needs peft: pip install 'reftnoise[peft]'"
-        ) from None
-    return peft

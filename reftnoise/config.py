@@ -16,7 +16,6 @@ import yaml
 
 from . import yaml_text
 from .components import COMPONENTS, is_dotted, split_component
-from .composition import read_peft
 from .hints import nearest
 from .interventions import (
     INTERVENTIONS,
@@ -26,6 +25,7 @@ from .interventions import (
     intervention_name,
 )
 from .interventions.base import constructor_arguments, dtype_name
+from .peft_section import read_peft
 from .positions import Positions
 
 _OTHER_NAMES = {"rank": "low_rank_dimension", "r": "low_rank_dimension"}

@@ -22,7 +22,7 @@ from transformers import (
 
 from . import pyreft_directory
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
-from .components import Site, find_layers, find_site, hidden_size, is_dotted, num_layers
+from .components import is_dotted
 from .config import ReftConfig, RepresentationConfig
 from .interventions import ReftIntervention
 from .model import ReftModel
@@ -30,6 +30,7 @@ from .positions import Positions
 from .pyreft_directory import StoredUnit, read_pyreft, write_pyreft
 from .pyreft_state import CLASSES
 from .saving import load_weights, read_adapter, save_adapter
+from .sites import Site, find_layers, find_site, hidden_size, num_layers
 from .tiny import DIRECTORY, NAME
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .components import takes_position_ids
 from .encoding import IGNORED_LABEL, SUBSPACES, Encoder
 from .model import ReftModel
+from .sites import takes_position_ids
 from .sources import Rows, column_names, load_rows
 from .streams import ExampleStream
 from .token_cache import tokenize_once

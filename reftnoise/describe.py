@@ -14,9 +14,9 @@ from torch import Tensor
 from .adapter_files import AdapterFiles, by_unit
 from .config import ReftConfig
 from .interventions.rotation import orthonormal_rows
-from .loading import adapter_directory
-from .placement import place_name, unit_keys
+from .run_adapter import adapter_directory
 from .run_files import ADAPTER, LOCK, SCORES
+from .units import place_name, unit_keys
 
 
 @dataclass(frozen=True)

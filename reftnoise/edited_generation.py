@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .composition import virtual_tokens
+from .layout import UnitLocations
 from .locating import Locator
-from .positions import UnitLocations
 
 
 def generate_edited(

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .chunks import Chunk, PlacedUnit, Rows, TokenlessChunk
+from .chunks import Chunk, Rows, TokenlessChunk
 from .interventions import NoiseIntervention, ReftIntervention, StackedEdit
-from .positions import Selection
+from .layout import Selection
+from .units import PlacedUnit
 
 
 class _ActingUnit(NamedTuple):

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .checkpointing import checkpointed_modules, checkpointing
-from .chunks import Chunk, Pass, PlacedUnit, TokenlessChunk, chunk_of_call
+from .chunks import Chunk, Pass, TokenlessChunk, chunk_of_call
 from .compiled import as_written, calls_as_written, can_edit_outside, edit_outside, hook_first
-from .components import Site, find_stack, site_now
 from .composition import inner_model, may_add_to_loss, virtual_tokens
 from .devices import gather_for, is_part
 from .editing import apply_units
-from .inputs import cached_length
 from .interventions import LowRankRotation, shared_bases
+from .layout import cached_length
+from .sites import Site, find_stack, site_now
 from .turns import exclusive, innermost
+from .units import PlacedUnit
 
 ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]
 Observer: TypeAlias = Callable[[Sequence[PlacedUnit], Tensor, Tensor], None]

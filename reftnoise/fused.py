@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .components import Site
 from .composition import inner_model
+from .sites import Site
 
 
 def has_fused_head(forward: Any) -> bool:

@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .chunks import PlacedUnit
-from .components import find_layers, is_encoder_decoder
 from .composition import inner_model
 from .evaluation import evaluating
 from .interventions import LowRankRotation, NoiseIntervention
 from .library import AdapterLibrary
 from .model import ReftModel
 from .overlaps import overlap_matrix, row_space, row_spaces
+from .sites import find_layers, is_encoder_decoder
 from .tokenization import Messages
+from .units import PlacedUnit
 
 Prompt: TypeAlias = str | Messages
 """A text; or a conversation, which the tokenizer's chat template makes a text of."""

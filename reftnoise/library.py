@@ -11,16 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
-from .components import Stack, is_encoder_decoder, layer_of, num_layers
+from .components import Stack
 from .composition import inner_model
 from .engine import Engine
 from .hints import nearest
 from .locating import Locator
-from .placement import place_units
 from .positions import POSITION_FIELDS
 from .saving import load_weights, read_adapter
+from .sites import is_encoder_decoder, layer_of, num_layers
 from .stacking import FrozenAdapter, Place, Slot, stack
 from .turns import exclusive
+from .units import place_units
 
 AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 """An adapter, the sum of several, or of several each times a scale; None for the bare base."""

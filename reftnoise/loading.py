@@ -4,16 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import yaml_text
-from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
+from .adapter_files import CONFIG_NAME
 from .bases import load_base
 from .model import ReftModel, get_reft_model
-from .run_files import ADAPTER, RECIPE
+from .run_adapter import adapter_directory, base_of, recipe_beside
+from .run_files import ADAPTER
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task
-
-_OF_BASE = ("model", "revision", "dtype", "quantization")
-"""What a recipe says of its base."""
 
 
 def load_adapted(
@@ -90,36 +87,6 @@ def by_name(adapter: str | Path, others: Mapping[str, str | Path]) -> dict[str, 
     return {name: adapter, **others}
 
 
-def adapter_directory(adapter: str | Path) -> Path:
-    """The adapter's own directory: a run has it as `adapter`; of a hub name, what is downloaded."""
-    inside = Path(adapter) / ADAPTER
-    if (inside / CONFIG_NAME).is_file():
-        return inside
-    if (Path(adapter) / RECIPE).is_file() and not (Path(adapter) / CONFIG_NAME).exists():
-        raise FileNotFoundError(f"{adapter}: an unfinished run, which has no adapter yet")
-    directory = local_directory(adapter, [CONFIG_NAME, WEIGHTS_NAME])
-    if not (directory / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{adapter}: no {CONFIG_NAME} in it, nor in a folder 'adapter'")
-    return directory
-
-
-def base_of(directory: Path) -> dict[str, Any]:
-    """`model`, and what else of `load_base`'s arguments is known, of an adapter directory's base.
-
-    A recipe beside the directory knows more than the adapter, which keeps no paths.
-    """
-    values = _recipe_beside(directory)
-    if isinstance(values.get("model"), str):
-        return {name: values[name] for name in _OF_BASE if values.get(name) is not None}
-    return {"model": str(AdapterFiles.read(directory).base.get("name_or_path") or "")}
-
-
-def template_of(adapter: str | Path) -> str | None:
-    """What a run's recipe puts around its prompts; None for an adapter without a recipe."""
-    data = _recipe_beside(Path(adapter) / ADAPTER).get("data")
-    return data.get("template") if isinstance(data, dict) else None
-
-
 def _load_base(
     directory: Path,
     model: str | None,
@@ -146,18 +113,9 @@ def _load_base(
 
 
 def _expect_no_classifier(directory: Path) -> None:
-    task = _recipe_beside(directory).get("task")
+    task = recipe_beside(directory).get("task")
     if task is not None and isinstance(get_task(task), ClassifierTask):
         raise ValueError(
             f"{directory.parent}: the run is a classifier, which writes no text; 'reftnoise eval "
             f"{directory.parent}' scores it"
         )
-
-
-def _recipe_beside(directory: Path) -> dict[str, Any]:
-    """The recipe of a run whose adapter a directory is; empty if it is another's."""
-    recipe = directory.parent / RECIPE
-    if directory.name != ADAPTER or not recipe.is_file():
-        return {}
-    values = yaml_text.load(recipe.read_text(encoding="utf-8"))
-    return values if isinstance(values, dict) else {}

@@ -9,18 +9,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .chunks import Located, Pass
-from .components import Stack, is_encoder_decoder
+from .components import Stack
 from .composition import inner_model
 from .engine import Engine
-from .inputs import cached_length, read_layout, size_of, tokens_of
-from .positions import (
+from .layout import (
     PromptLayout,
     Selection,
     UnitLocations,
+    cached_length,
     explicit_selection,
     has_token_labels,
     parse_unit_locations,
+    read_layout,
+    size_of,
+    tokens_of,
 )
+from .sites import is_encoder_decoder
 
 
 class Locator:

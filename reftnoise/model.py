@@ -17,18 +17,16 @@ from .config import ReftConfig
 from .edited_generation import generate_edited
 from .engine import Engine
 from .fused import call_fused, expect_plain_head, has_fused_head
-from .inputs import batch_of
+from .layout import UnitLocations, batch_of
 from .library import OWN, AdapterChoice, AdapterLibrary
 from .locating import Locator
 from .pairs import in_pairs, mean_of_pairs
 from .passes import Runner, SplitMode
-from .placement import place_units
-from .positions import UnitLocations
 from .prefix_cache import PrefixCache
 from .quantised import keep_differentiable
-from .subspaces import Subspaces, subspace_gates
 from .training_checks import TrainingChecks
 from .turns import exclusive, innermost
+from .units import Subspaces, place_units, subspace_gates
 from .wrapped import WrappedModel
 
 # Continuous batching lays prompts out in a way of its own, in passes that are not ours.

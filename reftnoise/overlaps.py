@@ -22,8 +22,8 @@ from .adapter_files import AdapterFiles, by_unit
 from .base_sample import other_values
 from .hints import one_line
 from .interventions import LowRankIntervention
-from .loading import adapter_directory
-from .placement import place_name, unit_keys
+from .run_adapter import adapter_directory
+from .units import place_name, unit_keys
 
 Spaces: TypeAlias = Mapping[str, Float[Tensor, "rank hidden"]]
 """Orthonormal rows by site."""

@@ -25,17 +25,17 @@ from transformers.modeling_outputs import ModelOutput
 
 from .checkpointing import checkpointed_modules
 from .chunks import Pass
-from .components import takes_position_ids
 from .composition import inner_model, may_add_to_loss, virtual_tokens
 from .devices import is_spread
 from .engine import Engine
 from .interventions import NoiseIntervention
+from .layout import has_token_labels
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
 from .pairs import first_of_pairs
-from .positions import has_token_labels
 from .prefix_cache import Complete, PrefixCache, PromptStates, pack, unpack
 from .probe import Abilities, has_foreign_hooks, is_watched, probe
 from .quantised import check_gradients
+from .sites import takes_position_ids
 from .split import PER_TOKEN, Alignment, align, aligned_inputs
 from .tracing import Tracer
 from .turns import exclusive, innermost

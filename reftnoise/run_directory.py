@@ -13,22 +13,10 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 from typing_extensions import Self
 
-from .files import replace_all
+from .files import json_lines, json_text, read_lines, replace_all
 from .parsing import read_file
 from .recipe import Recipe
-from .run_files import (
-    ADAPTER,
-    CHECKPOINTS,
-    LOCK,
-    LOG,
-    PREDICTIONS,
-    RECIPE,
-    SCORES,
-    SUMMARY,
-    json_lines,
-    json_text,
-    read_lines,
-)
+from .run_files import ADAPTER, CHECKPOINTS, LOCK, LOG, PREDICTIONS, RECIPE, SCORES, SUMMARY
 from .trainer import last_complete_checkpoint
 
 _FILES = (ADAPTER, LOG, SUMMARY, SCORES, PREDICTIONS)  # what is written, beside the recipe

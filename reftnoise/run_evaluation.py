@@ -9,12 +9,12 @@ from rich.console import Console
 from typing_extensions import NotRequired
 
 from .evaluation import Evaluation, evaluate
-from .files import replace_all
+from .files import json_lines, json_text, replace_all
 from .model import ReftModel
 from .progress import progress_of
 from .recipe import Recipe
 from .run_directory import alone
-from .run_files import PREDICTIONS, SCORES, json_lines, json_text
+from .run_files import PREDICTIONS, SCORES
 from .sources import Rows, load_rows, place_of, rename_columns
 from .tasks.classifier import ClassifierTask
 from .tasks.registry import get_task

@@ -32,11 +32,11 @@ from .classifiers import make_classifier_data_module
 from .config import ReftConfig
 from .data import make_last_position_supervised_data_module
 from .hints import nearest
-from .loading import adapter_directory
 from .machine import machine, peak_memory
 from .model import ReftModel, get_reft_model
 from .progress import RichProgressCallback
 from .recipe import Recipe
+from .run_adapter import adapter_directory
 from .run_directory import RunCallback, RunDirectory, is_main_process
 from .run_evaluation import Entry, evaluation_rows, save_scores, score
 from .run_files import ADAPTER, CHECKPOINTS

@@ -28,10 +28,10 @@ from .adapter_files import (
 )
 from .base_sample import other_weights, sample_weights
 from .card import card
-from .components import hidden_size, num_layers, trained_modules
 from .composition import own_state
 from .devices import is_part, part_like, takes_weights_of_one_process
 from .files import replace_all
+from .sites import hidden_size, num_layers, trained_modules
 
 if TYPE_CHECKING:
     from .model import ReftModel

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .chunks import PlacedUnit
-from .components import Site
 from .devices import device_of
 from .interventions import Factors, LowRankIntervention, NoiseIntervention, StackedEdit
 from .positions import Positions
+from .sites import Site
+from .units import PlacedUnit
 
 
 class Place(NamedTuple):

@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .chunks import PlacedUnit
 from .evaluation import evaluating
 from .generation import prompt_tokens
 from .interventions import AdditionIntervention
+from .layout import PromptLayout
 from .model import ReftModel
-from .positions import Positions, PromptLayout
+from .positions import Positions
 from .tokenization import Messages
+from .units import PlacedUnit
 
 Method = Literal["mean", "pca"]
 

@@ -14,10 +14,10 @@ import torch
 
 from .chunks import Chunk, Pass, TokenlessChunk
 from .compiled import hook_first, put_in_order, uncompiled
-from .components import Site
 from .composition import inner_model
 from .engine import Engine
-from .inputs import size_of
+from .layout import size_of
+from .sites import Site
 
 # torch.compile, which can call only functions of plain values while it traces, finds tracers here.
 _TRACERS: "WeakValueDictionary[str, Tracer]" = WeakValueDictionary()

@@ -16,9 +16,9 @@ from . import saving
 from .adapter_files import AdapterFiles
 from .composition import inner_model
 from .devices import whole_state
+from .layout import has_token_labels, prompt_lengths_from_labels
 from .model import ReftModel
 from .passes import SplitMode
-from .positions import has_token_labels, prompt_lengths_from_labels
 from .prefix_cache import Place, PrefixCache
 
 

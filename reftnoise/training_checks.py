@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .chunks import Pass
+from .layout import PromptLayout
 from .locating import Locator
-from .positions import PromptLayout
 
 logger = logging.getLogger(__name__)
 

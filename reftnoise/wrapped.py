@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import saving
-from .components import trained_modules
 from .composition import inner_model, is_peft_model
 from .config import ReftConfig
 from .devices import device_of, size
 from .engine import Engine
 from .library import AdapterChoice, AdapterLibrary
+from .sites import trained_modules
 
 if TYPE_CHECKING:
     from .model import ReftModel

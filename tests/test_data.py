@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import reftnoise as rn
 from reftnoise.data import ReftDataCollator, make_last_position_supervised_data_module
-from reftnoise.positions import Positions, PromptLayout
+from reftnoise.layout import PromptLayout
+from reftnoise.positions import Positions
 from reftnoise.tiny import DIRECTORY
 
 SENTENCES = [

@@ -14,7 +14,7 @@ from test_peft import QV, classifier, seq2seq
 from torch import Tensor
 
 import reftnoise as rn
-from reftnoise.inputs import batch_of
+from reftnoise.layout import batch_of
 from reftnoise.pairs import in_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")

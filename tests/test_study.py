@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from reftnoise.cli import main
+from reftnoise.files import json_lines, json_text, read_lines
 from reftnoise.parsing import read
-from reftnoise.run_files import json_lines, json_text, read_lines
 from reftnoise.study.grid import Study, cells, merged
 from reftnoise.study.results import read_results
 

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..chunks import PlacedUnit
 from ..interventions import StackedEdit
-from ..positions import named_tokens
+from ..layout import named_tokens
 from ..stacking import FrozenAdapter, stack
+from ..units import PlacedUnit
 
 
 class Requests(NamedTuple):

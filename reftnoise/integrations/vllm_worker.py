@@ -19,10 +19,11 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
-from ..components import COMPONENTS, find_layers, find_site
+from ..components import COMPONENTS
 from ..hints import nearest
 from ..library import freeze
 from ..run_files import ADAPTER
+from ..sites import find_layers, find_site
 from ..stacking import FrozenAdapter
 from . import SCALE
 from .flat_batch import FlatBatch, FlatEdit, Requests, apply_

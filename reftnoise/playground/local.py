@@ -14,7 +14,6 @@ from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ..answers import default_new_tokens
-from ..components import input_embeddings, layer_of
 from ..decoding import Decoding
 from ..evaluation import evaluating
 from ..generation import ends_of, prompt_tokens
@@ -24,6 +23,7 @@ from ..interventions.registry import INTERVENTIONS, intervention_class
 from ..library import AdapterChoice
 from ..model import ReftModel
 from ..positions import POSITION_FIELDS
+from ..sites import input_embeddings, layer_of
 from ..templates import fill
 from ..tokenization import smallest_limit
 from .asking import BASE, NO_NOISE, TOGETHER, Answer, Answerer, Norms, Question

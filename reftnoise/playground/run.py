@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..listening import expect_free
-from ..loading import by_name, load_library, template_of
+from ..loading import by_name, load_library
+from ..run_adapter import template_of
 from .asking import BASE, TOGETHER, Answerer
 from .page import build, launch
 

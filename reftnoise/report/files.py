@@ -8,18 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..files import read_lines
 from ..parsing import read_file
 from ..recipe import Recipe
-from ..run_files import (
-    ADAPTER,
-    LOG,
-    PREDICTIONS,
-    RECIPE,
-    SCORES,
-    STUDY,
-    SUMMARY,
-    read_lines,
-)
+from ..run_files import ADAPTER, LOG, PREDICTIONS, RECIPE, SCORES, STUDY, SUMMARY
 from ..study.grid import SEED, cells
 from ..study.grid import Study as Grid
 from ..study.results import Result, read_results

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import TypedDict, cast
 
-from ..run_files import RESULTS, json_text, read_lines
+from ..files import json_text, read_lines
+from ..run_files import RESULTS
 
 
 class Outcome(TypedDict):

@@ -1,0 +1,101 @@
+"""The `peft` section of a config: a method of PEFT as plain values, without a model."""
+
+import difflib
+import enum
+import inspect
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from types import ModuleType
+from typing import Any
+
+from .hints import nearest
+
+# Of a PEFT config: where it came from and how it is used, not what it is.
+_NOT_SAVED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+}
+
+
+def read_peft(section: Any) -> dict[str, Any]:
+    """A `peft` section as plain values: `peft_type`, and the arguments of that method's config.
+
+    Args:
+        section: such a mapping, with `peft_type` in any case (`"lora"`), or a `peft.PeftConfig`.
+
+    Raises:
+        ValueError: an unknown method, argument or value; the message says what is possible.
+        ImportError: peft is not installed.
+    """
+    peft = import_peft()
+    if isinstance(section, peft.PeftConfig):
+        return as_section(section)
+    if not isinstance(section, Mapping) or "peft_type" not in section:
+        raise ValueError(
+            f"peft {section!r}: expected a mapping with 'peft_type', such as "
+            "{'peft_type': 'lora', 'r': 8}, or a peft.PeftConfig"
+        )
+    return as_section(peft_config(peft, section))
+
+
+def peft_config(peft: ModuleType, section: Mapping[str, Any]) -> Any:
+    arguments = dict(section)
+    given = arguments.pop("peft_type")
+    name = str(getattr(given, "value", given)).upper()
+    kinds = {kind.value: cls for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"did you mean {near[0].lower()!r}? " if near else ""
+        known = ", ".join(kind.lower() for kind in sorted(kinds))
+        raise ValueError(f"peft_type {given!r}; {hint}peft has {known}")
+    possible = [n for n in inspect.signature(kinds[name]).parameters if n not in _NOT_SAVED]
+    if unknown := [key for key in arguments if key not in possible]:
+        raise ValueError(
+            f"peft: unknown key {unknown[0]!r} for {kinds[name].__name__}; "
+            f"{nearest(unknown[0], possible)}"
+        )
+    try:
+        return kinds[name](**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"peft {name.lower()}: {error}") from None
+
+
+def as_section(config: Any) -> dict[str, Any]:
+    """What differs from the defaults, as JSON values."""
+    values = {
+        field.name: _plain(getattr(config, field.name))
+        for field in fields(config)
+        if field.name not in _NOT_SAVED and getattr(config, field.name) != _default(field)
+    }
+    return {"peft_type": config.peft_type.value.lower()} | values
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
+
+
+def import_peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError:
+        raise ImportError(
+            "the config has a peft section, which needs peft: pip install 'reftnoise[peft]'"
+        ) from None
+    return peft
