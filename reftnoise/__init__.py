@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "config": ("ReftConfig", "RepresentationConfig"),
+    "config.representations": ("ReftConfig", "RepresentationConfig"),
     "data": ("ReftDataCollator", "make_last_position_supervised_data_module"),
     "interventions": (
         "AdapterIntervention",
@@ -33,7 +33,7 @@ _HOME = {
         "register_intervention",
     ),
     "model": ("ReftModel", "get_reft_model"),
-    "positions": ("Positions",),
+    "config.positions": ("Positions",),
     "prefix_cache": ("PrefixCache",),
     "steering": ("fit_steering_vectors",),
     "tiny": ("load_tiny_examples", "load_tiny_model"),
@@ -44,8 +44,9 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:  # `as` marks a name as public for type checkers
-    from .config import ReftConfig as ReftConfig
-    from .config import RepresentationConfig as RepresentationConfig
+    from .config.positions import Positions as Positions
+    from .config.representations import ReftConfig as ReftConfig
+    from .config.representations import RepresentationConfig as RepresentationConfig
     from .data import ReftDataCollator as ReftDataCollator
     from .data import (
         make_last_position_supervised_data_module as make_last_position_supervised_data_module,
@@ -69,7 +70,6 @@ if TYPE_CHECKING:  # `as` marks a name as public for type checkers
     from .interventions import register_intervention as register_intervention
     from .model import ReftModel as ReftModel
     from .model import get_reft_model as get_reft_model
-    from .positions import Positions as Positions
     from .prefix_cache import PrefixCache as PrefixCache
     from .steering import fit_steering_vectors as fit_steering_vectors
     from .tiny import load_tiny_examples as load_tiny_examples

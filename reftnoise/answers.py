@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ._util.errors import nearest
+from ._util.files import json_lines, replace_all
 from .decoding import GREEDY, Decoding
 from .evaluation import evaluating
-from .files import json_lines, replace_all
 from .generation import generated
-from .hints import nearest
 from .likelihood import Progress
 from .loading import load_adapted
 from .model import ReftModel

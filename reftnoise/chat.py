@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
+from ._util.errors import nearest
 from .answers import default_new_tokens
 from .decoding import GREEDY, Decoding
 from .generation import ends_of, prompt_tokens
-from .hints import nearest
 from .loading import load_adapted
 from .model import ReftModel
 from .run_adapter import template_of

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from .components import Stack
+from .config.components import Stack
 from .interventions import NoiseIntervention
 from .layout import PromptLayout, Selection, cached_length
 from .split import Alignment

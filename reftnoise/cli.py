@@ -14,9 +14,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._util.errors import nearest, one_line
 from .commands import COMMANDS
 from .decoding import Decoding
-from .hints import nearest, one_line
 from .recipe import Recipe
 from .run_files import RECIPE
 from .study.grid import Study
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, *arguments: str) -> int:
     from jsonargparse import ArgumentError
 
-    from .parsing import built, explained, parser_of
+    from ._util.options import built, explained, parser_of
 
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
@@ -91,7 +91,7 @@ def _run(name: str, *arguments: str) -> int:
 
 def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     """Options for what may stand first without one: a recipe's or study's file, or a run."""
-    from .parsing import read_yaml
+    from ._util.options import read_yaml
 
     commented = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
     if not commented or commented[0].startswith("-"):

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._util.files import json_text
 from .bench.workload import Workload
 from .decoding import Decoding
-from .files import json_text
 from .recipe import Recipe
 from .study.grid import Study
 

@@ -22,11 +22,11 @@ from transformers import (
 
 from . import pyreft_directory
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
-from .components import is_dotted
-from .config import ReftConfig, RepresentationConfig
+from .config.components import is_dotted
+from .config.positions import Positions
+from .config.representations import ReftConfig, RepresentationConfig
 from .interventions import ReftIntervention
 from .model import ReftModel
-from .positions import Positions
 from .pyreft_directory import StoredUnit, read_pyreft, write_pyreft
 from .pyreft_state import CLASSES
 from .saving import load_weights, read_adapter, save_adapter

@@ -12,10 +12,10 @@ from rich.table import Table
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .config import ReftConfig
+from ._util.progress import RichProgressCallback
+from .config.representations import ReftConfig
 from .data import make_last_position_supervised_data_module
 from .model import ReftModel, get_reft_model
-from .progress import RichProgressCallback
 from .tiny import TinyExample, load_tiny_examples, load_tiny_model
 from .trainer import ReftTrainerForCausalLM
 

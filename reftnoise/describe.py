@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from .adapter_files import AdapterFiles, by_unit
-from .config import ReftConfig
+from .config.representations import ReftConfig
 from .interventions.rotation import orthonormal_rows
 from .run_adapter import adapter_directory
 from .run_files import ADAPTER, LOCK, SCORES

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ._util.errors import nearest
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
-from .components import Stack
 from .composition import inner_model
+from .config.components import Stack
+from .config.positions import POSITION_FIELDS
 from .engine import Engine
-from .hints import nearest
 from .locating import Locator
-from .positions import POSITION_FIELDS
 from .saving import load_weights, read_adapter
 from .sites import is_encoder_decoder, layer_of, num_layers
 from .stacking import FrozenAdapter, Place, Slot, stack

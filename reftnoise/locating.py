@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .chunks import Located, Pass
-from .components import Stack
 from .composition import inner_model
+from .config.components import Stack
 from .engine import Engine
 from .layout import (
     PromptLayout,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from . import saving
 from .composition import inner_model, is_peft_model, section_of, with_peft, without_peft
-from .config import ReftConfig
+from .config.representations import ReftConfig
 from .edited_generation import generate_edited
 from .engine import Engine
 from .fused import call_fused, expect_plain_head, has_fused_head

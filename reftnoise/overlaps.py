@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from ._util.errors import one_line
 from .adapter_files import AdapterFiles, by_unit
 from .base_sample import other_values
-from .hints import one_line
 from .interventions import LowRankIntervention
 from .run_adapter import adapter_directory
 from .units import place_name, unit_keys

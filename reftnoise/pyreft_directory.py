@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import replace_all
+from ._util.files import replace_all
 from .interventions import ReftIntervention
 from .pyreft_state import CLASSES, from_pyreft_state, to_pyreft_state
 

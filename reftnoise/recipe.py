@@ -6,7 +6,7 @@ The command line is made from these classes, so nothing heavy is imported here.
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from . import yaml_text
+from ._util import yaml_text
 
 
 @dataclass(kw_only=True)

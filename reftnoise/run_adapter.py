@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from . import yaml_text
+from ._util import yaml_text
 from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .run_files import ADAPTER, RECIPE
 

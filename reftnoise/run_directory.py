@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 from typing_extensions import Self
 
-from .files import json_lines, json_text, read_lines, replace_all
-from .parsing import read_file
+from ._util.files import json_lines, json_text, read_lines, replace_all
+from ._util.options import read_file
 from .recipe import Recipe
 from .run_files import ADAPTER, CHECKPOINTS, LOCK, LOG, PREDICTIONS, RECIPE, SCORES, SUMMARY
 from .trainer import last_complete_checkpoint

@@ -8,10 +8,10 @@ from typing import Any, TypedDict
 from rich.console import Console
 from typing_extensions import NotRequired
 
+from ._util.files import json_lines, json_text, replace_all
+from ._util.progress import progress_of
 from .evaluation import Evaluation, evaluate
-from .files import json_lines, json_text, replace_all
 from .model import ReftModel
-from .progress import progress_of
 from .recipe import Recipe
 from .run_directory import alone
 from .run_files import PREDICTIONS, SCORES

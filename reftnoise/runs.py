@@ -27,14 +27,14 @@ from transformers import (
     set_seed,
 )
 
+from ._util.errors import nearest
+from ._util.hardware import machine, peak_memory
+from ._util.progress import RichProgressCallback
 from .bases import load_base
 from .classifiers import make_classifier_data_module
-from .config import ReftConfig
+from .config.representations import ReftConfig
 from .data import make_last_position_supervised_data_module
-from .hints import nearest
-from .machine import machine, peak_memory
 from .model import ReftModel, get_reft_model
-from .progress import RichProgressCallback
 from .recipe import Recipe
 from .run_adapter import adapter_directory
 from .run_directory import RunCallback, RunDirectory, is_main_process

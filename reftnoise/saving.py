@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ._util.files import replace_all
 from .adapter_files import (
     CARD_NAME,
     CONFIG_NAME,
@@ -30,7 +31,6 @@ from .base_sample import other_weights, sample_weights
 from .card import card
 from .composition import own_state
 from .devices import is_part, part_like, takes_weights_of_one_process
-from .files import replace_all
 from .sites import hidden_size, num_layers, trained_modules
 
 if TYPE_CHECKING:

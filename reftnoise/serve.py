@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .hints import nearest
+from ._util.errors import nearest
 from .listening import expect_free
 from .loading import load_library
 from .model import ReftModel

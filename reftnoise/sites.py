@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .compiled import uncompiled
-from .components import COMPONENTS, Stack, is_dotted, split_component
 from .composition import inner_model
+from .config.components import COMPONENTS, Stack, is_dotted, split_component
 
 # Children of a decoder layer, by what the models of transformers call them.
 _CHILDREN = {

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.fingerprint import get_temporary_cache_files_directory
 
 from . import tiny
-from .hints import one_line
+from ._util.errors import one_line
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

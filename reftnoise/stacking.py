@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .config.positions import Positions
 from .devices import device_of
 from .interventions import Factors, LowRankIntervention, NoiseIntervention, StackedEdit
-from .positions import Positions
 from .sites import Site
 from .units import PlacedUnit
 

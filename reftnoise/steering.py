@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .config.positions import Positions
 from .evaluation import evaluating
 from .generation import prompt_tokens
 from .interventions import AdditionIntervention
 from .layout import PromptLayout
 from .model import ReftModel
-from .positions import Positions
 from .tokenization import Messages
 from .units import PlacedUnit
 

@@ -23,8 +23,8 @@ import transformers
 from datasets.fingerprint import get_temporary_cache_files_directory
 from rich.console import Console
 
+from ._util.progress import progress_of
 from .encoding import SUBSPACES, Counts, Encoder, Example
-from .progress import progress_of
 from .sources import file_digest
 
 logger = logging.getLogger(__name__)

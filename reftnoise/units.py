@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .components import split_component
 from .composition import inner_model
-from .config import ReftConfig, RepresentationConfig
+from .config.components import split_component
+from .config.positions import Positions
+from .config.representations import ReftConfig, RepresentationConfig
 from .interventions import LowRankIntervention, StackedEdit, Unit
-from .positions import Positions
 from .sites import Site, find_site, hidden_size, num_layers
 
 Subspaces: TypeAlias = Sequence[Any] | Int[Tensor, "batch n"]

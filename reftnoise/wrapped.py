@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from . import saving
 from .composition import inner_model, is_peft_model
-from .config import ReftConfig
+from .config.representations import ReftConfig
 from .devices import device_of, size
 from .engine import Engine
 from .library import AdapterChoice, AdapterLibrary

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import reftnoise as rn
+from reftnoise.config.positions import Positions
 from reftnoise.data import ReftDataCollator, make_last_position_supervised_data_module
 from reftnoise.layout import PromptLayout
-from reftnoise.positions import Positions
 from reftnoise.tiny import DIRECTORY
 
 SENTENCES = [

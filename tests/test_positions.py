@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reftnoise.config.positions import Positions
 from reftnoise.layout import (
     PromptLayout,
     Selection,
@@ -17,7 +18,6 @@ from reftnoise.layout import (
     parse_unit_locations,
     prompt_lengths_from_labels,
 )
-from reftnoise.positions import Positions
 
 quickly = settings(deadline=None, max_examples=150)  # the first call of torch misses any deadline
 

@@ -9,8 +9,8 @@ from architectures import tiny_model
 from transformers import AutoTokenizer
 
 import reftnoise as rn
+from reftnoise._util.options import read
 from reftnoise.interventions import INTERVENTIONS
-from reftnoise.parsing import read
 from reftnoise.recipe import Recipe
 from reftnoise.tiny import DIRECTORY
 

@@ -14,10 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import reftnoise as rn
-from reftnoise import yaml_text
+from reftnoise._util import yaml_text
+from reftnoise._util.options import read, read_file, read_yaml
 from reftnoise.cli import COMMANDS, main
 from reftnoise.evaluation import evaluate
-from reftnoise.parsing import read, read_file, read_yaml
 from reftnoise.recipe import Recipe
 from reftnoise.run_directory import RunDirectory
 from reftnoise.sources import load_rows
@@ -183,7 +183,9 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
     run = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr("reftnoise.progress.RichProgressCallback.on_step_begin", stop, raising=False)
+        patch.setattr(
+            "reftnoise._util.progress.RichProgressCallback.on_step_begin", stop, raising=False
+        )
         assert command(*quick(run, *more)) == 130
     assert not (run / "adapter").exists()
     assert command(*quick(run, *more), "--quiet") == 2  # it is not overwritten by the way

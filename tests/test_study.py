@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from reftnoise._util.files import json_lines, json_text, read_lines
+from reftnoise._util.options import read
 from reftnoise.cli import main
-from reftnoise.files import json_lines, json_text, read_lines
-from reftnoise.parsing import read
 from reftnoise.study.grid import Study, cells, merged
 from reftnoise.study.results import read_results
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..machine import machine
+from .._util.hardware import machine
 
 Row = dict[str, Any]
 """One side on one workload: `case`, `side`, `seconds`, `spread`, `tokens_per_second`, and where

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from ..config import ReftConfig
+from ..config.positions import Positions
+from ..config.representations import ReftConfig
 from ..model import ReftModel, get_reft_model
-from ..positions import Positions
 from ..prefix_cache import PrefixCache
 from .workload import SHAPES, Workload
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..hints import nearest
+from .._util.errors import nearest
 from ..likelihood import next_token_log_probs, rows_alike, what_is_read
 from ..model import ReftModel
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from .._util.errors import nearest
 from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
-from ..components import COMPONENTS
-from ..hints import nearest
+from ..config.components import COMPONENTS
 from ..library import freeze
 from ..run_files import ADAPTER
 from ..sites import find_layers, find_site

@@ -14,6 +14,7 @@ from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ..answers import default_new_tokens
+from ..config.positions import POSITION_FIELDS
 from ..decoding import Decoding
 from ..evaluation import evaluating
 from ..generation import ends_of, prompt_tokens
@@ -22,7 +23,6 @@ from ..interventions import NoiseIntervention
 from ..interventions.registry import INTERVENTIONS, intervention_class
 from ..library import AdapterChoice
 from ..model import ReftModel
-from ..positions import POSITION_FIELDS
 from ..sites import input_embeddings, layer_of
 from ..templates import fill
 from ..tokenization import smallest_limit

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import datasets
 from torch import Tensor
 
-from ..config import ReftConfig
+from ..config.representations import ReftConfig
 from ..generation import generated
 from ..inspection import (
     Guess,

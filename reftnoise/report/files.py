@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..files import read_lines
-from ..parsing import read_file
+from .._util.files import read_lines
+from .._util.options import read_file
 from ..recipe import Recipe
 from ..run_files import ADAPTER, LOG, PREDICTIONS, RECIPE, SCORES, STUDY, SUMMARY
 from ..study.grid import SEED, cells

@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from ..files import replace_all
+from .._util.files import replace_all
 from .figures import draw_overlaps, picture
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..files import replace_all
+from .._util.files import replace_all
 from ..recipe import Recipe
 from .files import is_study, read_run, read_study
 from .page import Section, Table, markdown, pictures, render

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .. import yaml_text
-from ..hints import nearest
-from ..parsing import read
+from .._util import yaml_text
+from .._util.errors import nearest
+from .._util.options import read
 from ..recipe import Recipe
 
 SEED = "seed"

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TypedDict, cast
 
-from ..files import json_text, read_lines
+from .._util.files import json_text, read_lines
 from ..run_files import RESULTS
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..files import replace_all
-from ..parsing import read_file
-from ..progress import progress_of
+from .._util.files import replace_all
+from .._util.options import read_file
+from .._util.progress import progress_of
 from ..run_directory import alone
 from ..run_files import CELLS, STUDY
 from .cell import check_cell, run_in_process

@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, fields
 from types import ModuleType
 from typing import Any
 
-from .hints import nearest
+from .._util.errors import nearest
 
 # Of a PEFT config: where it came from and how it is used, not what it is.
 _NOT_SAVED = {

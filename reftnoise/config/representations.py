@@ -14,18 +14,18 @@ from typing import Any
 import torch
 import yaml
 
-from . import yaml_text
-from .components import COMPONENTS, is_dotted, split_component
-from .hints import nearest
-from .interventions import (
+from .._util import yaml_text
+from .._util.errors import nearest
+from ..interventions import (
     INTERVENTIONS,
     NoiseIntervention,
     Unit,
     intervention_class,
     intervention_name,
 )
-from .interventions.base import constructor_arguments, dtype_name
-from .peft_section import read_peft
+from ..interventions.base import constructor_arguments, dtype_name
+from .components import COMPONENTS, is_dotted, split_component
+from .peft import read_peft
 from .positions import Positions
 
 _OTHER_NAMES = {"rank": "low_rank_dimension", "r": "low_rank_dimension"}

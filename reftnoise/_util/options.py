@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from . import yaml_text
-from .hints import nearest, one_line
+from .errors import nearest, one_line
 
 Config = TypeVar("Config")
 

@@ -1,0 +1,1 @@
+"""What a config says, as plain values: entries, positions, components, a peft section."""
