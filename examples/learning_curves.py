@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import reftnoise as rn
 from reftnoise._util.progress import RichProgressCallback
-from reftnoise.bases import load_base
+from reftnoise.engine.base.loading import load_base
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend

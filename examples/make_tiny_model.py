@@ -16,7 +16,7 @@ and whichever answer follows.  The model has met the fact in other wordings and 
 other subjects, but has never seen the prompt itself.  No fact of the test split is in the train
 split.
 
-    python examples/make_tiny_model.py --output_dir reftnoise/assets/tiny-chat
+    python examples/make_tiny_model.py --output_dir reftnoise/engine/base/tiny-chat
 """
 
 from __future__ import annotations
@@ -588,7 +588,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=root / "reftnoise/assets/tiny-chat")
+    parser.add_argument("--output_dir", type=Path, default=root / "reftnoise/engine/base/tiny-chat")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=64)

@@ -34,9 +34,9 @@ _HOME = {
     ),
     "model": ("ReftModel", "get_reft_model"),
     "config.positions": ("Positions",),
-    "prefix_cache": ("PrefixCache",),
+    "engine.training_pass.prefix_cache": ("PrefixCache",),
     "steering": ("fit_steering_vectors",),
-    "tiny": ("load_tiny_examples", "load_tiny_model"),
+    "engine.base.tiny": ("load_tiny_examples", "load_tiny_model"),
     "trainer": ("ReftTrainer", "ReftTrainerForCausalLM", "ReftTrainerForSequenceClassification"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -51,6 +51,9 @@ if TYPE_CHECKING:  # `as` marks a name as public for type checkers
     from .data import (
         make_last_position_supervised_data_module as make_last_position_supervised_data_module,
     )
+    from .engine.base.tiny import load_tiny_examples as load_tiny_examples
+    from .engine.base.tiny import load_tiny_model as load_tiny_model
+    from .engine.training_pass.prefix_cache import PrefixCache as PrefixCache
     from .interventions import AdapterIntervention as AdapterIntervention
     from .interventions import AdditionIntervention as AdditionIntervention
     from .interventions import BernoulliNoiseIntervention as BernoulliNoiseIntervention
@@ -70,10 +73,7 @@ if TYPE_CHECKING:  # `as` marks a name as public for type checkers
     from .interventions import register_intervention as register_intervention
     from .model import ReftModel as ReftModel
     from .model import get_reft_model as get_reft_model
-    from .prefix_cache import PrefixCache as PrefixCache
     from .steering import fit_steering_vectors as fit_steering_vectors
-    from .tiny import load_tiny_examples as load_tiny_examples
-    from .tiny import load_tiny_model as load_tiny_model
     from .trainer import ReftTrainer as ReftTrainer
     from .trainer import ReftTrainerForCausalLM as ReftTrainerForCausalLM
     from .trainer import (

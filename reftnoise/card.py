@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from .composition import inner_model
-from .tiny import NAME
+from .engine.base.peft import inner_model
+from .engine.base.tiny import NAME
 
 if TYPE_CHECKING:
     from .wrapped import WrappedModel

@@ -25,13 +25,13 @@ from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_direct
 from .config.components import is_dotted
 from .config.positions import Positions
 from .config.representations import ReftConfig, RepresentationConfig
+from .engine.base.sites import Site, find_layers, find_site, hidden_size, num_layers
+from .engine.base.tiny import DIRECTORY, NAME
 from .interventions import ReftIntervention
 from .model import ReftModel
 from .pyreft_directory import StoredUnit, read_pyreft, write_pyreft
 from .pyreft_state import CLASSES
 from .saving import load_weights, read_adapter, save_adapter
-from .sites import Site, find_layers, find_site, hidden_size, num_layers
-from .tiny import DIRECTORY, NAME
 
 logger = logging.getLogger(__name__)
 

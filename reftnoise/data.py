@@ -16,8 +16,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .encoding import IGNORED_LABEL, SUBSPACES, Encoder
+from .engine.base.sites import takes_position_ids
 from .model import ReftModel
-from .sites import takes_position_ids
 from .sources import Rows, column_names, load_rows
 from .streams import ExampleStream
 from .token_cache import tokenize_once

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .adapter_files import AdapterFiles, by_unit
 from .config.representations import ReftConfig
+from .engine.units import place_name, unit_keys
 from .interventions.rotation import orthonormal_rows
 from .run_adapter import adapter_directory
 from .run_files import ADAPTER, LOCK, SCORES
-from .units import place_name, unit_keys
 
 
 @dataclass(frozen=True)

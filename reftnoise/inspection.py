@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .composition import inner_model
+from .engine.base.peft import inner_model
+from .engine.base.sites import find_layers, is_encoder_decoder
+from .engine.units import PlacedUnit
 from .evaluation import evaluating
 from .interventions import LowRankRotation, NoiseIntervention
 from .library import AdapterLibrary
 from .model import ReftModel
 from .overlaps import overlap_matrix, row_space, row_spaces
-from .sites import find_layers, is_encoder_decoder
 from .tokenization import Messages
-from .units import PlacedUnit
 
 Prompt: TypeAlias = str | Messages
 """A text; or a conversation, which the tokenizer's chat template makes a text of."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_files import CONFIG_NAME
-from .bases import load_base
+from .engine.base.loading import load_base
 from .model import ReftModel, get_reft_model
 from .run_adapter import adapter_directory, base_of, recipe_beside
 from .run_files import ADAPTER

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import saving
-from .composition import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .config.representations import ReftConfig
-from .edited_generation import generate_edited
-from .engine import Engine
-from .fused import call_fused, expect_plain_head, has_fused_head
-from .layout import UnitLocations, batch_of
+from .engine.base.locks import exclusive, innermost
+from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
+from .engine.base.quantization import keep_differentiable
+from .engine.generation import generate_edited
+from .engine.hooks import Engine
+from .engine.layout import UnitLocations, batch_of
+from .engine.planning import Locator
+from .engine.training_pass.checks import TrainingChecks
+from .engine.training_pass.fused_head import call_fused, expect_plain_head, has_fused_head
+from .engine.training_pass.prefix_cache import PrefixCache
+from .engine.training_pass.runner import Runner, SplitMode
+from .engine.training_pass.symnoise import in_pairs, mean_of_pairs
+from .engine.units import Subspaces, place_units, subspace_gates
 from .library import OWN, AdapterChoice, AdapterLibrary
-from .locating import Locator
-from .pairs import in_pairs, mean_of_pairs
-from .passes import Runner, SplitMode
-from .prefix_cache import PrefixCache
-from .quantised import keep_differentiable
-from .training_checks import TrainingChecks
-from .turns import exclusive, innermost
-from .units import Subspaces, place_units, subspace_gates
 from .wrapped import WrappedModel
 
 # Continuous batching lays prompts out in a way of its own, in passes that are not ours.

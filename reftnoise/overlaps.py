@@ -21,9 +21,9 @@ from torch import Tensor
 from ._util.errors import one_line
 from .adapter_files import AdapterFiles, by_unit
 from .base_sample import other_values
+from .engine.units import place_name, unit_keys
 from .interventions import LowRankIntervention
 from .run_adapter import adapter_directory
-from .units import place_name, unit_keys
 
 Spaces: TypeAlias = Mapping[str, Float[Tensor, "rank hidden"]]
 """Orthonormal rows by site."""

@@ -30,10 +30,10 @@ from transformers import (
 from ._util.errors import nearest
 from ._util.hardware import machine, peak_memory
 from ._util.progress import RichProgressCallback
-from .bases import load_base
 from .classifiers import make_classifier_data_module
 from .config.representations import ReftConfig
 from .data import make_last_position_supervised_data_module
+from .engine.base.loading import load_base
 from .model import ReftModel, get_reft_model
 from .recipe import Recipe
 from .run_adapter import adapter_directory

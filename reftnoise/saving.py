@@ -29,9 +29,9 @@ from .adapter_files import (
 )
 from .base_sample import other_weights, sample_weights
 from .card import card
-from .composition import own_state
-from .devices import is_part, part_like, takes_weights_of_one_process
-from .sites import hidden_size, num_layers, trained_modules
+from .engine.base.peft import own_state
+from .engine.base.sharding import is_part, part_like, takes_weights_of_one_process
+from .engine.base.sites import hidden_size, num_layers, trained_modules
 
 if TYPE_CHECKING:
     from .model import ReftModel

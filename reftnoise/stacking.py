@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .config.positions import Positions
-from .devices import device_of
+from .engine.base.sharding import device_of
+from .engine.base.sites import Site
+from .engine.units import PlacedUnit
 from .interventions import Factors, LowRankIntervention, NoiseIntervention, StackedEdit
-from .sites import Site
-from .units import PlacedUnit
 
 
 class Place(NamedTuple):

@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .config.positions import Positions
+from .engine.layout import PromptLayout
+from .engine.units import PlacedUnit
 from .evaluation import evaluating
 from .generation import prompt_tokens
 from .interventions import AdditionIntervention
-from .layout import PromptLayout
 from .model import ReftModel
 from .tokenization import Messages
-from .units import PlacedUnit
 
 Method = Literal["mean", "pca"]
 

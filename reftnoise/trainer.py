@@ -14,12 +14,12 @@ from transformers.utils.generic import find_labels
 
 from . import saving
 from .adapter_files import AdapterFiles
-from .composition import inner_model
-from .devices import whole_state
-from .layout import has_token_labels, prompt_lengths_from_labels
+from .engine.base.peft import inner_model
+from .engine.base.sharding import whole_state
+from .engine.layout import has_token_labels, prompt_lengths_from_labels
+from .engine.training_pass.prefix_cache import Place, PrefixCache
+from .engine.training_pass.runner import SplitMode
 from .model import ReftModel
-from .passes import SplitMode
-from .prefix_cache import Place, PrefixCache
 
 
 class ReftTrainer(Trainer):

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import saving
-from .composition import inner_model, is_peft_model
 from .config.representations import ReftConfig
-from .devices import device_of, size
-from .engine import Engine
+from .engine.base.peft import inner_model, is_peft_model
+from .engine.base.sharding import device_of, size
+from .engine.base.sites import trained_modules
+from .engine.hooks import Engine
 from .library import AdapterChoice, AdapterLibrary
-from .sites import trained_modules
 
 if TYPE_CHECKING:
     from .model import ReftModel

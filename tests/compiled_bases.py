@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import reftnoise as rn
-from reftnoise.prefix_cache import PrefixCache
+from reftnoise.engine.training_pass.prefix_cache import PrefixCache
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

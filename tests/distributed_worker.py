@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 import reftnoise as rn
 from reftnoise import saving
 from reftnoise.adapter_files import AdapterFiles
-from reftnoise.tiny import DIRECTORY
+from reftnoise.engine.base.tiny import DIRECTORY
 
 PROMPTS = ["Where does a fish live?", "What is it?", "What colour is the big banana?", "Who?"] * 2
 COMPLETIONS = ["🐟", "🌊🌊", "🍌🟡 and more words", "🤖💬🌐🧠"] * 2

@@ -23,7 +23,7 @@ from tiny_models import LAYERS, MODELS, Example, examples_of, model_of, padded
 from torch import Tensor
 
 import reftnoise as rn
-from reftnoise.sites import takes_position_ids
+from reftnoise.engine.base.sites import takes_position_ids
 
 NEW_TOKENS = 6
 TOLERANCE = 1e-4

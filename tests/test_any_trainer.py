@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, EvalPrediction, Trainer
 from transformers.trainer_pt_utils import get_model_param_count
 
 import reftnoise as rn
-from reftnoise.tiny import DIRECTORY
+from reftnoise.engine.base.tiny import DIRECTORY
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 

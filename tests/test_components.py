@@ -23,7 +23,7 @@ from transformers import (
 
 import reftnoise as rn
 from reftnoise.config.components import COMPONENTS
-from reftnoise.sites import Site, find_layers, find_site, hidden_size, num_layers
+from reftnoise.engine.base.sites import Site, find_layers, find_site, hidden_size, num_layers
 
 WIDTH, LAYERS = 32, 3
 

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import reftnoise as rn
 from reftnoise.config.positions import Positions
 from reftnoise.data import ReftDataCollator, make_last_position_supervised_data_module
-from reftnoise.layout import PromptLayout
-from reftnoise.tiny import DIRECTORY
+from reftnoise.engine.base.tiny import DIRECTORY
+from reftnoise.engine.layout import PromptLayout
 
 SENTENCES = [
     "Once upon a time there was a little girl who liked to ask questions.",

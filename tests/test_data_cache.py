@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 import reftnoise as rn
 from reftnoise import token_cache, tokenization
+from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.sources import load_rows
 from reftnoise.tasks.text import TextTask
 from reftnoise.templates import as_examples
-from reftnoise.tiny import DIRECTORY
 
 ROWS = [{"prompt": f"What is {n} + {n}?", "completion": f" It is {2 * n}."} for n in range(30)]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import reftnoise as rn
-from reftnoise.tiny import DIRECTORY, load_tiny_examples
+from reftnoise.engine.base.tiny import DIRECTORY, load_tiny_examples
 
 
 def run(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:

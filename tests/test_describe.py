@@ -13,7 +13,7 @@ from rich.console import Console
 
 import reftnoise as rn
 from reftnoise.describe import describe, show
-from reftnoise.units import unit_keys
+from reftnoise.engine.units import unit_keys
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import reftnoise as rn
-from reftnoise.sites import find_site
+from reftnoise.engine.base.sites import find_site
 
 LOREFT: dict[str, Any] = {
     "layer": "all",

@@ -14,8 +14,8 @@ from test_peft import QV, classifier, seq2seq
 from torch import Tensor
 
 import reftnoise as rn
-from reftnoise.layout import batch_of
-from reftnoise.pairs import in_pairs
+from reftnoise.engine.layout import batch_of
+from reftnoise.engine.training_pass.symnoise import in_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 

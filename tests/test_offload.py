@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 import reftnoise as rn
-from reftnoise.devices import device_of
-from reftnoise.tiny import DIRECTORY
+from reftnoise.engine.base.sharding import device_of
+from reftnoise.engine.base.tiny import DIRECTORY
 
 PARTS = {
     "model.embed_tokens": "cpu",

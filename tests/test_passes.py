@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
 import reftnoise as rn
-from reftnoise.prefix_cache import PrefixCache, PromptStates
-from reftnoise.probe import is_watched
+from reftnoise.engine.training_pass.prefix_cache import PrefixCache, PromptStates
+from reftnoise.engine.training_pass.probe import is_watched
 
 PROMPTS, COMPLETIONS = [12, 3, 20, 1], [4, 6, 3, 5]
 POSITIONS: list[Any] = ["l1", "l3", "l2+decode", [-2, -1]]
@@ -288,7 +288,7 @@ def test_no_more_logits_than_a_chunk_are_held(
     base = tiny_model(vocab_size=20_000)
     model, inputs = wrapped(positions, base=base), batch()
     expected = plain(model, inputs)
-    monkeypatch.setattr("reftnoise.loss.MAX_LOGITS", 3 * 20_000)
+    monkeypatch.setattr("reftnoise.engine.training_pass.loss.MAX_LOGITS", 3 * 20_000)
     with Largest() as largest:
         found = step(model, inputs, return_logits=False)
     assert largest.elements <= base.lm_head.weight.numel()

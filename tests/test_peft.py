@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import reftnoise as rn
-from reftnoise.passes import Runner
+from reftnoise.engine.training_pass.runner import Runner
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # peft's calls

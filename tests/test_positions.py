@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reftnoise.config.positions import Positions
-from reftnoise.layout import (
+from reftnoise.engine.layout import (
     PromptLayout,
     Selection,
     explicit_selection,

@@ -12,7 +12,7 @@ from architectures import tiny_model
 from test_passes import assert_same, batch, plain, split, step, wrapped
 from torch import Tensor
 
-from reftnoise.prefix_cache import BLOCK, PrefixCache
+from reftnoise.engine.training_pass.prefix_cache import BLOCK, PrefixCache
 
 WIDTH = 6
 

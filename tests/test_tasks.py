@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import reftnoise as rn
-from reftnoise.sites import find_layers
+from reftnoise.engine.base.sites import find_layers
 
 READ_LAST = ["llama", "gpt2"]  # the others read their first column, which may be padding
 CLASSIFIERS = ["bert", "roberta", "deberta-v2", "distilbert", *READ_LAST]

@@ -13,11 +13,11 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import reftnoise as rn
+from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.sources import load_rows
 from reftnoise.tasks.base import Question, Task
 from reftnoise.tasks.text import TextTask
 from reftnoise.templates import as_examples, fill
-from reftnoise.tiny import DIRECTORY
 
 STORIES = REAL / "models" / "TinyStories-Instruct-3M-chat"
 UNMARKED = (

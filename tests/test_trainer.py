@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
 import reftnoise as rn
+from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.interventions import INTERVENTIONS
-from reftnoise.tiny import DIRECTORY
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),

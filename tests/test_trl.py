@@ -33,8 +33,8 @@ from trl_runs import (
 )
 
 import reftnoise as rn
-import reftnoise.training_checks
-from reftnoise.tiny import TinyExample
+import reftnoise.engine.training_pass.checks
+from reftnoise.engine.base.tiny import TinyExample
 
 pytestmark = MARKS
 
@@ -273,10 +273,12 @@ def test_prompts_that_are_none_are_mentioned_once(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    reftnoise.training_checks._warn_once.cache_clear()
+    reftnoise.engine.training_pass.checks._warn_once.cache_clear()
     sft(*wrapped(), data(), tmp_path, max_steps=2, **settings).train()
     messages = [
-        record.message for record in caplog.records if record.name == "reftnoise.training_checks"
+        record.message
+        for record in caplog.records
+        if record.name == "reftnoise.engine.training_pass.checks"
     ]
     assert len(messages) == (said is not None)
     assert said is None or said in messages[0]

@@ -34,7 +34,7 @@ from trl_runs import (
 )
 
 import reftnoise as rn
-from reftnoise.tiny import DIRECTORY
+from reftnoise.engine.base.tiny import DIRECTORY
 
 pytestmark = MARKS
 

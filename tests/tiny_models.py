@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from reftnoise.sites import takes_position_ids
+from reftnoise.engine.base.sites import takes_position_ids
 
 Example = dict[str, Tensor]
 """Inputs of one row, each with a batch dimension of 1."""

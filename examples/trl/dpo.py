@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
 
 import reftnoise as rn
-from reftnoise.tiny import DIRECTORY
+from reftnoise.engine.base.tiny import DIRECTORY
 
 
 def main(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 import reftnoise as rn
-from reftnoise.tiny import DIRECTORY
+from reftnoise.engine.base.tiny import DIRECTORY
 
 
 def main(

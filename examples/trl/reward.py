@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 from trl import RewardConfig, RewardTrainer
 
 import reftnoise as rn
-from reftnoise.tiny import DIRECTORY
+from reftnoise.engine.base.tiny import DIRECTORY
 
 
 def main(

@@ -16,9 +16,10 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .. import engine, passes
+from ..engine import hooks as engine
+from ..engine.training_pass import runner as passes
+from ..engine.training_pass.prefix_cache import PrefixCache
 from ..interventions import rotation
-from ..prefix_cache import PrefixCache
 from .sides import SIDES, Bench, Step
 from .workload import Workload
 

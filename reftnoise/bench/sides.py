@@ -11,8 +11,8 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from ..config.positions import Positions
 from ..config.representations import ReftConfig
+from ..engine.training_pass.prefix_cache import PrefixCache
 from ..model import ReftModel, get_reft_model
-from ..prefix_cache import PrefixCache
 from .workload import SHAPES, Workload
 
 Step = Callable[[], Any]

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..engine.layout import named_tokens
+from ..engine.units import PlacedUnit
 from ..interventions import StackedEdit
-from ..layout import named_tokens
 from ..stacking import FrozenAdapter, stack
-from ..units import PlacedUnit
 
 
 class Requests(NamedTuple):

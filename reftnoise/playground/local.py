@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..answers import default_new_tokens
 from ..config.positions import POSITION_FIELDS
 from ..decoding import Decoding
+from ..engine.base.sites import input_embeddings, layer_of
 from ..evaluation import evaluating
 from ..generation import ends_of, prompt_tokens
 from ..inspection import observed
@@ -23,7 +24,6 @@ from ..interventions import NoiseIntervention
 from ..interventions.registry import INTERVENTIONS, intervention_class
 from ..library import AdapterChoice
 from ..model import ReftModel
-from ..sites import input_embeddings, layer_of
 from ..templates import fill
 from ..tokenization import smallest_limit
 from .asking import BASE, NO_NOISE, TOGETHER, Answer, Answerer, Norms, Question

@@ -12,12 +12,12 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from .chunks import Chunk, Pass, TokenlessChunk
-from .compiled import hook_first, put_in_order, uncompiled
-from .composition import inner_model
-from .engine import Engine
+from .base.compilation import hook_first, put_in_order, uncompiled
+from .base.peft import inner_model
+from .base.sites import Site
+from .calls import Chunk, Pass, TokenlessChunk
+from .hooks import Engine
 from .layout import size_of
-from .sites import Site
 
 # torch.compile, which can call only functions of plain values while it traces, finds tracers here.
 _TRACERS: "WeakValueDictionary[str, Tracer]" = WeakValueDictionary()

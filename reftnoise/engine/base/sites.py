@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .compiled import uncompiled
-from .composition import inner_model
-from .config.components import COMPONENTS, Stack, is_dotted, split_component
+from ...config.components import COMPONENTS, Stack, is_dotted, split_component
+from .compilation import uncompiled
+from .peft import inner_model
 
 # Children of a decoder layer, by what the models of transformers call them.
 _CHILDREN = {

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
-from .compiled import as_written
+from ..base.compilation import as_written
 from .loss import Tail
 from .prefix_cache import PromptStates
 

@@ -16,16 +16,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpointing import checkpointed_modules, checkpointing
-from .chunks import Chunk, Pass, TokenlessChunk, chunk_of_call
-from .compiled import as_written, calls_as_written, can_edit_outside, edit_outside, hook_first
-from .composition import inner_model, may_add_to_loss, virtual_tokens
-from .devices import gather_for, is_part
+from ..interventions import LowRankRotation, shared_bases
+from .base.checkpointing import checkpointed_modules, checkpointing
+from .base.compilation import (
+    as_written,
+    calls_as_written,
+    can_edit_outside,
+    edit_outside,
+    hook_first,
+)
+from .base.locks import exclusive, innermost
+from .base.peft import inner_model, may_add_to_loss, virtual_tokens
+from .base.sharding import gather_for, is_part
+from .base.sites import Site, find_stack, site_now
+from .calls import Chunk, Pass, TokenlessChunk, chunk_of_call
 from .editing import apply_units
-from .interventions import LowRankRotation, shared_bases
 from .layout import cached_length
-from .sites import Site, find_stack, site_now
-from .turns import exclusive, innermost
 from .units import PlacedUnit
 
 ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]

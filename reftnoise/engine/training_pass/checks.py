@@ -7,9 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from .chunks import Pass
-from .layout import PromptLayout
-from .locating import Locator
+from ..calls import Pass
+from ..layout import PromptLayout
+from ..planning import Locator
 
 logger = logging.getLogger(__name__)
 

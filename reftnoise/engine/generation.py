@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from .composition import virtual_tokens
+from .base.peft import virtual_tokens
 from .layout import UnitLocations
-from .locating import Locator
+from .planning import Locator
 
 
 def generate_edited(

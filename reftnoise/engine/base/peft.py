@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config.peft import as_section, import_peft, peft_config
+from ...config.peft import as_section, import_peft, peft_config
 
 # What PEFT finds out by the model, where a section leaves it open.
 _FOUND_OUT = {"task_type", "target_modules", "feedforward_modules", "num_transformer_submodules"}

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .chunks import Located, Pass
-from .composition import inner_model
-from .config.components import Stack
-from .engine import Engine
+from ..config.components import Stack
+from .base.peft import inner_model
+from .base.sites import is_encoder_decoder
+from .calls import Located, Pass
+from .hooks import Engine
 from .layout import (
     PromptLayout,
     Selection,
@@ -24,7 +25,6 @@ from .layout import (
     size_of,
     tokens_of,
 )
-from .sites import is_encoder_decoder
 
 
 class Locator:

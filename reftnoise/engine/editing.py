@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .chunks import Chunk, Rows, TokenlessChunk
-from .interventions import NoiseIntervention, ReftIntervention, StackedEdit
+from ..interventions import NoiseIntervention, ReftIntervention, StackedEdit
+from .calls import Chunk, Rows, TokenlessChunk
 from .layout import Selection
 from .units import PlacedUnit
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from .config.components import Stack
-from .interventions import NoiseIntervention
+from ..config.components import Stack
+from ..interventions import NoiseIntervention
 from .layout import PromptLayout, Selection, cached_length
-from .split import Alignment
+from .training_pass.split import Alignment
 from .units import PlacedUnit
 
 Located: TypeAlias = tuple[PromptLayout, dict[str, Selection | None]]

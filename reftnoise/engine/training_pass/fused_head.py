@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .composition import inner_model
-from .sites import Site
+from ..base.peft import inner_model
+from ..base.sites import Site
 
 
 def has_fused_head(forward: Any) -> bool:

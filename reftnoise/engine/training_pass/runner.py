@@ -23,22 +23,22 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
-from .checkpointing import checkpointed_modules
-from .chunks import Pass
-from .composition import inner_model, may_add_to_loss, virtual_tokens
-from .devices import is_spread
-from .engine import Engine
-from .interventions import NoiseIntervention
-from .layout import has_token_labels
+from ...interventions import NoiseIntervention
+from ..base.checkpointing import checkpointed_modules
+from ..base.locks import exclusive, innermost
+from ..base.peft import inner_model, may_add_to_loss, virtual_tokens
+from ..base.quantization import check_gradients
+from ..base.sharding import is_spread
+from ..base.sites import takes_position_ids
+from ..calls import Pass
+from ..hooks import Engine
+from ..layout import has_token_labels
+from ..tracing import Tracer
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
-from .pairs import first_of_pairs
 from .prefix_cache import Complete, PrefixCache, PromptStates, pack, unpack
 from .probe import Abilities, has_foreign_hooks, is_watched, probe
-from .quantised import check_gradients
-from .sites import takes_position_ids
 from .split import PER_TOKEN, Alignment, align, aligned_inputs
-from .tracing import Tracer
-from .turns import exclusive, innermost
+from .symnoise import first_of_pairs
 
 logger = logging.getLogger(__name__)
 

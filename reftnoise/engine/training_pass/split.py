@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .layout import PromptLayout, Selection
+from ..layout import PromptLayout, Selection
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids")
 """Inputs of a base that have a column per token, beside the attention mask."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .config.positions import Positions
+from ..config.positions import Positions
 
 UnitLocations = Mapping[str, Any]
 """pyvene's form: `{"sources->base": (None, locations)}`."""

@@ -15,12 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .composition import inner_model
-from .config.components import split_component
-from .config.positions import Positions
-from .config.representations import ReftConfig, RepresentationConfig
-from .interventions import LowRankIntervention, StackedEdit, Unit
-from .sites import Site, find_site, hidden_size, num_layers
+from ..config.components import split_component
+from ..config.positions import Positions
+from ..config.representations import ReftConfig, RepresentationConfig
+from ..interventions import LowRankIntervention, StackedEdit, Unit
+from .base.peft import inner_model
+from .base.sites import Site, find_site, hidden_size, num_layers
 
 Subspaces: TypeAlias = Sequence[Any] | Int[Tensor, "batch n"]
 """For each row its dimensions, or None for all; or such a list for each unit, as pyvene nests it;

@@ -5,7 +5,6 @@
 
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -13,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NAME = "tiny-chat"
-DIRECTORY = Path(str(files("reftnoise"))) / "assets" / NAME
+DIRECTORY = Path(__file__).parent / NAME
 Split: TypeAlias = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 

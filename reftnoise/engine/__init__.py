@@ -1,0 +1,1 @@
+"""Edits inside the passes of a base."""

@@ -1,0 +1,1 @@
+"""What is known of somebody else's model: its sites, wrappers, devices and locks."""

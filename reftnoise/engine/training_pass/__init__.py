@@ -1,0 +1,1 @@
+"""One training pass: its cheapest way, and the loss that is the base's own."""
