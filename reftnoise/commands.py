@@ -356,7 +356,7 @@ def convert(
         dropout: of a pyreft adapter, for training it further.
         act_fn: of a pyreft adapter, by transformers' name.
     """
-    from .convert import convert as convert_adapter
+    from .adapters.pyreft.convert import convert as convert_adapter
 
     if base is None:  # no default; jsonargparse makes a required option positional
         raise ValueError("convert: expected --base, the name or path of the base model")

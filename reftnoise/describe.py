@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .adapter_files import AdapterFiles, by_unit
+from .adapters.directory import AdapterFiles, by_unit
 from .config.representations import ReftConfig
 from .engine.units import place_name, unit_keys
 from .interventions.rotation import orthonormal_rows

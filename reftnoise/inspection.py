@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .adapters.library import AdapterLibrary
 from .engine.base.peft import inner_model
 from .engine.base.sites import find_layers, is_encoder_decoder
 from .engine.units import PlacedUnit
 from .evaluation import evaluating
 from .interventions import LowRankRotation, NoiseIntervention
-from .library import AdapterLibrary
 from .model import ReftModel
 from .overlaps import overlap_matrix, row_space, row_spaces
 from .tokenization import Messages

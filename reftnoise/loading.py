@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .adapter_files import CONFIG_NAME
+from .adapters.directory import CONFIG_NAME
 from .engine.base.loading import load_base
 from .model import ReftModel, get_reft_model
 from .run_adapter import adapter_directory, base_of, recipe_beside

@@ -11,7 +11,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import saving
+from .adapters import saving
+from .adapters.library import OWN, AdapterChoice, AdapterLibrary
+from .adapters.mixin import WrappedModel
 from .config.representations import ReftConfig
 from .engine.base.locks import exclusive, innermost
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
@@ -26,8 +28,6 @@ from .engine.training_pass.prefix_cache import PrefixCache
 from .engine.training_pass.runner import Runner, SplitMode
 from .engine.training_pass.symnoise import in_pairs, mean_of_pairs
 from .engine.units import Subspaces, place_units, subspace_gates
-from .library import OWN, AdapterChoice, AdapterLibrary
-from .wrapped import WrappedModel
 
 # Continuous batching lays prompts out in a way of its own, in passes that are not ours.
 _UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")

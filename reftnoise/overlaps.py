@@ -19,8 +19,8 @@ from rich.text import Text
 from torch import Tensor
 
 from ._util.errors import one_line
-from .adapter_files import AdapterFiles, by_unit
-from .base_sample import other_values
+from .adapters.directory import AdapterFiles, by_unit
+from .adapters.fingerprint import other_values
 from .engine.units import place_name, unit_keys
 from .interventions import LowRankIntervention
 from .run_adapter import adapter_directory

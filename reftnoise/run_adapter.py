@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ._util import yaml_text
-from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
+from .adapters.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .run_files import ADAPTER, RECIPE
 
 _OF_BASE = ("model", "revision", "dtype", "quantization")

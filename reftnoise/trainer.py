@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils.generic import find_labels
 
-from . import saving
-from .adapter_files import AdapterFiles
+from .adapters import saving
+from .adapters.directory import AdapterFiles
 from .engine.base.peft import inner_model
 from .engine.base.sharding import whole_state
 from .engine.layout import has_token_labels, prompt_lengths_from_labels

@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 import reftnoise as rn
-from reftnoise import saving
-from reftnoise.adapter_files import AdapterFiles
+from reftnoise.adapters import saving
+from reftnoise.adapters.directory import AdapterFiles
 from reftnoise.engine.base.tiny import DIRECTORY
 
 PROMPTS = ["Where does a fish live?", "What is it?", "What colour is the big banana?", "Who?"] * 2

@@ -20,7 +20,7 @@ from architectures import tiny_model
 from torch import Tensor, nn
 
 import reftnoise as rn
-from reftnoise.base_sample import other_weights, sample_weights
+from reftnoise.adapters.fingerprint import other_weights, sample_weights
 from reftnoise.interventions import INTERVENTIONS, NoiseIntervention
 from reftnoise.interventions.base import constructor_arguments
 
@@ -486,7 +486,7 @@ def test_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             calls.append(("upload", options))
             return "address"
 
-    monkeypatch.setattr("reftnoise.saving.HfApi", Hub)
+    monkeypatch.setattr("reftnoise.adapters.saving.HfApi", Hub)
     reft_model = train(wrapped(LOREFT))
     assert reft_model.push_to_hub("adapter", private=True, token="secret") == "address"
     assert calls[0] == ("adapter", {"private": True, "exist_ok": True})

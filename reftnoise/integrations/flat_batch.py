@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..adapters.frozen import FrozenAdapter, stack
 from ..engine.layout import named_tokens
 from ..engine.units import PlacedUnit
 from ..interventions import StackedEdit
-from ..stacking import FrozenAdapter, stack
 
 
 class Requests(NamedTuple):

@@ -19,12 +19,12 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from .._util.errors import nearest
-from ..adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
+from ..adapters.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
+from ..adapters.frozen import FrozenAdapter
+from ..adapters.library import freeze
 from ..config.components import COMPONENTS
 from ..engine.base.sites import find_layers, find_site
-from ..library import freeze
 from ..run_files import ADAPTER
-from ..stacking import FrozenAdapter
 from . import SCALE
 from .flat_batch import FlatBatch, FlatEdit, Requests, apply_
 

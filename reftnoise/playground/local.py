@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from ..adapters.library import AdapterChoice
 from ..answers import default_new_tokens
 from ..config.positions import POSITION_FIELDS
 from ..decoding import Decoding
@@ -22,7 +23,6 @@ from ..generation import ends_of, prompt_tokens
 from ..inspection import observed
 from ..interventions import NoiseIntervention
 from ..interventions.registry import INTERVENTIONS, intervention_class
-from ..library import AdapterChoice
 from ..model import ReftModel
 from ..templates import fill
 from ..tokenization import smallest_limit

@@ -17,8 +17,12 @@ from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ._util.files import replace_all
-from .adapter_files import (
+from .._util.files import replace_all
+from ..engine.base.peft import own_state
+from ..engine.base.sharding import is_part, part_like, takes_weights_of_one_process
+from ..engine.base.sites import hidden_size, num_layers, trained_modules
+from .card import card
+from .directory import (
     CARD_NAME,
     CONFIG_NAME,
     SCHEMA_VERSION,
@@ -27,15 +31,11 @@ from .adapter_files import (
     called,
     local_directory,
 )
-from .base_sample import other_weights, sample_weights
-from .card import card
-from .engine.base.peft import own_state
-from .engine.base.sharding import is_part, part_like, takes_weights_of_one_process
-from .engine.base.sites import hidden_size, num_layers, trained_modules
+from .fingerprint import other_weights, sample_weights
 
 if TYPE_CHECKING:
-    from .model import ReftModel
-    from .wrapped import WrappedModel
+    from ..model import ReftModel
+    from .mixin import WrappedModel
 
 
 def save_adapter(
@@ -138,7 +138,7 @@ def load_adapter(
         ValueError: the adapter is for another base or schema, or damaged; the message names both
             sides.
     """
-    from .model import ReftModel
+    from ..model import ReftModel
 
     files = [CONFIG_NAME, WEIGHTS_NAME]
     adapter = read_adapter(local_directory(directory, files, revision=revision, token=token), model)

@@ -11,8 +11,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ._util.errors import nearest
-from .config.representations import ReftConfig
+from .._util.errors import nearest
+from ..config.representations import ReftConfig
 
 CONFIG_NAME = "reft_config.json"
 WEIGHTS_NAME = "reft_model.safetensors"

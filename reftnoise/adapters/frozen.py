@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .config.positions import Positions
-from .engine.base.sharding import device_of
-from .engine.base.sites import Site
-from .engine.units import PlacedUnit
-from .interventions import Factors, LowRankIntervention, NoiseIntervention, StackedEdit
+from ..config.positions import Positions
+from ..engine.base.sharding import device_of
+from ..engine.base.sites import Site
+from ..engine.units import PlacedUnit
+from ..interventions import Factors, LowRankIntervention, NoiseIntervention, StackedEdit
 
 
 class Place(NamedTuple):

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..config.representations import ReftConfig
+from ..engine.base.peft import inner_model, is_peft_model
+from ..engine.base.sharding import device_of, size
+from ..engine.base.sites import trained_modules
+from ..engine.hooks import Engine
 from . import saving
-from .config.representations import ReftConfig
-from .engine.base.peft import inner_model, is_peft_model
-from .engine.base.sharding import device_of, size
-from .engine.base.sites import trained_modules
-from .engine.hooks import Engine
 from .library import AdapterChoice, AdapterLibrary
 
 if TYPE_CHECKING:
-    from .model import ReftModel
+    from ..model import ReftModel
 
 
 class WrappedModel(nn.Module):

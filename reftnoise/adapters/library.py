@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._util.errors import nearest
-from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
-from .config.components import Stack
-from .config.positions import POSITION_FIELDS
-from .engine.base.locks import exclusive
-from .engine.base.peft import inner_model
-from .engine.base.sites import is_encoder_decoder, layer_of, num_layers
-from .engine.hooks import Engine
-from .engine.planning import Locator
-from .engine.units import place_units
+from .._util.errors import nearest
+from ..config.components import Stack
+from ..config.positions import POSITION_FIELDS
+from ..engine.base.locks import exclusive
+from ..engine.base.peft import inner_model
+from ..engine.base.sites import is_encoder_decoder, layer_of, num_layers
+from ..engine.hooks import Engine
+from ..engine.planning import Locator
+from ..engine.units import place_units
+from .directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
+from .frozen import FrozenAdapter, Place, Slot, stack
 from .saving import load_weights, read_adapter
-from .stacking import FrozenAdapter, Place, Slot, stack
 
 AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 """An adapter, the sum of several, or of several each times a scale; None for the bare base."""

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._util.files import replace_all
-from .interventions import ReftIntervention
-from .pyreft_state import CLASSES, from_pyreft_state, to_pyreft_state
+from ..._util.files import replace_all
+from ...interventions import ReftIntervention
+from .state import CLASSES, from_pyreft_state, to_pyreft_state
 
 CONFIG = "config.json"
 UNITS = "intkey_*.bin"

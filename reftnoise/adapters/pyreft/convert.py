@@ -20,18 +20,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from . import pyreft_directory
-from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
-from .config.components import is_dotted
-from .config.positions import Positions
-from .config.representations import ReftConfig, RepresentationConfig
-from .engine.base.sites import Site, find_layers, find_site, hidden_size, num_layers
-from .engine.base.tiny import DIRECTORY, NAME
-from .interventions import ReftIntervention
-from .model import ReftModel
-from .pyreft_directory import StoredUnit, read_pyreft, write_pyreft
-from .pyreft_state import CLASSES
-from .saving import load_weights, read_adapter, save_adapter
+from ...config.components import is_dotted
+from ...config.positions import Positions
+from ...config.representations import ReftConfig, RepresentationConfig
+from ...engine.base.sites import Site, find_layers, find_site, hidden_size, num_layers
+from ...engine.base.tiny import DIRECTORY, NAME
+from ...interventions import ReftIntervention
+from ...model import ReftModel
+from ..directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
+from ..saving import load_weights, read_adapter, save_adapter
+from . import directory as pyreft_directory
+from .directory import StoredUnit, read_pyreft, write_pyreft
+from .state import CLASSES
 
 logger = logging.getLogger(__name__)
 

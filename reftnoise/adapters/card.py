@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from .engine.base.peft import inner_model
-from .engine.base.tiny import NAME
+from ..engine.base.peft import inner_model
+from ..engine.base.tiny import NAME
 
 if TYPE_CHECKING:
-    from .wrapped import WrappedModel
+    from .mixin import WrappedModel
 
 _CARD = """\
 ---

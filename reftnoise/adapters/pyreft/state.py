@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from .interventions import (
+from ...interventions import (
     ConsreftIntervention,
     DireftIntervention,
     LobireftIntervention,
@@ -24,7 +24,7 @@ from .interventions import (
     intervention_name,
     orthonormal_rows,
 )
-from .interventions.base import dtype_name
+from ...interventions.base import dtype_name
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .engine.base.peft import inner_model
-from .engine.base.sharding import is_part
+from ..engine.base.peft import inner_model
+from ..engine.base.sharding import is_part
 
 TENSORS, VALUES = 6, 4
 """How many tensors are read, and how many values of each."""

@@ -1,0 +1,1 @@
+"""Adapters of pyreft and pyvene, read and written."""
