@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 import reftnoise as rn
-from reftnoise.evaluation import evaluate
+from reftnoise.data.tasks.registry import get_task
+from reftnoise.evaluation.scoring import evaluate
 from reftnoise.interventions import NoiseIntervention
-from reftnoise.tasks.registry import get_task
 
 
 class ConsistencyTrainer(rn.ReftTrainer):

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "config.representations": ("ReftConfig", "RepresentationConfig"),
-    "data": ("ReftDataCollator", "make_last_position_supervised_data_module"),
+    "data.collation": ("ReftDataCollator", "make_last_position_supervised_data_module"),
     "interventions": (
         "AdapterIntervention",
         "AdditionIntervention",
@@ -47,8 +47,8 @@ if TYPE_CHECKING:  # `as` marks a name as public for type checkers
     from .config.positions import Positions as Positions
     from .config.representations import ReftConfig as ReftConfig
     from .config.representations import RepresentationConfig as RepresentationConfig
-    from .data import ReftDataCollator as ReftDataCollator
-    from .data import (
+    from .data.collation import ReftDataCollator as ReftDataCollator
+    from .data.collation import (
         make_last_position_supervised_data_module as make_last_position_supervised_data_module,
     )
     from .engine.base.tiny import load_tiny_examples as load_tiny_examples

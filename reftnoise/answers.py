@@ -14,15 +14,15 @@ from rich.text import Text
 
 from ._util.errors import nearest
 from ._util.files import json_lines, replace_all
-from .decoding import GREEDY, Decoding
-from .evaluation import evaluating
-from .generation import generated
-from .likelihood import Progress
+from .data.templates import fill
+from .data.tokenization import smallest_limit
+from .evaluation.decoding import GREEDY, Decoding
+from .evaluation.generation import generated
+from .evaluation.likelihood import Progress
+from .evaluation.scoring import evaluating
 from .loading import load_adapted
 from .model import ReftModel
 from .run_adapter import template_of
-from .templates import fill
-from .tokenization import smallest_limit
 
 
 def generate_texts(

@@ -15,13 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from ._util.errors import nearest
 from .answers import default_new_tokens
-from .decoding import GREEDY, Decoding
-from .generation import ends_of, prompt_tokens
+from .data.templates import check_template, fill
+from .data.tokenization import smallest_limit
+from .evaluation.decoding import GREEDY, Decoding
+from .evaluation.generation import ends_of, prompt_tokens
 from .loading import load_adapted
 from .model import ReftModel
 from .run_adapter import template_of
-from .templates import check_template, fill
-from .tokenization import smallest_limit
 
 SIGN = "› "
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ._util.errors import nearest, one_line
 from .commands import COMMANDS
-from .decoding import Decoding
+from .evaluation.decoding import Decoding
 from .recipe import Recipe
 from .run_files import RECIPE
 from .study.grid import Study

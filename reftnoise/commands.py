@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._util.files import json_text
 from .bench.workload import Workload
-from .decoding import Decoding
+from .evaluation.decoding import Decoding
 from .recipe import Recipe
 from .study.grid import Study
 

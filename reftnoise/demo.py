@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from ._util.progress import RichProgressCallback
 from .config.representations import ReftConfig
-from .data import make_last_position_supervised_data_module
+from .data.collation import make_last_position_supervised_data_module
 from .engine.base.tiny import TinyExample, load_tiny_examples, load_tiny_model
 from .model import ReftModel, get_reft_model
 from .trainer import ReftTrainerForCausalLM

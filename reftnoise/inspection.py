@@ -13,14 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .adapters.library import AdapterLibrary
+from .data.tokenization import Messages
 from .engine.base.peft import inner_model
 from .engine.base.sites import find_layers, is_encoder_decoder
 from .engine.units import PlacedUnit
-from .evaluation import evaluating
+from .evaluation.scoring import evaluating
 from .interventions import LowRankRotation, NoiseIntervention
 from .model import ReftModel
 from .overlaps import overlap_matrix, row_space, row_spaces
-from .tokenization import Messages
 
 Prompt: TypeAlias = str | Messages
 """A text; or a conversation, which the tokenizer's chat template makes a text of."""

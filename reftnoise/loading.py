@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from .adapters.directory import CONFIG_NAME
+from .data.tasks.classifier import ClassifierTask
+from .data.tasks.registry import get_task
 from .engine.base.loading import load_base
 from .model import ReftModel, get_reft_model
 from .run_adapter import adapter_directory, base_of, recipe_beside
 from .run_files import ADAPTER
-from .tasks.classifier import ClassifierTask
-from .tasks.registry import get_task
 
 
 def load_adapted(

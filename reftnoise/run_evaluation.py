@@ -10,14 +10,14 @@ from typing_extensions import NotRequired
 
 from ._util.files import json_lines, json_text, replace_all
 from ._util.progress import progress_of
-from .evaluation import Evaluation, evaluate
+from .data.sources import Rows, load_rows, place_of, rename_columns
+from .data.tasks.classifier import ClassifierTask
+from .data.tasks.registry import get_task
+from .evaluation.scoring import Evaluation, evaluate
 from .model import ReftModel
 from .recipe import Recipe
 from .run_directory import alone
 from .run_files import PREDICTIONS, SCORES
-from .sources import Rows, load_rows, place_of, rename_columns
-from .tasks.classifier import ClassifierTask
-from .tasks.registry import get_task
 
 
 class Entry(TypedDict):
@@ -177,7 +177,7 @@ def _of_task(
 def _of_harness(
     recipe: Recipe, reft_model: ReftModel, tokenizer: Any, is_adapted: bool
 ) -> list[Entry]:
-    from .integrations.lm_eval import evaluate_with_harness  # an extra
+    from .evaluation.lm_eval import evaluate_with_harness  # an extra
 
     found = evaluate_with_harness(
         reft_model,

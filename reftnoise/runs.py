@@ -30,9 +30,15 @@ from transformers import (
 from ._util.errors import nearest
 from ._util.hardware import machine, peak_memory
 from ._util.progress import RichProgressCallback
-from .classifiers import make_classifier_data_module
 from .config.representations import ReftConfig
-from .data import make_last_position_supervised_data_module
+from .data.classifiers import make_classifier_data_module
+from .data.collation import make_last_position_supervised_data_module
+from .data.sources import RowError, Rows, load_rows, place_of, rename_columns
+from .data.tasks.base import Task
+from .data.tasks.classifier import ClassifierTask
+from .data.tasks.registry import get_task
+from .data.templates import as_examples
+from .data.tokenization import smallest_limit
 from .engine.base.loading import load_base
 from .model import ReftModel, get_reft_model
 from .recipe import Recipe
@@ -40,12 +46,6 @@ from .run_adapter import adapter_directory
 from .run_directory import RunCallback, RunDirectory, is_main_process
 from .run_evaluation import Entry, evaluation_rows, save_scores, score
 from .run_files import ADAPTER, CHECKPOINTS
-from .sources import RowError, Rows, load_rows, place_of, rename_columns
-from .tasks.base import Task
-from .tasks.classifier import ClassifierTask
-from .tasks.registry import get_task
-from .templates import as_examples
-from .tokenization import smallest_limit
 from .trainer import ReftTrainer
 
 _POSITIVE = (

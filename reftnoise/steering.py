@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .config.positions import Positions
+from .data.tokenization import Messages
 from .engine.layout import PromptLayout
 from .engine.units import PlacedUnit
-from .evaluation import evaluating
-from .generation import prompt_tokens
+from .evaluation.generation import prompt_tokens
+from .evaluation.scoring import evaluating
 from .interventions import AdditionIntervention
 from .model import ReftModel
-from .tokenization import Messages
 
 Method = Literal["mean", "pca"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from reftnoise.templates import fill
+from reftnoise.data.templates import fill
 
 
 def rendered(tokenizer: Any, template: str, row: Mapping[str, Any]) -> tuple[str, bool]:

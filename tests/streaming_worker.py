@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import reftnoise as rn
+from reftnoise.data.sources import load_rows
+from reftnoise.data.tasks.text import TextTask
+from reftnoise.data.templates import as_examples
 from reftnoise.engine.base.tiny import DIRECTORY
-from reftnoise.sources import load_rows
-from reftnoise.tasks.text import TextTask
-from reftnoise.templates import as_examples
 
 BATCH = 1000
 

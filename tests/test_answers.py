@@ -16,7 +16,7 @@ from rich.console import Console
 import reftnoise as rn
 from reftnoise.answers import answer_prompts, generate_texts
 from reftnoise.chat import chat
-from reftnoise.decoding import Decoding
+from reftnoise.evaluation.decoding import Decoding
 from reftnoise.loading import load_adapted
 from reftnoise.recipe import DataConfig, Recipe
 

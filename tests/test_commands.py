@@ -12,7 +12,7 @@ from test_recipes import command, quick
 
 import reftnoise as rn
 from reftnoise.answers import generate_texts
-from reftnoise.decoding import Decoding
+from reftnoise.evaluation.decoding import Decoding
 
 SHORT = Decoding(max_new_tokens=8)
 

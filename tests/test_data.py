@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import reftnoise as rn
 from reftnoise.config.positions import Positions
-from reftnoise.data import ReftDataCollator, make_last_position_supervised_data_module
+from reftnoise.data.collation import ReftDataCollator, make_last_position_supervised_data_module
 from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.engine.layout import PromptLayout
 

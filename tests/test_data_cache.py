@@ -12,11 +12,11 @@ import pytest
 from transformers import AutoTokenizer
 
 import reftnoise as rn
-from reftnoise import token_cache, tokenization
+from reftnoise.data.collation import token_cache, tokenization
+from reftnoise.data.sources import load_rows
+from reftnoise.data.tasks.text import TextTask
+from reftnoise.data.templates import as_examples
 from reftnoise.engine.base.tiny import DIRECTORY
-from reftnoise.sources import load_rows
-from reftnoise.tasks.text import TextTask
-from reftnoise.templates import as_examples
 
 ROWS = [{"prompt": f"What is {n} + {n}?", "completion": f" It is {2 * n}."} for n in range(30)]
 
@@ -50,7 +50,7 @@ class Tokenised:
             self.times += 1
             return tokenization.tokenize_all(*args)
 
-        monkeypatch.setattr("reftnoise.encoding.tokenize_all", counted)
+        monkeypatch.setattr("reftnoise.data.encoding.tokenize_all", counted)
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import reftnoise as rn
-from reftnoise.evaluation import Evaluation, evaluate
-from reftnoise.generation import generated
-from reftnoise.likelihood import choice_log_probs
-from reftnoise.tasks.base import Task
-from reftnoise.tasks.registry import get_task
+from reftnoise.data.tasks.base import Task
+from reftnoise.data.tasks.registry import get_task
+from reftnoise.evaluation.generation import generated
+from reftnoise.evaluation.likelihood import choice_log_probs
+from reftnoise.evaluation.scoring import Evaluation, evaluate
 
 LABELS = ["in the forest", "in a big house", "no"]
 ROWS = [

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from reftnoise.integrations.lm_eval import ReftLM, evaluate_with_harness
+from reftnoise.evaluation.lm_eval import ReftLM, evaluate_with_harness
 
 ROWS = [
     {"question": "Where does a bear live?", "choices": ["in the forest", "sea", "the bed"]},

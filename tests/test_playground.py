@@ -22,7 +22,7 @@ import torch
 from adapters import moved
 
 import reftnoise as rn
-from reftnoise.decoding import Decoding
+from reftnoise.evaluation.decoding import Decoding
 from reftnoise.inspection import edit_norms
 from reftnoise.playground.asking import BASE, NO_NOISE, TOGETHER, Question
 from reftnoise.playground.local import LocalModel

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from real import REAL
 
-from reftnoise.tasks.base import Question
-from reftnoise.tasks.classifier import ClassifierTask
-from reftnoise.tasks.glue import SUBSETS, score
-from reftnoise.tasks.registry import TASKS, get_task
+from reftnoise.data.tasks.base import Question
+from reftnoise.data.tasks.classifier import ClassifierTask
+from reftnoise.data.tasks.glue import SUBSETS, score
+from reftnoise.data.tasks.registry import TASKS, get_task
 
 COMMONSENSE = {
     "boolq": ("true", "false"),

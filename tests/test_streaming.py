@@ -15,8 +15,8 @@ import torch
 from transformers import AutoTokenizer, TrainingArguments
 
 import reftnoise as rn
+from reftnoise.data.sources import load_rows
 from reftnoise.engine.base.tiny import DIRECTORY
-from reftnoise.sources import load_rows
 
 UNIT = {"layer": 0, "intervention": "loreft", "low_rank_dimension": 2}
 WORKER = Path(__file__).with_name("streaming_worker.py")

@@ -13,11 +13,11 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import reftnoise as rn
+from reftnoise.data.sources import load_rows
+from reftnoise.data.tasks.base import Question, Task
+from reftnoise.data.tasks.text import TextTask
+from reftnoise.data.templates import as_examples, fill
 from reftnoise.engine.base.tiny import DIRECTORY
-from reftnoise.sources import load_rows
-from reftnoise.tasks.base import Question, Task
-from reftnoise.tasks.text import TextTask
-from reftnoise.templates import as_examples, fill
 
 STORIES = REAL / "models" / "TinyStories-Instruct-3M-chat"
 UNMARKED = (

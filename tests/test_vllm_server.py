@@ -23,7 +23,7 @@ import torch
 from served_adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
 
 import reftnoise as rn
-from reftnoise.decoding import Decoding
+from reftnoise.evaluation.decoding import Decoding
 from reftnoise.playground.asking import Question
 
 pytest.importorskip("vllm", reason="needs vllm: see README, Serving in vLLM")

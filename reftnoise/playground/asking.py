@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from ..decoding import GREEDY, Decoding
+from ..evaluation.decoding import GREEDY, Decoding
 
 BASE = "base"
 """The name of the answer without an adapter."""

@@ -16,16 +16,16 @@ from transformers.generation.streamers import BaseStreamer
 from ..adapters.library import AdapterChoice
 from ..answers import default_new_tokens
 from ..config.positions import POSITION_FIELDS
-from ..decoding import Decoding
+from ..data.templates import fill
+from ..data.tokenization import smallest_limit
 from ..engine.base.sites import input_embeddings, layer_of
-from ..evaluation import evaluating
-from ..generation import ends_of, prompt_tokens
+from ..evaluation.decoding import Decoding
+from ..evaluation.generation import ends_of, prompt_tokens
+from ..evaluation.scoring import evaluating
 from ..inspection import observed
 from ..interventions import NoiseIntervention
 from ..interventions.registry import INTERVENTIONS, intervention_class
 from ..model import ReftModel
-from ..templates import fill
-from ..tokenization import smallest_limit
 from .asking import BASE, NO_NOISE, TOGETHER, Answer, Answerer, Norms, Question
 
 _PART = "part of "

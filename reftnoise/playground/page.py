@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import Any
 
-from ..decoding import Decoding
+from ..evaluation.decoding import Decoding
 from .asking import NO_NOISE, Answerer, Question
 from .norms import ABOUT, STYLE, draw
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import openai
 
+from ..data.templates import fill
+from ..data.tokenization import Messages
 from ..integrations import SCALE
-from ..templates import fill
-from ..tokenization import Messages
 from .asking import Answer, Answerer, Question
 
 _SECONDS = 5.0

@@ -9,7 +9,9 @@ import datasets
 from torch import Tensor
 
 from ..config.representations import ReftConfig
-from ..generation import generated
+from ..data.sources import load_rows, rename_columns
+from ..data.templates import fill
+from ..evaluation.generation import generated
 from ..inspection import (
     Guess,
     LensRow,
@@ -24,8 +26,6 @@ from ..inspection import (
 from ..model import ReftModel, get_reft_model
 from ..recipe import Recipe
 from ..runs import data_module_of, load_trained
-from ..sources import load_rows, rename_columns
-from ..templates import fill
 from .figures import draw_cosines, draw_heat, draw_noise, picture
 from .formats import signed
 from .page import Cell, Section, Table, Text, number

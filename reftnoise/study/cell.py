@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from ..data.tasks.registry import get_task
 from ..recipe import Recipe
 from ..run_evaluation import evaluation_rows
 from ..run_files import ADAPTER
 from ..runs import reft_config, run_recipe, training_arguments
-from ..tasks.registry import get_task
 from .grid import Cell
 from .results import Outcome
 

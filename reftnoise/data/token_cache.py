@@ -23,7 +23,7 @@ import transformers
 from datasets.fingerprint import get_temporary_cache_files_directory
 from rich.console import Console
 
-from ._util.progress import progress_of
+from .._util.progress import progress_of
 from .encoding import SUBSPACES, Counts, Encoder, Example
 from .sources import file_digest
 

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from .._util.errors import nearest
+from ..._util.errors import nearest
 from .base import Task
 
 TASKS = {

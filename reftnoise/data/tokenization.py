@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jinja2 import TemplateError
 
-from .engine.base.peft import virtual_tokens
+from ..engine.base.peft import virtual_tokens
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 

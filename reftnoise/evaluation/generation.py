@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from ..data.tokenization import Messages, smallest_limit, tokenize
 from .likelihood import Progress, Row, without_beginnings
-from .tokenization import Messages, smallest_limit, tokenize
 
 
 def generated(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .model import ReftModel
-from .tokenization import Messages, smallest_limit, tokenize, truncate
+from ..data.tokenization import Messages, smallest_limit, tokenize, truncate
+from ..model import ReftModel
 
 logger = logging.getLogger(__name__)
 

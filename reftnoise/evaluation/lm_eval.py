@@ -16,8 +16,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .._util.errors import nearest
-from ..likelihood import next_token_log_probs, rows_alike, what_is_read
 from ..model import ReftModel
+from .likelihood import next_token_log_probs, rows_alike, what_is_read
 
 try:
     from lm_eval import simple_evaluate

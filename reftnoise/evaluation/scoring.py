@@ -8,13 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ..data.tasks.base import Question, Task
+from ..data.tasks.classifier import ClassifierTask
+from ..data.templates import fill
+from ..data.tokenization import Messages, smallest_limit, tokenize
+from ..model import ReftModel
 from .generation import generated
 from .likelihood import Progress, choice_log_probs
-from .model import ReftModel
-from .tasks.base import Question, Task
-from .tasks.classifier import ClassifierTask
-from .templates import fill
-from .tokenization import Messages, smallest_limit, tokenize
 
 logger = logging.getLogger(__name__)
 

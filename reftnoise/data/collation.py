@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..engine.base.sites import takes_position_ids
+from ..model import ReftModel
 from .encoding import IGNORED_LABEL, SUBSPACES, Encoder
-from .engine.base.sites import takes_position_ids
-from .model import ReftModel
 from .sources import Rows, column_names, load_rows
-from .streams import ExampleStream
+from .streaming import ExampleStream
 from .token_cache import tokenize_once
 from .tokenization import smallest_limit
 

@@ -16,8 +16,8 @@ import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.fingerprint import get_temporary_cache_files_directory
 
-from ._util.errors import one_line
-from .engine.base import tiny
+from .._util.errors import one_line
+from ..engine.base import tiny
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

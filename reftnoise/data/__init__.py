@@ -1,0 +1,1 @@
+"""Rows of files and hubs: read, put into templates, tokenised and collated."""

@@ -1,0 +1,1 @@
+"""What a model writes, how likely it finds a text, and the scores of both."""
