@@ -35,15 +35,20 @@ _HOME = {
     "model": ("ReftModel", "get_reft_model"),
     "config.positions": ("Positions",),
     "engine.training_pass.prefix_cache": ("PrefixCache",),
-    "steering": ("fit_steering_vectors",),
+    "analysis.steering": ("fit_steering_vectors",),
     "engine.base.tiny": ("load_tiny_examples", "load_tiny_model"),
-    "trainer": ("ReftTrainer", "ReftTrainerForCausalLM", "ReftTrainerForSequenceClassification"),
+    "training.trainer": (
+        "ReftTrainer",
+        "ReftTrainerForCausalLM",
+        "ReftTrainerForSequenceClassification",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:  # `as` marks a name as public for type checkers
+    from .analysis.steering import fit_steering_vectors as fit_steering_vectors
     from .config.positions import Positions as Positions
     from .config.representations import ReftConfig as ReftConfig
     from .config.representations import RepresentationConfig as RepresentationConfig
@@ -73,10 +78,9 @@ if TYPE_CHECKING:  # `as` marks a name as public for type checkers
     from .interventions import register_intervention as register_intervention
     from .model import ReftModel as ReftModel
     from .model import get_reft_model as get_reft_model
-    from .steering import fit_steering_vectors as fit_steering_vectors
-    from .trainer import ReftTrainer as ReftTrainer
-    from .trainer import ReftTrainerForCausalLM as ReftTrainerForCausalLM
-    from .trainer import (
+    from .training.trainer import ReftTrainer as ReftTrainer
+    from .training.trainer import ReftTrainerForCausalLM as ReftTrainerForCausalLM
+    from .training.trainer import (
         ReftTrainerForSequenceClassification as ReftTrainerForSequenceClassification,
     )
 

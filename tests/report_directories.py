@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 import reftnoise as rn
-from reftnoise.recipe import DataConfig, Recipe, TrainingConfig
-from reftnoise.study.grid import Cell, Study, cells
+from reftnoise.training.recipe import DataConfig, Recipe, TrainingConfig
+from reftnoise.training.study.grid import Cell, Study, cells
 
 LOREFT = {
     "layer": "all",

@@ -15,7 +15,7 @@ from architectures import tiny_model
 from torch import Tensor
 
 import reftnoise as rn
-from reftnoise.inspection import library_overlaps, subspace_cosine
+from reftnoise.analysis.inspection import library_overlaps, subspace_cosine
 
 ENTRIES: dict[str, Any] = {
     "last": [{"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}],

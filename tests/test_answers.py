@@ -14,11 +14,11 @@ from adapters import QUESTIONS, answer, save_adapter
 from rich.console import Console
 
 import reftnoise as rn
-from reftnoise.answers import answer_prompts, generate_texts
-from reftnoise.chat import chat
 from reftnoise.evaluation.decoding import Decoding
-from reftnoise.loading import load_adapted
-from reftnoise.recipe import DataConfig, Recipe
+from reftnoise.inference.chat import chat
+from reftnoise.inference.loading import load_adapted
+from reftnoise.inference.prompts import answer_prompts, generate_texts
+from reftnoise.training.recipe import DataConfig, Recipe
 
 SHORT = Decoding(max_new_tokens=12)
 PLAIN = replace(SHORT, template="plain")

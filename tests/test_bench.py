@@ -14,7 +14,7 @@ from reftnoise.bench.report import exponent
 from reftnoise.bench.run import NEEDS
 from reftnoise.bench.sides import SIDES, Bench
 from reftnoise.bench.workload import SHAPES, SUITE, Workload
-from reftnoise.cli import main
+from reftnoise.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 

@@ -17,11 +17,11 @@ from adapters import QUESTIONS, answer, save_adapter
 from rich.console import Console
 
 import reftnoise as rn
-from reftnoise.chat import Conversation
-from reftnoise.loading import load_adapted, load_library
+from reftnoise.inference.chat import Conversation
+from reftnoise.inference.loading import load_adapted, load_library
 
 SCRIPT = (
-    "import sys; from reftnoise.chat import Decoding, chat\n"
+    "import sys; from reftnoise.inference.chat import Decoding, chat\n"
     "chat(sys.argv[1], decoding=Decoding(max_new_tokens=16))"
 )
 

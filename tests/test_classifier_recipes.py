@@ -18,8 +18,8 @@ from transformers import (
 )
 
 import reftnoise as rn
-from reftnoise.cli import main
-from reftnoise.loading import load_library
+from reftnoise.cli.main import main
+from reftnoise.inference.loading import load_library
 
 RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "glue.yaml"
 ADJECTIVES = {

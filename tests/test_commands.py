@@ -11,8 +11,8 @@ import pytest
 from test_recipes import command, quick
 
 import reftnoise as rn
-from reftnoise.answers import generate_texts
 from reftnoise.evaluation.decoding import Decoding
+from reftnoise.inference.prompts import generate_texts
 
 SHORT = Decoding(max_new_tokens=8)
 

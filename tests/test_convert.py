@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 import reftnoise as rn
 from reftnoise.adapters.pyreft.convert import convert
-from reftnoise.cli import main
+from reftnoise.cli.main import main
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [15, 16, 17, 18, 19, 20, 21, 22]])
 LAST = [[7], [7]]

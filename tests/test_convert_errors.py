@@ -19,7 +19,7 @@ from pyreft_formed import adapter, entry, intervention, pyvene_model, saved
 import reftnoise as rn
 from reftnoise.adapters.pyreft.convert import convert
 from reftnoise.adapters.pyreft.state import CLASSES
-from reftnoise.cli import main
+from reftnoise.cli.main import main
 from reftnoise.interventions import INTERVENTIONS
 
 FILE = "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin"

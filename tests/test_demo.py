@@ -84,7 +84,9 @@ def test_errors_of_the_user_are_one_line_and_exit_code_2(tmp_path: Path) -> None
 @pytest.mark.parametrize("command", [[], ["train"], ["study"], ["chat"]])
 def test_help_needs_no_torch(command: list[str]) -> None:
     arguments = [*command, "--help"]
-    code = f"import sys, reftnoise.cli as c\ntry: c.main({arguments})\nexcept SystemExit: pass\n"
+    code = (
+        f"import sys, reftnoise.cli.main as c\ntry: c.main({arguments})\nexcept SystemExit: pass\n"
+    )
     check = "assert not {'torch', 'transformers', 'pyvene', 'datasets'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

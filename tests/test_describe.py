@@ -12,7 +12,7 @@ from adapters import UNITS, save_adapter
 from rich.console import Console
 
 import reftnoise as rn
-from reftnoise.describe import describe, show
+from reftnoise.analysis.description import describe, show
 from reftnoise.engine.units import unit_keys
 
 

@@ -11,7 +11,7 @@ import reftnoise as rn
 from reftnoise.adapters.frozen import FrozenAdapter
 from reftnoise.config.positions import Positions
 from reftnoise.engine.layout import PromptLayout
-from reftnoise.integrations.flat_batch import FlatBatch, Requests, apply_
+from reftnoise.inference.vllm.flat_batch import FlatBatch, Requests, apply_
 
 POSITIONS = ["l1", "f7+l7", "f2+l3", "all", "all+decode", "decode", [0, 3, -1]]
 

@@ -10,7 +10,7 @@ from tiny_models import model_of
 from torch import Tensor
 
 import reftnoise as rn
-from reftnoise.inspection import (
+from reftnoise.analysis.inspection import (
     edit_norms,
     logit_lens,
     noise_losses,

@@ -16,8 +16,8 @@ from test_recipes import command
 from torch import Tensor
 
 import reftnoise as rn
-from reftnoise.inspection import library_overlaps
-from reftnoise.overlaps import overlap_matrix, saved_overlaps, show_overlaps
+from reftnoise.analysis.inspection import library_overlaps
+from reftnoise.analysis.overlaps import overlap_matrix, saved_overlaps, show_overlaps
 
 AXES = torch.eye(32)
 ANGLE = 0.3

@@ -22,10 +22,10 @@ import torch
 from adapters import moved
 
 import reftnoise as rn
+from reftnoise.analysis.inspection import edit_norms
 from reftnoise.evaluation.decoding import Decoding
-from reftnoise.inspection import edit_norms
-from reftnoise.playground.asking import BASE, NO_NOISE, TOGETHER, Question
-from reftnoise.playground.local import LocalModel
+from reftnoise.inference.playground.asking import BASE, NO_NOISE, TOGETHER, Question
+from reftnoise.inference.playground.local import LocalModel
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_a_browser = pytest.mark.skipif(
@@ -334,7 +334,7 @@ def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
 def answering(parts: list[bytes], is_over: threading.Event) -> Iterator[Any]:
     """A `Server` whose model `m` writes parts, and then nothing until it is over."""
     pytest.importorskip("openai", reason="needs openai: pip install 'reftnoise[web]'")
-    from reftnoise.playground.server import Server
+    from reftnoise.inference.playground.server import Server
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
@@ -385,7 +385,7 @@ def test_who_reads_of_a_silent_server_can_stop() -> None:
 
 def test_a_server_that_is_not_there() -> None:
     pytest.importorskip("openai", reason="needs openai: pip install 'reftnoise[web]'")
-    from reftnoise.playground.server import Server
+    from reftnoise.inference.playground.server import Server
 
     with pytest.raises(ConnectionError, match="no server of the OpenAI API there"):
         Server(f"http://127.0.0.1:{free_port()}/v1")

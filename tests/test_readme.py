@@ -12,7 +12,7 @@ import reftnoise as rn
 from reftnoise._util.options import read
 from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.interventions import INTERVENTIONS
-from reftnoise.recipe import Recipe
+from reftnoise.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

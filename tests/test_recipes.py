@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 import reftnoise as rn
 from reftnoise._util import yaml_text
 from reftnoise._util.options import read, read_file, read_yaml
-from reftnoise.cli import COMMANDS, main
+from reftnoise.cli.main import COMMANDS, main
 from reftnoise.data.sources import load_rows
 from reftnoise.data.tasks.registry import get_task
 from reftnoise.evaluation.scoring import evaluate
-from reftnoise.recipe import Recipe
-from reftnoise.run_directory import RunDirectory
-from reftnoise.study.grid import Study, cells
+from reftnoise.training.recipe import Recipe
+from reftnoise.training.run_directory import RunDirectory
+from reftnoise.training.study.grid import Study, cells
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))

@@ -16,8 +16,8 @@ from PIL import Image
 from report_directories import LOREFT, make_run, write_lines
 
 import reftnoise as rn
-from reftnoise.report import write_report
-from reftnoise.report.figures import common_label, printable
+from reftnoise.analysis.report import write_report
+from reftnoise.analysis.report.figures import common_label, printable
 
 PICTURES = {"loss", "learning_rate", "speed", "noise", "edits"}
 
@@ -214,9 +214,9 @@ def test_adapters_without_a_common_site(run: Path, tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "reftnoise.report.figures")
+    monkeypatch.delitem(sys.modules, "reftnoise.analysis.report.figures")
     with pytest.raises(ValueError, match=r"needs matplotlib: pip install 'reftnoise\[plots\]'"):
-        importlib.import_module("reftnoise.report.figures")
+        importlib.import_module("reftnoise.analysis.report.figures")
 
 
 @pytest.mark.parametrize(

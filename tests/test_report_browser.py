@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from report_directories import make_run, make_study
 
-from reftnoise.report import write_report
+from reftnoise.analysis.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTH = 390

@@ -11,8 +11,8 @@ import pytest
 from report_directories import Line, make_study, write_lines
 from rich.console import Console
 
-from reftnoise.report import show_table, write_report, write_study_report
-from reftnoise.study.statistics import mean_interval, paired_difference
+from reftnoise.analysis.report import show_table, write_report, write_study_report
+from reftnoise.training.study.statistics import mean_interval, paired_difference
 
 
 def lines_of(directory: Path) -> list[Line]:

@@ -37,7 +37,7 @@ def reft_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[rn.ReftModel, 
 @pytest.fixture(scope="module")
 def url(reft_model: tuple[rn.ReftModel, Any]) -> Iterator[str]:
     """Of a running server."""
-    from reftnoise.serve import start
+    from reftnoise.inference.server import start
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from reftnoise.study.statistics import mean_interval, paired_difference
+from reftnoise.training.study.statistics import mean_interval, paired_difference
 
 RNG = np.random.default_rng(3)
 
@@ -83,7 +83,7 @@ def test_p_and_interval_agree_and_pairing_matters() -> None:
 def test_draws_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     right = RNG.random((3, 50))
     whole = mean_interval(right, draws=2000)
-    monkeypatch.setattr("reftnoise.study.statistics.BLOCK", 50 * 7)
+    monkeypatch.setattr("reftnoise.training.study.statistics.BLOCK", 50 * 7)
     parts = mean_interval(right, draws=2000)
     assert whole.low == pytest.approx(parts.low, abs=0.02)
     assert mean_interval(right, draws=2000) == parts

@@ -14,9 +14,9 @@ import yaml
 
 from reftnoise._util.files import json_lines, json_text, read_lines
 from reftnoise._util.options import read
-from reftnoise.cli import main
-from reftnoise.study.grid import Study, cells, merged
-from reftnoise.study.results import read_results
+from reftnoise.cli.main import main
+from reftnoise.training.study.grid import Study, cells, merged
+from reftnoise.training.study.results import read_results
 
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
 NEFTUNE = {"intervention": "neftune"}

@@ -24,13 +24,13 @@ from served_adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
 
 import reftnoise as rn
 from reftnoise.evaluation.decoding import Decoding
-from reftnoise.playground.asking import Question
+from reftnoise.inference.playground.asking import Question
 
 pytest.importorskip("vllm", reason="needs vllm: see README, Serving in vLLM")
 openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
 
-from reftnoise.playground.server import Server  # noqa: E402  # which needs openai
+from reftnoise.inference.playground.server import Server  # noqa: E402  # which needs openai
 
 ALL_MISTAKES = MISTAKES | SEEN_BY_THE_ENGINE
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from reftnoise.loading import load_library
-from reftnoise.playground.local import LocalModel
-from reftnoise.playground.page import build, launch
+from reftnoise.inference.loading import load_library
+from reftnoise.inference.playground.local import LocalModel
+from reftnoise.inference.playground.page import build, launch
 
 
 def main() -> None:

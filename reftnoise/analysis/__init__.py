@@ -1,0 +1,1 @@
+"""What an adapter does, measured and shown."""

@@ -1,0 +1,198 @@
+"""What an adapter or a run is, read from its files alone: no base is loaded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from ..adapters.directory import AdapterFiles, by_unit
+from ..config.representations import ReftConfig
+from ..engine.units import place_name, unit_keys
+from ..interventions.rotation import orthonormal_rows
+from ..training.run_adapter import adapter_directory
+from ..training.run_files import ADAPTER, LOCK, SCORES
+
+
+@dataclass(frozen=True)
+class UnitDescription:
+    """One set of weights of an adapter.
+
+    Args:
+        key: pyvene's, by which the weights are stored.
+        intervention: its registered name.
+        site: layer and component.
+        positions: what it edits.
+        rank: None for units that have none.
+        parameters: their number.
+        norms: Frobenius norm of each tensor; of a rotation, of R itself, which is √rank.
+        orthonormality_error: the largest entry of |RRᵀ − I|; None for units without a rotation.
+    """
+
+    key: str
+    intervention: str
+    site: str
+    positions: str
+    rank: int | None
+    parameters: int
+    norms: dict[str, float]
+    orthonormality_error: float | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """An adapter, and the run that it came from.
+
+    Args:
+        directory: of the adapter.
+        base: name, shape and fingerprint, as saved.
+        units: trained ones, as their weights say.
+        noises: entries of the config that have no weights.
+        peft: the section of the config.
+        peft_parameters: of the PEFT method, and of what is trained of the base.
+        sha256: of the weights; the adapter's own identity.
+        files: bytes of each file of the adapter.
+        scores: evaluations of a run.
+    """
+
+    directory: str
+    base: dict[str, Any]
+    units: list[UnitDescription]
+    noises: list[dict[str, Any]]
+    peft: dict[str, Any] | None
+    peft_parameters: int
+    sha256: str | None
+    files: dict[str, int]
+    scores: list[dict[str, Any]]
+
+
+def describe(directory: str | Path) -> Description:
+    """Read the directory of a run or of an adapter, or a hub adapter.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: its config or weights are damaged.
+    """
+    adapter = adapter_directory(directory)
+    files = AdapterFiles.read(adapter)
+    weights = files.weights()
+    by_key = by_unit(weights)
+    of_units = sum(t.numel() for state in by_key.values() for t in state.values())
+    scores = adapter.parent / SCORES
+    is_run = adapter.name == ADAPTER and scores.is_file()
+    return Description(
+        directory=str(adapter),
+        base=files.base,
+        units=_units(files.config, by_key, files.base.get("num_hidden_layers")),
+        noises=[entry.to_dict() for entry in files.config.representations if entry.is_noise],
+        peft=files.config.peft,
+        peft_parameters=sum(t.numel() for t in weights.values()) - of_units,
+        sha256=files.sha256,
+        files={
+            one.name: one.stat().st_size
+            for one in sorted(adapter.iterdir())
+            if one.is_file() and one.name != LOCK
+        },
+        scores=json.loads(scores.read_text(encoding="utf-8")) if is_run else [],
+    )
+
+
+def _units(
+    config: ReftConfig, by_key: dict[str, dict[str, Tensor]], layers: int | None
+) -> list[UnitDescription]:
+    units = []
+    for key, entry, layer, positions in unit_keys(config, layers or 0):
+        if key not in by_key:  # noise, which has no weights
+            continue
+        state = by_key[key]
+        rotation = "rotate_layer.weight"
+        named = {("R" if n == rotation else n): t.float() for n, t in state.items()}
+        error = None
+        if rotation in state:
+            basis = named["R"] = orthonormal_rows(state[rotation].float())
+            error = float((basis @ basis.mT - torch.eye(len(basis))).abs().max())
+        units.append(
+            UnitDescription(
+                key=key,
+                intervention=str(entry.intervention),
+                site=place_name(entry, layer),
+                positions=str(positions),
+                rank=entry.arguments.get("low_rank_dimension"),
+                parameters=sum(tensor.numel() for tensor in state.values()),
+                norms={name: round(float(t.norm()), 6) for name, t in named.items()},
+                orthonormality_error=error,
+            )
+        )
+    return units
+
+
+def show(description: Description, console: Console) -> None:
+    """Print a description as tables."""
+    about = Table.grid(padding=(0, 2))
+    for name, value in _facts(description):
+        about.add_row(Text(name, style="dim"), Text(value))
+    units = Table(title="Units", title_justify="left")
+    columns = ("unit", "site", "positions", "rank", "parameters", "norms", "|RRᵀ − I|")
+    numbers = ("rank", "parameters", "|RRᵀ − I|")
+    for heading in columns:
+        is_number = heading in numbers
+        units.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+    for unit in description.units:
+        units.add_row(
+            unit.intervention,
+            unit.site,
+            unit.positions,
+            "" if unit.rank is None else str(unit.rank),
+            f"{unit.parameters:,}",
+            ", ".join(f"{_short(name)} {norm:.3g}" for name, norm in unit.norms.items()),
+            "" if unit.orthonormality_error is None else f"{unit.orthonormality_error:.0e}",
+        )
+    for noise in description.noises:
+        units.add_row(noise["intervention"], noise["component"], "", "", "0", "")
+    console.print(Group(about, units))
+    if description.scores:
+        console.print(_scores(description.scores))
+
+
+def _facts(description: Description) -> list[tuple[str, str]]:
+    base = description.base
+    shape = f"{base.get('model_type')}, {base.get('num_hidden_layers')} layers"
+    total = sum(unit.parameters for unit in description.units)
+    facts = [
+        ("adapter", description.directory),
+        (
+            "base",
+            f"{base.get('name_or_path') or 'without a name'} ({shape} of width "
+            f"{base.get('hidden_size')})",
+        ),
+        ("parameters", f"{total + description.peft_parameters:,}"),
+        ("weights", f"sha256 {description.sha256 or 'unknown'}"),
+        ("files", ", ".join(f"{name} {size:,} B" for name, size in description.files.items())),
+    ]
+    if description.peft is not None:
+        facts.insert(2, ("peft", json.dumps(description.peft, ensure_ascii=False)))
+    if description.peft_parameters:
+        facts.insert(3, ("beside units", f"{description.peft_parameters:,} parameters"))
+    return facts
+
+
+def _scores(scores: list[dict[str, Any]]) -> Table:
+    table = Table(title="Scores", title_justify="left")
+    for heading in ("task", "data", "model", "rows", "scores"):
+        table.add_column(heading, justify="right" if heading == "rows" else "left")
+    for one in scores:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in one["scores"].items())
+        model = "adapted" if one.get("adapter", True) else "base"
+        data = " ".join(str(one[name]) for name in ("data", "split") if one.get(name))
+        table.add_row(str(one.get("task")), data, model, str(one.get("rows", "")), values)
+    return table
+
+
+def _short(name: str) -> str:
+    """What formulas call a tensor."""
+    return {"learned_source.weight": "W", "learned_source.bias": "b"}.get(name, name)

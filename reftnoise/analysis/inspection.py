@@ -1,0 +1,323 @@
+"""Look into an adapter: how far it moves hidden states, where to, and what the model reads there.
+
+Everything is measured on a `ReftModel` in evaluation mode; the mode it was in comes back.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..adapters.library import AdapterLibrary
+from ..data.tokenization import Messages
+from ..engine.base.peft import inner_model
+from ..engine.base.sites import find_layers, is_encoder_decoder
+from ..engine.units import PlacedUnit
+from ..evaluation.scoring import evaluating
+from ..interventions import LowRankRotation, NoiseIntervention
+from ..model import ReftModel
+from .overlaps import overlap_matrix, row_space, row_spaces
+
+Prompt: TypeAlias = str | Messages
+"""A text; or a conversation, which the tokenizer's chat template makes a text of."""
+
+
+@dataclass(frozen=True)
+class EditNorms:
+    """How far hidden states were moved: `norms[i, j]` at `sites[i]` and `tokens[j]`."""
+
+    sites: list[str]
+    tokens: list[str]
+    norms: Float[Tensor, "sites tokens"]
+
+
+class Guess(NamedTuple):
+    """A token and its probability."""
+
+    token: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class LensRow:
+    """What a layer's hidden state at the last token would have the model write."""
+
+    layer: int
+    base: list[Guess]
+    adapted: list[Guess]
+
+
+@dataclass(frozen=True)
+class NoiseLosses:
+    """The loss per label without noise, and with each draw of it."""
+
+    clean: float
+    noisy: list[float]
+
+
+def edit_norms(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> EditNorms:
+    r"""How far each edit moves the hidden states of a prompt: $\|h' - h\| / \|h\|$.
+
+    h is the hidden state as the site's units find it, after the edits of sites before it, and h′
+    what they make of it. Sites stand in the order in which the base runs them; units that share a
+    site are one row.
+
+    Args:
+        reft_model: the model.
+        tokenizer: of its base.
+        prompt: a text, or a conversation for its chat template.
+
+    Raises:
+        ValueError: an encoder-decoder model, whose sites have two sequences.
+    """
+    if is_encoder_decoder(inner_model(reft_model.model)):
+        raise ValueError("edit norms: expected a model with one sequence, not an encoder-decoder")
+    inputs = _encode(reft_model, tokenizer, prompt)
+    seen: dict[str, Tensor] = {}
+    with evaluating(reft_model), observed(reft_model, seen.__setitem__):
+        reft_model(**inputs)
+    tokens = [tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist()]
+    width = len(tokens)
+    rows = [row[0, -width:].cpu() for row in seen.values()]
+    return EditNorms(list(seen), tokens, torch.stack(rows) if rows else torch.empty(0, width))
+
+
+@contextlib.contextmanager
+def observed(
+    reft_model: ReftModel, see: Callable[[str, Float[Tensor, "batch tokens"]], None]
+) -> Iterator[None]:
+    r"""Within the block, call `see` with $\|h' - h\| / \|h\|$ of each edited site as passes run.
+
+    Args:
+        reft_model: whose calls are observed, with whichever adapters they choose.
+        see: gets the site's name, and a number for each row and token of the call, a step of a
+            generation for example. Where nothing is edited any more, it is not called.
+    """
+
+    def observer(placed: Sequence[PlacedUnit], before: Tensor, after: Tensor) -> None:
+        if any(one.positions is not None for one in placed):
+            moved = (after.float() - before.float()).norm(dim=-1)
+            see(str(placed[0].site), moved / before.float().norm(dim=-1))
+
+    engine = reft_model._engine
+    before, engine.observer = engine.observer, observer
+    try:
+        yield
+    finally:
+        engine.observer = before
+
+
+def subspaces(reft_model: ReftModel) -> dict[str, Float[Tensor, "rank hidden"]]:
+    """The rows of each unit's R, orthonormal, by site; W₂'s row space where a unit has no R.
+
+    A site's further units are counted: `model.layers.3.output#1`. Units without a low-rank
+    projection, such as `bias`, are left out.
+    """
+    found: dict[str, Tensor] = {}
+    for placed in reft_model._engine.units:
+        rows = _projection(placed.unit)
+        if rows is None:
+            continue
+        names = (f"{placed.site}#{n}" if n else str(placed.site) for n in range(len(found) + 1))
+        found[next(name for name in names if name not in found)] = rows
+    return found
+
+
+def principal_cosines(
+    a: Float[Tensor, "rank hidden"], b: Float[Tensor, "other_rank hidden"]
+) -> Float[Tensor, " angles"]:
+    """Cosines of the principal angles between two row spaces: the singular values of A Bᵀ.
+
+    Args:
+        a: orthonormal rows.
+        b: orthonormal rows of the same width.
+    """
+    cosines: Tensor = torch.linalg.svdvals(a.double() @ b.double().mT)
+    return cosines.clamp(max=1.0)
+
+
+def subspace_cosine(a: ReftModel, b: ReftModel) -> dict[str, float]:
+    r"""How alike the subspaces are that two adapters edit, at each site that both edit.
+
+    The mean squared cosine of the principal angles θ between the row spaces of $R_a$ and $R_b$:
+    $\frac1k \sum_{i=1}^k \cos^2\theta_i = \|R_a R_b^\top\|_F^2 / k$ with $k = \min(r_a, r_b)$. It
+    is 1 where one space holds the other, 0 where they are orthogonal, and $\max(r_a, r_b)/d$ on
+    average for random ones.
+
+    Raises:
+        ValueError: there is no site that both edit in a subspace of the same width.
+    """
+    return compare_subspaces(subspaces(a), subspaces(b))
+
+
+def compare_subspaces(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, float]:
+    """`subspace_cosine` of what `subspaces` gave."""
+    common = [site for site in a if site in b and a[site].shape[1] == b[site].shape[1]]
+    if not common:
+        raise ValueError(
+            f"no common site: one adapter edits subspaces at {', '.join(a) or 'none'}, the other "
+            f"at {', '.join(b) or 'none'}"
+        )
+    squares = {site: principal_cosines(a[site], b[site].to(a[site].device)) ** 2 for site in common}
+    return {site: float(values.mean()) for site, values in squares.items()}
+
+
+def library_overlaps(library: AdapterLibrary) -> tuple[list[str], Float[Tensor, "n n"]]:
+    r"""How alike the subspaces are that loaded adapters edit: their names, and a matrix.
+
+    An entry is the mean over common sites of $\|Q_a Q_b^\top\|_F^2 / \min(r_a, r_b)$ with
+    orthonormal bases Q of what the adapters add there, as in `subspace_cosine`; NaN where two
+    adapters have no common site.
+    """
+    spaces = [
+        row_spaces((str(place.site), factors.up) for place, factors in adapter.factors())
+        for adapter in library.values()
+    ]
+    return list(library), overlap_matrix(spaces)
+
+
+def logit_lens(
+    reft_model: ReftModel,
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    top: int = 5,
+) -> list[LensRow]:
+    """The likeliest next tokens that each layer's hidden state gives, without and with the edit.
+
+    At the last token, each layer's output goes through what the base runs between its last layer
+    and its head (the final norm; nothing, where the base has none) and through the head. What some
+    bases do to logits after that (scaling, soft-capping), which keeps their order, is left out. The
+    last layer's row is the model's own prediction.
+
+    Args:
+        reft_model: the model.
+        tokenizer: of its base.
+        prompt: a text, or a conversation for its chat template.
+        top: tokens per layer.
+
+    Raises:
+        ValueError: the base is an encoder-decoder or has no language model's head.
+    """
+    base = inner_model(reft_model.model)
+    head = None if is_encoder_decoder(base) else base.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"logit lens: {type(base).__name__} is no causal language model")
+    inputs = _encode(reft_model, tokenizer, prompt)
+
+    def guesses() -> list[list[Guess]]:
+        with _outputs(base) as (layers, tail):
+            reft_model(**inputs)
+        hidden = torch.stack([layer[0, -1:] for layer in layers])
+        for module in tail:
+            hidden = module(hidden)
+        found = head(hidden)[:, 0].float().softmax(-1).topk(top)
+        return [
+            [Guess(tokenizer.decode([t]), p) for t, p in zip(tokens, probabilities, strict=True)]
+            for tokens, probabilities in zip(
+                found.indices.tolist(), found.values.tolist(), strict=True
+            )
+        ]
+
+    with evaluating(reft_model):
+        adapted = guesses()
+        with reft_model.disabled():
+            bare = guesses()
+    return [LensRow(n, *row) for n, row in enumerate(zip(bare, adapted, strict=True))]
+
+
+def noise_losses(
+    reft_model: ReftModel, batches: Sequence[Mapping[str, Any]], *, draws: int = 8, seed: int = 0
+) -> NoiseLosses:
+    """The loss on the same rows without noise, and with the config's noise as in training.
+
+    Dropout stays off, so that the noise is all that differs; SymNoise's loss is the pair's mean.
+    torch's random state comes back as it was.
+
+    Args:
+        reft_model: the model.
+        batches: collated rows with labels, of a causal language model or a classifier.
+        draws: of the noise, each over all rows.
+        seed: of the draws.
+
+    Raises:
+        ValueError: the config has no noise.
+    """
+    noises = [u for u in reft_model.interventions.values() if isinstance(u, NoiseIntervention)]
+    if not noises:
+        raise ValueError("the config has no noise: there are no two losses to compare")
+    with evaluating(reft_model, seed):
+        clean = _mean_loss(reft_model, batches)  # which draws nothing
+        reft_model.training = True  # the model itself pairs rows; its parts stay as they are
+        for unit in noises:
+            unit.train()
+        return NoiseLosses(clean, [_mean_loss(reft_model, batches) for _ in range(draws)])
+
+
+def _mean_loss(reft_model: ReftModel, batches: Sequence[Mapping[str, Any]]) -> float:
+    """Of all labels, each weighing alike: those of tokens, or of a classifier's rows."""
+    total = count = 0.0
+    for batch in batches:
+        inputs = {name: _on_device(values, reft_model) for name, values in batch.items()}
+        labels = inputs["labels"]
+        weight = int((labels[:, 1:] != -100).sum()) if labels.dim() == 2 else len(labels)
+        total += float(reft_model(**inputs, return_logits=False).loss) * weight
+        count += weight
+    return total / count
+
+
+def _projection(unit: nn.Module) -> Tensor | None:
+    rotation = getattr(unit, "rotate_layer", None)
+    if isinstance(rotation, LowRankRotation):
+        return rotation().detach()
+    projection = getattr(unit, "proj_layer", None)
+    if isinstance(projection, nn.Linear):
+        return row_space(projection.weight.detach())
+    return None
+
+
+def _encode(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> dict[str, Tensor]:
+    is_text = isinstance(prompt, str)
+    if not is_text:
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    # A chat template writes the special tokens itself.
+    encoded = tokenizer(prompt, add_special_tokens=is_text, return_tensors="pt")
+    if encoded["input_ids"].shape[1] == 0:
+        raise ValueError(f"prompt {prompt!r}: it has no tokens")
+    return {n: _on_device(encoded[n], reft_model) for n in ("input_ids", "attention_mask")}
+
+
+def _on_device(values: Any, reft_model: ReftModel) -> Any:
+    return values.to(reft_model.device) if isinstance(values, Tensor) else values
+
+
+@contextlib.contextmanager
+def _outputs(base: Any) -> Iterator[tuple[list[Tensor], list[nn.Module]]]:
+    """Each layer's output, and the modules beside the layers that run after the last of them."""
+    layers = find_layers(base)
+    around = next(m for m in base.modules() if any(child is layers for child in m.children()))
+    outputs: list[Tensor] = []
+    tail: list[nn.Module] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def follow(module: nn.Module, *_: Any) -> None:
+        if len(outputs) == len(layers):
+            tail.append(module)
+
+    def hooks() -> Iterator[Callable[[], None]]:
+        for layer in layers:
+            yield layer.register_forward_hook(keep).remove
+        for child in around.children():
+            if child is not layers:
+                yield child.register_forward_hook(follow).remove
+
+    with contextlib.ExitStack() as stack:
+        for remove in hooks():
+            stack.callback(remove)
+        yield outputs, tail

@@ -1,0 +1,99 @@
+"""Write the report of a run or a study."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..._util.files import replace_all
+from ...training.recipe import Recipe
+from .files import is_study, read_run, read_study
+from .page import Section, Table, markdown, pictures, render
+from .run import run_sections
+from .study import study_page
+
+
+def write_report(
+    directory: str | Path,
+    *,
+    against: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    output_dir: str | Path | None = None,
+    device: str | None = None,
+    rows: int = 32,
+    draws: int = 8,
+    max_new_tokens: int = 64,
+) -> Path:
+    """Write `report.html` and its pictures as PNG; of a study, also `results.md`.
+
+    The page holds its style and pictures itself, has no scripts and loads nothing.
+
+    Args:
+        directory: of a run or a study; which it is shows in its files.
+        against: another run, or an adapter, whose subspaces are compared with this run's.
+        prompts: of which base and adapted model's texts are shown side by side, and the first of
+            which edits and logit lens are of; by default rows of the run's last evaluation.
+        output_dir: where the files go, by default into `directory`.
+        device: of the model, instead of the recipe's.
+        rows: of training data, for the loss with and without noise.
+        draws: of that noise.
+        max_new_tokens: of texts that are generated for the report.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: the directory is neither a run's nor a study's.
+        ValueError: files that cannot be read, or an adapter that does not fit its base.
+    """
+    directory = Path(directory)
+    if is_study(directory):
+        for name, value in (("against", against), ("prompts", prompts)):
+            if value is not None:
+                raise ValueError(f"{name}: {directory} is a study; expected a run's directory")
+        return write_study_report(directory, output_dir=output_dir)[0]
+    run = read_run(directory)
+    if device is not None:
+        run.recipe.device = device
+    sections = run_sections(
+        run,
+        against=None if against is None else Path(against),
+        prompts=prompts,
+        rows=rows,
+        draws=draws,
+        max_new_tokens=max_new_tokens,
+    )
+    title = f"Run {directory.resolve().name}"
+    return _write(output_dir or directory, title, _units(run.recipe), sections, {})
+
+
+def write_study_report(
+    directory: str | Path, *, output_dir: str | Path | None = None
+) -> tuple[Path, Table]:
+    """As `write_report` for a study; also the table of its results."""
+    study = read_study(Path(directory))
+    sections, table, text = study_page(study)
+    title = f"Study {Path(directory).resolve().name}"
+    subtitle = f"{len(study.combinations)} combinations of {', '.join(study.axes)}"
+    results = {"results.md": f"{markdown(table)}\n{text}\n".encode()}
+    return _write(output_dir or directory, title, subtitle, sections, results), table
+
+
+def _write(
+    output: str | Path,
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    files: Mapping[str, bytes],
+) -> Path:
+    pngs = {f"{drawn.name}.png": drawn.light for drawn in pictures(sections)}
+    page = {"report.html": render(title, subtitle, sections).encode()}
+    Path(output).mkdir(parents=True, exist_ok=True)
+    replace_all(Path(output), {**files, **page, **pngs})
+    return Path(output) / "report.html"
+
+
+def _units(recipe: Recipe) -> str:
+    """The base and what was trained of it."""
+    names = [str(entry["intervention"]) for entry in recipe.representations]
+    names += [str(recipe.peft["peft_type"])] if recipe.peft else []
+    names += recipe.modules_to_save or []
+    return f"{' + '.join(names)} on {recipe.model}"

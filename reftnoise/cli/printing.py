@@ -1,0 +1,41 @@
+"""What commands print when they are done."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..training.recipe import Recipe
+from ..training.run_scores import Entry
+
+
+def print_run(recipe: Recipe, summary: dict[str, Any], entries: Sequence[Entry]) -> None:
+    """What was trained, how well it scores, and what to do next."""
+    console, parameters = Console(highlight=False), summary["parameters"]
+    trained = parameters["units"] + parameters["base"]
+    console.print(
+        f"Trained {trained:,} parameters, {trained / parameters['total']:.2%} of the base's, in "
+        f"{summary['steps']} steps and {summary['seconds']:.0f} s; "
+        f"mean loss {summary['train_loss']:.3f}"
+    )
+    print_scores(entries)
+    place = recipe.output_dir
+    console.print(f"The adapter is in {place}/adapter. Next:", markup=False, soft_wrap=True)
+    for command in (f"eval {place} --base", f"chat {place}", f"report {place}"):
+        console.print(f"  reftnoise {command}", markup=False, soft_wrap=True)
+
+
+def print_scores(entries: Sequence[Entry]) -> None:
+    """One row per evaluation and metric."""
+    if not entries:
+        return
+    table = Table("model", "task", "rows", "score")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for entry in entries:
+        model = "adapted" if entry["adapter"] else "base"
+        for metric, value in entry["scores"].items():
+            rows = str(entry.get("rows", ""))
+            table.add_row(model, entry["task"], rows, f"{metric} {value:.3f}")
+    Console(highlight=False).print(table)

@@ -1,0 +1,1 @@
+"""Adapted models in use: prompts, chat, servers, a page, vLLM."""

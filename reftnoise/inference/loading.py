@@ -1,0 +1,121 @@
+"""Load an adapter together with the base that it names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..adapters.directory import CONFIG_NAME
+from ..data.tasks.classifier import ClassifierTask
+from ..data.tasks.registry import get_task
+from ..engine.base.loading import load_base
+from ..model import ReftModel, get_reft_model
+from ..training.run_adapter import adapter_directory, base_of, recipe_beside
+from ..training.run_files import ADAPTER
+
+
+def load_adapted(
+    adapter: str | Path,
+    model: str | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> tuple[ReftModel, Any]:
+    """A base that writes text, with its adapter, in evaluation mode, and the base's tokenizer.
+
+    What is None is as the run's recipe has it, or as the adapter was saved.
+
+    Args:
+        adapter: directory of a run or of an adapter, or the hub name of an adapter.
+        model: name or directory of the base, or tiny-chat.
+        revision: branch, tag or commit of a base on the hub.
+        dtype: of the base, as in `load_base`.
+        device: for both, as in `load_base`.
+
+    Raises:
+        OSError: no such adapter, or no such base.
+        ValueError: the adapter is damaged, does not tell its base, is for another, or is of a run
+            that trained a classifier.
+    """
+    directory = adapter_directory(adapter)
+    _expect_no_classifier(directory)
+    base, tokenizer = _load_base(directory, model, revision=revision, dtype=dtype, device=device)
+    return ReftModel.from_pretrained(base, directory), tokenizer
+
+
+def load_library(
+    adapters: Mapping[str, str | Path],
+    model: str | None = None,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> tuple[ReftModel, Any]:
+    """A base with several adapters by name, in evaluation mode, and its tokenizer.
+
+    Args:
+        adapters: directories of runs or adapters, or hub names, by the name that each gets.
+        model: the base; by default that of the first adapter.
+        dtype: of the base, as in `load_base`.
+        device: for both, as in `load_base`.
+
+    Raises:
+        OSError: no such adapter or base.
+        ValueError: an adapter is damaged, for another base, or of a run that trained a classifier;
+            or the first does not tell its base.
+    """
+    directories = {name: adapter_directory(one) for name, one in adapters.items()}
+    for directory in directories.values():
+        _expect_no_classifier(directory)
+    first = next(iter(directories.values()))
+    base, tokenizer = _load_base(first, model, dtype=dtype, device=device)
+    reft_model = get_reft_model(base)
+    for name, directory in directories.items():
+        reft_model.load_adapter(directory, name)
+    return reft_model.eval(), tokenizer
+
+
+def by_name(adapter: str | Path, others: Mapping[str, str | Path]) -> dict[str, str | Path]:
+    """An adapter, by its directory's or repository's name or its run's, and others by theirs.
+
+    Raises:
+        ValueError: one of the others has that name.
+    """
+    path = Path(adapter).absolute()
+    name = path.parent.name if path.name == ADAPTER else path.name
+    if name in others:
+        raise ValueError(f"others.{name}: {adapter} has that name already; choose another")
+    return {name: adapter, **others}
+
+
+def _load_base(
+    directory: Path,
+    model: str | None,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str,
+) -> tuple[Any, Any]:
+    """The base of an adapter directory, and its tokenizer; arguments as in `load_adapted`."""
+    known = base_of(directory) if model is None else {"model": model}
+    given = {"revision": revision, "dtype": dtype}
+    known |= {name: value for name, value in given.items() if value is not None}
+    name = known.pop("model")
+    if not name:
+        raise ValueError(
+            f"{directory / CONFIG_NAME}: the adapter's base has no name: say which model it is for"
+        )
+    try:
+        return load_base(name, device=device, **known)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].removeprefix(f"{name}: ")
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{name}, the adapter's base: {reason}") from None
+
+
+def _expect_no_classifier(directory: Path) -> None:
+    task = recipe_beside(directory).get("task")
+    if task is not None and isinstance(get_task(task), ClassifierTask):
+        raise ValueError(
+            f"{directory.parent}: the run is a classifier, which writes no text; 'reftnoise eval "
+            f"{directory.parent}' scores it"
+        )

@@ -1,0 +1,180 @@
+"""The page: a prompt, an answer of each model, and what is turned on."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import Any
+
+from ...evaluation.decoding import Decoding
+from .asking import NO_NOISE, Answerer, Question
+from .norms import ABOUT, STYLE, draw
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    raise ValueError(f"the playground needs {error.name}: pip install 'reftnoise[web]'") from None
+
+TEMPLATES = ("chat", "plain", "alpaca")
+POSITIONS = {
+    "first": "the prompt's first tokens",
+    "last": "the prompt's last tokens",
+    "all": "the whole prompt",
+    "indices": "chosen tokens",
+    "decode": "the answer",
+}
+"""What to call the fields of `Positions`."""
+
+
+def build(answerer: Answerer, *, template: str, max_new_tokens: int = 64) -> gr.Blocks:
+    """A page that asks a model or a server.
+
+    Args:
+        answerer: who is asked.
+        template: which is chosen at first, one of its own or a text with {prompt}.
+        max_new_tokens: likewise.
+    """
+    with gr.Blocks(title="reftnoise", analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown(f"## reftnoise · {answerer.title}")
+        with gr.Row(equal_height=True):
+            prompt = gr.Textbox(
+                label="Prompt", max_lines=12, scale=6, autofocus=True, elem_id="prompt",
+                placeholder="Enter asks; Shift+Enter begins a new line.",
+            )  # fmt: skip
+            with gr.Column(scale=1, min_width=120):
+                ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                stop = gr.Button("Stop", elem_id="stop")
+        controls = _controls(answerer, template, max_new_tokens)
+        scales, texts, norms = _columns(answerer, controls["names"])
+        if norms:
+            gr.Markdown(ABOUT)
+
+        def answer(prompt: str, *values: Any) -> Iterator[list[Any]]:
+            settings = dict(zip(controls, values, strict=False))
+            given = dict(zip(answerer.scaled, values[len(controls) :], strict=True))
+            with _told():
+                question = _question(answerer, prompt, settings, given)
+                for found in answerer.answers(question):
+                    answers = [found.get(name) for name in answerer.names]
+                    shown = [one.text if one else "" for one in answers]
+                    if norms:
+                        shown += [draw(one.norms) if one else "" for one in answers]
+                    yield shown
+
+        inputs = [prompt, *controls.values(), *scales]
+        events = [ask.click, prompt.submit]
+        running = [
+            event(answer, inputs, [*texts, *norms], show_progress="hidden") for event in events
+        ]
+        stop.click(None, cancels=running)
+    return page
+
+
+def launch(page: gr.Blocks, *, host: str, port: int, waits: bool = True) -> str:
+    """Serve a page; its address.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no CDN's
+    _, address, _ = page.launch(
+        server_name=host, server_port=port, theme=theme, css=STYLE, prevent_thread_lock=True,
+        quiet=True, footer_links=[], share=False, ssr_mode=False,
+    )  # fmt: skip
+    if waits:
+        print(f"The page is at {address}; Ctrl-C ends it.", flush=True)
+        try:
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
+    return address
+
+
+def _controls(answerer: Answerer, template: str, max_new_tokens: int) -> dict[str, Any]:
+    """What all answers share, by name."""
+    found: dict[str, Any] = {}
+    names = list(answerer.names)
+    found["names"] = gr.CheckboxGroup(names, value=names, label="Who answers", elem_id="names")
+    with gr.Accordion("How answers are drawn", open=False), gr.Row():
+        choices = [*TEMPLATES, *([] if template in TEMPLATES else [template])]
+        found["template"] = gr.Dropdown(
+            choices, value=template, label="Template", allow_custom_value=True, elem_id="template",
+            info="A text with {prompt} will do, too.",
+        )  # fmt: skip
+        found["max_new_tokens"] = gr.Slider(
+            1, 1024, max_new_tokens, step=1, label="New tokens", elem_id="new-tokens"
+        )
+        found["temperature"] = gr.Slider(0, 2, 0, step=0.05, label="Temperature, 0 for greedy")
+        found["seed"] = gr.Number(0, label="Seed", precision=0)
+    if answerer.layers:
+        with gr.Accordion("Where adapters edit", open=True, elem_id="where"), gr.Row():
+            layers = list(answerer.layers)
+            found["layers"] = gr.CheckboxGroup(
+                layers, value=layers, label="Layers", elem_id="layers"
+            )
+            named = [(POSITIONS[name], name) for name in answerer.positions]
+            found["positions"] = gr.CheckboxGroup(
+                named, value=[name for _, name in named], label="Positions", elem_id="positions"
+            )
+    if answerer.noises:
+        with gr.Accordion("Noise on the prompt's embeddings", open=False), gr.Row():
+            noises = [NO_NOISE, *answerer.noises]
+            found["noise"] = gr.Radio(noises, value=NO_NOISE, label="Noise", elem_id="noise")
+            found["alpha"] = gr.Slider(0, 30, 5, step=0.5, label="α of α/√(Ld)")
+    return found
+
+
+def _columns(answerer: Answerer, names: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """A column for each answer: sliders of scales, texts, and tables of norms."""
+    scales, texts, norms, columns = [], [], [], []
+    with gr.Row():
+        for number, name in enumerate(answerer.names):
+            with gr.Column(min_width=250, visible=name in names.value) as column:
+                columns.append(column)
+                texts.append(gr.Textbox(label=name, lines=5, elem_id=f"answer-{number}"))
+                if name in answerer.scaled:
+                    elem_id = f"scale-{number}"
+                    slider = gr.Slider(-2, 2, 1, step=0.05, label="Edits times", elem_id=elem_id)
+                    scales.append(slider)
+                if answerer.layers:
+                    norms.append(gr.HTML(elem_id=f"norms-{number}"))
+
+    def show(chosen: list[str]) -> list[Any]:
+        return [gr.Column(visible=name in chosen) for name in answerer.names]
+
+    names.change(show, names, columns, show_progress="hidden")
+    return scales, texts, norms
+
+
+def _question(
+    answerer: Answerer, prompt: str, settings: dict[str, Any], scales: dict[str, float]
+) -> Question:
+    every = {"layers": answerer.layers, "positions": answerer.positions}
+    where = {
+        name: None if len(settings[name]) == len(whole) else settings[name]
+        for name, whole in every.items()
+        if name in settings
+    }
+    return Question(
+        prompt=prompt,
+        names=[name for name in answerer.names if name in settings["names"]],
+        scales=scales,
+        decoding=Decoding(
+            template=settings["template"] or None,
+            max_new_tokens=int(settings["max_new_tokens"]),
+            temperature=float(settings["temperature"]),
+            seed=int(settings["seed"] or 0),
+        ),
+        noise=settings.get("noise", NO_NOISE),
+        alpha=settings.get("alpha", 0.0),
+        **where,
+    )
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What went wrong is said on the page."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(escape(str(error)), print_exception=False) from None  # it reads HTML

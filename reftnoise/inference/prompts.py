@@ -1,0 +1,198 @@
+"""Answers to prompts, of an adapted model alone or beside its base."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .._util.errors import nearest
+from .._util.files import json_lines, replace_all
+from ..data.templates import fill
+from ..data.tokenization import smallest_limit
+from ..evaluation.decoding import GREEDY, Decoding
+from ..evaluation.generation import generated
+from ..evaluation.likelihood import Progress
+from ..evaluation.scoring import evaluating
+from ..model import ReftModel
+from ..training.run_adapter import template_of
+from .loading import load_adapted
+
+
+def generate_texts(
+    reft_model: ReftModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    decoding: Decoding = GREEDY,
+    rows: Sequence[Mapping[str, Any]] = (),
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[str]:
+    """What the model writes after each prompt, in the prompts' order.
+
+    Args:
+        reft_model: the base alone answers within `reft_model.disabled()`.
+        tokenizer: of the base.
+        prompts: texts.
+        decoding: what is put around them, by default the tokenizer's chat template or nothing where
+            it has none, and how answers are drawn.
+        rows: of which a template takes columns, one for each prompt.
+        batch_size: prompts per forward pass, padded on the left.
+        progress: called with the prompts that are done and all prompts.
+
+    Raises:
+        ValueError: an empty prompt, a template that does not fit, or more new tokens than the
+            model's context has.
+    """
+    template = decoding.template_or("plain" if tokenizer.chat_template is None else "chat")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: expected at least 1")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f"prompt {index}: expected a text, got {prompt!r}")
+    asked = [
+        fill(template, prompt, row)
+        for prompt, row in zip(prompts, rows or repeat({}), strict=False)
+    ]
+    if decoding.system is not None:
+        before = {"role": "system", "content": decoding.system}
+        asked = [[before, *messages] for messages in asked if not isinstance(messages, str)]
+    with evaluating(reft_model, decoding.seed):
+        return generated(
+            reft_model,
+            tokenizer,
+            asked,
+            max_new_tokens=decoding.max_new_tokens or default_new_tokens(tokenizer, reft_model),
+            batch_size=batch_size,
+            generation=decoding.arguments(),
+            progress=progress,
+        )
+
+
+def default_new_tokens(tokenizer: Any, model: Any) -> int:
+    """New tokens where nobody says how many: 256, or half of a smaller context."""
+    limit = smallest_limit(tokenizer, model, None)
+    return 256 if limit is None else min(256, limit // 2)
+
+
+def answer_prompts(
+    adapter: str | Path,
+    *,
+    prompts: Sequence[str] = (),
+    input: str | Path | None = None,  # noqa: A002  # the command line's name
+    output: str | Path | None = None,
+    column: str = "prompt",
+    compare: bool = False,
+    model: str | None = None,
+    device: str = "auto",
+    decoding: Decoding = GREEDY,
+    batch_size: int = 16,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Load an adapter, answer prompts, and print the answers or write them to a file.
+
+    Each row is one of `input`, or `{"prompt": …}`, with the answer as `text`, and with `compare`
+    that of the base alone as `base`.
+
+    Args:
+        adapter: as in `load_adapted`.
+        prompts: texts.
+        input: a file of JSON lines with prompts, after those.
+        output: file for the rows as JSON lines.
+        column: the key of the prompts in `input`.
+        compare: also let the base answer.
+        model: the base, as in `load_adapted`.
+        device: of both, as in `load_adapted`.
+        decoding: as in `generate_texts`; the template is by default that of the run.
+        batch_size: as in `generate_texts`.
+        console: where the answers are printed that go to no file; nowhere, if None.
+
+    Raises:
+        OSError: no such adapter, base or file.
+        ValueError: no prompts, a line without one, or a template that does not fit.
+    """
+    rows = [{"prompt": prompt} for prompt in prompts]
+    texts = list(prompts)
+    if input is not None:
+        read = read_jsonl(input, column)
+        rows += read
+        texts += [row[column] for row in read]
+    if not rows:
+        raise ValueError("no prompts: expected a prompt, or an input file")
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"output {output}: no such directory")
+    for name in ("text", "base") if compare else ("text",):
+        if any(name in row for row in rows):
+            raise ValueError(
+                f"column {name!r}: the answer is written there; rename it in the input"
+            )
+    if output is not None and Path(output).is_dir():
+        raise ValueError(f"output {output}: expected a file, found a directory")
+    decoding = replace(decoding, template=decoding.template or template_of(adapter))
+    reft_model, tokenizer = load_adapted(adapter, model, device=device)
+    answer = partial(
+        generate_texts,
+        reft_model,
+        tokenizer,
+        texts,
+        decoding=decoding,
+        rows=rows,
+        batch_size=batch_size,
+    )
+    if compare:
+        with reft_model.disabled():
+            bases = answer()
+        rows = [row | {"base": text} for row, text in zip(rows, bases, strict=True)]
+    rows = [row | {"text": text} for row, text in zip(rows, answer(), strict=True)]
+    if output is not None:
+        write_jsonl(output, rows)
+    elif console is not None:
+        show(rows, texts, console)
+    return rows
+
+
+def show(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], console: Console) -> None:
+    """Print the text alone for one prompt, else a table, with the base's answers if it has them."""
+    if len(rows) == 1 and "base" not in rows[0]:
+        console.print(rows[0]["text"], markup=False, soft_wrap=True)
+        return
+    columns = {"base": "base", "text": "adapted"} if "base" in rows[0] else {"text": "answer"}
+    table = Table()
+    for heading in ("prompt", *columns.values()):
+        table.add_column(heading)
+    for row, prompt in zip(rows, prompts, strict=True):
+        table.add_row(*(Text(text) for text in (prompt, *(row[name] for name in columns))))
+    console.print(table)
+
+
+def read_jsonl(path: str | Path, column: str) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, each with a text in `column`."""
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a mapping, got {row!r}")
+        if column not in row:
+            raise ValueError(f"{path}, line {number}: no {column!r}; {nearest(column, row)}")
+        if not isinstance(row[column], str) or not row[column]:
+            raise ValueError(f"{path}, line {number}: {column} {row[column]!r}, expected a text")
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, under a temporary name that is then the file's."""
+    replace_all(Path(path).absolute().parent, {Path(path).name: json_lines(rows)})

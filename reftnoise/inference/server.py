@@ -1,0 +1,120 @@
+"""Adapters on transformers' own server, for small setups: one request at a time, no batching.
+
+Each adapter is a model's name to the OpenAI API, and so is the base. (transformers' continuous
+batching runs passes that are not ours; many users are served by vLLM.)
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._util.errors import nearest
+from ..model import ReftModel
+from .loading import load_library
+from .ports import expect_free
+
+try:
+    from fastapi import HTTPException
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving import model_manager
+except ModuleNotFoundError as error:
+    raise ValueError(f"serve needs {error.name}: pip install 'reftnoise[serve]'") from None
+
+BASE = "base"
+"""The name of the model without an adapter."""
+
+
+class _Named:
+    """A model with one adapter, as a request names it."""
+
+    def __init__(self, reft_model: ReftModel, choice: str | None) -> None:
+        self._reft_model, self._choice = reft_model, choice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reft_model, name)
+
+    def generate(self, **inputs: Any) -> torch.Tensor:
+        rows = len(inputs["input_ids"])
+        tokens: torch.Tensor = self._reft_model.generate(
+            **inputs, adapter_names=[self._choice] * rows
+        )
+        return tokens
+
+
+class _Adapters(model_manager.ModelManager):
+    """What transformers' handlers take models from: ours, which are all loaded."""
+
+    def __init__(self, reft_model: ReftModel, tokenizer: Any) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        names = {BASE: None, **{name: name for name in reft_model.adapters}}
+        self._named = {name: _Named(reft_model, choice) for name, choice in names.items()}
+
+    def process_model_name(self, model_id: str) -> str:
+        """The name as it is; others have a revision."""
+        return model_id
+
+    def load_model_and_processor(self, model_id_and_revision: str, **_: Any) -> tuple[Any, Any]:
+        """The model of that name, and the tokenizer."""
+        if model_id_and_revision not in self._named:
+            hint = nearest(model_id_and_revision, self._named)
+            raise HTTPException(404, f"model {model_id_and_revision!r} is not served; {hint}")
+        return self._named[model_id_and_revision], self._tokenizer
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+        """The names, as the API lists models."""
+        return [{"id": name, "object": "model", "owned_by": "reftnoise"} for name in self._named]
+
+
+def start(
+    reft_model: ReftModel, tokenizer: Any, *, host: str, port: int, waits: bool = True
+) -> Serve:
+    """Run transformers' server, with the base and each loaded adapter as a model.
+
+    Args:
+        reft_model: in which the adapters are loaded.
+        tokenizer: of its base.
+        host: to listen on.
+        port: likewise.
+        waits: until the server is interrupted; it runs in a thread of its own otherwise, up to
+            `kill_server()`.
+    """
+    manager = _Adapters(reft_model.eval(), tokenizer)
+    own = model_manager.ModelManager
+    model_manager.ModelManager = lambda **_: manager
+    try:
+        return Serve(host=host, port=port, log_level="error", non_blocking=not waits)
+    finally:
+        model_manager.ModelManager = own
+
+
+def serve(
+    adapters: Mapping[str, str | Path],
+    model: str | None = None,
+    *,
+    host: str = "localhost",
+    port: int = 8000,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Serve adapters of one base until interrupted.
+
+    Args:
+        adapters: directories of runs or adapters, or hub names, by the name that requests use.
+        model: the base; by default that of the first adapter.
+        host: to listen on.
+        port: likewise.
+        dtype: of the base, as in `load_base`.
+        device: for both, as in `load_base`.
+
+    Raises:
+        OSError: no such adapter or base, or the port is taken.
+        ValueError: an adapter is damaged, or for another base; a name that is taken; or no port.
+    """
+    expect_free(host, port)
+    if BASE in adapters:
+        raise ValueError(f"adapter name {BASE!r}: that is the model without an adapter")
+    reft_model, tokenizer = load_library(adapters, model, dtype=dtype, device=device)
+    start(reft_model, tokenizer, host=host, port=port)

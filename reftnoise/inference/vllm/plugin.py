@@ -1,0 +1,202 @@
+"""Adapters in vLLM, served as vLLM serves LoRA: per request, on one base, with its own flags.
+
+vLLM finds `register` by the entry point `vllm.general_plugins`, in each of its processes, and takes
+a directory with a `reft_config.json` wherever it takes one of a LoRA:
+
+- `vllm serve BASE --lora-modules emoji=runs/emoji/adapter`, where each adapter is a model's name;
+- `POST /v1/load_lora_adapter`, with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`;
+- `llm.generate(prompts, lora_request=LoRARequest("emoji", 1, "runs/emoji/adapter"))`.
+
+The server is started with `--additional-config '{"reft": ["block_output"]}'`, which names the
+components that adapters may edit; without it, the plugin does nothing. `--enable-lora` is not
+needed, and cannot be combined. A request may scale its edits, as by
+`{"vllm_xargs": {"reft_scale": 0.5}}`.
+
+An adapter is known by the digest of its config and weights. The digest is part of the path that a
+request carries, which vLLM's prefix cache takes into its keys, and of the adapter's number; so
+states that one adapter edited are never read by another, nor by what is loaded under its name
+later.
+"""
+
+import asyncio
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+from . import SCALE
+from .worker import PINNED, ServedAdapters, components_of, find_adapter, number_of, pinned, scale_of
+
+
+def register() -> None:
+    """Teach this process of vLLM to serve our adapters; a second call does nothing."""
+    if getattr(InputProcessor.process_inputs, "_of_reftnoise", False):
+        return
+    _wrap(InputProcessor, "process_inputs", _process_inputs)
+    _wrap(OpenAIServingModels, "load_lora_adapter", _load_lora_adapter)
+    _wrap(OpenAIServingModels, "unload_lora_adapter", _unload_lora_adapter)
+    _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", _unsupported)
+    _wrap(GPUModelRunner, "load_model", _load_model)
+    _wrap(CPUModelRunner, "load_model", _load_model)
+    _wrap(LoRAModelRunnerMixin, "add_lora", _add_lora)
+    _wrap(LoRAModelRunnerMixin, "remove_lora", _remove_lora)
+    _wrap(LoRAModelRunnerMixin, "list_loras", _list_loras)
+    _wrap(GPUModelRunner, "_model_forward", _model_forward)
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(original, self, *args, **kwargs)
+
+    wrapped._of_reftnoise = True  # type: ignore[attr-defined]  # ours
+    setattr(owner, name, wrapped)
+
+
+# -- requests, in the process that receives them -------------------------------------------------
+
+
+def _process_inputs(
+    original: Callable[..., Any],
+    processor: InputProcessor,
+    request_id: str,
+    prompt: Any,
+    params: Any,
+    supported_tasks: Any,
+    arrival_time: float | None = None,
+    lora_request: LoRARequest | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Give a request the digest of its adapter, and the prefix cache the scale of its edits."""
+    arguments = (processor, request_id, prompt, params, supported_tasks, arrival_time)
+    if lora_request is None or not _is_ours(lora_request.lora_path, processor.vllm_config):
+        return original(*arguments, lora_request, **kwargs)
+    try:
+        path = pinned(lora_request.lora_path, processor.vllm_config)
+        scale = scale_of(params)
+    except (OSError, ValueError) as error:
+        raise VLLMValidationError(str(error)) from None
+    request = original(*arguments, None, **kwargs)
+    request.lora_request = LoRARequest(lora_request.lora_name, number_of(path), path)
+    request.cache_salt = f"{SCALE}={scale!r};{request.cache_salt or ''}"
+    return request
+
+
+async def _load_lora_adapter(
+    original: Callable[..., Any], models: OpenAIServingModels, request: Any, **kwargs: Any
+) -> Any:
+    """Check an adapter before the engine sees it: a client's mistake is no error of the server."""
+    config = models.input_processor.vllm_config
+    if not _is_ours(request.lora_path, config):
+        return await original(models, request, **kwargs)
+    try:
+        path = pinned(request.lora_path, config)
+    except (OSError, ValueError) as error:
+        return create_error_response(str(error))
+    before = models.lora_requests.get(request.lora_name)
+    answer = await original(models, request.model_copy(update={"lora_path": path}), **kwargs)
+    _drop(models, before)
+    if isinstance(answer, ErrorResponse) and (found := _REFUSED.search(answer.error.message)):
+        return create_error_response(found[1])
+    return answer
+
+
+async def _unload_lora_adapter(
+    original: Callable[..., Any], models: OpenAIServingModels, request: Any
+) -> Any:
+    """Drop the adapter; vLLM forgets its name alone."""
+    before = models.lora_requests.get(request.lora_name)
+    answer = await original(models, request)
+    _drop(models, before)
+    return answer
+
+
+def _drop(models: OpenAIServingModels, loaded: LoRARequest | None) -> None:
+    """Have the workers forget an adapter once no request needs it, if no name has it any more."""
+    if loaded is None or PINNED not in loaded.lora_path:
+        return
+    task = asyncio.create_task(_forget(models, loaded.lora_path))
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
+async def _forget(models: OpenAIServingModels, path: str) -> None:
+    running = models.engine_client.output_processor.request_states
+    while any(one.lora_request and one.lora_request.lora_path == path for one in running.values()):
+        await asyncio.sleep(_PATIENCE)
+    if all(one.lora_path != path for one in models.lora_requests.values()):
+        await models.engine_client.remove_lora(number_of(path))
+
+
+_REFUSED = re.compile(r"<reft>(.*)</reft>", re.DOTALL)
+"""Around what a worker says of an adapter; of an error, vLLM hands on only the text."""
+
+_PATIENCE = 0.5
+"""Seconds between looks at whether an adapter is still needed."""
+
+_tasks: set[asyncio.Task[None]] = set()
+"""Kept from being collected while they run."""
+
+
+def _is_ours(path: str, config: VllmConfig) -> bool:
+    """Whether we answer for an adapter: with our option, vLLM serves none of its own."""
+    return bool(components_of(config)) or find_adapter(path) is not None
+
+
+# -- the model's process -------------------------------------------------------------------------
+
+
+def _unsupported(original: Callable[..., Any], config: VllmConfig) -> Any:
+    """Have vLLM take the model runner whose batches we read."""
+    return [*original(config), *(["reftnoise's adapters"] if components_of(config) else [])]
+
+
+def _load_model(
+    original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any
+) -> Any:
+    result = original(runner, *args, **kwargs)
+    if components := components_of(runner.vllm_config):
+        runner.reftnoise = ServedAdapters(runner, components)
+    return result
+
+
+def _add_lora(original: Callable[..., Any], runner: GPUModelRunner, request: LoRARequest) -> Any:
+    if not hasattr(runner, "reftnoise"):
+        return original(runner, request)
+    try:
+        runner.reftnoise.load(request.lora_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"<reft>{error}</reft>") from None
+    return True
+
+
+def _remove_lora(original: Callable[..., Any], runner: GPUModelRunner, number: int) -> Any:
+    if not hasattr(runner, "reftnoise"):
+        return original(runner, number)
+    return runner.reftnoise.remove(number)
+
+
+def _list_loras(original: Callable[..., Any], runner: GPUModelRunner) -> Any:
+    return runner.reftnoise.numbers() if hasattr(runner, "reftnoise") else original(runner)
+
+
+def _model_forward(
+    original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any
+) -> Any:
+    if not hasattr(runner, "reftnoise") or not runner.input_batch.lora_id_to_lora_request:
+        return original(runner, *args, **kwargs)
+    with runner.reftnoise.step():
+        return original(runner, *args, **kwargs)

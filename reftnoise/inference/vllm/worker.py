@@ -1,0 +1,254 @@
+"""Edits of vLLM's model, in each of its workers.
+
+A hook at each component that may be edited calls an operator of ours, which changes the component's
+output in place. vLLM compiles it with the model, as one node whose content it does not look into.
+"""
+
+import contextlib
+import functools
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.config import CompilationMode, VllmConfig
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from ..._util.errors import nearest
+from ...adapters.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
+from ...adapters.frozen import FrozenAdapter
+from ...adapters.library import freeze
+from ...config.components import COMPONENTS
+from ...engine.base.sites import find_layers, find_site
+from ...training.run_files import ADAPTER
+from . import SCALE
+from .flat_batch import FlatBatch, FlatEdit, Requests, apply_
+
+PINNED = "#sha256:"
+"""Between an adapter's directory and the digest of its config and weights."""
+
+_SERVED = [name for name in COMPONENTS if name != "block_input"]
+
+_KEPT = 4
+"""Sets of adapters that ran last, whose stacks are kept."""
+
+_current: dict[int, list[FlatEdit]] = {}
+"""What the step that runs edits, by the number of the hook."""
+
+
+def components_of(config: VllmConfig) -> list[str]:
+    """Where adapters may edit, as `--additional-config` says it; empty where it says nothing.
+
+    Raises:
+        ValueError: a component that is not served, or a setting of vLLM that cannot be combined.
+    """
+    additional = config.additional_config
+    named = additional.get("reft", []) if isinstance(additional, dict) else []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"additional_config reft {named!r}: expected a list of components")
+    for name in named:
+        if name not in _SERVED:
+            raise ValueError(f"additional_config reft: {name!r}; {nearest(name, _SERVED)}")
+    if named and config.lora_config is not None:
+        raise ValueError("reftnoise's adapters and --enable-lora: one of them")
+    is_eager = config.compilation_config.mode in (None, CompilationMode.NONE)
+    if named and not is_eager and torch.cuda.is_available():
+        raise ValueError("reftnoise's adapters are served on GPUs with --enforce-eager")
+    return named
+
+
+def find_adapter(path: str) -> Path | None:
+    """The adapter's directory: itself, or a run's `adapter`; None where there is none."""
+    found = [Path(path), Path(path) / ADAPTER]
+    return next((one for one in found if (one / CONFIG_NAME).is_file()), None)
+
+
+def pinned(path: str, config: VllmConfig) -> str:
+    """The directory of an adapter that is whole and fits the base, with its digest.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: it is damaged, for another base, or edits what is not served.
+    """
+    if PINNED in path:
+        return path
+    path = str(find_adapter(path) or path)
+    adapter, identity = _read(path, _stamps_of(path))
+    components = components_of(config)
+    for index, entry in enumerate(adapter.config.representations):
+        if not entry.is_noise and entry.component not in components:
+            raise ValueError(
+                f"{adapter.config_path}: representations[{index}] edits {entry.component!r}, but "
+                f"vLLM was started for {components}: add it to --additional-config's 'reft'"
+            )
+    base = _Base(nn.Module(), config.model_config.hf_config)
+    adapter.expect_base(base.fingerprint(), config.model_config.model)
+    return f"{path}{PINNED}{identity}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(path: str, _stamps: tuple[tuple[int, ...], ...]) -> tuple[AdapterFiles, str]:
+    """An adapter and its identity, read again when its files have other stamps."""
+    adapter = AdapterFiles.read(path)
+    return adapter, adapter.identity()
+
+
+def _stamps_of(path: str) -> tuple[tuple[int, ...], ...]:
+    files = [file for name in (CONFIG_NAME, WEIGHTS_NAME) if (file := Path(path) / name).is_file()]
+    found = [file.stat() for file in files]
+    return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
+
+
+def number_of(path: str) -> int:
+    """An adapter's number, one for equal ones."""
+    return int(path.partition(PINNED)[2][:15], 16) + 1
+
+
+def scale_of(params: Any) -> float:
+    """By what a request multiplies its edits; a ValueError for what is no finite number."""
+    scale = (getattr(params, "extra_args", None) or {}).get(SCALE, 1.0)
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not is_number or not math.isfinite(scale):
+        raise ValueError(f"{SCALE} {scale!r}: expected a finite number")
+    return float(scale)
+
+
+class ServedAdapters:
+    """The adapters of one worker.
+
+    Args:
+        runner: the worker's model runner.
+        components: where adapters may edit.
+    """
+
+    def __init__(self, runner: Any, components: Sequence[str]) -> None:
+        self._runner = runner
+        self._base = _Base(runner.model, runner.model_config.hf_config)
+        self._adapters: dict[int, FrozenAdapter] = {}
+        self._batches: OrderedDict[tuple[int, ...], FlatBatch] = OrderedDict()
+        self._hooks: dict[nn.Module, int] = {}
+        for component in components:
+            is_one = component == "embeddings"
+            for layer in [None] if is_one else range(len(find_layers(self._base))):
+                module = find_site(self._base, component, layer).module
+                number = self._hooks[module] = len(self._hooks)
+                module.register_forward_hook(_Hook(number))
+
+    def load(self, path: str) -> None:
+        """Load an adapter, if it is not there yet."""
+        path = pinned(path, self._runner.vllm_config)
+        directory, _, digest = path.partition(PINNED)
+        if number_of(path) in self._adapters:
+            return
+        adapter = AdapterFiles.read(directory)
+        if adapter.identity() != digest:
+            raise ValueError(f"{directory}: another adapter has been saved there meanwhile")
+        frozen = freeze(adapter, self._base)
+        frozen.weights = frozen.weights.to(self._runner.device)
+        self._adapters[number_of(path)] = frozen
+
+    def remove(self, number: int) -> bool:
+        """Forget an adapter; False if it is not there, or a request of the batch needs it."""
+        if number in self._runner.input_batch.lora_id_to_lora_request:
+            return False
+        for chosen in [one for one in self._batches if number in one]:
+            del self._batches[chosen]
+        return self._adapters.pop(number, None) is not None
+
+    def numbers(self) -> set[int]:
+        """Of the adapters that are loaded."""
+        return set(self._adapters)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Within the block, the model runs with the edits of the runner's batch."""
+        batch = self._runner.input_batch
+        for request in batch.lora_id_to_lora_request.values():
+            self.load(request.lora_path)
+        chosen = tuple(sorted(batch.lora_id_to_lora_request))
+        flat, count = self._batch(chosen), batch.num_reqs
+        decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
+        if flat.edits_decode or not decodes.all():
+            edits = flat.edits(self._requests(chosen))
+            _current.update({self._hooks[module]: found for module, found in edits.items()})
+        try:
+            yield
+        finally:
+            _current.clear()
+
+    def _requests(self, chosen: tuple[int, ...]) -> Requests:
+        batch, count = self._runner.input_batch, self._runner.input_batch.num_reqs
+        numbers = batch.request_lora_mapping[:count]
+        scales = [
+            scale_of(self._runner.requests[name].sampling_params) if number else 0.0
+            for name, number in zip(batch.req_ids[:count], numbers, strict=True)
+        ]
+        return Requests(
+            torch.from_numpy(np.where(numbers == 0, -1, np.searchsorted(chosen, numbers))),
+            torch.tensor(scales),
+            torch.from_numpy(np.diff(self._runner.query_start_loc.np[: count + 1])).long(),
+            torch.from_numpy(batch.num_computed_tokens_cpu[:count]).long(),
+            torch.from_numpy(batch.num_prompt_tokens[:count]).long(),
+        )
+
+    def _batch(self, chosen: tuple[int, ...]) -> FlatBatch:
+        if chosen not in self._batches:
+            adapters = [self._adapters[number] for number in chosen]
+            self._batches[chosen] = FlatBatch(adapters, self._runner.device)
+            while len(self._batches) > _KEPT:
+                self._batches.popitem(last=False)
+        self._batches.move_to_end(chosen)
+        return self._batches[chosen]
+
+
+class _Hook:
+    """Edits a module's output in place: a tensor, or one and the residual to be added to it."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and self._number not in _current:
+            return
+        is_pair = isinstance(output, tuple) and len(output) > 1
+        hidden = output[0] if isinstance(output, tuple) else output
+        residual = output[1] if is_pair and isinstance(output[1], Tensor) else None
+        torch.ops.vllm.reftnoise_edit(hidden, residual, self._number)
+
+
+def _edit(hidden: Tensor, residual: Tensor | None, number: int) -> None:
+    apply_(_current.get(number, ()), hidden, residual)
+
+
+def _edit_fake(hidden: Tensor, residual: Tensor | None, number: int) -> None:
+    """Of shapes, nothing changes."""
+
+
+if not hasattr(torch.ops.vllm, "reftnoise_edit"):
+    direct_register_custom_op("reftnoise_edit", _edit, ["hidden"], _edit_fake)
+
+
+class _Base(nn.Module):
+    """vLLM's model, asked for its parts as one of transformers."""
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_submodule("model.embed_tokens")
+
+    def can_generate(self) -> bool:
+        return True
+
+    def fingerprint(self) -> dict[str, Any]:
+        text = self.config.get_text_config()
+        return {
+            "model_type": self.config.model_type,
+            "hidden_size": text.hidden_size,
+            "num_hidden_layers": text.num_hidden_layers,
+        }

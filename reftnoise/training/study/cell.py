@@ -1,0 +1,77 @@
+"""One cell of a study, in a process of its own; imported ahead, so that each starts at once."""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ...data.tasks.registry import get_task
+from ..recipe import Recipe
+from ..run import reft_config, run_recipe, training_arguments
+from ..run_files import ADAPTER
+from ..run_scores import evaluation_rows
+from .grid import Cell
+from .results import Outcome
+
+
+def check_cell(cell: Cell) -> None:
+    """Raise what the cell's run would, as far as can be known before any model is loaded."""
+    recipe = cell.recipe
+    try:
+        reft_config(recipe)
+        get_task(recipe.task)
+        training_arguments(recipe)
+        if evaluation_rows(recipe) is None:
+            raise ValueError("evaluation.data: a study needs rows to score")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cell {cell.name}: {error}") from None
+
+
+def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> Outcome:
+    """Train and score; what the results file says of it."""
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+    torch.set_num_threads(threads)
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # as on the command line
+    summary, (entry, *_) = run_recipe(recipe, overwrite=True)
+    if not keep_adapter:
+        shutil.rmtree(Path(recipe.output_dir) / ADAPTER)
+    return {
+        "scores": entry["scores"],
+        "right": entry["right"],
+        "parameters": summary["parameters"]["units"] + summary["parameters"]["base"],
+        "seconds": summary["seconds"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "train_loss": summary["train_loss"],
+    }
+
+
+def run_in_process(
+    end: Connection, recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool
+) -> None:
+    """Send what `run_cell` returns, or as a text what it raises, through a pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the study, too
+    # Terminated, a process would leave its semaphores behind; Python's own way out cleans up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    try:
+        end.send(run_cell(recipe, threads, gpu, keep_adapter))
+    except Exception as error:  # told by the parent, which runs the other cells
+        end.send(f"{type(error).__name__}: {error}")
+
+
+def _leave_with_parent(parent: int) -> None:
+    """End this process when the study's was killed: nobody would take its result."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

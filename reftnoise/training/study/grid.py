@@ -1,0 +1,196 @@
+"""A study: recipes that differ along named axes, each run with several seeds."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..._util import yaml_text
+from ..._util.errors import nearest
+from ..._util.options import read
+from ..recipe import Recipe
+
+SEED = "seed"
+
+
+@dataclass(kw_only=True)
+class Rule:
+    """What changes where levels go together.
+
+    Args:
+        when: axis → level, or a list of levels.
+        then: what it changes of the recipe.
+    """
+
+    when: dict[str, str | list[str]]
+    then: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Study:
+    """A grid of recipes × seeds.
+
+    A cell is one level of each axis, and a seed. Its recipe is the common one, with what its levels
+    change of it: mappings are merged, `representations` are joined, anything else is replaced.
+
+    Args:
+        recipe: what all cells share.
+        axes: axis → level → what it changes, such as {noise: {none: {}, neftune:
+            {representations: [{intervention: neftune}]}}}.
+        grids: which levels go together: axis → levels, all levels of an axis that is left out. By
+            default every level with every other.
+        rules: changes for levels that go together: {when: {axis: level, or a list}, then: {…}}.
+        seeds: one cell each.
+        baseline: axis → level, with which the report compares other levels of that axis.
+        jobs: cells that run at a time.
+        threads: of each; by default the cores are shared out.
+        gpus: indices of GPUs that the jobs take in turn; none, if empty.
+        keep_adapters: keep each cell's adapter, not only its log and scores.
+        output_dir: directory of results and cells.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    axes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    grids: list[dict[str, list[str]]] = field(default_factory=list)
+    rules: list[Rule] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    baseline: dict[str, str] = field(default_factory=dict)
+    jobs: int = 1
+    threads: int | None = None
+    gpus: list[int] = field(default_factory=list)
+    keep_adapters: bool = False
+    output_dir: str = "reftnoise-study"
+
+    def to_yaml(self) -> str:
+        """What a file holds that gives this study again."""
+        return yaml_text.dump(asdict(self))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Args:
+        levels: axis → level, and the seed.
+        recipe: of the run.
+    """
+
+    levels: dict[str, str | int]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """The name of its directory: the levels for people, the key since levels may look alike."""
+        levels = "-".join(str(level) for level in self.levels.values())
+        return re.sub(r"[^\w .,+=-]", "_", levels)[:100] + f"-{self.key[:8]}"
+
+    @property
+    def key(self) -> str:
+        """A digest of all that decides its result."""
+        decides = asdict(self.recipe) | {"output_dir": "", "device": ""}
+        text = json.dumps(decides, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cells(study: Study) -> list[Cell]:
+    """Every cell once, seed by seed, so that an early stop leaves whole grids.
+
+    Raises:
+        ValueError: a grid, rule or baseline that names an axis or level which is not there, or a
+            level that makes no recipe.
+    """
+    _check(study)
+    unseeded = {tuple(one.items()): _recipe(study, one) for one in _combinations(study)}
+    return [
+        Cell({**dict(levels), SEED: seed}, replace(recipe, seed=seed))
+        for seed in study.seeds
+        for levels, recipe in unseeded.items()
+    ]
+
+
+def _combinations(study: Study) -> Iterator[dict[str, str]]:
+    for grid in study.grids or [{}]:
+        chosen = [grid.get(axis, list(levels)) for axis, levels in study.axes.items()]
+        for combination in itertools.product(*chosen):
+            yield dict(zip(study.axes, combination, strict=True))
+
+
+def _recipe(study: Study, combination: Mapping[str, str]) -> Recipe:
+    values = asdict(study.recipe)
+    for axis, level in combination.items():
+        values = merged(values, study.axes[axis][level])
+    for rule in study.rules:
+        if all(combination[axis] in _levels(chosen) for axis, chosen in rule.when.items()):
+            values = merged(values, rule.then)
+    where = ", ".join(f"{axis} {level}" for axis, level in combination.items())
+    return read(Recipe, values, f"cell {where}: ")
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings merged, `representations` joined, anything else replaced."""
+    found = dict(values)
+    for name, change in changes.items():
+        before = found.get(name)
+        if isinstance(before, Mapping) and isinstance(change, Mapping):
+            found[name] = merged(before, change)
+        elif name == "representations":
+            found[name] = [*(before or ()), *(change or ())]
+        else:
+            found[name] = change
+    return found
+
+
+def _levels(chosen: str | list[str]) -> list[str]:
+    return [chosen] if isinstance(chosen, str) else chosen
+
+
+def _check(study: Study) -> None:
+    if not study.axes:
+        raise ValueError("axes: expected at least one, such as {noise: {none: {}, …}}")
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise ValueError(f"seeds {study.seeds}: expected at least one, and each once")
+    if study.jobs < 1 or (study.threads is not None and study.threads < 1):
+        raise ValueError(f"jobs {study.jobs}, threads {study.threads}: expected at least 1")
+    for axis, levels in study.axes.items():
+        if axis == SEED:
+            raise ValueError(f"axes: {SEED!r} is always one, see seeds")
+        if not levels:
+            raise ValueError(f"axes.{axis}: expected at least one level")
+        for level, changes in levels.items():
+            _check_level(f"axes.{axis}", level, changes)
+    for index, rule in enumerate(study.rules):
+        _check_level(f"rules[{index}]", "then", rule.then)
+    _check_names(study)
+
+
+def _check_names(study: Study) -> None:
+    """Grids, rules and baseline name axes and levels that there are."""
+    named: list[tuple[str, Mapping[str, str | list[str]]]] = [("baseline", study.baseline)]
+    named += [(f"grids[{i}]", grid) for i, grid in enumerate(study.grids)]
+    named += [(f"rules[{i}].when", rule.when) for i, rule in enumerate(study.rules)]
+    for where, choice in named:
+        for axis, chosen in choice.items():
+            if axis not in study.axes:
+                raise ValueError(f"{where}: no axis {axis!r}; {nearest(axis, study.axes)}")
+            if not _levels(chosen):
+                raise ValueError(f"{where}: {axis} has no level; expected at least one")
+            for level in _levels(chosen):
+                if level not in study.axes[axis]:
+                    known = nearest(level, study.axes[axis])
+                    raise ValueError(f"{where}: {axis} has no level {level!r}; {known}")
+
+
+def _check_level(where: str, level: Any, changes: Any) -> None:
+    if not isinstance(level, str):
+        raise ValueError(f"{where}: the level {level!r} is no text; put it in quotes")
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"{where}.{level}: expected what it changes, got {changes!r}")
+    for name in ("seed", "output_dir"):
+        if name in changes:
+            raise ValueError(f"{where}.{level}: {name} is the study's; see seeds and output_dir")
+    units = changes.get("representations", [])
+    if not isinstance(units, list):
+        raise ValueError(f"{where}.{level}: representations {units!r}: expected a list")

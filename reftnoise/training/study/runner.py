@@ -1,0 +1,156 @@
+"""Run the cells of a study that have no result yet, several at a time."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..._util.files import replace_all
+from ..._util.options import read_file
+from ..._util.progress import progress_of
+from ..run_directory import alone
+from ..run_files import CELLS, STUDY
+from .cell import check_cell, run_in_process
+from .grid import Cell, Study, cells
+from .results import Outcome, Result, append_result, read_results
+
+
+def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
+    """Run what is missing, and return all results in the order of the grid.
+
+    A cell's result is one line of `results.jsonl`, written when it is finished; a study that was
+    killed goes on with the others. A cell whose recipe was changed is run anew.
+
+    Args:
+        study: the grid.
+        console: where progress is shown.
+
+    Raises:
+        ValueError: the study does not fit together, another process runs it, or cells failed:
+            the message names the first, when all others have been run.
+    """
+    grid = cells(study)
+    for cell in {cell.key: cell for cell in grid if cell.levels["seed"] == study.seeds[0]}.values():
+        check_cell(cell)
+    directory = Path(study.output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output_dir {directory}: expected a directory, found a file")
+    directory.mkdir(parents=True, exist_ok=True)
+    with alone(directory):
+        if not _is_written(study, directory / STUDY):
+            replace_all(directory, {STUDY: study.to_yaml().encode()})
+        done = {result["key"]: result for result in read_results(directory)}
+        failed = _run(study, [cell for cell in grid if cell.key not in done], directory, console)
+    if failed:
+        cell, error = failed[0]
+        raise ValueError(f"{len(failed)} of {len(grid)} cells failed; {cell.name}: {error}")
+    found = {result["key"]: result for result in read_results(directory)}
+    return [{**found[cell.key], "cell": cell.levels} for cell in grid]
+
+
+def _is_written(study: Study, path: Path) -> bool:
+    """Whether a file says the same, perhaps in its author's own words and with comments."""
+    try:
+        return read_file(Study, path) == study
+    except (OSError, ValueError):
+        return False
+
+
+def _run(
+    study: Study, todo: list[Cell], directory: Path, console: Console | None
+) -> list[tuple[Cell, str]]:
+    """Each cell in a process of its own: so are its draws, and the memory that it holds at most."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([f"{__package__}.cell"])
+    threads = study.threads or max(1, (os.cpu_count() or 1) // study.jobs)
+    gpus = [study.gpus[i % len(study.gpus)] if study.gpus else None for i in range(study.jobs)]
+    failed: list[tuple[Cell, str]] = []
+    waiting = todo[::-1]
+    running: dict[Any, tuple[Cell, int | None, Any]] = {}  # by the pipe that a result comes from
+    with _threads(threads), _terminated(), progress_of(console, "cells") as progress:
+        try:
+            if progress is not None:
+                progress(0, len(todo))
+            while waiting or running:
+                while waiting and gpus:
+                    cell, gpu = waiting.pop(), gpus.pop()
+                    recipe = replace(cell.recipe, output_dir=str(directory / CELLS / cell.name))
+                    pipe, end = context.Pipe(duplex=False)
+                    arguments = (end, recipe, threads, gpu, study.keep_adapters)
+                    process = context.Process(target=run_in_process, args=arguments, daemon=True)
+                    process.start()
+                    end.close()
+                    running[pipe] = cell, gpu, process
+                for pipe in connection.wait(list(running)):
+                    cell, gpu, process = running.pop(pipe)
+                    gpus.append(gpu)
+                    outcome = _received(pipe, process)
+                    if isinstance(outcome, str):
+                        failed.append((cell, outcome))
+                    else:
+                        append_result(directory, {"cell": cell.levels, "key": cell.key, **outcome})
+                if progress is not None:
+                    progress(len(todo) - len(waiting) - len(running), len(todo))
+        finally:
+            _stop([process for _, _, process in running.values()])
+    return failed
+
+
+def _stop(processes: list[Any]) -> None:
+    """Have processes end by themselves, if they do so within seconds."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(timeout=10)
+        process.kill()
+
+
+def _received(pipe: Any, process: Any) -> Outcome | str:
+    """A cell's result, or why there is none."""
+    try:
+        outcome: Outcome | str = pipe.recv()
+    except EOFError:
+        outcome = ""
+    process.join()
+    return outcome or f"its process ended with exit code {process.exitcode}"
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends a study as Ctrl-C does, so that no cell is left running."""
+
+    def leave(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """The environment that cells start in; torch reads it when it is imported."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before

@@ -1,0 +1,210 @@
+"""transformers' Trainer, saving adapters and nothing else."""
+
+import inspect
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.utils.generic import find_labels
+
+from ..adapters import saving
+from ..adapters.directory import AdapterFiles
+from ..engine.base.peft import inner_model
+from ..engine.base.sharding import whole_state
+from ..engine.layout import has_token_labels, prompt_lengths_from_labels
+from ..engine.training_pass.prefix_cache import Place, PrefixCache
+from ..engine.training_pass.runner import SplitMode
+from ..model import ReftModel
+
+
+class ReftTrainer(Trainer):
+    """A `transformers.Trainer` whose checkpoints are adapter directories.
+
+    Everything else is the Trainer's: evaluation, best model, accumulation, devices, reporting.
+    A run that was killed resumes from its last complete checkpoint and ends with the same weights
+    as one that was not.
+
+    Args:
+        model: a `ReftModel`.
+        args: `transformers.TrainingArguments`.
+        tokenizer: the older name of `processing_class`.
+        split: whether what comes before the first edit runs without gradients (see
+            `ReftModel.split`); None leaves it as the model has it.
+        prefix_cache: keep the prompts' keys and values for the next epochs, in `"memory"` or on
+            `"disk"`; a step then costs the completion alone. It needs prompts without noise and a
+            base without dropout, and computes them anew otherwise. Or a `PrefixCache`.
+        prefix_cache_bytes: size of that cache, at most.
+        trainer_arguments: as the Trainer takes them.
+    """
+
+    def __init__(
+        self,
+        model: ReftModel | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        split: SplitMode | None = None,
+        prefix_cache: Place | PrefixCache = "none",
+        prefix_cache_bytes: int = 2**32,
+        **trainer_arguments: Any,
+    ) -> None:
+        if tokenizer is not None:
+            if trainer_arguments.get("processing_class") is not None:
+                raise ValueError("tokenizer and processing_class are one argument: give one")
+            trainer_arguments["processing_class"] = tokenizer
+        self._prefix_cache: PrefixCache | None = None
+        if isinstance(prefix_cache, PrefixCache):
+            self._prefix_cache = prefix_cache
+        elif prefix_cache != "none":
+            self._prefix_cache = PrefixCache(prefix_cache, prefix_cache_bytes)
+        super().__init__(model=model, args=args, **trainer_arguments)
+        if split is not None:
+            self.model.split = split
+        if self.args.label_names is None and isinstance(self.model, ReftModel):
+            self.label_names = find_labels(type(inner_model(self.model.model)))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        # For models that are not transformers' own, the Trainer has DDP search each step for
+        # parameters without a gradient. Units have gradients, whatever the batch.
+        args, base = self.args, getattr(self.model, "model", None)
+        is_open = args.ddp_find_unused_parameters is None
+        if is_open and base and not any(p.requires_grad for p in base.parameters()):
+            args.ddp_find_unused_parameters = False
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            if is_open:
+                args.ddp_find_unused_parameters = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` continues from the last complete checkpoint."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "nothing is trained: all parameters are frozen, and noise has none; "
+                "get_reft_model(model, config, disable_model_grads=False) trains the base under it"
+            )
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if self._prefix_cache is None:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        adapter = self.accelerator.unwrap_model(self.model)
+        before, adapter.prefix_cache = adapter.prefix_cache, self._prefix_cache
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            adapter.prefix_cache = before
+            self._prefix_cache.clear()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The Trainer leaves out columns that `forward` does not name: the base's may take more.
+        super()._set_signature_columns_if_needed()
+        adapter = self.accelerator.unwrap_model(self.model)
+        if isinstance(adapter, ReftModel):
+            taken = inspect.signature(inner_model(adapter.model).forward).parameters
+            self._signature_columns += [n for n in taken if n not in self._signature_columns]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # Label smoothing and compute_loss_func take the labels away, which tell the prompt's end.
+        labels, tokens = inputs.get("labels"), inputs.get("input_ids")
+        mask = inputs.get("attention_mask")
+        adapter = self.accelerator.unwrap_model(model)
+        is_packed = mask is None and "position_ids" in inputs
+        if not ("prompt_lengths" in inputs or tokens is None or labels is None or is_packed):
+            attended = torch.ones_like(tokens).bool() if mask is None else mask.bool()
+            if has_token_labels(labels, attended) and getattr(adapter, "labels_end_prompts", True):
+                lengths = prompt_lengths_from_labels(labels, attended)
+                inputs = inputs | {"prompt_lengths": lengths}
+        returns_outputs = kwargs.get("return_outputs", bool(args and args[0]))
+        if model.training and not returns_outputs and isinstance(adapter, ReftModel):
+            inputs = {"return_logits": False} | inputs
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kw: Any
+    ) -> Any:
+        if prediction_loss_only and isinstance(self.accelerator.unwrap_model(model), ReftModel):
+            inputs = {"return_logits": False} | inputs
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter. All processes must call it, and one writes."""
+        if not (self.accelerator.is_fsdp2 or self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
+        # The Trainer would gather the frozen base, too, or nothing.
+        adapter = self.accelerator.unwrap_model(self.model)
+        self._save(output_dir, whole_state(adapter, is_kept=self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        adapter = self.accelerator.unwrap_model(self.model)
+        adapter.save_pretrained(directory, state_dict=state_dict)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        torch.save(self.args, directory / TRAINING_ARGS_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save = self.model_wrapped.save_checkpoint  # with the frozen base, unless it is told
+        self.model_wrapped.save_checkpoint = partial(save, exclude_frozen_parameters=True)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            del self.model_wrapped.save_checkpoint
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The trainer state comes next: it says that the checkpoint is complete, for all processes.
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: ReftModel | None = None
+    ) -> None:
+        saving.load_weights(model or self.model, AdapterFiles.read(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:  # whose optimizer has weights of its own
+            super()._load_best_model()
+            return
+        saving.load_weights(self.model, AdapterFiles.read(self.state.best_model_checkpoint))
+
+
+ReftTrainerForCausalLM = ReftTrainerForSequenceClassification = ReftTrainer
+"""pyreft's names for the trainer, which is one for all tasks."""
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint whose trainer state, the last file that is written, can be read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    skipped: list[str] = []
+    folder = Path(output_dir)
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    numbered = {path: int(step) for path, step in steps.items() if step.isdecimal()}
+    for checkpoint in sorted(numbered, key=numbered.__getitem__, reverse=True):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            skipped.append(checkpoint.name)
+            continue
+        if skipped:
+            warnings.warn(
+                f"{output_dir}: {', '.join(skipped)} incomplete, resuming from {checkpoint.name}",
+                stacklevel=3,
+            )
+        return str(checkpoint)
+    raise ValueError(f"{output_dir}: no complete checkpoint to resume from")
