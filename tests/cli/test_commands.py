@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_recipes import command, quick
+from test_run import command, quick
 
 import reftnoise as rn
 from reftnoise.evaluation.decoding import Decoding

@@ -14,7 +14,7 @@ import reftnoise as rn
 
 pytestmark = MARKS
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "trl"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "trl"
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:

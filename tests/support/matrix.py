@@ -1,6 +1,6 @@
 """What works on which architecture: every cell is run, and says "ok" or why not.
 
-`python tests/matrix.py` prints the table that stands in the README; with names, some rows of it.
+`python tests/support/matrix.py` prints the table of the README; with names, some rows of it.
 """
 
 import argparse

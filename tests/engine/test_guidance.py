@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import PAD, tiny_model
-from test_engine import generated, padded, rows, wrapped
+from test_hooks import generated, padded, rows, wrapped
 from torch import Tensor
 
 import reftnoise as rn

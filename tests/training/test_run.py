@@ -24,7 +24,7 @@ from reftnoise.training.recipe import Recipe
 from reftnoise.training.run_directory import RunDirectory
 from reftnoise.training.study.grid import Study, cells
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
 STUDIES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
 SMALL = [path for path in RECIPES if path.parent.name == "small"]

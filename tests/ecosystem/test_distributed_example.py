@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import reftnoise as rn
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed"
 SCRIPT = str(EXAMPLE / "train.py")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -58,7 +58,7 @@ def test_the_embedded_model_is_small_and_whole() -> None:
 
 
 def test_the_script_makes_the_embedded_text_and_vocabulary() -> None:
-    path = Path(__file__).parents[1] / "examples" / "make_tiny_model.py"
+    path = Path(__file__).parents[2] / "examples" / "make_tiny_model.py"
     script = runpy.run_path(str(path))
     facts = script["build_facts"]()
     examples = script["split_examples"](facts, random.Random(0))

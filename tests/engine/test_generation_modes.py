@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
-from test_engine import generated, padded, reference, rows, wrapped
+from test_hooks import generated, padded, reference, rows, wrapped
 from torch import Tensor
 from transformers import QuantizedCache, TextIteratorStreamer, TextStreamer, pipeline
 

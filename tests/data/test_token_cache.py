@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import reftnoise as rn
-from reftnoise.data.collation import token_cache, tokenization
+from reftnoise.data import token_cache, tokenization
 from reftnoise.data.sources import load_rows
 from reftnoise.data.tasks.text import TextTask
 from reftnoise.data.templates import as_examples

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_passes import batch, wrapped
+from test_runner import batch, wrapped
 from torch import Tensor
 from torch._dynamo.utils import counters
 

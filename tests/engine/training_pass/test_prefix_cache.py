@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from architectures import tiny_model
-from test_passes import assert_same, batch, plain, split, step, wrapped
+from test_runner import assert_same, batch, plain, split, step, wrapped
 from torch import Tensor
 
 from reftnoise.engine.training_pass.prefix_cache import BLOCK, PrefixCache

@@ -9,7 +9,7 @@ from matrix import CELLS, REASONS
 from packaging.version import Version
 from tiny_models import MODELS
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SECTION = README[README.index("\n## Architectures\n") :].partition("\n## ")[2].partition("\n## ")[0]
 HEADING, _, *ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]

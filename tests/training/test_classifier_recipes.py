@@ -21,7 +21,7 @@ import reftnoise as rn
 from reftnoise.cli.main import main
 from reftnoise.inference.loading import load_library
 
-RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "glue.yaml"
+RECIPE = Path(__file__).parents[2] / "examples" / "recipes" / "glue.yaml"
 ADJECTIVES = {
     1: ["witty", "moving", "fresh", "clever", "warm", "superb", "funny", "bold", "tender"],
     0: ["dull", "clumsy", "stale", "tedious", "cold", "awful", "bland", "lazy", "flat"],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.utils import compile_regions
 from architectures import tiny_model
-from test_passes import batch
+from test_runner import batch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig

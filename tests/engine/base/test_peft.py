@@ -364,7 +364,7 @@ def test_other_tasks(task: str, peft_section: dict[str, Any], tmp_path: Path) ->
     torch.testing.assert_close(bare, build()(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
 TABLE = re.findall(r"^\| (.+) \| `(\{.+\})` \| ([\d,]+) \|$", README, re.MULTILINE)
 LLAMA_3_8B = LlamaConfig(
     vocab_size=128_256,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from architectures import tiny_model
 from rich.console import Console
-from test_adapters_by_name import ENTRIES, wrapped
 from test_inspection import with_rows
-from test_recipes import command
+from test_library import ENTRIES, wrapped
+from test_run import command
 from torch import Tensor
 
 import reftnoise as rn

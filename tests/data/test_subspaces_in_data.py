@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 import reftnoise as rn
+from reftnoise.data import token_cache
 from reftnoise.data.classifiers import make_classifier_data_module
-from reftnoise.data.collation import token_cache
 from reftnoise.data.tasks.classifier import ClassifierTask
 from reftnoise.data.tasks.registry import get_task
 from reftnoise.data.tasks.text import TextTask
