@@ -6,7 +6,8 @@ import datasets
 import numpy as np
 from transformers import DataCollatorWithPadding
 
-from .sources import RowError, Rows, expect_no_subspaces, map_rows
+from .sources import Rows, expect_no_subspaces, map_rows
+from .tasks.base import RowError
 from .tasks.classifier import ClassifierTask
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .sources import RowError
+from .tasks.base import RowError
 from .tokenization import Messages, tokenize_all, truncate
 
 logger = logging.getLogger(__name__)

@@ -24,20 +24,6 @@ _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
-class RowError(ValueError):
-    """A row that cannot be used.
-
-    Args:
-        reason: why.
-        name: of the rows that it is one of, such as training or evaluation.
-        index: of the row among them.
-    """
-
-    def __init__(self, reason: object, *, name: str = "training", index: int | None = None) -> None:
-        super().__init__(str(reason) if index is None else f"{name} example {index}: {reason}")
-        self.reason, self.name, self.index = reason, name, index
-
-
 def load_rows(
     source: str | Path | Rows,
     *,

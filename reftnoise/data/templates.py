@@ -6,8 +6,8 @@ from typing import Any
 
 import datasets
 
-from .sources import RowError, Rows, column_names, expect_no_subspaces, map_rows
-from .tasks.base import Task
+from .sources import Rows, column_names, expect_no_subspaces, map_rows
+from .tasks.base import RowError, Task
 from .tokenization import Messages
 
 ALPACA = (

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ..data.tasks.base import Question, Task
+from ..data.tasks.base import ParsedRow, RowError, Task, parse_rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.templates import fill
 from ..data.tokenization import Messages, smallest_limit, tokenize
@@ -17,8 +17,6 @@ from .generation import generated
 from .likelihood import Progress, choice_log_probs
 
 logger = logging.getLogger(__name__)
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     task: Task,
-    rows: Iterable[Row],
+    rows: Iterable[Mapping[str, Any] | ParsedRow],
     *,
     by: Literal["generation", "likelihood"] = "generation",
     batch_size: int = 16,
@@ -68,7 +66,7 @@ def evaluate(
             one with a head of its classes.
         tokenizer: of the base.
         task: makes questions of rows, and reads and compares answers.
-        rows: mappings with the task's columns.
+        rows: mappings with the task's columns, or what `parse_rows` made of them.
         by: what the model is asked for.
         batch_size: prompts, or by likelihood prompts with a choice, per forward pass.
         template: as in training.
@@ -81,27 +79,26 @@ def evaluate(
         ValueError: no rows, a row that the task cannot read, choices of a task that has none, or a
             model that is not of the kind that the task needs.
     """
-    rows = list(rows)
     if by not in ("generation", "likelihood"):
         raise ValueError(f"by {by!r}: expected 'generation' or 'likelihood'")
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
-    questions = _questions(task, rows)
-    answers = [question.answer for question in questions]
+    parsed = _parsed(task, rows)
+    answers = [question.answer for _, question in parsed]
     settings = _Settings(model, tokenizer, batch_size, progress)
     normalised: list[str] | None = None
     with evaluating(model, seed):
         if isinstance(task, ClassifierTask):
             if template != "plain":
                 raise ValueError(f"template {template!r}: a classifier reads its texts as they are")
-            texts = predictions = _by_head(settings, task, rows)
+            texts = predictions = _by_head(settings, task, parsed)
         else:
-            prompts = _prompts(settings, template, questions, rows)
+            prompts = _prompts(settings, template, parsed)
             if by == "generation":
-                texts = _by_generation(settings, task, questions, prompts, max_new_tokens)
+                texts = _by_generation(settings, task, parsed, prompts, max_new_tokens)
                 predictions = [task.extract(text) for text in texts]
             else:
-                texts, predictions, normalised = _by_likelihood(settings, task, questions, prompts)
+                texts, predictions, normalised = _by_likelihood(settings, task, parsed, prompts)
     scores = task.scores(predictions, answers)
     if normalised is not None:
         found = task.scores(normalised, answers)
@@ -111,7 +108,7 @@ def evaluate(
         right=[task.is_right(p, a) for p, a in zip(predictions, answers, strict=True)],
         predictions=predictions,
         texts=texts,
-        prompts=[question.prompt for question in questions],
+        prompts=[question.prompt for _, question in parsed],
         answers=answers,
     )
 
@@ -125,16 +122,14 @@ class _Settings(NamedTuple):
     progress: Progress | None
 
 
-def _questions(task: Task, rows: Sequence[Row]) -> list[Question]:
-    questions = []
-    for index, row in enumerate(rows):
-        try:
-            questions.append(task.question(row))
-        except ValueError as error:
-            raise ValueError(f"task {task.name!r}, row {index}: {error}") from None
-    if not questions:
+def _parsed(task: Task, rows: Iterable[Mapping[str, Any] | ParsedRow]) -> list[ParsedRow]:
+    try:
+        parsed = parse_rows(task, rows)
+    except RowError as error:
+        raise ValueError(f"task {task.name!r}, row {error.index}: {error.reason}") from None
+    if not parsed:
         raise ValueError("no rows: expected at least one to evaluate")
-    return questions
+    return parsed
 
 
 @contextmanager
@@ -153,7 +148,7 @@ def evaluating(model: Any, seed: int = 0) -> Iterator[None]:
 
 
 def _prompts(
-    settings: _Settings, template: str, questions: Sequence[Question], rows: Sequence[Row]
+    settings: _Settings, template: str, parsed: Sequence[ParsedRow]
 ) -> list[str | Messages]:
     """What a causal language model reads."""
     model = settings.model
@@ -162,9 +157,7 @@ def _prompts(
         raise ValueError(f"the task needs a causal language model, got {kind}")
     if template == "chat" and settings.tokenizer.chat_template is None:
         raise ValueError("template 'chat': the tokenizer has no chat template")
-    return [
-        fill(template, question.prompt, row) for question, row in zip(questions, rows, strict=True)
-    ]
+    return [fill(template, question.prompt, row) for row, question in parsed]
 
 
 # -- by generation ---------------------------------------------------------------------------------
@@ -173,14 +166,14 @@ def _prompts(
 def _by_generation(
     settings: _Settings,
     task: Task,
-    questions: Sequence[Question],
+    parsed: Sequence[ParsedRow],
     prompts: Sequence[str | Messages],
     max_new_tokens: int | None,
 ) -> list[str]:
     """The texts that a model writes."""
     model, tokenizer, batch_size, progress = settings
     if max_new_tokens is None:
-        max_new_tokens = _needed_tokens(model, tokenizer, task, prompts, questions)
+        max_new_tokens = _needed_tokens(model, tokenizer, task, prompts, parsed)
     return generated(
         model,
         tokenizer,
@@ -197,12 +190,13 @@ def _needed_tokens(
     tokenizer: Any,
     task: Task,
     prompts: Sequence[str | Messages],
-    questions: Sequence[Question],
+    parsed: Sequence[ParsedRow],
 ) -> int:
     """New tokens that the task needs: its own number, or those of the longest choice and an end."""
     needed = task.max_new_tokens
     if needed is None:
-        after = {c: prompt for prompt, q in zip(prompts, questions, strict=True) for c in q.choices}
+        pairs = zip(prompts, parsed, strict=True)
+        after = {c: prompt for prompt, (_, question) in pairs for c in question.choices}
         needed = 1 + max(len(tokenize(tokenizer, p, c, True)[1]) for c, p in after.items())
     limit = smallest_limit(tokenizer, model, None)
     if limit is not None and needed > limit // 2:
@@ -223,7 +217,7 @@ def _needed_tokens(
 def _by_likelihood(
     settings: _Settings,
     task: Task,
-    questions: Sequence[Question],
+    parsed: Sequence[ParsedRow],
     prompts: Sequence[str | Messages],
 ) -> tuple[list[str], list[str], list[str]]:
     """Texts of the likeliest choices, and the answers that these and the normalised ones stand for.
@@ -231,6 +225,7 @@ def _by_likelihood(
     Normalised is a choice's log-probability per character.
     """
     model, tokenizer, batch_size, progress = settings
+    questions = [question for _, question in parsed]
     if not all(question.choices for question in questions):
         raise ValueError(f"task {task.name!r} has no choices: evaluate by generation")
     choices = [question.choices for question in questions]
@@ -250,13 +245,13 @@ def _by_likelihood(
 # -- by a head -------------------------------------------------------------------------------------
 
 
-def _by_head(settings: _Settings, task: ClassifierTask, rows: Sequence[Row]) -> list[str]:
+def _by_head(settings: _Settings, task: ClassifierTask, parsed: Sequence[ParsedRow]) -> list[str]:
     """The predictions of a classification head."""
     model, tokenizer, batch_size, progress = settings
     limit = min(task.max_length, smallest_limit(tokenizer, model, None) or task.max_length)
-    encoded = [tokenizer(*task.texts(row), truncation=True, max_length=limit) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: -len(encoded[index]["input_ids"]))
-    predictions = [""] * len(rows)
+    encoded = [tokenizer(*task.texts(row), truncation=True, max_length=limit) for row, _ in parsed]
+    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]["input_ids"]))
+    predictions = [""] * len(encoded)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         # On the right: encoders count positions from the first column on.

@@ -33,8 +33,8 @@ from .._util.progress import RichProgressCallback
 from ..config.representations import ReftConfig
 from ..data.classifiers import make_classifier_data_module
 from ..data.collation import make_last_position_supervised_data_module
-from ..data.sources import RowError, Rows, load_rows, place_of, rename_columns
-from ..data.tasks.base import Task
+from ..data.sources import Rows, load_rows, place_of, rename_columns
+from ..data.tasks.base import RowError, Task
 from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.registry import get_task
 from ..data.templates import as_examples

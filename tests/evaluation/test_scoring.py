@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import reftnoise as rn
-from reftnoise.data.tasks.base import Task
+from reftnoise.data.tasks.base import Task, parse_rows
 from reftnoise.data.tasks.registry import get_task
 from reftnoise.evaluation.generation import generated
 from reftnoise.evaluation.likelihood import choice_log_probs
@@ -268,6 +268,16 @@ def test_what_was_learnt_is_scored(by: Any) -> None:
         optimizer.step()
     after = evaluate(model, tokenizer, task, ROWS, by=by)
     assert before.scores["accuracy"] < after.scores["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("by", ["generation", "likelihood"])
+def test_parsed_rows_are_not_parsed_again(by: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = loaded()
+    task = task_of_labels()
+    expected = evaluate(model, tokenizer, task, ROWS, by=by)
+    parsed = parse_rows(task, ROWS)
+    monkeypatch.setattr(task, "question", None)
+    assert evaluate(model, tokenizer, task, parsed, by=by) == expected
 
 
 def test_a_model_is_left_as_it_was() -> None:

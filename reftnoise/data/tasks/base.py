@@ -1,9 +1,9 @@
 """What a task is: how a row becomes a prompt, and how what a model writes is scored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -66,3 +66,49 @@ class Task(ABC):
         """The task's metrics over all rows, the main one first."""
         right = sum(map(self.is_right, predictions, answers))
         return {"accuracy": right / len(answers)}
+
+
+class RowError(ValueError):
+    """A row that cannot be used.
+
+    Args:
+        reason: what is wrong with the row.
+        name: name of the dataset, such as training or evaluation.
+        index: index of the row in the dataset.
+    """
+
+    def __init__(self, reason: object, *, name: str = "training", index: int | None = None) -> None:
+        super().__init__(str(reason) if index is None else f"{name} example {index}: {reason}")
+        self.reason, self.name, self.index = reason, name, index
+
+
+class ParsedRow(NamedTuple):
+    """A row, and the question that a task makes of it."""
+
+    row: Mapping[str, Any]
+    question: Question
+
+
+def parse_rows(
+    task: Task, rows: Iterable[Mapping[str, Any] | ParsedRow], *, name: str = "evaluation"
+) -> list[ParsedRow]:
+    """The rows with their questions; rows that are parsed already stay as they are.
+
+    Args:
+        task: the task that reads the rows.
+        rows: mappings with the task's columns, or parsed rows.
+        name: name of the dataset, for errors.
+
+    Raises:
+        RowError: a row that the task cannot read.
+    """
+    parsed = []
+    for index, row in enumerate(rows):
+        if isinstance(row, ParsedRow):
+            parsed.append(row)
+            continue
+        try:
+            parsed.append(ParsedRow(row, task.question(row)))
+        except ValueError as error:
+            raise RowError(error, name=name, index=index) from None
+    return parsed
