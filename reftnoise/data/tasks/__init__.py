@@ -1,1 +1,1 @@
-"""Tasks: one file each, with prompt, answer extraction and metric."""
+"""Tasks: the prompt of a row, the answer in a text, and the metric."""

@@ -12,21 +12,19 @@ class AquaTask(ArithmeticTask):
     """Word problems whose answer is a letter from A to E.
 
     Args:
-        letter: which of a text is its answer. `first` is any capital letter from A to E, even of a
-            word, as LLM-Adapters and the ReFT paper's code have it, and so what published numbers
-            are; `last` is the last such letter that stands alone.
-        sampling: as of the other arithmetic tasks.
+        letter: which letter of a text is its answer. `first` is the first capital letter from A to
+            E, even of a word, as in the code of LLM-Adapters and the ReFT paper, so published
+            numbers mean it; `last` is the last such letter that stands alone.
+        sampling: as in the other arithmetic tasks.
 
     Raises:
         ValueError: `letter` is neither.
     """
 
-    name = "aqua"
-
     def __init__(
         self, *, letter: Literal["first", "last"] = "first", sampling: bool = False
     ) -> None:
-        super().__init__(sampling=sampling)
+        super().__init__(name="aqua", sampling=sampling)
         if letter not in ("first", "last"):
             raise ValueError(f"letter {letter!r}: expected 'first' or 'last'")
         self.letter = letter

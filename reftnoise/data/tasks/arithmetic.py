@@ -2,6 +2,12 @@
 
 A model writes out its reasoning, of which the last number is the answer. The paper trains and
 evaluates with the Alpaca template (`data.template: alpaca`).
+
+| name | word problems with one number as the answer |
+|---|---|
+| `mawps` | MAWPS (Koncel-Kedziorski et al., 2016): a collection of them |
+| `svamp` | SVAMP (arXiv:2103.07191): varied so that shallow cues mislead |
+| `addsub` | AddSub (Hosseini et al., 2014): of addition and subtraction |
 """
 
 import math
@@ -29,14 +35,16 @@ class ArithmeticTask(Task):
     """Rows of `instruction`, `output` (the reasoning) and `answer`.
 
     Args:
-        sampling: draw the text as the paper does (temperature 0.3, top_p 0.75, top_k 40) instead
-            of decoding greedily, as its code's README does. The code also draws with 4 beams; the
-            paper's number of beams is UNCONFIRMED, and here it is 1.
+        name: name of the task.
+        sampling: whether to draw the text as the paper does (temperature 0.3, top_p 0.75,
+            top_k 40) instead of decoding greedily, as its code's README does. The code also draws
+            with 4 beams; the paper's number of beams is UNCONFIRMED, and here it is 1.
     """
 
     max_new_tokens = 512
 
-    def __init__(self, *, sampling: bool = False) -> None:
+    def __init__(self, *, name: str, sampling: bool = False) -> None:
+        self.name = name
         if sampling:
             self.generation = SAMPLING
 

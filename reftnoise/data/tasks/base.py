@@ -40,7 +40,7 @@ def column(row: Mapping[str, Any], name: str) -> str:
 class Task(ABC):
     """A task; its constructor's arguments stand beside its name in a recipe."""
 
-    name: ClassVar[str]
+    name: str
     max_new_tokens: ClassVar[int | None] = 32
     """Of an answer; None for as many as the longest choice has, and an end-of-text token."""
     generation: Mapping[str, Any] = {"do_sample": False}

@@ -10,12 +10,16 @@ _MARK = "####"
 
 
 class Gsm8kTask(ArithmeticTask):
-    """Rows as the other arithmetic tasks have them, or the official ones.
+    """Rows as in the other arithmetic tasks, or the official ones.
 
     An official row has a `question` and an `answer`, which holds reasoning, "####" and a number.
+
+    Args:
+        sampling: as in the other arithmetic tasks.
     """
 
-    name = "gsm8k"
+    def __init__(self, *, sampling: bool = False) -> None:
+        super().__init__(name="gsm8k", sampling=sampling)
 
     def question(self, row: Mapping[str, Any]) -> Question:
         if "question" not in row:

@@ -1,4 +1,8 @@
-"""Name → task: the names that recipes use. A task's module is imported when it is asked for."""
+"""Name → task: the names that recipes use. A task's module is imported when it is needed.
+
+A new task is one class, in a module of its own or beside its like, and one line here. A class that
+serves several names takes the name as its argument.
+"""
 
 import importlib
 import inspect
@@ -12,28 +16,28 @@ TASKS = {
     "text": "text.TextTask",
     "classification": "classification.ClassificationTask",
     "instruct": "instruct.InstructTask",
-    "boolq": "boolq.BoolqTask",
-    "piqa": "piqa.PiqaTask",
-    "social_i_qa": "social_i_qa.SocialIqaTask",
-    "hellaswag": "hellaswag.HellaswagTask",
-    "winogrande": "winogrande.WinograndeTask",
-    "arc_easy": "arc_easy.ArcEasyTask",
-    "arc_challenge": "arc_challenge.ArcChallengeTask",
-    "openbookqa": "openbookqa.OpenbookqaTask",
+    "boolq": "commonsense.CommonsenseTask",
+    "piqa": "commonsense.CommonsenseTask",
+    "social_i_qa": "commonsense.CommonsenseTask",
+    "hellaswag": "commonsense.CommonsenseTask",
+    "winogrande": "commonsense.CommonsenseTask",
+    "arc_easy": "commonsense.CommonsenseTask",
+    "arc_challenge": "commonsense.CommonsenseTask",
+    "openbookqa": "commonsense.CommonsenseTask",
     "aqua": "aqua.AquaTask",
     "gsm8k": "gsm8k.Gsm8kTask",
-    "mawps": "mawps.MawpsTask",
-    "svamp": "svamp.SvampTask",
-    "addsub": "addsub.AddsubTask",
+    "mawps": "arithmetic.ArithmeticTask",
+    "svamp": "arithmetic.ArithmeticTask",
+    "addsub": "arithmetic.ArithmeticTask",
     "glue": "glue.GlueTask",
 }
 
 
 def get_task(spec: str | Mapping[str, Any]) -> Task:
-    """The task of a name, or of a mapping `{"name": …}` with the task's arguments beside it.
+    """The task of a name, or of a mapping `{"name": …}` that also has the task's arguments.
 
     Raises:
-        ValueError: a name or an argument that is not known, or one that is missing.
+        ValueError: the name or an argument is unknown, or one is missing.
     """
     arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
     if "name" not in arguments:
@@ -43,7 +47,8 @@ def get_task(spec: str | Mapping[str, Any]) -> Task:
         raise ValueError(f"task {name!r} is not known; {nearest(name, TASKS)}")
     module, _, attribute = TASKS[name].partition(".")
     cls = getattr(importlib.import_module(f".{module}", __package__), attribute)
-    taken = inspect.signature(cls).parameters
+    taken = dict(inspect.signature(cls).parameters)
+    own = {"name": name} if taken.pop("name", None) else {}
     for argument in arguments:
         if argument not in taken:
             raise ValueError(
@@ -57,5 +62,5 @@ def get_task(spec: str | Mapping[str, Any]) -> Task:
             f"task {name!r} lacks its argument {missing[0]!r}: expected "
             f"{{name: {name}, {missing[0]}: …}}"
         )
-    task: Task = cls(**arguments)
+    task: Task = cls(**own, **arguments)
     return task
