@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .adapters import saving
 from .adapters.library import OWN, AdapterChoice, AdapterLibrary
-from .adapters.mixin import WrappedModel
+from .adapters.mixin import AdapterMixin
 from .config.representations import ReftConfig
 from .engine.base.locks import exclusive, innermost
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
@@ -33,7 +33,7 @@ from .engine.units import Subspaces, place_units, subspace_gates
 _UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
-class ReftModel(WrappedModel):
+class ReftModel(AdapterMixin):
     """A base model whose hidden states are edited, and perturbed in training, by units.
 
     It is called like the base and returns the base's output class; `generate` returns token ids.

@@ -1,14 +1,11 @@
 """The model card of an adapter directory."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 
-from ..engine.base.peft import inner_model
+from ..config.representations import ReftConfig
 from ..engine.base.tiny import NAME
-
-if TYPE_CHECKING:
-    from .mixin import WrappedModel
 
 _CARD = """\
 ---
@@ -34,12 +31,18 @@ reft_model = rn.ReftModel.from_pretrained(model, "path/to/this/directory")
 """
 
 
-def card(reft_model: "WrappedModel", base: str) -> str:
-    """Markdown for an adapter of a base that is called `base`."""
-    config = reft_model.reft_config
+def card(config: ReftConfig, *, base: Any, name: str, trained: int, total: int) -> str:
+    """The model card in Markdown.
+
+    Args:
+        config: the units.
+        base: the base, without PEFT's wrapper.
+        name: its name on the hub, or another; empty for none.
+        trained: number of trained parameters.
+        total: number of parameters of the base.
+    """
     rows = [entry.to_dict() for entry in config.representations]
     columns = ("intervention", "layer", "component", "positions", "low_rank_dimension")
-    units, own, total = reft_model.count_parameters()
     beside = ""
     if config.peft is not None:
         beside = (
@@ -47,13 +50,13 @@ def card(reft_model: "WrappedModel", base: str) -> str:
             "`pip install 'reftnoise[peft]'`."
         )
     return _CARD.format(
-        metadata=f"base_model: {base}\n" if base.count("/") == 1 else "",
-        base=base or "a base model without a name",
+        metadata=f"base_model: {name}\n" if name.count("/") == 1 else "",
+        base=name or "a base model without a name",
         units="\n".join(f"| {' | '.join(str(row.get(c, '')) for c in columns)} |" for row in rows),
-        parameters=units + own,
-        share=(units + own) / total,
+        parameters=trained,
+        share=trained / total,
         beside=beside,
-        load=_loading(inner_model(reft_model.model), base),
+        load=_loading(base, name),
     )
 
 

@@ -6,13 +6,16 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..config.positions import Positions
 from ..engine.base.sharding import device_of
 from ..engine.base.sites import Site
-from ..engine.units import PlacedUnit
+from ..engine.units import PlacedUnit, place_units
 from ..interventions import Factors, LowRankIntervention, NoiseIntervention, StackedEdit
+from .directory import AdapterFiles
+from .saving import load_weights
 
 
 class Place(NamedTuple):
@@ -95,6 +98,30 @@ class FrozenAdapter:
         """Its units at the places that `keep` makes of theirs, without those that have none."""
         kept = ((keep(place), factors) for place, factors in self.factors())
         return self._joined((place, factors) for place, factors in kept if place is not None)
+
+
+def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
+    """A saved adapter for inference on a base.
+
+    Raises:
+        ValueError: the adapter has weights of the base, is damaged, or does not fit the base.
+    """
+    if adapter.config.peft is not None or adapter.base_parameters:
+        own = "a peft section" if adapter.config.peft else adapter.base_parameters[0]
+        raise ValueError(
+            f"{adapter.config_path}: has {own}, and rows of a batch share the base's weights: "
+            "adapters are loaded by name if they edit hidden states alone"
+        )
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        placed = place_units(adapter.config, base)  # draws weights
+        units = nn.Module()
+        units.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
+        load_weights(units, adapter)
+        frozen = FrozenAdapter.of(placed)
+    # Beside others in one product, it would make NaN of rows that are not its own.
+    if not frozen.weights.isfinite().all():
+        raise ValueError(f"{adapter.weights_path}: holds numbers that are not finite")
+    return frozen
 
 
 def stack(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:

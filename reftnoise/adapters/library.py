@@ -3,12 +3,9 @@
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from .._util.errors import nearest
 from ..config.components import Stack
@@ -18,10 +15,7 @@ from ..engine.base.peft import inner_model
 from ..engine.base.sites import is_encoder_decoder, layer_of, num_layers
 from ..engine.hooks import Engine
 from ..engine.planning import Locator
-from ..engine.units import place_units
-from .directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .frozen import FrozenAdapter, Place, Slot, stack
-from .saving import load_weights, read_adapter
 
 AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 """An adapter, the sum of several, or of several each times a scale; None for the bare base."""
@@ -61,27 +55,17 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
     def __len__(self) -> int:
         return len(self._adapters)
 
-    def load(
-        self,
-        directory: str | Path,
-        name: str,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-    ) -> None:
-        """Load an adapter directory, or a hub adapter. One of the same name is replaced.
+    def put(self, name: str, adapter: FrozenAdapter) -> None:
+        """Add an adapter. One of the same name is replaced.
 
         Raises:
-            FileNotFoundError: the directory or one of its files is missing.
-            ValueError: the adapter is damaged, for another base, or has weights of the base; or the
-                name is taken for the model's own units.
+            ValueError: the name is taken for the model's own units.
         """
-        self._expect_free(name)
-        files = [CONFIG_NAME, WEIGHTS_NAME]
-        found = local_directory(directory, files, revision=revision, token=token)
-        frozen = freeze(read_adapter(found, self._base), self._base)
-        frozen.weights = frozen.weights.to(self._base.device)
-        self._put(name, frozen)
+        self.expect_free(name)
+        adapter.weights = adapter.weights.to(self._base.device)
+        adapter.slots = self._slots.setdefault(adapter.slots, adapter.slots)
+        self._forget(self._adapters.get(name))
+        self._adapters[name] = adapter
 
     def derive(
         self,
@@ -104,7 +88,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
             ValueError: the source is not loaded, the name is taken for the model's own units, the
                 base has no such layer, or a position has another name.
         """
-        self._expect_free(name)
+        self.expect_free(name)
         for field in positions or ():
             if field not in POSITION_FIELDS:
                 raise ValueError(f"positions {field!r}; {nearest(field, POSITION_FIELDS)}")
@@ -123,7 +107,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
             return place._replace(positions=kept) if kept.edits_prompt or kept.decode else None
 
         _, (whole,) = self._chosen([{source: 1.0}])
-        self._put(name, whole.part(keep))
+        self.put(name, whole.part(keep))
 
     def delete(self, name: str) -> None:
         """Forget an adapter.
@@ -136,14 +120,10 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         self._forget(self._find(name))
         del self._adapters[name]
 
-    def _expect_free(self, name: str) -> None:
+    def expect_free(self, name: str) -> None:
+        """Raise a ValueError for a name that no adapter can have."""
         if not isinstance(name, str) or not name or name == OWN:
             raise ValueError(f"adapter name {name!r}: expected a name other than {OWN!r}")
-
-    def _put(self, name: str, adapter: FrozenAdapter) -> None:
-        adapter.slots = self._slots.setdefault(adapter.slots, adapter.slots)
-        self._forget(self._adapters.get(name))
-        self._adapters[name] = adapter
 
     def _find(self, name: str) -> FrozenAdapter:
         if name not in self._adapters:
@@ -207,30 +187,6 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
                     self._engines.popitem(last=False)
             self._engines.move_to_end(adapters)
             return self._engines[adapters]
-
-
-def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
-    """A saved adapter for inference on a base.
-
-    Raises:
-        ValueError: the adapter has weights of the base, is damaged, or does not fit the base.
-    """
-    if adapter.config.peft is not None or adapter.base_parameters:
-        own = "a peft section" if adapter.config.peft else adapter.base_parameters[0]
-        raise ValueError(
-            f"{adapter.config_path}: has {own}, and rows of a batch share the base's weights: "
-            "adapters are loaded by name if they edit hidden states alone"
-        )
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
-        placed = place_units(adapter.config, base)  # draws weights
-        units = nn.Module()
-        units.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
-        load_weights(units, adapter)
-        frozen = FrozenAdapter.of(placed)
-    # Beside others in one product, it would make NaN of rows that are not its own.
-    if not frozen.weights.isfinite().all():
-        raise ValueError(f"{adapter.weights_path}: holds numbers that are not finite")
-    return frozen
 
 
 def _scales(choice: AdapterChoice) -> dict[str, float]:

@@ -2,25 +2,23 @@
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from ..config.representations import ReftConfig
 from ..engine.base.peft import inner_model, is_peft_model
-from ..engine.base.sharding import device_of, size
+from ..engine.base.sharding import device_of
 from ..engine.base.sites import trained_modules
 from ..engine.hooks import Engine
 from . import saving
+from .frozen import freeze
 from .library import AdapterChoice, AdapterLibrary
 
-if TYPE_CHECKING:
-    from ..model import ReftModel
 
-
-class WrappedModel(nn.Module):
+class AdapterMixin(nn.Module):
     """A base with units: its parameters, their devices, and how they are saved and loaded."""
 
     model: PreTrainedModel
@@ -67,11 +65,7 @@ class WrappedModel(nn.Module):
 
     def count_parameters(self) -> tuple[int, int, int]:
         """Trainable parameters of the units and of the base, and all of the base."""
-        return (
-            sum(size(p) for p in self.interventions.parameters() if p.requires_grad),
-            sum(size(p) for p in self.model.parameters() if p.requires_grad),
-            sum(size(p) for p in self.model.parameters()),
-        )
+        return saving.count_parameters(self.interventions, self.model)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, and their share of the base's."""
@@ -143,10 +137,10 @@ class WrappedModel(nn.Module):
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-    ) -> "ReftModel":
+    ) -> Self:
         """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode.
 
-        Arguments and errors as of `saving.load_adapter`.
+        Arguments and errors as of `saving.read_adapter`.
         """
         if isinstance(directory, nn.Module):
             raise ValueError(
@@ -154,7 +148,11 @@ class WrappedModel(nn.Module):
             )
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a model of transformers, got {saving.shown(model)}")
-        return saving.load_adapter(model, directory, revision=revision, token=token)
+        adapter = saving.read_adapter(directory, model, revision=revision, token=token)
+        reft_model = cls(adapter.config, model)
+        saving.load_trained(reft_model, adapter)
+        reft_model.set_device(None)
+        return reft_model.eval()
 
     @classmethod
     def load(
@@ -162,7 +160,7 @@ class WrappedModel(nn.Module):
         load_directory: str | Path,
         model: PreTrainedModel,
         from_huggingface_hub: bool = False,  # noqa: ARG003  # found out from the name
-    ) -> "ReftModel":
+    ) -> Self:
         """pyreft's name and order of arguments for `from_pretrained`."""
         return cls.from_pretrained(model, load_directory)
 
@@ -193,7 +191,9 @@ class WrappedModel(nn.Module):
                 "this model trains weights of the base, for which other adapters were not trained: "
                 "load them into get_reft_model(base)"
             )
-        self.adapters.load(directory, adapter_name, revision=revision, token=token)
+        self.adapters.expect_free(adapter_name)
+        adapter = saving.read_adapter(directory, self.model, revision=revision, token=token)
+        self.adapters.put(adapter_name, freeze(adapter, self.model))
 
     def set_adapter(self, choice: AdapterChoice) -> None:
         """Choose what acts where a call does not: values as in `forward`'s `adapter_names`."""

@@ -8,18 +8,19 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import safetensors.torch
 from huggingface_hub import HfApi
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._util.files import replace_all
-from ..engine.base.peft import own_state
-from ..engine.base.sharding import is_part, part_like, takes_weights_of_one_process
+from ..config.representations import ReftConfig
+from ..engine.base.peft import inner_model, own_state
+from ..engine.base.sharding import is_part, part_like, size, takes_weights_of_one_process
 from ..engine.base.sites import hidden_size, num_layers, trained_modules
 from .card import card
 from .directory import (
@@ -33,13 +34,23 @@ from .directory import (
 )
 from .fingerprint import other_weights, sample_weights
 
-if TYPE_CHECKING:
-    from ..model import ReftModel
-    from .mixin import WrappedModel
+
+class ModelWithUnits(Protocol):
+    """What an adapter directory is written of."""
+
+    model: PreTrainedModel
+    interventions: nn.ModuleDict
+    reft_config: ReftConfig
+
+    def state_dict(self) -> dict[str, Any]:
+        """All tensors by name."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters and their names."""
 
 
 def save_adapter(
-    reft_model: "WrappedModel",
+    reft_model: ModelWithUnits,
     directory: str | Path,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -88,13 +99,20 @@ def save_adapter(
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     files = {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()}
     if not (directory / CARD_NAME).exists():
-        files[CARD_NAME] = card(reft_model, _base_name(reft_model.model)).encode()
+        units, base, total = count_parameters(reft_model.interventions, reft_model.model)
+        files[CARD_NAME] = card(
+            reft_model.reft_config,
+            base=inner_model(reft_model.model),
+            name=_base_name(reft_model.model),
+            trained=units + base,
+            total=total,
+        ).encode()
     directory.mkdir(parents=True, exist_ok=True)
     replace_all(directory, files)
 
 
 def upload_adapter(
-    reft_model: "WrappedModel",
+    reft_model: ModelWithUnits,
     repo_id: str,
     *,
     commit_message: str,
@@ -118,54 +136,55 @@ def upload_adapter(
     return str(commit)
 
 
-def load_adapter(
-    model: PreTrainedModel,
+def count_parameters(units: nn.Module, base: nn.Module) -> tuple[int, int, int]:
+    """Trainable parameters of the units and of the base, and all of the base."""
+    return (
+        sum(size(p) for p in units.parameters() if p.requires_grad),
+        sum(size(p) for p in base.parameters() if p.requires_grad),
+        sum(size(p) for p in base.parameters()),
+    )
+
+
+def read_adapter(
     directory: str | Path,
+    model: PreTrainedModel,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-) -> "ReftModel":
-    """Wrap `model` with a saved adapter, in evaluation mode.
+) -> AdapterFiles:
+    """An adapter directory, or a hub adapter, whose config is checked against the base.
 
     Args:
-        model: the base that the adapter was trained on, or one of its shape.
         directory: an adapter directory, or the name of a hub repository that is one.
+        model: the base that the adapter was trained on, or one of its shape.
         revision: branch, tag or commit of a hub repository.
-        token: for a private one, as `huggingface_hub` takes it.
+        token: token for a private one, as `huggingface_hub` takes it.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
         ValueError: the adapter is for another base or schema, or damaged; the message names both
-            sides.
+            bases.
     """
-    from ..model import ReftModel
-
     files = [CONFIG_NAME, WEIGHTS_NAME]
-    adapter = read_adapter(local_directory(directory, files, revision=revision, token=token), model)
-    config = adapter.config
-    reft_model = ReftModel(config, model)
-    loaded = load_weights(reft_model, adapter)
-    for name, parameter in reft_model.model.named_parameters():
-        if config.peft is None:  # else PEFT has said what it trains
-            parameter.requires_grad_(f"model.{name}" in loaded)
-    for part in trained_modules(reft_model.model, config.modules_to_save).values():
-        part.requires_grad_(True)
-    reft_model.set_device(None)
-    reft_model.eval()
-    return reft_model
-
-
-def read_adapter(directory: str | Path, model: PreTrainedModel) -> AdapterFiles:
-    """An adapter directory, its config checked against the base."""
-    adapter = AdapterFiles.read(directory)
+    adapter = AdapterFiles.read(local_directory(directory, files, revision=revision, token=token))
     adapter.expect_base(fingerprint(model), model.config.name_or_path)
     if other := other_weights(adapter.base.get("sample", {}), model):
         warnings.warn(
             f"{adapter.config_path}: the adapter's base ({adapter.base_name}) and the given model "
             f"({called(model.config.name_or_path)}) have different weights, as in {other}",
-            stacklevel=4,
+            stacklevel=3,
         )
     return adapter
+
+
+def load_trained(reft_model: ModelWithUnits, adapter: AdapterFiles) -> None:
+    """Load an adapter's weights into a model of its config; what it trained is to be trained."""
+    loaded = load_weights(reft_model, adapter)
+    for name, parameter in reft_model.model.named_parameters():
+        if adapter.config.peft is None:  # else PEFT has said what it trains
+            parameter.requires_grad_(f"model.{name}" in loaded)
+    for part in trained_modules(reft_model.model, adapter.config.modules_to_save).values():
+        part.requires_grad_(True)
 
 
 def load_weights(reft_model: Any, adapter: AdapterFiles) -> set[str]:
@@ -199,22 +218,22 @@ def load_weights(reft_model: Any, adapter: AdapterFiles) -> set[str]:
     return set(state)
 
 
-def keep_trained(module: "WrappedModel", state: dict[str, Any], prefix: str, _: Any) -> None:
+def keep_trained(module: ModelWithUnits, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
-    if not takes_weights_of_one_process(module):
+    if not takes_weights_of_one_process(module.model):
         for name in set(state) - set(without_frozen(module, state, prefix)):
             del state[name]
 
 
 def without_frozen(
-    module: "WrappedModel", state: Mapping[str, Tensor], prefix: str = ""
+    module: ModelWithUnits, state: Mapping[str, Tensor], prefix: str = ""
 ) -> dict[str, Tensor]:
     """The part of a state that an adapter holds."""
     kept = {f"{prefix}model.{name}" for name in _kept(module)}
     return {n: t for n, t in state.items() if n in kept or not n.startswith(f"{prefix}model.")}
 
 
-def expect_trained(module: "WrappedModel", keys: Any) -> None:
+def expect_trained(module: ModelWithUnits, keys: Any) -> None:
     """Do not miss what `keep_trained` leaves out."""
     trained = {f"model.{name}" for name in _kept(module)}
     frozen = {f"model.{n}" for n in module.model.state_dict()} - trained
@@ -226,7 +245,7 @@ def expect_trained(module: "WrappedModel", keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if not is_frozen(key)]
 
 
-def _kept(module: "WrappedModel") -> set[str]:
+def _kept(module: ModelWithUnits) -> set[str]:
     """Names of what is saved of a base: what is trained or named to be, and what PEFT adds."""
     base = module.model
     once = dict(base.named_parameters()) | dict(base.named_buffers())  # tied ones under one name

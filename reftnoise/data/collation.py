@@ -16,7 +16,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..engine.base.sites import takes_position_ids
-from ..model import ReftModel
 from .encoding import IGNORED_LABEL, SUBSPACES, Encoder
 from .sources import Rows, column_names, load_rows
 from .streaming import ExampleStream
@@ -79,7 +78,7 @@ def make_last_position_supervised_data_module(
         FileNotFoundError: a path that does not exist.
     """
     limit = smallest_limit(tokenizer, model, max_length)
-    base = model.model if isinstance(model, ReftModel) else model
+    base = model.model if hasattr(model, "reft_config") else model
     counts = hasattr(base, "forward") and takes_position_ids(base)
 
     def tokenized(source: Examples, targets: Sequence[str] | None, name: str) -> Any:

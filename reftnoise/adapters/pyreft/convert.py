@@ -25,8 +25,8 @@ from ...config.positions import Positions
 from ...config.representations import ReftConfig, RepresentationConfig
 from ...engine.base.sites import Site, find_layers, find_site, hidden_size, num_layers
 from ...engine.base.tiny import DIRECTORY, NAME
+from ...engine.units import place_units
 from ...interventions import ReftIntervention
-from ...model import ReftModel
 from ..directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from ..saving import load_weights, read_adapter, save_adapter
 from . import directory as pyreft_directory
@@ -134,6 +134,16 @@ def _structure(name: str, trained: Iterable[str], class_name: str | None = None)
     )
 
 
+class _UnitsAtBase(nn.Module):
+    """The units of a config and their base, as files hold them: nothing runs."""
+
+    def __init__(self, config: ReftConfig, base: PreTrainedModel) -> None:
+        super().__init__()
+        self.reft_config, self.model = config, base
+        units = place_units(config, base)
+        self.interventions = nn.ModuleDict({placed.key: placed.unit for placed in units})
+
+
 # -- theirs → ours -------------------------------------------------------------------------------
 
 
@@ -143,11 +153,11 @@ def _to_reftnoise(
     units, trained, base_class = read_pyreft(source)
     base = _structure(name, trained, base_class)
     config = ReftConfig(representations=_entries(units, base, positions, arguments))
-    reft_model = ReftModel(config, base)
-    for own, unit in zip(reft_model.interventions.values(), units, strict=True):
+    adapted = _UnitsAtBase(config, base)
+    for own, unit in zip(adapted.interventions.values(), units, strict=True):
         own.load_state_dict(unit.state)
-    state: dict[str, Tensor] = reft_model.interventions.state_dict(prefix="interventions.")
-    save_adapter(reft_model, output, state | {f"model.{n}": t for n, t in trained.items()})
+    state: dict[str, Tensor] = adapted.interventions.state_dict(prefix="interventions.")
+    save_adapter(adapted, output, state | {f"model.{n}": t for n, t in trained.items()})
     given = {"positions": positions.spec(), "act_fn": None, **arguments}
     return (
         f"{output}: {len(units)} units, with "
@@ -231,12 +241,12 @@ def _to_pyreft(source: Path, output: Path, name: str) -> str:
     names = [name.removeprefix("model.") for name in adapter.base_parameters]
     base = _structure(name, names)
     adapter = read_adapter(source, base)
-    reft_model = ReftModel(adapter.config, base)
+    adapted = _UnitsAtBase(adapter.config, base)
     trained = _give_memory(base, names)
-    load_weights(reft_model, adapter)
-    interventions = iter(reft_model.interventions.values())
+    load_weights(adapted, adapter)
+    interventions = iter(adapted.interventions.values())
     units: list[tuple[int, str, ReftIntervention]] = []
-    for index, entry in enumerate(reft_model.reft_config.representations):
+    for index, entry in enumerate(adapted.reft_config.representations):
         layers = entry.layers(num_layers(base)) if entry.is_per_layer else [0]
         placed = [(layer, next(interventions)) for _ in entry.parts() for layer in layers]
         where = f"{adapter.config_path}: representations[{index}]"

@@ -20,8 +20,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from ..._util.errors import nearest
 from ...adapters.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
-from ...adapters.frozen import FrozenAdapter
-from ...adapters.library import freeze
+from ...adapters.frozen import FrozenAdapter, freeze
 from ...config.components import COMPONENTS
 from ...engine.base.sites import find_layers, find_site
 from ...training.run_files import ADAPTER
