@@ -189,7 +189,7 @@ def test_what_is_no_run(tmp_path: Path, run: Path) -> None:
     with pytest.raises(FileNotFoundError, match="the run has no adapter"):
         write_report(tmp_path, prompts=["A"])
     (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match=r"summary.json: no JSON"):
+    with pytest.raises(ValueError, match=r"summary.json: not JSON"):
         write_report(tmp_path)
     (tmp_path / "recipe.yaml").write_text("[1]")
     with pytest.raises(ValueError, match=r"recipe.yaml: expected a mapping, got \[1\]"):

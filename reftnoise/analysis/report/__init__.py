@@ -1,6 +1,6 @@
 """Reports of runs and studies: one HTML page without scripts, and its pictures."""
 
-from .overlaps import write_overlaps as write_overlaps
 from .terminal import show_table as show_table
+from .write import write_overlaps as write_overlaps
 from .write import write_report as write_report
 from .write import write_study_report as write_study_report

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import datasets
 from torch import Tensor
@@ -27,11 +27,16 @@ from ..inspection import (
     subspaces,
 )
 from .figures import draw_cosines, draw_heat, draw_noise, picture
-from .formats import signed
-from .page import Cell, Section, Table, Text, number
+from .page import Paragraph, Section, Table, TableCell, number, signed
 
-Row: TypeAlias = tuple[Prompt, str, str, str]
-"""A prompt, what the base and what the adapted model write, and the answer."""
+
+class Texts(NamedTuple):
+    """A prompt, what the base and what the adapted model write after it, and the right answer."""
+
+    prompt: Prompt
+    base: str
+    adapted: str
+    answer: str = ""
 
 
 def noise(
@@ -42,28 +47,27 @@ def noise(
     if not noises:
         return Section("Noise")
     batches = _training_batches(recipe, reft_model, tokenizer, rows)
-    found = {"adapted": noise_losses(reft_model, batches, draws=draws)}
+    losses = {"adapted": noise_losses(reft_model, batches, draws=draws)}
     if reft_model.reft_config.peft is None:
         bare = get_reft_model(reft_model.model, ReftConfig(noises), set_device=False)
-        found = {"base": noise_losses(bare, batches, draws=draws)} | found
-    shown = {name: (losses.clean, losses.noisy) for name, losses in found.items()}
+        losses = {"base": noise_losses(bare, batches, draws=draws)} | losses
     count = sum(len(batch["labels"]) for batch in batches)
     about = (
         f"Loss on {count} training rows, without noise and with {draws} draws of the "
-        "noise that the adapter was trained with; dropout is off. The base has the noise, too, but "
+        "noise that the adapter was trained with; dropout is off. The base has the same noise, but "
         "no edits."
     )
     columns = ["model", "without noise", "with noise", "lowest", "highest", "difference"]
-    table = Table(columns, [_noise_row(name, losses) for name, losses in found.items()])
-    drawn = picture("noise", about, lambda: draw_noise(shown))
-    return Section("Noise", [Text(about), drawn, table])
+    table = Table(columns, [_noise_row(name, model) for name, model in losses.items()])
+    dots = {name: (model.clean, model.noisy) for name, model in losses.items()}
+    return Section("Noise", [Paragraph(about), picture("noise", about, draw_noise, dots), table])
 
 
-def _noise_row(name: str, losses: NoiseLosses) -> list[Cell]:
+def _noise_row(name: str, losses: NoiseLosses) -> list[TableCell]:
     mean = sum(losses.noisy) / len(losses.noisy)
     values = (losses.clean, mean, min(losses.noisy), max(losses.noisy))
     return [
-        Cell(name),
+        TableCell(name),
         *[number(f"{value:.4f}") for value in values],
         number(signed(mean - losses.clean, 4)),
     ]
@@ -71,36 +75,32 @@ def _noise_row(name: str, losses: NoiseLosses) -> list[Cell]:
 
 def edits(recipe: Recipe, reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> Section:
     """How far each site's hidden states are moved, token by token."""
-    found = edit_norms(reft_model, tokenizer, _rendered(recipe, [prompt])[0])
-    if not found.sites:
+    moved = edit_norms(reft_model, tokenizer, _rendered(recipe, [prompt])[0])
+    if not moved.sites:
         return Section("Edits")
     about = f"‖edit‖ / ‖h‖ at each edited site and token of the prompt “{_as_text(prompt)}”"
-    norms = found.norms.numpy()
-    drawn = picture("edits", about, lambda: draw_heat(norms, found.sites, found.tokens))
-    return Section("Edits", [Text(f"{about}."), drawn])
+    drawn = picture("edits", about, draw_heat, moved.norms.numpy(), moved.sites, moved.tokens)
+    return Section("Edits", [Paragraph(f"{about}."), drawn])
 
 
 def lens(recipe: Recipe, reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> Section:
-    """What each layer's hidden state at the last token would have the model write."""
-    found = logit_lens(reft_model, tokenizer, _rendered(recipe, [prompt])[0], top=3)
+    """The next tokens that each layer's hidden state at the last token predicts."""
+    rows = logit_lens(reft_model, tokenizer, _rendered(recipe, [prompt])[0], top=3)
     about = (
-        "The likeliest next tokens that each layer's hidden state at the last token of "
-        f"“{_as_text(prompt)}” gives through the final norm and the head. Layers whose first token "
-        "the edits change are marked."
+        "The likeliest next tokens when each layer's hidden state at the last token of "
+        f"“{_as_text(prompt)}” goes through the final norm and the head. A marked token is the "
+        "layer's first one where the edits change it."
     )
     columns = ["layer", "base", "", "", "adapted", "", ""]
-    return Section("Logit lens", [Text(about), Table(columns, [_lens_row(row) for row in found])])
+    table = Table(columns, [_lens_row(row) for row in rows])
+    return Section("Logit lens", [Paragraph(about), table])
 
 
-def _lens_row(row: LensRow) -> list[Cell]:
+def _lens_row(row: LensRow) -> list[TableCell]:
+    base, (first, *rest) = map(_guess, row.base), map(_guess, row.adapted)
     is_changed = row.base[0].token != row.adapted[0].token
-    cells = [number(str(row.layer))]
-    for guesses, mark in ((row.base, False), (row.adapted, is_changed)):
-        cells += [
-            Cell(_guess(one), "changed" if mark and place == 0 else "")
-            for place, one in enumerate(guesses)
-        ]
-    return cells
+    changed = TableCell(first, "changed" if is_changed else "")
+    return [number(str(row.layer)), *map(TableCell, base), changed, *map(TableCell, rest)]
 
 
 def _guess(guess: Guess) -> str:
@@ -115,26 +115,26 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
-) -> list[Row]:
+) -> list[Texts]:
     """What base and adapted model write."""
-    shown = _rendered(recipe, prompts)
+    rendered = _rendered(recipe, prompts)
     with reft_model.disabled():
-        base = generated(reft_model, tokenizer, shown, max_new_tokens=max_new_tokens)
-    adapted = generated(reft_model, tokenizer, shown, max_new_tokens=max_new_tokens)
-    return [(*texts, "") for texts in zip(prompts, base, adapted, strict=True)]
+        base = generated(reft_model, tokenizer, rendered, max_new_tokens=max_new_tokens)
+    adapted = generated(reft_model, tokenizer, rendered, max_new_tokens=max_new_tokens)
+    return [Texts(*texts) for texts in zip(prompts, base, adapted, strict=True)]
 
 
-def generations(pairs: Sequence[Row], about: str) -> Section:
+def generations(texts: Sequence[Texts], about: str) -> Section:
     """Prompts with what base and adapted model write, and the answer where there is one."""
-    if not pairs:
+    if not texts:
         return Section("Generations")
     columns = ["prompt", "base", "adapted", "answer"]
-    if not any(answer for *_, answer in pairs):
+    if not any(row.answer for row in texts):
         columns.pop()
     cells = [
-        [Cell(_as_text(part).strip(), "text") for part in pair[: len(columns)]] for pair in pairs
+        [TableCell(_as_text(part).strip(), "text") for part in row[: len(columns)]] for row in texts
     ]
-    return Section("Generations", [Text(about), Table(columns, cells)])
+    return Section("Generations", [Paragraph(about), Table(columns, cells)])
 
 
 def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section:
@@ -147,8 +147,8 @@ def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section
         f"and {against} edit: 1 where one holds the other, 0 where they are orthogonal."
     )
     chance = sum(chances) / len(chances)
-    drawn = picture("subspaces", about, lambda: draw_cosines(cosines, chance))
-    return Section("Subspaces", [Text(about), drawn])
+    drawn = picture("subspaces", about, draw_cosines, cosines, chance)
+    return Section("Subspaces", [Paragraph(about), drawn])
 
 
 # -- the recipe's rows and prompts -----------------------------------------------------------------
@@ -160,7 +160,7 @@ def _training_batches(
     """The first rows that the adapter was trained on, collated as in training.
 
     Raises:
-        ValueError: the recipe names no data, or data that cannot be read any more.
+        ValueError: the recipe names no data, or its data can no longer be read.
     """
     data = recipe.data
     if data.train is None:
@@ -175,9 +175,9 @@ def _training_batches(
     module = data_module_of(recipe, tokenizer, reft_model, first)
     examples, collate = list(module["train_dataset"]), module["data_collator"]
     size = recipe.training.per_device_train_batch_size
-    taken = (*tokenizer.model_input_names, "labels", "prompt_lengths")
+    names = (*tokenizer.model_input_names, "labels", "prompt_lengths")
     return [
-        collate([{n: row[n] for n in row if n in taken} for row in examples[start : start + size]])
+        collate([{n: row[n] for n in row if n in names} for row in examples[start : start + size]])
         for start in range(0, len(examples), size)
     ]
 
@@ -189,7 +189,7 @@ def _rendered(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Prompt]:
         ValueError: the template has columns of a row in it.
     """
     template = recipe.data.template
-    return [fill(template, one, {}) if isinstance(one, str) else one for one in prompts]
+    return [fill(template, p, {}) if isinstance(p, str) else p for p in prompts]
 
 
 def _as_text(prompt: Prompt) -> str:

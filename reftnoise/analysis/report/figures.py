@@ -8,6 +8,8 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+from typing_extensions import ParamSpec
+
 from .page import Picture
 
 try:
@@ -19,6 +21,8 @@ try:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 except ModuleNotFoundError:
     raise ValueError("a report needs matplotlib: pip install 'reftnoise[plots]'") from None
+
+P = ParamSpec("P")
 
 DPI = 240
 WIDTH = 5.0
@@ -56,12 +60,14 @@ _LIGHT = _theme("#1f2328", "#ffffff", "#d1d9e0", ["#0072b2", "#d55e00", "#009e73
 _DARK = _theme("#e6edf3", "#0d1117", "#3d444d", ["#56b4e9", "#e69f00", "#33c9a0", "#ee99cc"])
 
 
-def picture(name: str, about: str, draw: Callable[[], Figure]) -> Picture:
-    """Draw a figure in both themes."""
+def picture(
+    name: str, about: str, draw: Callable[P, Figure], *args: P.args, **kwargs: P.kwargs
+) -> Picture:
+    """Draw a figure in both themes: what `draw` makes of the further arguments."""
     pngs, width = [], 0.0
     for theme in (_LIGHT, _DARK):
         with style.context(["default", theme]):
-            figure = draw()
+            figure = draw(*args, **kwargs)
             stream = io.BytesIO()
             figure.savefig(stream, format="png", dpi=DPI)
         pngs.append(stream.getvalue())
@@ -78,7 +84,7 @@ def new_axes(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
 def draw_lines(
     lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, may_be_log: bool = False
 ) -> Figure:
-    """Lines of (step, value); the scale is logarithmic where asked and values differ 20-fold."""
+    """Lines of (step, value), on a logarithmic scale if it may be and values differ 20-fold."""
     figure, axes = new_axes(2.9)
     values = [value for line in lines.values() for _, value in line]
     markers = ("o", "s")
@@ -119,12 +125,12 @@ def draw_noise(losses: Mapping[str, tuple[float, Sequence[float]]]) -> Figure:
 
 
 def _spread(row: int, count: int) -> list[float]:
-    """Places around a row, so that equal values do not cover each other."""
+    """Heights around a row, so that equal values do not cover each other."""
     return [row + 0.3 * ((2 * n + 1) / count - 1) for n in range(count)]
 
 
 def draw_heat(norms: Any, sites: Sequence[str], tokens: Sequence[str]) -> Figure:
-    """‖edit‖ / ‖h‖, a row per site from the first at the bottom, a column per token."""
+    """‖edit‖ / ‖h‖: a row for each site, the first at the bottom, and a column for each token."""
     is_short = len(tokens) <= 48
     width = max(WIDTH, 1.6 + 0.27 * len(tokens)) if is_short else 2 * WIDTH
     figure, axes = new_axes(min(10.0, (2.1 if is_short else 1.4) + 0.24 * len(sites)), width)
@@ -139,11 +145,16 @@ def draw_heat(norms: Any, sites: Sequence[str], tokens: Sequence[str]) -> Figure
         axes.set_xticks(range(len(texts)), texts, rotation=90)
     else:
         axes.set_xlabel("token of the prompt")
+    _add_scale(figure, axes, image, "‖edit‖ / ‖h‖")
+    return figure
+
+
+def _add_scale(figure: Figure, axes: Axes, image: Any, label: str) -> None:
+    """Put the scale of an image's colours beside it, and take lines away."""
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, label="‖edit‖ / ‖h‖", pad=0.02, aspect=30)
+    bar = figure.colorbar(image, ax=axes, label=label, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
-    return figure
 
 
 def draw_cosines(cosines: Mapping[str, float], chance: float) -> Figure:
@@ -166,7 +177,7 @@ def draw_cosines(cosines: Mapping[str, float], chance: float) -> Figure:
 
 
 def draw_overlaps(names: Sequence[str], overlaps: Any) -> Figure:
-    """A matrix of adapters, of which a cell is how alike two are; – where that is NaN."""
+    """A matrix whose cells say how alike two adapters are; – where that is NaN."""
     count, texts = len(names), [printable(name, 24) for name in names]
     has_numbers = count <= 12
     side = max(1.5, (0.5 if has_numbers else 0.25) * count)
@@ -181,10 +192,7 @@ def draw_overlaps(names: Sequence[str], overlaps: Any) -> Figure:
         colour = ("black" if value > 0.5 else "white") if is_known else None
         shown = f"{value:.2f}" if is_known else "–"
         axes.text(column, row, shown, ha="center", va="center", color=colour)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, label="mean cos² θ", pad=0.02, aspect=30)
-    bar.outline.set_visible(False)
+    _add_scale(figure, axes, image, "mean cos² θ")
     return figure
 
 
@@ -194,11 +202,11 @@ def draw_panels(
     *,
     is_difference: bool,
 ) -> Figure:
-    """A panel per dataset, a row per combination, in percent.
+    """A panel for each dataset, with a row for each combination, in percent.
 
-    A row is (name, mean, values). Of differences, the values are the interval's ends, 0 is marked,
-    and the dot is open where the interval holds it; otherwise they are the seeds', and the mean is
-    a bar through them.
+    A row is (name, mean, values). The values of a difference are the ends of its interval; 0 is
+    marked, and the dot is open where the interval holds it. Other values are those of seeds, and
+    the mean is a bar through them.
     """
     rows = {name: max(1, len(panel)) for name, panel in panels.items()}
     height = sum(0.36 * count + 0.75 for count in rows.values())
@@ -231,7 +239,7 @@ def draw_panels(
 
 
 def common_label(sites: Sequence[str]) -> tuple[str, list[str]]:
-    """What all sites' dotted names share, and what tells them apart.
+    """What to call sites, and the parts of their dotted names that tell them apart.
 
     `model.layers.0.output`, `model.layers.1.output` → `layer`, [`0`, `1`].
     """
@@ -250,7 +258,7 @@ def _glyphs() -> set[int]:
 
 
 def printable(token: str, longest: int = 14) -> str:
-    """A token as a label: blanks made visible, what the font lacks as □, long ones cut."""
+    """A token as a label: blanks are visible, letters that the font lacks are □, the end is cut."""
     text = token.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
     text = "".join(letter if ord(letter) in _glyphs() else "□" for letter in text)
     return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -12,20 +12,19 @@ from ..._util.files import read_lines
 from ..._util.options import read_file
 from ...training.recipe import Recipe
 from ...training.run_files import ADAPTER, LOG, PREDICTIONS, RECIPE, SCORES, STUDY, SUMMARY
-from ...training.study.grid import SEED, cells
-from ...training.study.grid import Study as Grid
+from ...training.study.grid import SEED, Study, cells
 from ...training.study.results import Result, read_results
 
 Line = dict[str, Any]
 Key = tuple[tuple[str, str], ...]
 
 DATA_AXES = ("data", "dataset", "task")
-"""Of these, the first that a study has comes before its other axes."""
+"""The first of these that a study has comes before its other axes."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained adapter with what was written of its training and evaluation."""
+    """The files of a run: its recipe, and what was written of training and evaluation."""
 
     directory: Path
     recipe: Recipe
@@ -43,15 +42,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Combination:
-    """The finished cells of a study that differ in their seed alone."""
+    """The finished runs of a study that differ in their seed alone."""
 
     axes: dict[str, str]
-    cells: dict[str, Result]
+    results: dict[str, Result]
     """By seed."""
 
     @property
     def key(self) -> Key:
-        """By which it is known from others."""
+        """What tells it from others."""
         return tuple(self.axes.items())
 
     def right(self, seeds: list[str]) -> npt.NDArray[np.float64] | None:
@@ -60,7 +59,7 @@ class Combination:
         Raises:
             ValueError: the seeds have unequal numbers of items.
         """
-        answers = [self.cells[seed].get("right") or "" for seed in seeds]
+        answers = [self.results[seed].get("right") or "" for seed in seeds]
         if not all(answers):
             return None
         if len({len(row) for row in answers}) > 1:
@@ -69,27 +68,26 @@ class Combination:
         return np.array([[letter == "1" for letter in row] for row in answers], dtype=float)
 
     def mean(self, *keys: str) -> float | None:
-        """The mean over seeds of a number in each cell; None where one lacks it."""
-        values: list[Any] = list(self.cells.values())
+        """The mean over seeds of a number in each result; None where one lacks it."""
+        values: list[Any] = list(self.results.values())
         for key in keys:
             values = [value.get(key) if isinstance(value, dict) else None for value in values]
         return None if None in values else float(np.mean(values))
 
     def shares(self) -> list[float] | None:
         """Each seed's share of right answers; None where that was not written."""
-        right = self.right(list(self.cells))
+        right = self.right(list(self.results))
         return None if right is None else [float(row.mean()) for row in right]
 
     def name(self, without: str | None = None) -> str:
-        """Its place in the grid, such as `loreft, symnoise, trec`; also without an axis."""
+        """Its place in the grid, such as `loreft, symnoise, trec`, also without an axis."""
         return ", ".join(value for axis, value in self.axes.items() if axis != without)
 
 
 @dataclass(frozen=True)
-class Study:
-    """A grid of runs."""
+class StudyResults:
+    """The results of a grid of runs."""
 
-    directory: Path
     text: str
     baseline: dict[str, str]
     axes: list[str]
@@ -99,10 +97,10 @@ class Study:
 
     def baseline_of(self, combination: Combination) -> Combination | None:
         """The combination that differs in the baseline's axes alone; None for a baseline itself."""
-        wanted = combination.axes | self.baseline
-        if wanted == combination.axes:
+        axes = combination.axes | self.baseline
+        if axes == combination.axes:
             return None
-        return next((other for other in self.combinations if other.axes == wanted), None)
+        return next((other for other in self.combinations if other.axes == axes), None)
 
 
 def is_study(directory: Path) -> bool:
@@ -121,7 +119,7 @@ def is_study(directory: Path) -> bool:
 
 
 def read_run(directory: Path) -> Run:
-    """A run; what was not written of it, such as scores, is empty.
+    """A run; what it has not written, such as scores, is empty.
 
     Raises:
         ValueError: a file that cannot be read.
@@ -138,34 +136,34 @@ def read_run(directory: Path) -> Run:
     )
 
 
-def read_study(directory: Path) -> Study:
-    """A study, also one that is not finished; results that its grid does not have are left out.
+def read_study(directory: Path) -> StudyResults:
+    """A study, finished or not; results that its grid does not have are left out.
 
     Raises:
         ValueError: a file that cannot be read, or no finished cell.
     """
-    study = read_file(Grid, directory / STUDY)
+    study = read_file(Study, directory / STUDY)
     results = {line["key"]: line for line in read_results(directory)}
+    first = next((name for name in DATA_AXES if name in study.axes), None)
+    names = sorted(study.axes, key=lambda axis: axis != first)
+    combinations: dict[Key, Combination] = {}
     grid = cells(study)
-    found: dict[Key, Combination] = {}
     for cell in grid:
         if cell.key in results:
-            one = Combination({n: str(v) for n, v in cell.levels.items() if n != SEED}, {})
-            found.setdefault(one.key, one).cells[str(cell.levels[SEED])] = results[cell.key]
-    if not found:
+            axes = {name: str(value) for name, value in cell.levels.items() if name != SEED}
+            combination = combinations.setdefault(tuple(axes.items()), Combination(axes, {}))
+            combination.results[str(cell.levels[SEED])] = results[cell.key]
+    if not combinations:
         raise ValueError(f"{directory}: no cell of the study is finished yet")
-    first = next((name for name in DATA_AXES if name in study.axes), None)
-    axes = sorted(study.axes, key=lambda axis: axis != first)
 
-    def place(one: Combination) -> list[int]:
-        return [list(study.axes[axis]).index(one.axes[axis]) for axis in axes]
+    def place(combination: Combination) -> list[int]:
+        return [list(study.axes[axis]).index(combination.axes[axis]) for axis in names]
 
-    return Study(
-        directory=directory,
+    return StudyResults(
         text=(directory / STUDY).read_text(encoding="utf-8"),
         baseline=study.baseline,
-        axes=axes,
-        combinations=sorted(found.values(), key=place),
+        axes=names,
+        combinations=sorted(combinations.values(), key=place),
         missing=sum(cell.key not in results for cell in grid),
     )
 
@@ -174,4 +172,4 @@ def _json(path: Path, default: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from None
+        raise ValueError(f"{path}: not JSON: {error}") from None

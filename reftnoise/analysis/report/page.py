@@ -16,11 +16,11 @@ class Picture:
     """A picture for light and for dark pages.
 
     Args:
-        name: of its file, without ending.
-        about: what it shows, for who cannot see it.
+        name: name of its file, without the ending.
+        about: what it shows, for readers who cannot see it.
         light: PNG on white.
         dark: PNG on black.
-        width: in CSS pixels.
+        width: width in CSS pixels.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A table's cell; style is one of the page's classes."""
+class TableCell:
+    """A cell of a table; its style is one of the page's classes."""
 
     text: str
     style: Style = ""
@@ -54,21 +54,21 @@ class Table:
     """A table; rows are as long as `columns`."""
 
     columns: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[TableCell]]
     kind: Literal["table"] = "table"
 
     @property
     def is_texts(self) -> bool:
-        """Whether its cells stand below each other on a narrow screen."""
+        """Whether a narrow screen shows the cells of a row one below the other."""
         return any(cell.style == "text" for row in self.rows for cell in row)
 
 
 @dataclass(frozen=True)
-class Text:
-    """A paragraph."""
+class Paragraph:
+    """A text of its own."""
 
     text: str
-    kind: Literal["text"] = "text"
+    kind: Literal["paragraph"] = "paragraph"
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Folded:
-    """A file's text that is shown on demand."""
+    """The text of a file, shown on demand."""
 
     title: str
     text: str
     kind: Literal["folded"] = "folded"
 
 
-Block = Picture | Table | Text | Facts | Folded
+Block = Picture | Table | Paragraph | Facts | Folded
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class Section:
     blocks: Sequence[Block] = ()
 
 
-def number(text: str) -> Cell:
+def number(text: str) -> TableCell:
     """A cell that is aligned to the right."""
-    return Cell(text, "number")
+    return TableCell(text, "number")
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
@@ -134,3 +134,28 @@ def markdown(table: Table) -> str:
     rule = "|".join("---:" if cell.is_number else "---" for cell in table.rows[0])
     head, *rows = [f"| {line} |" for line in escaped]
     return "\n".join([head, f"|{rule}|", *rows]) + "\n"
+
+
+# -- numbers as readers want them ----------------------------------------------------------------
+
+
+def score(value: float | None) -> str:
+    """A score with four digits; nothing for None."""
+    return "" if value is None else f"{value:.4g}"
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign, and a true minus."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def memory(count: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**20:,.0f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"

@@ -1,21 +1,31 @@
 """A run's page: what its files tell, and what is measured on its adapter."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from ...training.run import load_trained
 from ..inspection import Prompt, subspaces
-from .adapter import Row, edits, generate, generations, lens, noise, overlap
+from .adapter import Texts, edits, generate, generations, lens, noise, overlap
 from .figures import draw_lines, picture
 from .files import Line, Run
-from .formats import duration, memory, score
-from .page import Block, Cell, Facts, Folded, Section, Table, Text, number
+from .page import (
+    Block,
+    Facts,
+    Folded,
+    Paragraph,
+    Section,
+    Table,
+    TableCell,
+    duration,
+    memory,
+    number,
+    score,
+)
 
-SHOWN = 8
-"""Prompts with the texts of base and adapted model."""
+PROMPTS = 8
+"""At most so many prompts have the texts of base and adapted model."""
 
 EVALUATED = "The first rows of the last evaluation."
 
@@ -29,7 +39,7 @@ def run_sections(
     draws: int,
     max_new_tokens: int,
 ) -> list[Section]:
-    """Read and measure all that the page of a run shows; arguments as of `write_report`."""
+    """Read and measure all that the page of a run shows; arguments as in `write_report`."""
     sections = [overview(run), scores(run), training(run)]
     if run.has_adapter:
         measured, own = _measured(
@@ -41,8 +51,8 @@ def run_sections(
     elif against is not None or prompts is not None:
         raise FileNotFoundError(f"{run.directory}: the run has no adapter")
     else:
-        sections.append(generations(_both(run)[:SHOWN], EVALUATED))
-        sections.append(Section("Adapter", [Text("The run has no adapter to be measured.")]))
+        sections.append(generations(_evaluated(run)[:PROMPTS], EVALUATED))
+        sections.append(Section("Adapter", [Paragraph("The run has no adapter to measure.")]))
     recipe = Section("Recipe", [Folded("recipe.yaml", run.recipe_text)])
     return [part for part in [*sections, recipe] if part.blocks]
 
@@ -50,7 +60,7 @@ def run_sections(
 def _measured(
     run: Run, *, prompts: Sequence[str] | None, rows: int, draws: int, max_new_tokens: int
 ) -> tuple[list[Section], Mapping[str, Tensor]]:
-    """What needs the model, and the subspaces that it edits."""
+    """The sections that need the model, and the subspaces that it edits."""
     reft_model, tokenizer = load_trained(run.recipe)
     loaded = (run.recipe, reft_model, tokenizer)
     asked = list(prompts or _prompts(run))
@@ -60,18 +70,16 @@ def _measured(
             _or_reason("Edits", lambda: edits(*loaded, asked[0])),
             _or_reason("Logit lens", lambda: lens(*loaded, asked[0])),
         ]
-    pairs = [] if prompts else _both(run)[:SHOWN]
-    if pairs or not asked:
-        sections.append(generations(pairs, EVALUATED))
+    evaluated = [] if prompts else _evaluated(run)[:PROMPTS]
+    if evaluated or not asked:
+        sections.append(generations(evaluated, EVALUATED))
     else:
-        sections.append(
-            _or_reason(
-                "Generations",
-                lambda: generations(
-                    generate(*loaded, asked, max_new_tokens=max_new_tokens), "Greedy decoding."
-                ),
-            )
-        )
+
+        def written() -> Section:
+            texts = generate(*loaded, asked, max_new_tokens=max_new_tokens)
+            return generations(texts, "Greedy decoding.")
+
+        sections.append(_or_reason("Generations", written))
     return sections, subspaces(reft_model)
 
 
@@ -80,7 +88,7 @@ def _or_reason(title: str, measure: Callable[[], Section]) -> Section:
     try:
         return measure()
     except ValueError as error:
-        return Section(title, [Text(f"Not shown: {error}.")])
+        return Section(title, [Paragraph(f"Not shown: {error}.")])
 
 
 def overview(run: Run) -> Section:
@@ -99,26 +107,26 @@ def overview(run: Run) -> Section:
         facts["peak memory"] = memory(summary["peak_memory_bytes"])
     about = summary.get("machine") or {"date": summary.get("date"), **summary.get("versions", {})}
     line = ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
-    return Section("Overview", [Facts(facts)] * bool(facts) + [Text(line)] * bool(line))
+    return Section("Overview", [Facts(facts)] * bool(facts) + [Paragraph(line)] * bool(line))
 
 
 def scores(run: Run) -> Section:
-    """Every evaluation, a line each."""
+    """A row for each evaluation."""
     if not run.scores:
         return Section("Scores")
     names = list(dict.fromkeys(name for entry in run.scores for name in entry["scores"]))
-    table = [
+    rows = [
         [
-            Cell(str(entry["task"])),
-            Cell(" ".join(str(entry[n]) for n in ("data", "split") if entry.get(n))),
-            Cell(str(entry.get("by") or "")),
-            Cell("adapted" if entry["adapter"] else "base"),
+            TableCell(str(entry["task"])),
+            TableCell(" ".join(str(entry[n]) for n in ("data", "split") if entry.get(n))),
+            TableCell(str(entry.get("by") or "")),
+            TableCell("adapted" if entry["adapter"] else "base"),
             number(str(entry.get("rows") or "")),
             *[number(score(entry["scores"].get(name))) for name in names],
         ]
         for entry in run.scores
     ]
-    return Section("Scores", [Table(["task", "data", "by", "model", "rows", *names], table)])
+    return Section("Scores", [Table(["task", "data", "by", "model", "rows", *names], rows)])
 
 
 def training(run: Run) -> Section:
@@ -127,27 +135,15 @@ def training(run: Run) -> Section:
     losses = {name: line for name, line in losses.items() if line}
     blocks: list[Block] = []
     if losses:
-        blocks.append(
-            picture(
-                "loss",
-                "Loss over steps, " + " and ".join(losses),
-                lambda: draw_lines(losses, "loss", may_be_log=True),
-            )
-        )
+        about = "Loss over steps, " + " and ".join(losses)
+        blocks.append(picture("loss", about, draw_lines, losses, "loss", may_be_log=True))
     for key, name, label in (
         ("learning_rate", "learning_rate", "learning rate"),
         ("tokens_per_second", "speed", "tokens per second"),
     ):
-        line = _column(run.log, key)
-        if line:
-            drawn = {label: line}
-            blocks.append(
-                picture(
-                    name,
-                    f"{label} over steps",
-                    partial(draw_lines, drawn, label),
-                )
-            )
+        if line := _column(run.log, key):
+            about = f"{label} over steps"
+            blocks.append(picture(name, about, draw_lines, {label: line}, label))
     return Section("Training", blocks)
 
 
@@ -155,18 +151,18 @@ def _column(log: Sequence[Line], key: str) -> list[tuple[float, float]]:
     return [(line["step"], line[key]) for line in log if line.get(key) is not None]
 
 
-def _both(run: Run) -> list[Row]:
-    """Rows of which the last evaluation has both texts: prompt, base's, adapted, answer."""
+def _evaluated(run: Run) -> list[Texts]:
+    """The rows of the last evaluation for which both models have written."""
     texts: dict[bool, list[Line]] = {False: [], True: []}
     for line in run.predictions:
         texts[bool(line["adapter"])].append(line)
     return [
-        (base["prompt"], base["text"], adapted["text"], adapted["answer"])
+        Texts(base["prompt"], base["text"], adapted["text"], adapted["answer"])
         for base, adapted in zip(texts[False], texts[True], strict=False)
         if base["prompt"] == adapted["prompt"]
     ]
 
 
 def _prompts(run: Run) -> list[Prompt]:
-    with_adapter = [line["prompt"] for line in run.predictions if line["adapter"]]
-    return (with_adapter or [line["prompt"] for line in run.predictions])[:SHOWN]
+    of_adapted = [line["prompt"] for line in run.predictions if line["adapter"]]
+    return (of_adapted or [line["prompt"] for line in run.predictions])[:PROMPTS]

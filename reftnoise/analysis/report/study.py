@@ -3,13 +3,23 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from ...training.study.statistics import Difference, Interval, mean_interval, paired_difference
 from .figures import draw_panels, picture
-from .files import DATA_AXES, Combination, Key, Study
-from .formats import duration, memory, score, signed
-from .page import Cell, Folded, Section, Style, Table, Text, number
+from .files import DATA_AXES, Combination, Key, StudyResults
+from .page import (
+    Folded,
+    Paragraph,
+    Section,
+    Style,
+    Table,
+    TableCell,
+    duration,
+    memory,
+    number,
+    score,
+    signed,
+)
 
 NONE = "–"
 
@@ -17,8 +27,8 @@ Panels = dict[str, list[tuple[str, float, Sequence[float]]]]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What is concluded about a combination; None where its cells do not tell."""
+class Comparison:
+    """What the runs of a combination show; None where they do not tell."""
 
     combination: Combination
     mean: Interval | None
@@ -26,135 +36,126 @@ class Outcome:
     """To the baseline, over the seeds that both have."""
 
 
-def study_page(study: Study) -> tuple[list[Section], Table, str]:
-    """The sections of a study's page, and of these the table and what it says."""
-    found = [_outcome(study, one) for one in study.combinations]
-    table, text = _table(study, found), _explanation(study)
-    sections = [Section("Results", [Text(text), table])]
-    differences = _panels(
-        study,
-        {
-            one.combination.key: (one.difference.mean, (one.difference.low, one.difference.high))
-            for one in found
-            if one.difference is not None
-        },
-    )
+def study_page(study: StudyResults) -> tuple[list[Section], Table, str]:
+    """The sections of a study's page, and of these the table and its explanation."""
+    compared = [_compare(study, combination) for combination in study.combinations]
+    table, text = _table(study, compared), _explanation(study)
+    sections = [Section("Results", [Paragraph(text), table])]
+    differences = {
+        one.combination.key: (one.difference.mean, (one.difference.low, one.difference.high))
+        for one in compared
+        if one.difference is not None
+    }
     if differences:
         about = (
             f"Difference to {_baseline(study)} in points, with 95\u00a0% intervals; the dot is "
             "open where the interval holds 0."
         )
-        draw = partial(
-            draw_panels, differences, f"difference to {_baseline(study)}, points",
+        label = f"difference to {_baseline(study)}, points"
+        drawn = picture(
+            "differences", about, draw_panels, _panels(study, differences), label,
             is_difference=True,
         )  # fmt: skip
-        drawn = picture("differences", about, draw)
-        sections.append(Section("Differences to the baseline", [Text(about), drawn]))
-    seeds = _panels(
-        study,
-        {
-            one.key: (sum(shares) / len(shares), shares)
-            for one in study.combinations
-            if (shares := one.shares()) is not None
-        },
-    )
+        sections.append(Section("Differences to the baseline", [Paragraph(about), drawn]))
+    seeds = {
+        combination.key: (sum(shares) / len(shares), shares)
+        for combination in study.combinations
+        if (shares := combination.shares()) is not None
+    }
     if seeds:
-        about = "Right answers of each seed, a dot, and the mean over seeds, a bar."
-        draw = partial(draw_panels, seeds, "right, %", is_difference=False)
-        sections.append(Section("Seeds", [Text(about), picture("seeds", about, draw)]))
+        about = "Right answers: a dot for each seed, and a bar for the mean over seeds."
+        drawn = picture(
+            "seeds", about, draw_panels, _panels(study, seeds), "right, %", is_difference=False
+        )
+        sections.append(Section("Seeds", [Paragraph(about), drawn]))
     sections.append(Section("Study", [Folded("study.yaml", study.text)]))
     return sections, table, text
 
 
-def _outcome(study: Study, one: Combination) -> Outcome:
-    right = one.right(list(one.cells))
+def _compare(study: StudyResults, combination: Combination) -> Comparison:
+    right = combination.right(list(combination.results))
     mean = None if right is None else mean_interval(right)
-    baseline = study.baseline_of(one)
-    common = [] if baseline is None else [seed for seed in one.cells if seed in baseline.cells]
-    if baseline is None or not common:
-        return Outcome(one, mean, None)
-    ours, theirs = one.right(common), baseline.right(common)
+    baseline = study.baseline_of(combination)
+    if baseline is None:
+        return Comparison(combination, mean, None)
+    common = [seed for seed in combination.results if seed in baseline.results]
+    ours, theirs = (c.right(common) if common else None for c in (combination, baseline))
     if ours is None or theirs is None or ours.shape != theirs.shape:
-        return Outcome(one, mean, None)
-    return Outcome(one, mean, paired_difference(ours, theirs))
+        return Comparison(combination, mean, None)
+    return Comparison(combination, mean, paired_difference(ours, theirs))
 
 
-def _table(study: Study, found: Sequence[Outcome]) -> Table:
-    """A row per combination of axes."""
+def _table(study: StudyResults, compared: Sequence[Comparison]) -> Table:
+    """A row for each combination of axes."""
     names = _score_names(study)
     columns = [*study.axes, "seeds", "right", "95 % interval"]
     if study.baseline:
         columns += ["difference", "95 % interval", "p"]
     columns += [*names, "parameters", "time", "peak memory"]
-    return Table(columns, [_row(study, one, names) for one in found])
+    return Table(columns, [_row(study, one, names) for one in compared])
 
 
-def _row(study: Study, outcome: Outcome, names: Sequence[str]) -> list[Cell]:
-    one = outcome.combination
-    cells = [Cell(one.axes[axis]) for axis in study.axes]
-    cells += [number(str(len(one.cells))), *_mean_cells(outcome.mean)]
+def _row(study: StudyResults, compared: Comparison, names: Sequence[str]) -> list[TableCell]:
+    combination = compared.combination
+    cells = [TableCell(combination.axes[axis]) for axis in study.axes]
+    cells += [number(str(len(combination.results))), *_mean_cells(compared.mean)]
     if study.baseline:
-        cells += _difference_cells(outcome.difference)
-    cells += [number(score(one.mean("scores", name)) or NONE) for name in names]
+        cells += _difference_cells(compared.difference)
+    cells += [number(score(combination.mean("scores", name)) or NONE) for name in names]
     sizes = (("parameters", "{:,.0f}".format), ("seconds", duration), ("peak_memory_bytes", memory))
     for key, shown in sizes:
-        value = one.mean(key)
+        value = combination.mean(key)
         cells.append(number(NONE if value is None else shown(value)))
     return cells
 
 
-def _mean_cells(found: Interval | None) -> list[Cell]:
-    if found is None:
+def _mean_cells(interval: Interval | None) -> list[TableCell]:
+    if interval is None:
         return [number(NONE)] * 2
-    interval = f"{_percent(found.low)} to {_percent(found.high)}"
-    return [number(_percent(found.mean)), number(interval)]
+    mean, low, high = (f"{100 * v:.1f}" for v in (interval.mean, interval.low, interval.high))
+    return [number(mean), number(f"{low} to {high}")]
 
 
-def _difference_cells(found: Difference | None) -> list[Cell]:
-    if found is None:
+def _difference_cells(difference: Difference | None) -> list[TableCell]:
+    if difference is None:
         return [number(NONE)] * 3
-    style: Style = "up" if found.low > 0 else "down" if found.high < 0 else "number"
-    return [
-        Cell(signed(100 * found.mean, 1), style),
-        number(f"{signed(100 * found.low, 1)} to {signed(100 * found.high, 1)}"),
-        number("< 0.001" if found.p < 0.001 else f"{found.p:.3f}"),
-    ]
+    style: Style = "up" if difference.low > 0 else "down" if difference.high < 0 else "number"
+    mean, low, high = (
+        signed(100 * v, 1) for v in (difference.mean, difference.low, difference.high)
+    )
+    p = "< 0.001" if difference.p < 0.001 else f"{difference.p:.3f}"
+    return [TableCell(mean, style), number(f"{low} to {high}"), number(p)]
 
 
-def _panels(study: Study, values: Mapping[Key, tuple[float, Sequence[float]]]) -> Panels:
+def _panels(study: StudyResults, values: Mapping[Key, tuple[float, Sequence[float]]]) -> Panels:
     """Rows of a picture, by dataset where the study has several."""
+    first, *others = study.axes
+    has_panels = bool(others) and first in DATA_AXES
     panels: Panels = {}
-    for one in study.combinations:
-        if one.key in values:
-            title, name = _place(study, one)
-            panels.setdefault(title, []).append((name, *values[one.key]))
+    for combination in study.combinations:
+        if combination.key in values:
+            title = combination.axes[first] if has_panels else ""
+            name = combination.name(without=first if has_panels else None)
+            panels.setdefault(title, []).append((name, *values[combination.key]))
     return panels
 
 
-def _place(study: Study, one: Combination) -> tuple[str, str]:
-    """The panel of a combination, and its name there."""
-    first, *others = study.axes
-    if first not in DATA_AXES or not others:
-        return "", one.name()
-    return one.axes[first], one.name(without=first)
-
-
-def _baseline(study: Study) -> str:
+def _baseline(study: StudyResults) -> str:
     return ", ".join(f"{axis} {value}" for axis, value in study.baseline.items())
 
 
-def _score_names(study: Study) -> list[str]:
+def _score_names(study: StudyResults) -> list[str]:
     """Scores of the tasks but those that are the share of right answers under another name."""
-    found: dict[str, bool] = {}
-    for one in study.combinations:
-        shares = one.shares() or [math.inf] * len(one.cells)
-        for cell, share in zip(one.cells.values(), shares, strict=True):
-            for name, value in cell["scores"].items():
-                found[name] = found.get(name, False) or not math.isclose(value, share)
-    return [name for name, differs in found.items() if differs]
+    differs: dict[str, bool] = {}
+    for combination in study.combinations:
+        shares = combination.shares() or [math.inf] * len(combination.results)
+        for result, share in zip(combination.results.values(), shares, strict=True):
+            for name, value in result["scores"].items():
+                differs[name] = differs.get(name, False) or not math.isclose(value, share)
+    return [name for name, is_other in differs.items() if is_other]
 
 
-def _explanation(study: Study) -> str:
+def _explanation(study: StudyResults) -> str:
     text = (
         "Right answers in percent, the mean over seeds and items. Intervals are bootstrapped over "
         "seeds and items."
@@ -167,11 +168,7 @@ def _explanation(study: Study) -> str:
         )
     if study.missing:
         text += f" {study.missing} cells are not finished."
-    few = min(len(one.cells) for one in study.combinations)
+    few = min(len(combination.results) for combination in study.combinations)
     if few < 5:
         text += f" Intervals of few seeds (here {few}) are too narrow."
     return text + " Parameters, time and memory are means over seeds."
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"

@@ -10,7 +10,7 @@ _BETWEEN = 2
 
 
 def show_table(table: Table, console: Console) -> None:
-    """Print a table: as many columns as a terminal has room for, and elsewhere all."""
+    """Print a table: in a terminal as many columns as fit, elsewhere all."""
     lines = [table.columns, *[[cell.text for cell in row] for row in table.rows]]
     widths = [max(map(len, column)) + _BETWEEN for column in zip(*lines, strict=True)]
     count = len(widths)
@@ -24,11 +24,8 @@ def show_table(table: Table, console: Console) -> None:
         shown.add_column(justify="right" if cell.is_number else "left", no_wrap=True)
     shown.add_row(*(Text(name, "bold") for name in table.columns[:count]))
     for row in table.rows:
-        shown.add_row(*(Text(cell.text, _style(cell.style)) for cell in row[:count]))
+        styles = ("bold" if cell.style in ("up", "down") else "" for cell in row[:count])
+        shown.add_row(*(Text(cell.text, s) for cell, s in zip(row, styles, strict=False)))
     console.print(shown)
     if count < len(widths):
         console.print(f"The report also has {', '.join(table.columns[count:])}.", style="dim")
-
-
-def _style(style: str) -> str:
-    return "bold" if style in ("up", "down") else ""

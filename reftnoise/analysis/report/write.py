@@ -3,8 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jaxtyping import Float
+from torch import Tensor
+
 from ..._util.files import replace_all
 from ...training.recipe import Recipe
+from .figures import draw_overlaps, picture
 from .files import is_study, read_run, read_study
 from .page import Section, Table, markdown, pictures, render
 from .run import run_sections
@@ -22,27 +26,27 @@ def write_report(
     draws: int = 8,
     max_new_tokens: int = 64,
 ) -> Path:
-    """Write `report.html` and its pictures as PNG; of a study, also `results.md`.
+    """Write `report.html` and its pictures as PNG files; of a study, also `results.md`.
 
     The page holds its style and pictures itself, has no scripts and loads nothing.
 
     Args:
-        directory: of a run or a study; which it is shows in its files.
+        directory: directory of a run or a study; its files show which.
         against: another run, or an adapter, whose subspaces are compared with this run's.
-        prompts: of which base and adapted model's texts are shown side by side, and the first of
-            which edits and logit lens are of; by default rows of the run's last evaluation.
-        output_dir: where the files go, by default into `directory`.
-        device: of the model, instead of the recipe's.
-        rows: of training data, for the loss with and without noise.
-        draws: of that noise.
-        max_new_tokens: of texts that are generated for the report.
+        prompts: texts that base and adapted model continue side by side; edits and logit lens are
+            those of the first. By default rows of the run's last evaluation.
+        output_dir: directory for the files, by default `directory`.
+        device: device of the model, instead of the recipe's.
+        rows: number of training rows for the loss with and without noise.
+        draws: number of draws of that noise.
+        max_new_tokens: longest text that is generated for the report.
 
     Returns:
         The path of the page.
 
     Raises:
         FileNotFoundError: the directory is neither a run's nor a study's.
-        ValueError: files that cannot be read, or an adapter that does not fit its base.
+        ValueError: a file cannot be read, or an adapter does not fit its base.
     """
     directory = Path(directory)
     if is_study(directory):
@@ -68,13 +72,30 @@ def write_report(
 def write_study_report(
     directory: str | Path, *, output_dir: str | Path | None = None
 ) -> tuple[Path, Table]:
-    """As `write_report` for a study; also the table of its results."""
+    """Write the report of a study; the path of its page, and the table of its results."""
     study = read_study(Path(directory))
     sections, table, text = study_page(study)
     title = f"Study {Path(directory).resolve().name}"
     subtitle = f"{len(study.combinations)} combinations of {', '.join(study.axes)}"
     results = {"results.md": f"{markdown(table)}\n{text}\n".encode()}
     return _write(output_dir or directory, title, subtitle, sections, results), table
+
+
+def write_overlaps(
+    output: str | Path, names: Sequence[str], overlaps: Float[Tensor, "n n"]
+) -> None:
+    """Write a matrix of overlaps as a PNG file.
+
+    Raises:
+        ValueError: the file's name has another ending.
+    """
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"output {str(output)!r}: expected a PNG file, such as overlaps.png")
+    about = f"How alike the subspaces are that {', '.join(names)} edit"
+    drawn = picture(path.stem, about, draw_overlaps, names, overlaps.numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_all(path.parent, {path.name: drawn.light})
 
 
 def _write(
@@ -92,7 +113,7 @@ def _write(
 
 
 def _units(recipe: Recipe) -> str:
-    """The base and what was trained of it."""
+    """What was trained, and on which base."""
     names = [str(entry["intervention"]) for entry in recipe.representations]
     names += [str(recipe.peft["peft_type"])] if recipe.peft else []
     names += recipe.modules_to_save or []
