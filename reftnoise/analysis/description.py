@@ -1,4 +1,4 @@
-"""What an adapter or a run is, read from its files alone: no base is loaded."""
+"""What an adapter or a run is, read from its files alone, without its base."""
 
 import json
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class UnitDescription:
     """One set of weights of an adapter.
 
     Args:
-        key: pyvene's, by which the weights are stored.
-        intervention: its registered name.
+        key: pyvene's key, by which the weights are stored.
+        intervention: registered name.
         site: layer and component.
-        positions: what it edits.
-        rank: None for units that have none.
-        parameters: their number.
-        norms: Frobenius norm of each tensor; of a rotation, of R itself, which is √rank.
+        positions: tokens that it edits.
+        rank: rank of its edits; None for units that have none.
+        parameters: number of its parameters.
+        norms: Frobenius norm of each tensor; for a rotation that of R itself, which is √rank.
         orthonormality_error: the largest entry of |RRᵀ − I|; None for units without a rotation.
     """
 
@@ -49,15 +49,15 @@ class Description:
     """An adapter, and the run that it came from.
 
     Args:
-        directory: of the adapter.
-        base: name, shape and fingerprint, as saved.
-        units: trained ones, as their weights say.
+        directory: directory of the adapter.
+        base: name, shape and fingerprint of the base, as saved.
+        units: units with trained weights.
         noises: entries of the config that have no weights.
-        peft: the section of the config.
-        peft_parameters: of the PEFT method, and of what is trained of the base.
-        sha256: of the weights; the adapter's own identity.
-        files: bytes of each file of the adapter.
-        scores: evaluations of a run.
+        peft: section `peft` of the config.
+        peft_parameters: number of parameters of the PEFT method and of trained weights of the base.
+        sha256: digest of the weights; the adapter's own identity.
+        files: size of each file of the adapter in bytes.
+        scores: evaluations of the run.
     """
 
     directory: str
@@ -75,30 +75,30 @@ def describe(directory: str | Path) -> Description:
     """Read the directory of a run or of an adapter, or a hub adapter.
 
     Raises:
-        FileNotFoundError: no adapter there.
+        FileNotFoundError: there is no adapter.
         ValueError: its config or weights are damaged.
     """
     adapter = adapter_directory(directory)
     files = AdapterFiles.read(adapter)
     weights = files.weights()
     by_key = by_unit(weights)
-    of_units = sum(t.numel() for state in by_key.values() for t in state.values())
+    unit_parameters = sum(t.numel() for state in by_key.values() for t in state.values())
     scores = adapter.parent / SCORES
-    is_run = adapter.name == ADAPTER and scores.is_file()
+    has_scores = adapter.name == ADAPTER and scores.is_file()
     return Description(
         directory=str(adapter),
         base=files.base,
         units=_units(files.config, by_key, files.base.get("num_hidden_layers")),
         noises=[entry.to_dict() for entry in files.config.representations if entry.is_noise],
         peft=files.config.peft,
-        peft_parameters=sum(t.numel() for t in weights.values()) - of_units,
+        peft_parameters=sum(t.numel() for t in weights.values()) - unit_parameters,
         sha256=files.sha256,
         files={
-            one.name: one.stat().st_size
-            for one in sorted(adapter.iterdir())
-            if one.is_file() and one.name != LOCK
+            file.name: file.stat().st_size
+            for file in sorted(adapter.iterdir())
+            if file.is_file() and file.name != LOCK
         },
-        scores=json.loads(scores.read_text(encoding="utf-8")) if is_run else [],
+        scores=json.loads(scores.read_text(encoding="utf-8")) if has_scores else [],
     )
 
 
@@ -177,7 +177,7 @@ def _facts(description: Description) -> list[tuple[str, str]]:
     if description.peft is not None:
         facts.insert(2, ("peft", json.dumps(description.peft, ensure_ascii=False)))
     if description.peft_parameters:
-        facts.insert(3, ("beside units", f"{description.peft_parameters:,} parameters"))
+        facts.insert(3, ("not of units", f"{description.peft_parameters:,} parameters"))
     return facts
 
 
@@ -185,14 +185,14 @@ def _scores(scores: list[dict[str, Any]]) -> Table:
     table = Table(title="Scores", title_justify="left")
     for heading in ("task", "data", "model", "rows", "scores"):
         table.add_column(heading, justify="right" if heading == "rows" else "left")
-    for one in scores:
-        values = ", ".join(f"{name} {value:.4g}" for name, value in one["scores"].items())
-        model = "adapted" if one.get("adapter", True) else "base"
-        data = " ".join(str(one[name]) for name in ("data", "split") if one.get(name))
-        table.add_row(str(one.get("task")), data, model, str(one.get("rows", "")), values)
+    for entry in scores:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in entry["scores"].items())
+        model = "adapted" if entry.get("adapter", True) else "base"
+        data = " ".join(str(entry[name]) for name in ("data", "split") if entry.get(name))
+        table.add_row(str(entry.get("task")), data, model, str(entry.get("rows", "")), values)
     return table
 
 
 def _short(name: str) -> str:
-    """What formulas call a tensor."""
+    """A tensor's name in formulas."""
     return {"learned_source.weight": "W", "learned_source.bias": "b"}.get(name, name)

@@ -1,6 +1,6 @@
-"""Look into an adapter: how far it moves hidden states, where to, and what the model reads there.
+"""Look into an adapter: how far it moves hidden states, where to, and what the model predicts.
 
-Everything is measured on a `ReftModel` in evaluation mode; the mode it was in comes back.
+Everything is measured on a `ReftModel` in evaluation mode; its own mode comes back.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from ..model import ReftModel
 from .overlaps import overlap_matrix, row_space, row_spaces
 
 Prompt: TypeAlias = str | Messages
-"""A text; or a conversation, which the tokenizer's chat template makes a text of."""
+"""A text, or a conversation for the tokenizer's chat template."""
 
 
 @dataclass(frozen=True)
 class EditNorms:
-    """How far hidden states were moved: `norms[i, j]` at `sites[i]` and `tokens[j]`."""
+    """How far hidden states are moved: `norms[i, j]` at `sites[i]` and `tokens[j]`."""
 
     sites: list[str]
     tokens: list[str]
@@ -44,7 +44,7 @@ class Guess(NamedTuple):
 
 @dataclass(frozen=True)
 class LensRow:
-    """What a layer's hidden state at the last token would have the model write."""
+    """The likeliest next tokens by a layer's hidden state at the last token."""
 
     layer: int
     base: list[Guess]
@@ -53,7 +53,7 @@ class LensRow:
 
 @dataclass(frozen=True)
 class NoiseLosses:
-    """The loss per label without noise, and with each draw of it."""
+    """The loss per label without noise, and with each of its draws."""
 
     clean: float
     noisy: list[float]
@@ -62,14 +62,14 @@ class NoiseLosses:
 def edit_norms(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> EditNorms:
     r"""How far each edit moves the hidden states of a prompt: $\|h' - h\| / \|h\|$.
 
-    h is the hidden state as the site's units find it, after the edits of sites before it, and h′
-    what they make of it. Sites stand in the order in which the base runs them; units that share a
+    h is the hidden state that reaches a site, after the edits at earlier sites, and h′ is what the
+    site's units make of it. Sites are in the order in which the base runs them; units that share a
     site are one row.
 
     Args:
         reft_model: the model.
-        tokenizer: of its base.
-        prompt: a text, or a conversation for its chat template.
+        tokenizer: tokenizer of its base.
+        prompt: text, or conversation for the chat template.
 
     Raises:
         ValueError: an encoder-decoder model, whose sites have two sequences.
@@ -90,16 +90,16 @@ def edit_norms(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> EditNor
 def observed(
     reft_model: ReftModel, see: Callable[[str, Float[Tensor, "batch tokens"]], None]
 ) -> Iterator[None]:
-    r"""Within the block, call `see` with $\|h' - h\| / \|h\|$ of each edited site as passes run.
+    r"""Within the block, call `see` with $\|h' - h\| / \|h\|$ of each edited site as calls run.
 
     Args:
-        reft_model: whose calls are observed, with whichever adapters they choose.
-        see: gets the site's name, and a number for each row and token of the call, a step of a
-            generation for example. Where nothing is edited any more, it is not called.
+        reft_model: model whose calls are observed, whichever adapters they choose.
+        see: function of the site's name and of a number for each row and token of the call, such as
+            a step of a generation. It is not called where nothing is edited any more.
     """
 
     def observer(placed: Sequence[PlacedUnit], before: Tensor, after: Tensor) -> None:
-        if any(one.positions is not None for one in placed):
+        if any(unit.positions is not None for unit in placed):
             moved = (after.float() - before.float()).norm(dim=-1)
             see(str(placed[0].site), moved / before.float().norm(dim=-1))
 
@@ -112,19 +112,19 @@ def observed(
 
 
 def subspaces(reft_model: ReftModel) -> dict[str, Float[Tensor, "rank hidden"]]:
-    """The rows of each unit's R, orthonormal, by site; W₂'s row space where a unit has no R.
+    """The orthonormal rows of each unit's R by site, or W₂'s row space where a unit has no R.
 
-    A site's further units are counted: `model.layers.3.output#1`. Units without a low-rank
+    A site's further units have numbers: `model.layers.3.output#1`. Units without a low-rank
     projection, such as `bias`, are left out.
     """
-    found: dict[str, Tensor] = {}
+    by_site: dict[str, Tensor] = {}
     for placed in reft_model._engine.units:
         rows = _projection(placed.unit)
         if rows is None:
             continue
-        names = (f"{placed.site}#{n}" if n else str(placed.site) for n in range(len(found) + 1))
-        found[next(name for name in names if name not in found)] = rows
-    return found
+        names = (f"{placed.site}#{n}" if n else str(placed.site) for n in range(len(by_site) + 1))
+        by_site[next(name for name in names if name not in by_site)] = rows
+    return by_site
 
 
 def principal_cosines(
@@ -155,7 +155,7 @@ def subspace_cosine(a: ReftModel, b: ReftModel) -> dict[str, float]:
 
 
 def compare_subspaces(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, float]:
-    """`subspace_cosine` of what `subspaces` gave."""
+    """`subspace_cosine`, given the `subspaces` of both adapters."""
     common = [site for site in a if site in b and a[site].shape[1] == b[site].shape[1]]
     if not common:
         raise ValueError(
@@ -169,9 +169,9 @@ def compare_subspaces(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[
 def library_overlaps(library: AdapterLibrary) -> tuple[list[str], Float[Tensor, "n n"]]:
     r"""How alike the subspaces are that loaded adapters edit: their names, and a matrix.
 
-    An entry is the mean over common sites of $\|Q_a Q_b^\top\|_F^2 / \min(r_a, r_b)$ with
-    orthonormal bases Q of what the adapters add there, as in `subspace_cosine`; NaN where two
-    adapters have no common site.
+    An entry is the mean over common sites of $\|Q_a Q_b^\top\|_F^2 / \min(r_a, r_b)$, where the
+    rows of Q are an orthonormal basis of what an adapter adds there, as in `subspace_cosine`. It is
+    NaN where two adapters have no common site.
     """
     spaces = [
         row_spaces((str(place.site), factors.up) for place, factors in adapter.factors())
@@ -190,15 +190,15 @@ def logit_lens(
     """The likeliest next tokens that each layer's hidden state gives, without and with the edit.
 
     At the last token, each layer's output goes through what the base runs between its last layer
-    and its head (the final norm; nothing, where the base has none) and through the head. What some
-    bases do to logits after that (scaling, soft-capping), which keeps their order, is left out. The
-    last layer's row is the model's own prediction.
+    and its head (the final norm, where there is one) and through the head. The scaling or capping
+    of logits in some bases, which keeps their order, is left out. The last layer's row is the
+    model's own prediction.
 
     Args:
         reft_model: the model.
-        tokenizer: of its base.
-        prompt: a text, or a conversation for its chat template.
-        top: tokens per layer.
+        tokenizer: tokenizer of its base.
+        prompt: text, or conversation for the chat template.
+        top: number of tokens per layer.
 
     Raises:
         ValueError: the base is an encoder-decoder or has no language model's head.
@@ -210,17 +210,15 @@ def logit_lens(
     inputs = _encode(reft_model, tokenizer, prompt)
 
     def guesses() -> list[list[Guess]]:
-        with _outputs(base) as (layers, tail):
+        with _outputs(base) as (layers, final):
             reft_model(**inputs)
         hidden = torch.stack([layer[0, -1:] for layer in layers])
-        for module in tail:
+        for module in final:
             hidden = module(hidden)
-        found = head(hidden)[:, 0].float().softmax(-1).topk(top)
+        values, indices = head(hidden)[:, 0].float().softmax(-1).topk(top)
         return [
             [Guess(tokenizer.decode([t]), p) for t, p in zip(tokens, probabilities, strict=True)]
-            for tokens, probabilities in zip(
-                found.indices.tolist(), found.values.tolist(), strict=True
-            )
+            for tokens, probabilities in zip(indices.tolist(), values.tolist(), strict=True)
         ]
 
     with evaluating(reft_model):
@@ -240,9 +238,9 @@ def noise_losses(
 
     Args:
         reft_model: the model.
-        batches: collated rows with labels, of a causal language model or a classifier.
-        draws: of the noise, each over all rows.
-        seed: of the draws.
+        batches: collated rows with labels, for a causal language model or a classifier.
+        draws: number of draws of the noise, each over all rows.
+        seed: seed of the draws.
 
     Raises:
         ValueError: the config has no noise.
@@ -259,7 +257,7 @@ def noise_losses(
 
 
 def _mean_loss(reft_model: ReftModel, batches: Sequence[Mapping[str, Any]]) -> float:
-    """Of all labels, each weighing alike: those of tokens, or of a classifier's rows."""
+    """The mean over all labels, those of tokens or of a classifier's rows."""
     total = count = 0.0
     for batch in batches:
         inputs = {name: _on_device(values, reft_model) for name, values in batch.items()}
@@ -297,18 +295,18 @@ def _on_device(values: Any, reft_model: ReftModel) -> Any:
 
 @contextlib.contextmanager
 def _outputs(base: Any) -> Iterator[tuple[list[Tensor], list[nn.Module]]]:
-    """Each layer's output, and the modules beside the layers that run after the last of them."""
+    """Each layer's output, and the modules that run between the last layer and the head."""
     layers = find_layers(base)
     around = next(m for m in base.modules() if any(child is layers for child in m.children()))
     outputs: list[Tensor] = []
-    tail: list[nn.Module] = []
+    final: list[nn.Module] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
     def follow(module: nn.Module, *_: Any) -> None:
         if len(outputs) == len(layers):
-            tail.append(module)
+            final.append(module)
 
     def hooks() -> Iterator[Callable[[], None]]:
         for layer in layers:
@@ -320,4 +318,4 @@ def _outputs(base: Any) -> Iterator[tuple[list[Tensor], list[nn.Module]]]:
     with contextlib.ExitStack() as stack:
         for remove in hooks():
             stack.callback(remove)
-        yield outputs, tail
+        yield outputs, final

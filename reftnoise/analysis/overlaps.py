@@ -1,6 +1,6 @@
 """How alike the subspaces are that adapters edit, two by two.
 
-Adapters are compared as they are loaded on a base, or by their files alone.
+Adapters are compared as they are loaded on a base, or from their files alone.
 """
 
 import math
@@ -36,7 +36,7 @@ def row_space(matrix: Float[Tensor, "k hidden"]) -> Float[Tensor, "rank hidden"]
 
 
 def row_spaces(rows: Iterable[tuple[str, Float[Tensor, "k hidden"]]]) -> Spaces:
-    """What an adapter's edits span at each site, of the site's name and U of each unit."""
+    """What an adapter's edits span at each site, given the site's name and U of each unit."""
     at_site: dict[str, list[Tensor]] = defaultdict(list)
     for site, up in rows:
         at_site[site].append(up.double())
@@ -53,8 +53,8 @@ def overlap_matrix(adapters: Sequence[Spaces]) -> Float[Tensor, "n n"]:
         for site, rows in spaces.items():
             at_site[site][number] = rows
     total, sites = torch.zeros(2, len(adapters), len(adapters), dtype=torch.float64)
-    for found in at_site.values():
-        numbers, bases = torch.tensor(list(found)), list(found.values())
+    for by_number in at_site.values():
+        numbers, bases = torch.tensor(list(by_number)), list(by_number.values())
         ranks = torch.tensor([len(basis) for basis in bases])
         owner = torch.repeat_interleave(ranks)
         joint = torch.cat(bases).cpu()
@@ -71,38 +71,38 @@ def overlap_matrix(adapters: Sequence[Spaces]) -> Float[Tensor, "n n"]:
 
 
 def saved_overlaps(adapters: Mapping[str, str | Path]) -> tuple[list[str], Float[Tensor, "n n"]]:
-    """As `inspection.library_overlaps`, from files alone: no base is loaded.
+    """`inspection.library_overlaps`, but from files alone, without the base.
 
-    A site is what a config calls it: a component and a dotted path that lead to one module count as
-    two, which only the base could tell. A PEFT method and trained weights of the base do not count.
+    Sites are compared by their names in the config: only the base could tell that a component and a
+    dotted path are one module. A PEFT method and trained weights of the base do not count.
 
     Args:
         adapters: directories of runs or adapters, or hub names, by name.
 
     Raises:
-        FileNotFoundError: no adapter there.
+        FileNotFoundError: there is no adapter.
         ValueError: an adapter is damaged, or for another base than the first.
     """
-    files = {name: AdapterFiles.read(adapter_directory(one)) for name, one in adapters.items()}
+    files = {name: AdapterFiles.read(adapter_directory(path)) for name, path in adapters.items()}
     _expect_one_base(files)
-    return list(files), overlap_matrix([row_spaces(_rows(one)) for one in files.values()])
+    return list(files), overlap_matrix([row_spaces(_rows(adapter)) for adapter in files.values()])
 
 
 def _expect_one_base(files: Mapping[str, AdapterFiles]) -> None:
-    (first, one), *others = files.items()
-    shape = {key: one.base[key] for key in one.base if key not in ("name_or_path", "sample")}
+    (name, first), *others = files.items()
+    shape = {key: first.base[key] for key in first.base if key not in ("name_or_path", "sample")}
     for _, other in others:
-        other.expect_base(shape, one.base.get("name_or_path"), whose=f"that of {first}")
-        differing = other_values(other.base.get("sample", {}), one.base.get("sample", {}))
+        other.expect_base(shape, first.base.get("name_or_path"), whose=f"that of {name}")
+        differing = other_values(other.base.get("sample", {}), first.base.get("sample", {}))
         if differing:
             raise ValueError(
-                f"{other.config_path}: the adapter's base ({other.base_name}) and that of {first} "
-                f"({one.base_name}) have different weights, as in {differing}"
+                f"{other.config_path}: the adapter's base ({other.base_name}) and that of {name} "
+                f"({first.base_name}) have different weights, as in {differing}"
             )
 
 
 def _rows(files: AdapterFiles) -> Iterator[tuple[str, Tensor]]:
-    """Site and U of each unit, which is built as for a base, so that its class says what U is."""
+    """Site and U of each unit. The unit is built as for a base, since its class knows U."""
     weights = by_unit(files.weights())
     for key, entry, layer, _ in unit_keys(files.config, files.base.get("num_hidden_layers") or 0):
         if entry.is_noise:
@@ -124,22 +124,22 @@ def _rows(files: AdapterFiles) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{files.weights_path}: {key}: {one_line(error)}") from None
 
 
-# -- as it is shown --------------------------------------------------------------------------------
+# -- display ---------------------------------------------------------------------------------------
 
 
 def overlaps_by_name(
     names: Sequence[str], matrix: Float[Tensor, "n n"]
 ) -> dict[str, dict[str, float | None]]:
-    """The matrix by names of rows and columns; None where two adapters have no common site."""
+    """The matrix by the names of its rows and columns; None in place of NaN."""
     rows = [[None if math.isnan(v) else round(v, 6) for v in row] for row in matrix.tolist()]
     return {name: dict(zip(names, row, strict=True)) for name, row in zip(names, rows, strict=True)}
 
 
 def show_overlaps(names: Sequence[str], matrix: Float[Tensor, "n n"], console: Console) -> None:
-    """Print the matrix as a table, which is never cut: a terminal may have to wrap it."""
+    """Print the matrix as a table, which is never cut; a terminal may wrap it."""
     console.print(
         "Mean cos² of the angles between the subspaces that two adapters edit, over their common "
-        "sites: 1 where one holds the other, 0 where they are orthogonal, – without such a site."
+        "sites: 1 where one holds the other, 0 where they are orthogonal, – without a common site."
     )
     table = Table(title="Overlaps", title_justify="left")
     table.add_column("", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Steering vectors from pairs of prompts that differ in one thing: found, not trained."""
+"""Steering vectors from pairs of prompts that differ in one thing, without training."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -32,36 +32,34 @@ def fit_steering_vectors(
 ) -> None:
     r"""Set the vector of every `addition` unit from contrastive pairs of prompts.
 
-    With $\delta_i = h(x_i^+) - h(x_i^-)$, the difference of the bare base's states at the unit's
-    site, averaged over `positions`, and $\bar\delta$ its mean over pairs:
+    $\delta_i = h(x_i^+) - h(x_i^-)$ is the difference of the bare base's states at the unit's site,
+    averaged over `positions`, and $\bar\delta$ is its mean over pairs.
 
     - `"mean"`: $v = \bar\delta$, the difference of means (CAA, arXiv:2312.06681);
     - `"pca"`: $v = (\bar\delta^\top u)\,u$ with u the first principal component of the δᵢ about
       zero (as in representation engineering, arXiv:2310.01405).
 
     Args:
-        reft_model: whose units are set. `scale`, and adapters' scales, say how much of them acts.
-        tokenizer: of its base.
-        positive: prompts, texts or conversations, that show what is wanted.
-        negative: as many that show the opposite, each the other half of a pair.
-        method: how v comes from the differences.
-        positions: of the prompts, where states are read.
-        batch_size: prompts per forward pass.
+        reft_model: model whose units are set; its `scale` and adapters' scales multiply them.
+        tokenizer: tokenizer of its base.
+        positive: prompts, texts or conversations, that show the wanted behaviour.
+        negative: as many prompts that show the opposite, each the other half of a pair.
+        method: how v is computed from the differences.
+        positions: tokens of the prompts at which states are read.
+        batch_size: number of prompts per forward pass.
 
     Raises:
         ValueError: no `addition` unit, unequal numbers of prompts, an unknown method, a prompt
             without a token at `positions`, or states that are not finite.
     """
-    placed = reft_model._engine.units
-    units = {one.key: one.unit for one in placed if isinstance(one.unit, AdditionIntervention)}
+    placed = [p for p in reft_model._engine.units if isinstance(p.unit, AdditionIntervention)]
+    units: dict[str, Any] = {p.key: p.unit for p in placed}
     if not units:
         raise ValueError("the config has no unit whose intervention is 'addition'")
     if method not in ("mean", "pca"):
         raise ValueError(f"method {method!r}: expected 'mean' or 'pca'")
     if isinstance(positive, str) or isinstance(negative, str):
-        raise ValueError(
-            "expected two lists of prompts, got one text, whose letters are no prompts"
-        )
+        raise ValueError("positive and negative: expected lists of prompts, got a single text")
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     if len(positive) != len(negative) or not positive:
@@ -70,14 +68,7 @@ def fit_steering_vectors(
         )
     where = Positions.parse(positions)
     states = [
-        _states(
-            reft_model,
-            tokenizer,
-            prompts,
-            [one for one in placed if one.key in units],
-            where,
-            batch_size,
-        )
+        _states(reft_model, tokenizer, prompts, placed, where, batch_size)
         for prompts in (positive, negative)
     ]
     for key, unit in units.items():
@@ -98,7 +89,7 @@ def _states(
     batch_size: int,
 ) -> dict[str, Float[Tensor, "prompts hidden"]]:
     """The bare base's states at each unit's site, by unit key."""
-    found: dict[str, list[Tensor]] = {one.key: [] for one in units}
+    states: dict[str, list[Tensor]] = {unit.key: [] for unit in units}
     tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     with evaluating(reft_model), reft_model.disabled(), torch.no_grad():
         for start in range(0, len(tokens), batch_size):
@@ -127,22 +118,24 @@ def _states(
                 mean = torch.einsum("bt,btd->bd", weights.to(hidden.device), hidden.double())
                 if not mean.isfinite().all():
                     raise ValueError(f"{key}: the base's states there are not finite")
-                found[key].append(mean)
-    return {key: torch.cat(parts) for key, parts in found.items()}
+                states[key].append(mean)
+    return {key: torch.cat(parts) for key, parts in states.items()}
 
 
 @contextlib.contextmanager
 def _recorded(units: Sequence[PlacedUnit]) -> Iterator[dict[str, Tensor]]:
-    """What comes to each unit's site within the block, by unit key."""
+    """The states that reach each unit's site within the block, by unit key."""
     seen: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
-        for one in units:
+        for unit in units:
 
-            def record(_: Any, args: Any, kwargs: Any, output: Any, one: PlacedUnit = one) -> None:
-                if one.site.is_input:
+            def record(
+                _: Any, args: Any, kwargs: Any, output: Any, unit: PlacedUnit = unit
+            ) -> None:
+                if unit.site.is_input:
                     output = args[0] if args else kwargs["hidden_states"]
-                seen[one.key] = output[0] if isinstance(output, tuple) else output
+                seen[unit.key] = output[0] if isinstance(output, tuple) else output
 
-            handle = one.site.module.register_forward_hook(record, with_kwargs=True)
+            handle = unit.site.module.register_forward_hook(record, with_kwargs=True)
             stack.callback(handle.remove)
         yield seen
