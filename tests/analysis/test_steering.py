@@ -95,7 +95,7 @@ def test_mistakes_are_told() -> None:
     other, _ = wrapped(intervention="bias")
     with pytest.raises(ValueError, match="no unit whose intervention is 'addition'"):
         rn.fit_steering_vectors(other, tokenizer, POSITIVE, NEGATIVE)
-    with pytest.raises(ValueError, match="expected two lists of prompts, got one text"):
+    with pytest.raises(ValueError, match="expected lists of prompts, got a single text"):
         rn.fit_steering_vectors(reft_model, tokenizer, "I love it", "I hate it")
     with pytest.raises(ValueError, match="batch_size 0: expected at least 1"):
         rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, batch_size=0)
