@@ -84,14 +84,21 @@ class Encoder:
             "prompt_column, completion_column or messages_column"
         )
 
-    def encode(self, rows: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[list[Example]]:
+    def encode(
+        self, rows: Iterable[Mapping[str, Any]], batch_size: int, *, first: int = 0
+    ) -> Iterator[list[Example]]:
         """Batches of examples: one for each row, or for each assistant's turn of its conversation.
+
+        Args:
+            rows: rows with the columns that are read.
+            batch_size: least number of examples that are tokenised at once.
+            first: index of the first row, for errors.
 
         Raises:
             RowError: a row that is no example.
         """
         batch: list[_Pair] = []
-        for index, row in enumerate(rows):
+        for index, row in enumerate(rows, start=first):
             batch += self._pairs(index, row)
             if len(batch) >= batch_size:
                 yield self._encode(batch)

@@ -116,17 +116,20 @@ def map_rows(
     removed = column_names(rows)
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(function, with_indices=True, remove_columns=removed, features=features)
-    name = uuid4().hex
-    directory = Path(get_temporary_cache_files_directory()) if rows.cache_files else None
     with quiet():
         return rows.map(
             function,
             with_indices=True,
             remove_columns=removed,
             features=features,
-            cache_file_name=str(directory / f"{name}.arrow") if directory else None,
-            new_fingerprint=name,
+            cache_file_name=str(temporary_file()) if rows.cache_files else None,
+            new_fingerprint=uuid4().hex,
         )
+
+
+def temporary_file() -> Path:
+    """A path for an Arrow file that is deleted with the process."""
+    return Path(get_temporary_cache_files_directory()) / f"{uuid4().hex}.arrow"
 
 
 def place_of(source: str | Path, split: str, index: int) -> str:

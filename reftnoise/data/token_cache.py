@@ -8,9 +8,9 @@ import datetime
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,12 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import transformers
-from datasets.fingerprint import get_temporary_cache_files_directory
-from rich.console import Console
 
-from .._util.progress import progress_of
-from .encoding import SUBSPACES, Counts, Encoder, Example
-from .sources import file_digest
+from .encoding import SUBSPACES, Counts, Encoder
+from .sources import file_digest, quiet, temporary_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +30,16 @@ KEPT_BYTES = 2**20
 """Rows of fewer bytes, which take a second or two, are tokenised anew."""
 _VERSION = 1  # of what the files hold
 _BATCH = 1000
-_INT, _INTS, _FLAG = pa.int32(), pa.list_(pa.int32()), pa.bool_()
-_SCHEMA = pa.schema(
-    {
-        "input_ids": _INTS,
-        "labels": _INTS,
-        "prompt_lengths": _INT,
-        "length": _INT,
-        "is_cut": _FLAG,
-        "is_cut_short": _FLAG,
-    }
-)
+_INT, _FLAG = datasets.Value("int32"), datasets.Value("bool")
+_INTS = datasets.List(_INT)
+_FEATURES = {
+    "input_ids": _INTS,
+    "labels": _INTS,
+    "prompt_lengths": _INT,
+    "length": _INT,
+    "is_cut": _FLAG,
+    "is_cut_short": _FLAG,
+}
 
 
 def tokenize_once(rows: datasets.Dataset, encoder: Encoder) -> datasets.Dataset:
@@ -56,15 +52,11 @@ def tokenize_once(rows: datasets.Dataset, encoder: Encoder) -> datasets.Dataset:
     """
     rows = rows.with_format(None).select_columns(encoder.columns(rows.column_names))
     if rows.data.nbytes * len(rows) < KEPT_BYTES * len(rows.data):
-        buffer = pa.BufferOutputStream()
-        _write(buffer, rows, encoder)
-        examples = datasets.Dataset.from_buffer(buffer.getvalue())
+        examples = _tokenized(rows, encoder)
     elif encoder.tokenizer.is_fast and datasets.is_caching_enabled():
         examples = datasets.Dataset.from_file(str(_kept_file(rows, encoder)))
     else:
-        path = Path(get_temporary_cache_files_directory()) / f"{uuid4().hex}.arrow"
-        _write(str(path), rows, encoder)
-        examples = datasets.Dataset.from_file(str(path))
+        examples = _tokenized(rows, encoder, path=temporary_file())
     if not len(examples):
         raise ValueError(f"no {encoder.name} examples: no conversation has an assistant's turn")
     _counts(examples.data).tell(encoder.name, encoder.max_length)
@@ -84,9 +76,9 @@ def _kept_file(rows: datasets.Dataset, encoder: Encoder) -> Path:
             return path
         path.unlink(missing_ok=True)  # damaged
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / f".{uuid4().hex}.part"
+    part = directory / f".{uuid4().hex}.arrow"
     try:
-        _write(str(part), rows, encoder)
+        _tokenized(rows, encoder, path=part, fingerprint=key)
         return part.replace(directory / f"{key}-{file_digest(part)}.arrow")
     finally:
         part.unlink(missing_ok=True)
@@ -122,22 +114,44 @@ def _key(rows: datasets.Dataset, encoder: Encoder) -> str:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _write(sink: Any, rows: datasets.Dataset, encoder: Encoder) -> None:
-    schema = _SCHEMA
+def _tokenized(
+    rows: datasets.Dataset,
+    encoder: Encoder,
+    *,
+    path: Path | None = None,
+    fingerprint: str | None = None,
+) -> datasets.Dataset:
+    """Examples of rows, in a file that appears when it is whole, or without a path in memory."""
+
+    def encode(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, Any]:
+        values = zip(*columns.values(), strict=True)
+        batch = [dict(zip(columns, row, strict=True)) for row in values]
+        examples = [
+            example for part in encoder.encode(batch, _BATCH, first=indices[0]) for example in part
+        ]
+        made = [
+            {**each.features(), "is_cut": each.is_cut, "is_cut_short": each.is_cut_short}
+            for each in examples
+        ]
+        return {name: [row[name] for row in made] for name in features}
+
+    features = datasets.Features(_FEATURES)
     if encoder.subspaces_column in rows.column_names:
-        schema = schema.append(pa.field(SUBSPACES, _INTS))
-    with pa.ipc.new_stream(sink, schema) as writer:
-        for batch in _watched(encoder.encode(rows, _BATCH), len(rows), encoder.name):
-            writer.write_batch(_record_batch(batch, schema))
-
-
-def _record_batch(batch: Sequence[Example], schema: pa.Schema) -> pa.RecordBatch:
-    rows = [
-        {**each.features(), "is_cut": each.is_cut, "is_cut_short": each.is_cut_short}
-        for each in batch
-    ]
-    columns = {field.name: [row[field.name] for row in rows] for field in schema}
-    return pa.RecordBatch.from_pydict(columns, schema=schema)
+        features[SUBSPACES] = _INTS
+    is_shown = path is not None and sys.stderr.isatty()
+    with nullcontext() if is_shown else quiet():
+        return rows.map(
+            encode,
+            batched=True,
+            with_indices=True,
+            batch_size=_BATCH,
+            remove_columns=rows.column_names,
+            features=features,
+            keep_in_memory=path is None,
+            cache_file_name=None if path is None else str(path),
+            new_fingerprint=fingerprint or uuid4().hex,
+            desc=f"tokenising {encoder.name} examples",
+        )
 
 
 def _counts(table: Any) -> Counts:
@@ -152,16 +166,3 @@ def _counts(table: Any) -> Counts:
         cut=total("is_cut"),
         cut_short=total("is_cut_short"),
     )
-
-
-def _watched(batches: Iterable[list[Example]], total: int, name: str) -> Iterator[list[Example]]:
-    """Batches, with a bar on a terminal where they take more than two seconds."""
-    console, started, done, tell = Console(stderr=True), time.monotonic(), 0, None
-    with ExitStack() as stack:
-        for batch in batches:
-            done += len(batch)
-            if tell is None and console.is_terminal and time.monotonic() > started + 2:
-                tell = stack.enter_context(progress_of(console, f"tokenising {name} examples"))
-            if tell is not None:
-                tell(done, max(done, total))
-            yield batch
