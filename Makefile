@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-quantised test-vllm test-oldest test-newest lint build clean
+.PHONY: demo test test-quantised test-vllm test-oldest test-newest lint docs build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reftnoise demo
@@ -55,10 +55,15 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# README, guides and API reference as a site, in site/.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict --quiet --config-file .mkdocs.yml
+
 # One stamp per set of packages; each is installed again when what it needs changes.
 $(VENV)/.demo: EXTRAS =
 $(VENV)/.test: EXTRAS = [test]
 $(VENV)/.lint: EXTRAS = [test,lint]
+$(VENV)/.docs: EXTRAS = [docs]
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.$(EXTRAS)'
@@ -68,4 +73,4 @@ build: $(VENV)/.test
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) $(VENV)-quantised $(VENV)-vllm $(VENV)-oldest $(VENV)-newest build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-quantised $(VENV)-vllm $(VENV)-oldest $(VENV)-newest build dist site *.egg-info

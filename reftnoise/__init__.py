@@ -8,7 +8,7 @@ command line starts quickly.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "config.representations": ("ReftConfig", "RepresentationConfig"),

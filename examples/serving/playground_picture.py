@@ -1,4 +1,4 @@
-"""Take the picture of the playground that README shows: of the demo's adapter, in Chromium.
+"""Take the guide's picture of the playground, with the demo's adapter, in Chromium.
 
 reftnoise demo
 python examples/serving/playground_picture.py reftnoise-demo examples/serving/playground.png

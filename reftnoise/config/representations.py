@@ -213,7 +213,7 @@ class RepresentationConfig:
 
 @dataclass
 class ReftConfig:
-    """What is edited, perturbed and trained: see the README's table of units.
+    """What is edited, perturbed and trained: the table of units is in examples/guides/config.md.
 
     Args:
         representations: one entry or a list; mappings with the fields of `RepresentationConfig`

@@ -1,4 +1,4 @@
-"""Every cell of README's table of architectures is run, and gives what stands there."""
+"""Every cell of the guide's table of architectures is run, and gives what stands there."""
 
 import re
 from importlib.metadata import version
@@ -9,8 +9,8 @@ from matrix import CELLS, REASONS
 from packaging.version import Version
 from tiny_models import MODELS
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-SECTION = README[README.index("\n## Architectures\n") :].partition("\n## ")[2].partition("\n## ")[0]
+GUIDE = Path(__file__).parents[2] / "examples" / "guides" / "architectures.md"
+SECTION = GUIDE.read_text(encoding="utf-8").partition("\n## The matrix\n")[2].partition("\n## ")[0]
 HEADING, _, *ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in re.findall(r"(?:^\|.*\n)+", SECTION, re.MULTILINE)[0].splitlines()

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftnoise as rn
 
-vllm = pytest.importorskip("vllm", reason="needs vllm: see README, Serving in vLLM")
+vllm = pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of vLLM and what it imports

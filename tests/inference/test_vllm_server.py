@@ -26,7 +26,7 @@ import reftnoise as rn
 from reftnoise.evaluation.decoding import Decoding
 from reftnoise.inference.playground.asking import Question
 
-pytest.importorskip("vllm", reason="needs vllm: see README, Serving in vLLM")
+pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
 openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
 

@@ -1,6 +1,7 @@
 """What works on which architecture: every cell is run, and says "ok" or why not.
 
-`python tests/support/matrix.py` prints the table of the README; with names, some rows of it.
+`python tests/support/matrix.py` prints the table of examples/guides/architectures.md, or the rows
+of the architectures that it gets as arguments.
 """
 
 import argparse

@@ -83,7 +83,7 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
     if name in _CHILDREN:
         module = _child(module, name, _name_of(model, module))
     width = hidden_size(model)
-    return Site(module, _name_of(model, module), name == "block_input", width, stack)
+    return Site(module, _name_of(model, module), name.endswith("_input"), width, stack)
 
 
 def site_now(model: nn.Module, site: Site) -> Site:

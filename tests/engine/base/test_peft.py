@@ -364,8 +364,9 @@ def test_other_tasks(task: str, peft_section: dict[str, Any], tmp_path: Path) ->
     torch.testing.assert_close(bare, build()(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-TABLE = re.findall(r"^\| (.+) \| `(\{.+\})` \| ([\d,]+) \|$", README, re.MULTILINE)
+GUIDE = Path(__file__).parents[3] / "examples" / "guides" / "methods.md"
+ROW = re.compile(r"^\| (.+) \| `(\{.+\})` \| ([\d,]+) \|$", re.MULTILINE)
+TABLE = ROW.findall(GUIDE.read_text(encoding="utf-8"))
 LLAMA_3_8B = LlamaConfig(
     vocab_size=128_256,
     hidden_size=4096,
@@ -376,7 +377,7 @@ LLAMA_3_8B = LlamaConfig(
 )
 
 
-def test_the_readme_has_every_tested_method() -> None:
+def test_the_guide_has_every_tested_method() -> None:
     listed = [json.loads(entry) for _, entry, _ in TABLE]
     named = {entry.get("peft_type", entry.get("intervention")) for entry in listed}
     assert {section(name)["peft_type"] for name in SECTIONS} - named == {"randlora", "vblora"}
@@ -384,7 +385,7 @@ def test_the_readme_has_every_tested_method() -> None:
 
 
 @pytest.mark.parametrize(("method", "entry", "count"), TABLE, ids=[row[0] for row in TABLE])
-def test_the_readmes_counts(method: str, entry: str, count: str) -> None:
+def test_the_guides_counts(method: str, entry: str, count: str) -> None:
     values, shape, device, times = json.loads(entry), LLAMA_3_8B, "meta", 1
     if method == "BOFT":  # which reads its weights when it is built
         small = {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8}
