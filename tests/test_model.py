@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import neftune_post_forward_hook, tiny_model
 from torch import Tensor
 from transformers import (
     Gemma3Config,
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import reftnoise as rn
 from reftnoise.engine.base.sites import find_site
+from support.models.architectures import neftune_post_forward_hook, tiny_model
 
 LOREFT: dict[str, Any] = {
     "layer": "all",

@@ -7,18 +7,18 @@ from types import ModuleType
 from typing import Any
 
 import huggingface_hub
-import pyreft_formed
 import pytest
 import pyvene as pv
 import torch
-from architectures import ARCHITECTURES, tiny_model
-from pyreft_formed import adapter, entry, intervention, pyvene_model, saved
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 import reftnoise as rn
 from reftnoise.adapters.pyreft.convert import convert
 from reftnoise.cli.main import main
+from support.models import pyreft_formed
+from support.models.architectures import ARCHITECTURES, tiny_model
+from support.models.pyreft_formed import adapter, entry, intervention, pyvene_model, saved
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [15, 16, 17, 18, 19, 20, 21, 22]])
 LAST = [[7], [7]]

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
-from pyreft_formed import adapter, entry, intervention, pyvene_model, saved
 
 import reftnoise as rn
 from reftnoise.adapters.pyreft.convert import convert
 from reftnoise.adapters.pyreft.state import CLASSES
 from reftnoise.cli.main import main
 from reftnoise.interventions import INTERVENTIONS
+from support.models.architectures import tiny_model
+from support.models.pyreft_formed import adapter, entry, intervention, pyvene_model, saved
 
 FILE = "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin"
 

@@ -5,23 +5,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
-from architectures import tiny_model
-from local_hub import TOKEN, running_hub
 
 import reftnoise as rn
+from support.local_hub import TOKEN, running_hub
+from support.models.architectures import tiny_model
 
 # conftest switches the hub off in this process, for good.
 CODE = f"""
 import json, os, sys
 import torch
-from architectures import tiny_model
+from support.models.architectures import tiny_model
 import reftnoise as rn
 
 def adapter(seed):
@@ -83,7 +82,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",  # whose protocol the stand-in does not speak
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         done = subprocess.run(
             [sys.executable, "-c", CODE, str(home)],

@@ -10,53 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import moved
-from architectures import tiny_model
 from torch import Tensor
 
 import reftnoise as rn
 from reftnoise.analysis.inspection import library_overlaps, subspace_cosine
+from support.adapters import ENTRIES, wrapped
+from support.models.architectures import tiny_model
 
-ENTRIES: dict[str, Any] = {
-    "last": [{"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}],
-    "ends": [
-        {
-            "layer": [0, 2],
-            "intervention": "loreft",
-            "low_rank_dimension": 4,
-            "positions": "f2+l3",
-            "tied": False,
-            "act_fn": "gelu",
-        }
-    ],
-    "everywhere": [
-        {"layer": 1, "intervention": "noreft", "low_rank_dimension": 3, "positions": "all+decode"},
-        {"component": "embeddings", "intervention": "lobireft", "low_rank_dimension": 1},
-        {"component": "embeddings", "intervention": "neftune", "alpha": 5.0},
-    ],
-    "houlsby": [
-        {
-            "layer": "all",
-            "component": "mlp_output",
-            "intervention": "adapter",
-            "low_rank_dimension": 5,
-        },
-        {"layer": 2, "component": "attention_output", "intervention": "bias"},
-    ],
-    "direft": [
-        {"layer": 0, "intervention": "direft", "low_rank_dimension": 2, "act_fn": "relu"},
-        {"layer": 1, "intervention": "nodireft", "low_rank_dimension": 2, "positions": [0, 2]},
-        {"layer": 2, "intervention": "consreft", "low_rank_dimension": 2, "positions": "f1"},
-    ],
-}
 NAMES = ["last", None, "ends", "everywhere", "houlsby", "direft", None, "last"]
-
-
-def wrapped(entries: Any, base: Any, seed: int) -> rn.ReftModel:
-    """A model whose units are far from the identity."""
-    torch.manual_seed(seed)
-    reft_model = rn.get_reft_model(base, rn.ReftConfig(entries)).eval()
-    return moved(reft_model)
 
 
 @pytest.fixture(scope="module")

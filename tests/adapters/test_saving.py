@@ -16,13 +16,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from architectures import tiny_model
 from torch import Tensor, nn
 
 import reftnoise as rn
 from reftnoise.adapters.fingerprint import other_weights, sample_weights
 from reftnoise.interventions import INTERVENTIONS, NoiseIntervention
 from reftnoise.interventions.base import constructor_arguments
+from support.models.architectures import tiny_model
 
 NOISE = [name for name, unit in INTERVENTIONS.items() if issubclass(unit, NoiseIntervention)]
 TRAINED = [name for name in INTERVENTIONS if name not in (*NOISE, "addition")]

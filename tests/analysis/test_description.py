@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import UNITS, save_adapter
 from rich.console import Console
 
 import reftnoise as rn
 from reftnoise.analysis.description import describe, show
 from reftnoise.engine.units import unit_keys
+from support.adapters import UNITS, save_adapter
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, tiny_model
-from tiny_models import model_of
 from torch import Tensor
 
 import reftnoise as rn
@@ -18,6 +16,9 @@ from reftnoise.analysis.inspection import (
     subspace_cosine,
     subspaces,
 )
+from support.adapters import with_rows
+from support.models.architectures import ARCHITECTURES, tiny_model
+from support.models.tiny_models import model_of
 
 LOBIREFT = {"intervention": "lobireft", "low_rank_dimension": 2}
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
@@ -124,15 +125,6 @@ def test_a_conversation_goes_through_the_chat_template() -> None:
 
 
 # -- subspaces -------------------------------------------------------------------------------------
-
-
-def with_rows(model: Any, rows: Tensor, name: str = "loreft", **entry: Any) -> rn.ReftModel:
-    unit = {"layer": [0], "intervention": name, "low_rank_dimension": len(rows)} | entry
-    reft_model = rn.get_reft_model(model, rn.ReftConfig(unit))
-    for module in reft_model.interventions.values():
-        part = module.proj_layer if hasattr(module, "proj_layer") else module.rotate_layer
-        part.weight.data = rows.clone()
-    return reft_model.eval()
 
 
 def test_equal_orthogonal_contained_and_tilted_subspaces(tiny_llama: Any) -> None:

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
 from rich.console import Console
-from test_inspection import with_rows
-from test_library import ENTRIES, wrapped
-from test_run import command
 from torch import Tensor
 
 import reftnoise as rn
 from reftnoise.analysis.inspection import library_overlaps
 from reftnoise.analysis.overlaps import overlap_matrix, saved_overlaps, show_overlaps
+from support.adapters import ENTRIES, with_rows, wrapped
+from support.command_line import command
+from support.models.architectures import tiny_model
 
 AXES = torch.eye(32)
 ANGLE = 0.3

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from report_directories import LOREFT, make_run, write_lines
 
 import reftnoise as rn
 from reftnoise.analysis.report import write_report
 from reftnoise.analysis.report.figures import common_label, printable
+from support.report_directories import LOREFT, make_run, write_lines
 
 PICTURES = {"loss", "learning_rate", "speed", "noise", "edits"}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_directories import make_run, make_study
 
 from reftnoise.analysis.report import write_report
+from support.report_directories import make_run, make_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTH = 390

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_directories import Line, make_study, write_lines
 from rich.console import Console
 
 from reftnoise.analysis.report import show_table, write_report, write_study_report
 from reftnoise.training.study.statistics import mean_interval, paired_difference
+from support.report_directories import Line, make_study, write_lines
 
 
 def lines_of(directory: Path) -> list[Line]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import command, quick
 
 import reftnoise as rn
 from reftnoise.evaluation.decoding import Decoding
 from reftnoise.inference.prompts import generate_texts
+from support.command_line import command, quick
 
 SHORT = Decoding(max_new_tokens=8)
 

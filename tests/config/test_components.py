@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
-from tiny_models import examples_of, model_of
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
@@ -24,6 +22,8 @@ from transformers import (
 import reftnoise as rn
 from reftnoise.config.components import COMPONENTS
 from reftnoise.engine.base.sites import Site, find_layers, find_site, hidden_size, num_layers
+from support.models.architectures import tiny_model
+from support.models.tiny_models import examples_of, model_of
 
 WIDTH, LAYERS = 32, 3
 

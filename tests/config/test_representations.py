@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import reftnoise as rn
 from reftnoise.interventions import INTERVENTIONS
+from support.models.architectures import tiny_model
 
 WIDTH, LAYERS = 32, 3
 LOREFT: dict[str, Any] = {"layer": 0, "intervention": "loreft", "low_rank_dimension": 2}

@@ -7,10 +7,10 @@ from typing import Any
 
 import datasets
 import pytest
-from real import REAL
 
 import reftnoise as rn
 from reftnoise.data.sources import load_rows, place_of, rename_columns
+from support.data import REAL
 
 ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(10)]
 KINDS = ["jsonl", "json", "csv", "parquet"]

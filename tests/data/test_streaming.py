@@ -19,7 +19,7 @@ from reftnoise.data.sources import load_rows
 from reftnoise.engine.base.tiny import DIRECTORY
 
 UNIT = {"layer": 0, "intervention": "loreft", "low_rank_dimension": 2}
-WORKER = Path(__file__).parents[1] / "support" / "streaming_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "programs" / "streaming_worker.py"
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import LAYERS, Example, examples_of, new_model, padded
 from torch import Tensor, nn
 from transformers import (
     AutoModelForAudioClassification,
@@ -22,6 +21,7 @@ from transformers import (
 
 import reftnoise as rn
 from reftnoise.engine.base.sites import find_layers
+from support.models.tiny_models import LAYERS, Example, examples_of, new_model, padded
 
 READ_LAST = ["llama", "gpt2"]  # the others read their first column, which may be padding
 CLASSIFIERS = ["bert", "roberta", "deberta-v2", "distilbert", *READ_LAST]

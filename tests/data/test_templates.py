@@ -6,8 +6,6 @@ from typing import Any
 
 import datasets
 import pytest
-from real import REAL
-from rendered import rendered
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -18,6 +16,7 @@ from reftnoise.data.tasks.base import Question, Task
 from reftnoise.data.tasks.text import TextTask
 from reftnoise.data.templates import as_examples, fill
 from reftnoise.engine.base.tiny import DIRECTORY
+from support.data import REAL, rendered
 
 STORIES = REAL / "models" / "TinyStories-Instruct-3M-chat"
 UNMARKED = (

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import COMPLETIONS, PROMPTS, arguments, loreft, module, weights, wrapped
 from torch import Tensor
 from transformers import AutoTokenizer, EvalPrediction, Trainer
 from transformers.trainer_pt_utils import get_model_param_count
 
 import reftnoise as rn
 from reftnoise.engine.base.tiny import DIRECTORY
+from support.trainer_runs import COMPLETIONS, PROMPTS, arguments, loreft, module, weights, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cpus_as_accelerators
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import reftnoise as rn
+from support.programs import cpus_as_accelerators
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed"
 SCRIPT = str(EXAMPLE / "train.py")

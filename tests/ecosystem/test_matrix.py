@@ -5,9 +5,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from matrix import CELLS, REASONS
 from packaging.version import Version
-from tiny_models import MODELS
+
+from support.matrix import CELLS, REASONS
+from support.models.tiny_models import MODELS
 
 GUIDE = Path(__file__).parents[2] / "examples" / "guides" / "architectures.md"
 SECTION = GUIDE.read_text(encoding="utf-8").partition("\n## The matrix\n")[2].partition("\n## ")[0]

@@ -7,15 +7,15 @@ from typing import Any
 
 import peft
 import pytest
-import tiny_models
 import torch
-from architectures import tiny_model
-from test_peft import QV, classifier, seq2seq
 from torch import Tensor
 
 import reftnoise as rn
 from reftnoise.engine.layout import batch_of
 from reftnoise.engine.training_pass.symnoise import in_pairs
+from support.models import tiny_models
+from support.models.architectures import tiny_model
+from support.models.peft_bases import QV, classifier, seq2seq
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 

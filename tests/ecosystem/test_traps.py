@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import EOS, PAD, tiny_model
 from torch import Tensor, nn
 
 import reftnoise as rn
+from support.models.architectures import EOS, PAD, tiny_model
 
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
 IDS = torch.arange(3, 13)[None]

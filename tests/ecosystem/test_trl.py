@@ -12,7 +12,10 @@ from transformers import set_seed
 
 trl = pytest.importorskip("trl", reason="needs trl: pip install 'reftnoise[trl]'")
 
-from trl_runs import (
+import reftnoise as rn
+import reftnoise.engine.training_pass.checks
+from reftnoise.engine.base.tiny import TinyExample
+from support.trl_runs import (
     MARKS,
     QUESTIONS,
     TOLERANCE,
@@ -31,10 +34,6 @@ from trl_runs import (
     supervised,
     wrapped,
 )
-
-import reftnoise as rn
-import reftnoise.engine.training_pass.checks
-from reftnoise.engine.base.tiny import TinyExample
 
 pytestmark = MARKS
 

@@ -8,9 +8,8 @@ import pytest
 
 pytest.importorskip("trl", reason="needs trl: pip install 'reftnoise[trl]'")
 
-from trl_runs import MARKS, base_model
-
 import reftnoise as rn
+from support.trl_runs import MARKS, base_model
 
 pytestmark = MARKS
 

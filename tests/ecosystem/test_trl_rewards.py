@@ -15,7 +15,9 @@ from transformers import LlamaForSequenceClassification, set_seed
 
 trl = pytest.importorskip("trl", reason="needs trl: pip install 'reftnoise[trl]'")
 
-from trl_runs import (
+import reftnoise as rn
+from reftnoise.engine.base.tiny import DIRECTORY
+from support.trl_runs import (
     MARKS,
     TOLERANCE,
     arguments,
@@ -32,9 +34,6 @@ from trl_runs import (
     states,
     wrapped,
 )
-
-import reftnoise as rn
-from reftnoise.engine.base.tiny import DIRECTORY
 
 pytestmark = MARKS
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runner import batch, step, wrapped
+
+from support.training_steps import batch, step, wrapped
 
 HAS_TRACED_PASSES = torch.__version__ >= "2.8"
 
@@ -15,7 +16,7 @@ HAS_TRACED_PASSES = torch.__version__ >= "2.8"
 @pytest.mark.skipif(not HAS_TRACED_PASSES, reason="needs torch 2.8")
 @pytest.mark.parametrize("name", ["compiled_passes.py", "compiled_bases.py"])
 def test_in_a_process_of_its_own(name: str) -> None:
-    cases = Path(__file__).parents[1] / "support" / name
+    cases = Path(__file__).parents[1] / "support" / "programs" / name
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
         env=os.environ | {"REFTNOISE_TEST_UNCHECKED": "1"},

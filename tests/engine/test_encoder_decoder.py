@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import tiny_model
-from tiny_models import LAYERS, Example, examples_of, model_of, padded
 from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 import reftnoise as rn
+from support.models.architectures import tiny_model
+from support.models.tiny_models import LAYERS, Example, examples_of, model_of, padded
 
 ENCODER = LAYERS | {"positions": "f1+l1"}
 DECODER = LAYERS | {"component": "decoder.block_output"}

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
-from test_hooks import generated, padded, reference, rows, wrapped
 from torch import Tensor
 from transformers import QuantizedCache, TextIteratorStreamer, TextStreamer, pipeline
 
 import reftnoise as rn
+from support.models.architectures import tiny_model
+from support.padded_rows import generated, padded, reference, rows, wrapped
 
 POSITIONS = ["l1", "f2+l3", "all", "all+decode"]
 NEW = 8

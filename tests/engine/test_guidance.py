@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import PAD, tiny_model
-from test_hooks import generated, padded, rows, wrapped
 from torch import Tensor
 
 import reftnoise as rn
+from support.models.architectures import PAD, tiny_model
+from support.padded_rows import generated, padded, rows, wrapped
 
 SCALE = 1.7
 NEW = 8

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
 from torch import Tensor
 
 import reftnoise as rn
+from support.models.architectures import tiny_model
 
 LENGTHS, PROMPTS = (9, 3, 12, 5), (5, 1, 8, 4)
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}

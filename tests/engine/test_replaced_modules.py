@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
 import reftnoise as rn
+from support.models.architectures import ARCHITECTURES, tiny_model
 
 LOREFT: dict[str, Any] = {"intervention": "loreft", "low_rank_dimension": 4, "positions": "f1+l1"}
 IDS = torch.arange(3, 13)[None]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import moved
-from architectures import tiny_model
 from torch import Tensor
 
 import reftnoise as rn
+from support.adapters import moved
+from support.models.architectures import tiny_model
 
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
 BIAS = {"layer": "all", "component": "mlp_output", "intervention": "bias", "positions": "all"}

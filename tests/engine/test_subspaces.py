@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import moved
-from architectures import tiny_model
 from torch import Tensor
 
 import reftnoise as rn
+from support.adapters import moved
+from support.models.architectures import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
 ROWS = [[0, 2], None, []]

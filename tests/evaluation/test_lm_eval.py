@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
 from transformers import T5Config, T5ForConditionalGeneration
 
 import reftnoise as rn
+from support.models.architectures import tiny_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'reftnoise[lm-eval]'")
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from real import REAL
 
 from reftnoise.data.tasks.base import Question
 from reftnoise.data.tasks.classifier import ClassifierTask
 from reftnoise.data.tasks.glue import SUBSETS, score
 from reftnoise.data.tasks.registry import TASKS, get_task
+from support.data import REAL
 
 COMMONSENSE = {
     "boolq": ("true", "false"),

@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
-from rendered import rendered
-from tiny_models import new_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -17,6 +14,9 @@ from reftnoise.data.tasks.registry import get_task
 from reftnoise.evaluation.generation import generated
 from reftnoise.evaluation.likelihood import choice_log_probs
 from reftnoise.evaluation.scoring import Evaluation, evaluate
+from support.data import rendered
+from support.models.architectures import tiny_model
+from support.models.tiny_models import new_model
 
 LABELS = ["in the forest", "in a big house", "no"]
 ROWS = [

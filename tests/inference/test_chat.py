@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import QUESTIONS, answer, save_adapter
 from rich.console import Console
 
 import reftnoise as rn
 from reftnoise.inference.chat import Conversation
 from reftnoise.inference.loading import load_adapted, load_library
+from support.adapters import QUESTIONS, answer, save_adapter
 
 SCRIPT = (
     "import sys; from reftnoise.inference.chat import Decoding, chat\n"
@@ -140,7 +140,7 @@ class Terminal:
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(adapter: Path) -> None:
     # An answer that does not end by itself, slow enough to be interrupted.
     slow = (
-        "import signal, sys, time; from reftnoise import chat\n"
+        "import signal, sys, time; from reftnoise.inference import chat\n"
         # Tests that a shell runs in the background inherit that this signal is ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "put = chat._Shown.put\n"

@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from architectures import tiny_model
 from torch import Tensor
 
 import reftnoise as rn
@@ -12,6 +11,7 @@ from reftnoise.adapters.frozen import FrozenAdapter
 from reftnoise.config.positions import Positions
 from reftnoise.engine.layout import PromptLayout
 from reftnoise.inference.vllm.flat_batch import FlatBatch, Requests, apply_
+from support.models.architectures import tiny_model
 
 POSITIONS = ["l1", "f7+l7", "f2+l3", "all", "all+decode", "decode", [0, 3, -1]]
 

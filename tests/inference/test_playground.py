@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import moved
 
 import reftnoise as rn
 from reftnoise.analysis.inspection import edit_norms
 from reftnoise.evaluation.decoding import Decoding
 from reftnoise.inference.playground.asking import BASE, NO_NOISE, TOGETHER, Question
 from reftnoise.inference.playground.local import LocalModel
+from support.adapters import moved
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_a_browser = pytest.mark.skipif(

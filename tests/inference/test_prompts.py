@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import QUESTIONS, answer, save_adapter
 from rich.console import Console
 
 import reftnoise as rn
@@ -19,6 +18,7 @@ from reftnoise.inference.chat import chat
 from reftnoise.inference.loading import load_adapted
 from reftnoise.inference.prompts import answer_prompts, generate_texts
 from reftnoise.training.recipe import DataConfig, Recipe
+from support.adapters import QUESTIONS, answer, save_adapter
 
 SHORT = Decoding(max_new_tokens=12)
 PLAIN = replace(SHORT, template="plain")

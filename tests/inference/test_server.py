@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import moved
 
 import reftnoise as rn
+from support.adapters import moved
 
 pytest.importorskip("fastapi", reason="needs fastapi: pip install 'reftnoise[serve]'")
 

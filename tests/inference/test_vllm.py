@@ -15,10 +15,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import pytest
 import torch
-from served_adapters import MISTAKES, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftnoise as rn
+from support.adapters import MISTAKES, save
 
 vllm = pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 import torch
-from served_adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
 
 import reftnoise as rn
 from reftnoise.evaluation.decoding import Decoding
 from reftnoise.inference.playground.asking import Question
+from support.adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
 
 pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
 openai = pytest.importorskip("openai")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import pyvene
 import torch
-from architectures import neftune_post_forward_hook
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -19,6 +18,7 @@ from reftnoise.interventions import (
     SymNoiseIntervention,
 )
 from reftnoise.interventions.noise import bernoulli_noise, gaussian_noise, uniform_noise
+from support.models.architectures import neftune_post_forward_hook
 
 ONE_SIDED = [NeftuneIntervention, GaussianNoiseIntervention, BernoulliNoiseIntervention]
 EVERY = [*ONE_SIDED, SymNoiseIntervention]

@@ -1,7 +1,7 @@
 """What works on which architecture: every cell is run, and says "ok" or why not.
 
-`python tests/support/matrix.py` prints the table of examples/guides/architectures.md, or the rows
-of the architectures that it gets as arguments.
+`PYTHONPATH=tests python -m support.matrix` prints the table of examples/guides/architectures.md, or
+the rows of the architectures that it gets as arguments.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import track
-from tiny_models import LAYERS, MODELS, Example, examples_of, model_of, padded
 from torch import Tensor
 
 import reftnoise as rn
 from reftnoise.engine.base.sites import takes_position_ids
+from support.models.tiny_models import LAYERS, MODELS, Example, examples_of, model_of, padded
 
 NEW_TOKENS = 6
 TOLERANCE = 1e-4

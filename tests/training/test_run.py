@@ -16,43 +16,20 @@ from hypothesis import strategies as st
 import reftnoise as rn
 from reftnoise._util import yaml_text
 from reftnoise._util.options import read, read_file, read_yaml
-from reftnoise.cli.main import COMMANDS, main
+from reftnoise.cli.main import COMMANDS
 from reftnoise.data.sources import load_rows
 from reftnoise.data.tasks.registry import get_task
 from reftnoise.evaluation.scoring import evaluate
 from reftnoise.training.recipe import Recipe
 from reftnoise.training.run_directory import RunDirectory
 from reftnoise.training.study.grid import Study, cells
+from support.command_line import LOREFT, command, quick
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
 STUDIES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
 SMALL = [path for path in RECIPES if path.parent.name == "small"]
-LOREFT = '[{"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}]'
-
 by_name = {"ids": lambda path: path.stem}
-
-
-def command(*arguments: Any) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def quick(directory: Path, *more: Any) -> tuple[Any, ...]:
-    """A run of a few steps on the embedded model."""
-    given = {
-        "representations": LOREFT,
-        "data.train": "tiny-chat",
-        "data.template": "chat",
-        "training.max_steps": 4,
-        "training.logging_steps": 2,
-        "training.learning_rate": 4e-3,
-        "evaluation.data": "tiny-chat",
-        "evaluation.split": "test[:8]",
-        "output_dir": directory,
-        "device": "cpu",
-    }
-    options = [part for name, value in given.items() for part in (f"--{name}", value)]
-    return ("train", *options, *more)
 
 
 def json_of(capsys: pytest.CaptureFixture[str]) -> Any:

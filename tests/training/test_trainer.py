@@ -13,64 +13,33 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, tiny_model
 from torch import Tensor
-from transformers import TrainingArguments, set_seed
 
 import reftnoise as rn
 from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.interventions import INTERVENTIONS
+from support.models.architectures import ARCHITECTURES
+from support.trainer_runs import (
+    COMPLETIONS,
+    PROMPTS,
+    arguments,
+    base_model,
+    loreft,
+    module,
+    resumable_run,
+    weights,
+    wrapped,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),
 ]
 
-PROMPTS = ["Where does a fish live?", "What is it?", "What colour is the big banana?", "Who?"] * 2
-COMPLETIONS = ["🐟", "🌊🌊", "🍌🟡 and more words", "🤖💬🌐🧠"] * 2
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return transformers.AutoTokenizer.from_pretrained(DIRECTORY)
-
-
-def base_model(tokenizer: Any, architecture: str = "llama") -> Any:
-    special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("pad", "bos", "eos")}
-    return tiny_model(architecture, vocab_size=len(tokenizer), **special)
-
-
-def loreft(**entry: Any) -> dict[str, Any]:
-    defaults = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
-    return defaults | {"positions": "f1+l1"} | entry
-
-
-def wrapped(tokenizer: Any, *entries: dict[str, Any]) -> rn.ReftModel:
-    base = base_model(tokenizer)
-    set_seed(1)
-    return rn.get_reft_model(base, rn.ReftConfig(representations=list(entries) or [loreft()]))
-
-
-def arguments(directory: Path, **settings: Any) -> TrainingArguments:
-    defaults = {
-        "output_dir": str(directory),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-    }
-    return TrainingArguments(**(defaults | settings))
-
-
-def module(tokenizer: Any, model: Any, **settings: Any) -> dict[str, Any]:
-    return rn.make_last_position_supervised_data_module(
-        tokenizer, model, PROMPTS, COMPLETIONS, **settings
-    )
-
-
-def weights(model: rn.ReftModel) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.interventions.parameters()])
 
 
 @pytest.mark.filterwarnings("ignore:.*early_stopping.*:UserWarning")
@@ -304,40 +273,12 @@ def test_tokenizer_and_processing_class_are_one_argument(tokenizer: Any, tmp_pat
 # -- resuming ----------------------------------------------------------------------------------
 
 
-def resumable_run(directory: Path, tokenizer: Any, callbacks: Any = None) -> rn.ReftTrainer:
-    model = wrapped(tokenizer, loreft(dropout=0.2), {"intervention": "symnoise"})
-    args = arguments(
-        directory,
-        per_device_train_batch_size=2,
-        max_steps=12,
-        save_strategy="steps",
-        save_steps=3,
-        weight_decay=0.1,
-        warmup_steps=2,
-        seed=3,
-    )
-    return rn.ReftTrainer(model=model, args=args, callbacks=callbacks, **module(tokenizer, model))
-
-
-class KillAtStep(transformers.TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 8:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_run(directory: str) -> None:
-    """Runs in a process of its own; see below."""
-    torch.set_num_threads(1)  # as the tests do: sums over other chunks round otherwise
-    tokenizer = transformers.AutoTokenizer.from_pretrained(DIRECTORY)
-    resumable_run(Path(directory), tokenizer, [KillAtStep()]).train()
-
-
 def test_a_killed_run_resumes_to_the_same_weights(tokenizer: Any, tmp_path: Path) -> None:
     whole = resumable_run(tmp_path / "whole", tokenizer)
     whole.train()
     directory = tmp_path / "killed"
-    code = f"import test_trainer; test_trainer.killed_run({str(directory)!r})"
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    code = f"from support.trainer_runs import killed_run; killed_run({str(directory)!r})"
+    paths = os.pathsep.join(filter(None, sys.path))
     environment = os.environ | {"PYTHONPATH": paths}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL

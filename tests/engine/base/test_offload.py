@@ -8,13 +8,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
-from architectures import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 import reftnoise as rn
 from reftnoise.engine.base.sharding import device_of
 from reftnoise.engine.base.tiny import DIRECTORY
+from support.models.architectures import tiny_model
 
 PARTS = {
     "model.embed_tokens": "cpu",

@@ -9,20 +9,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import tiny_model
 from torch import Tensor
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     TrainingArguments,
 )
 
 import reftnoise as rn
 from reftnoise.engine.training_pass.runner import Runner
+from support.models.architectures import tiny_model
+from support.models.peft_bases import QV, classifier, seq2seq
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # peft's calls
@@ -32,7 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type .*RMSNorm:UserWarning"),
 ]
 
-QV = {"target_modules": ["q_proj", "v_proj"]}
 ALL = {"r": 4, "target_modules": ["q_proj", "o_proj"]}  # layers of one shape, which VeRA shares
 SECTIONS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, **QV},
@@ -57,7 +53,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "hra": {"r": 2, **QV},
     "fourierft": {"n_frequency": 10, **QV},
 }
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
 VIRTUAL = ["prefix_tuning", "prompt_tuning", "p_tuning"]
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2, "positions": "f1+l1"}
 
@@ -312,18 +307,6 @@ def test_sections_survive_files(name: str) -> None:
     assert rn.ReftConfig.from_json(config.to_json()) == config
     assert rn.ReftConfig.from_yaml(config.to_yaml()) == config
     assert rn.ReftConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
-
-
-def classifier() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**SMALL, intermediate_size=32)).eval()
-
-
-def seq2seq() -> T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 2}
-    return T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes, **special)).eval()
 
 
 DECODER = {"component": "decoder.block_output", "positions": "all+decode"}

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import distributed_worker as worker
 import pytest
 import torch
-from architectures import tiny_model
 from safetensors.torch import load_file
 
 import reftnoise as rn
+from support.models.architectures import tiny_model
+from support.programs import distributed_worker as worker
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
@@ -30,7 +30,7 @@ class Launch:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.folder = folder
-        path = os.pathsep.join([str(Path(worker.__file__).parent), *sys.path])
+        path = os.pathsep.join(filter(None, sys.path))
         self.process = subprocess.run(
             [*TORCHRUN, worker.__file__, name, str(folder)],
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

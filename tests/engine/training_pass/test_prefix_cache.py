@@ -8,11 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import tiny_model
-from test_runner import assert_same, batch, plain, split, step, wrapped
 from torch import Tensor
 
 from reftnoise.engine.training_pass.prefix_cache import BLOCK, PrefixCache
+from support.models.architectures import tiny_model
+from support.training_steps import assert_same, batch, plain, split, step, wrapped
 
 WIDTH = 6
 

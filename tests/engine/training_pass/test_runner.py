@@ -11,7 +11,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
@@ -19,62 +18,10 @@ from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalL
 import reftnoise as rn
 from reftnoise.engine.training_pass.prefix_cache import PrefixCache, PromptStates
 from reftnoise.engine.training_pass.probe import is_watched
+from support.models.architectures import ARCHITECTURES, tiny_model
+from support.training_steps import PROMPTS, assert_same, batch, plain, split, step, wrapped
 
-PROMPTS, COMPLETIONS = [12, 3, 20, 1], [4, 6, 3, 5]
 POSITIONS: list[Any] = ["l1", "l3", "l2+decode", [-2, -1]]
-
-
-def wrapped(positions: Any = "l1", *more: dict[str, Any], base: Any = None) -> rn.ReftModel:
-    torch.manual_seed(1)
-    loreft = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
-    config = rn.ReftConfig(representations=[loreft | {"positions": positions}, *more])
-    return rn.get_reft_model(tiny_model() if base is None else base, config).train()
-
-
-def batch(side: str = "right", position_ids: bool = True) -> dict[str, Tensor]:
-    """Four rows of other lengths each, padded on one side."""
-    torch.manual_seed(2)
-    width = max(p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)) + 2
-    ids = torch.zeros(len(PROMPTS), width, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-        length = prompt + completion
-        start = width - length if side == "left" else 0
-        ids[row, start : start + length] = torch.randint(3, 101, (length,))
-        mask[row, start : start + length] = 1
-        labels[row, start + prompt : start + length] = ids[row, start + prompt : start + length]
-    made = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    if side == "left" and position_ids:
-        made["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    return made
-
-
-def step(model: rn.ReftModel, inputs: dict[str, Any], **options: Any) -> tuple[Any, list[Tensor]]:
-    """The output, and the gradients of all units."""
-    model.zero_grad()
-    torch.manual_seed(3)
-    output = model(**inputs, **options)
-    output.loss.backward()
-    return output, [parameter.grad.clone() for parameter in model.interventions.parameters()]
-
-
-def plain(model: rn.ReftModel, inputs: dict[str, Any], **options: Any) -> tuple[Any, list[Tensor]]:
-    before = model.split, model.prefix_cache
-    model.split, model.prefix_cache = "never", None
-    found = step(model, inputs, return_logits=True, **options)
-    model.split, model.prefix_cache = before
-    return found
-
-
-def assert_same(found: tuple[Any, list[Tensor]], expected: tuple[Any, list[Tensor]]) -> None:
-    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=1e-6, atol=0)
-    for one, other in zip(found[1], expected[1], strict=True):
-        assert torch.linalg.vector_norm(one - other) <= 1e-5 * torch.linalg.vector_norm(other)
-
-
-def split(model: rn.ReftModel) -> rn.ReftModel:
-    model.split = "always"
-    return model
 
 
 # -- the same loss and gradients -------------------------------------------------------------------

@@ -1,9 +1,14 @@
-"""The text that a model is to read of a row, by the tokenizer's own chat template."""
+"""Real data and models, where there are any, and rows as a model reads them."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from reftnoise.data.templates import fill
+
+REAL = Path(os.environ.get("REFTNOISE_REAL", "nowhere"))
+"""A folder with `data` and `models`."""
 
 
 def rendered(tokenizer: Any, template: str, row: Mapping[str, Any]) -> tuple[str, bool]:

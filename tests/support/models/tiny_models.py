@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from architectures import BOS, CONFIGS, EOS, PAD, VOCABULARY, with_large_weights
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from reftnoise.engine.base.sites import takes_position_ids
+from support.models.architectures import BOS, CONFIGS, EOS, PAD, VOCABULARY, with_large_weights
 
 Example = dict[str, Tensor]
 """Inputs of one row, each with a batch dimension of 1."""

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_runner import batch, wrapped
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import reftnoise as rn
+from support.training_steps import batch, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 

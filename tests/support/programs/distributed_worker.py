@@ -1,4 +1,4 @@
-"""Training runs that two processes share; test_distributed.py starts them and knows the results.
+"""Training runs that two processes share; test_sharding.py starts them and knows the results.
 
     python -m torch.distributed.run --nproc_per_node 2 distributed_worker.py RUNS FOLDER
 
@@ -17,12 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cpus_as_accelerators
 import torch
 import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
-from architectures import tiny_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -33,6 +31,8 @@ import reftnoise as rn
 from reftnoise.adapters import saving
 from reftnoise.adapters.directory import AdapterFiles
 from reftnoise.engine.base.tiny import DIRECTORY
+from support.models.architectures import tiny_model
+from support.programs import cpus_as_accelerators
 
 PROMPTS = ["Where does a fish live?", "What is it?", "What colour is the big banana?", "Who?"] * 2
 COMPLETIONS = ["🐟", "🌊🌊", "🍌🟡 and more words", "🤖💬🌐🧠"] * 2

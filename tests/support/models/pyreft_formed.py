@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import pyvene as pv
 import torch
-from architectures import tiny_model
 from pyvene import (
     DistributedRepresentationIntervention,
     SourcelessIntervention,
@@ -23,6 +22,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from transformers.activations import ACT2FN
 
 import reftnoise as rn
+from support.models.architectures import tiny_model
 
 
 class _Formed(SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention):

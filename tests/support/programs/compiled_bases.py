@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import compile_regions
-from architectures import tiny_model
-from test_runner import batch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import reftnoise as rn
 from reftnoise.engine.training_pass.prefix_cache import PrefixCache
+from support.models.architectures import tiny_model
+from support.training_steps import batch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
