@@ -15,9 +15,9 @@ from .adapters import saving
 from .adapters.library import OWN, AdapterChoice, AdapterLibrary
 from .adapters.mixin import AdapterMixin
 from .config.representations import ReftConfig
-from .engine.base.locks import exclusive, innermost
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .engine.base.quantization import keep_differentiable
+from .engine.base.running import exclusive, innermost
 from .engine.generation import generate_edited
 from .engine.hooks import Engine
 from .engine.layout import UnitLocations, batch_of

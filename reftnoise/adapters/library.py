@@ -10,8 +10,8 @@ import torch
 from .._util.errors import nearest
 from ..config.components import Stack
 from ..config.positions import POSITION_FIELDS
-from ..engine.base.locks import exclusive
 from ..engine.base.peft import inner_model
+from ..engine.base.running import exclusive
 from ..engine.base.sites import is_encoder_decoder, layer_of, num_layers
 from ..engine.hooks import Engine
 from ..engine.planning import Locator

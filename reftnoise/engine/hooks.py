@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..interventions import LowRankRotation, shared_bases
-from .base.checkpointing import checkpointed_modules, checkpointing
-from .base.compilation import (
+from .base.peft import inner_model, may_add_to_loss, virtual_tokens
+from .base.running import (
     as_written,
     calls_as_written,
     can_edit_outside,
+    checkpointed_modules,
+    checkpointing,
     edit_outside,
+    exclusive,
     hook_first,
+    innermost,
 )
-from .base.locks import exclusive, innermost
-from .base.peft import inner_model, may_add_to_loss, virtual_tokens
 from .base.sharding import gather_for, is_part
 from .base.sites import Site, find_stack, site_now
 from .calls import Chunk, Pass, TokenlessChunk, chunk_of_call

@@ -12,8 +12,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from .base.compilation import hook_first, put_in_order, uncompiled
 from .base.peft import inner_model
+from .base.running import hook_first, put_in_order, uncompiled
 from .base.sites import Site
 from .calls import Chunk, Pass, TokenlessChunk
 from .hooks import Engine

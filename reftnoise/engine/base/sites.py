@@ -5,7 +5,6 @@ one of the encoder's, which reads the prompt, unless it says `decoder.`.
 """
 
 import difflib
-import functools
 import inspect
 import re
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...config.components import COMPONENTS, Stack, is_dotted, split_component
-from .compilation import uncompiled
 from .peft import inner_model
+from .running import module_at, path_parts, uncompiled
 
 # Children of a decoder layer, by what the models of transformers call them.
 _CHILDREN = {
@@ -92,10 +91,8 @@ def site_now(model: nn.Module, site: Site) -> Site:
     Raises:
         ValueError: the model has no module of that name any more.
     """
-    module: Any = model
     try:
-        for part in _parts(site.name):  # much faster than get_submodule, at every pass
-            module = module._modules[part] if part in module._modules else getattr(module, part)
+        module = module_at(model, site.name)
     except AttributeError:
         raise ValueError(f"{site}: the model has no such module any more") from None
     return site if module is site.module else replace(site, module=module)
@@ -237,7 +234,7 @@ def _child(layer: nn.Module, component: str, path: str) -> nn.Module:
 
 def _by_path(model: nn.Module, path: str, component: str) -> nn.Module:
     module = model
-    for part in _parts(path):
+    for part in path_parts(path):
         children = dict(uncompiled(module).named_children())
         if part not in children:
             raise ValueError(
@@ -246,11 +243,6 @@ def _by_path(model: nn.Module, path: str, component: str) -> nn.Module:
             )
         module = children[part]
     return module
-
-
-@functools.cache
-def _parts(path: str) -> list[str]:
-    return re.sub(r"\[(\d+)\]", r".\1", path).split(".")
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

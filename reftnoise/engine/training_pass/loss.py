@@ -6,7 +6,6 @@ a label, in chunks, so that batch × length × vocabulary logits are never held.
 """
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -18,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
+
+from ..base.running import with_children
 
 MAX_LOGITS = 2**24
 """Logits that the loss holds at a time: 64 MiB in fp32."""
@@ -35,9 +36,8 @@ class Tail:
     """
 
     def __init__(self, base: PreTrainedModel, decoder_output: type[ModelOutput]) -> None:
-        self._model = copy.copy(base)
         decoder = {base.base_model_prefix: _Given(decoder_output)}
-        self._model._modules = base._modules | decoder
+        self._model: Any = with_children(base, decoder)
         self._recorded = _Recorded()
         self._model.loss_function = self._recorded
         self.vocabulary = int(base.config.get_text_config().vocab_size)

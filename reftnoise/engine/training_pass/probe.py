@@ -1,8 +1,5 @@
 """Find out on a base itself, with a few tokens, which shortcuts leave its results as they are."""
 
-import contextlib
-from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
-from ..base.compilation import as_written
+from ..base.running import alone
 from .loss import Tail
 from .prefix_cache import PromptStates
 
@@ -39,7 +36,8 @@ def probe(base: PreTrainedModel) -> Abilities:
     tokens = torch.arange(TOKENS, device=base.device)[None]
     seen: list[ModelOutput] = []
     try:
-        with torch.no_grad(), _alone(base):
+        with torch.no_grad(), alone(base):
+            base.eval()
             hook = base.base_model.register_forward_hook(lambda _, __, out: seen.append(out))
             try:
                 plain = base(input_ids=tokens, labels=tokens)
@@ -110,41 +108,3 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
     found, expected = found.float(), expected.float()
     return bool((found - expected).abs().amax() <= tolerance * expected.abs().amax())
-
-
-def has_foreign_hooks(module: nn.Module, but: tuple[str, ...] = ()) -> bool:
-    """Whether hooks of others stand on a module, but those of these packages."""
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return False
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    owners = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
-    return not all(owner.startswith(("reftnoise.", *but)) for owner in owners)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether others count on a module's calls: by hooks, or by sharding it across processes.
-
-    Shards are gathered at each call, so all processes must make equally many.
-    """
-    if type(module).__module__.startswith("torch.distributed."):
-        return True
-    return has_foreign_hooks(module, but=("transformers.utils.output_capturing",))
-
-
-@contextlib.contextmanager
-def _alone(base: nn.Module) -> Iterator[None]:
-    """Within the block, the base is in evaluation mode, uncompiled, and no hook of others runs."""
-    modes = [(module, module.training) for module in base.modules()]
-    watched = [module for module in base.modules() if is_watched(module)]
-    hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in watched]
-    for module in watched:
-        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-    base.eval()
-    try:
-        with as_written(base, base.modules()):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for module, after, before in hooks:
-            module._forward_hooks, module._forward_pre_hooks = after, before

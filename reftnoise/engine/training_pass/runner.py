@@ -24,10 +24,16 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
 from ...interventions import NoiseIntervention
-from ..base.checkpointing import checkpointed_modules
-from ..base.locks import exclusive, innermost
 from ..base.peft import inner_model, may_add_to_loss, virtual_tokens
 from ..base.quantization import check_gradients
+from ..base.running import (
+    checkpointed_modules,
+    exclusive,
+    has_foreign_hooks,
+    innermost,
+    is_watched,
+    weights_stamp,
+)
 from ..base.sharding import is_spread
 from ..base.sites import takes_position_ids
 from ..calls import Pass
@@ -36,7 +42,7 @@ from ..layout import has_token_labels
 from ..tracing import Tracer
 from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
 from .prefix_cache import Complete, PrefixCache, PromptStates, pack, unpack
-from .probe import Abilities, has_foreign_hooks, is_watched, probe
+from .probe import Abilities, probe
 from .split import PER_TOKEN, Alignment, align, aligned_inputs
 from .symnoise import first_of_pairs
 
@@ -388,10 +394,9 @@ class Runner:
     def _stamp(self) -> tuple[object, ...]:
         """What keys and values depend on, beside tokens."""
         base = self._engine.base
-        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters()]
         device = base.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return (*weights, cast)
+        return (*weights_stamp(base), cast)
 
     def _log(self, what: str, why: str | None) -> None:
         if why is not None and (what, why) not in self._logged:

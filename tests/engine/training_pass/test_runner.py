@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
 import reftnoise as rn
+from reftnoise.engine.base.running import is_watched
 from reftnoise.engine.training_pass.prefix_cache import PrefixCache, PromptStates
-from reftnoise.engine.training_pass.probe import is_watched
 from support.models.architectures import ARCHITECTURES, tiny_model
 from support.training_steps import PROMPTS, assert_same, batch, plain, split, step, wrapped
 

@@ -1,0 +1,284 @@
+"""What else acts while a base runs: other passes and threads, compiled code, checkpoints, hooks.
+
+Threads take the lock of a base in turn. Within a thread the innermost pass alone edits: a hook or a
+logits processor may run a pass of another `ReftModel`, or of the bare base.
+
+torch.compile looks at a module's hooks when it traces it, and never again: what it compiled without
+ours would run unedited, and what it compiled with them would edit the bare base. So within a pass,
+a compiled module with one of our hooks inside runs as it was written, and a compiled module whose
+own input or output is edited stays compiled, with the edit outside.
+"""
+
+import contextlib
+import copy
+import functools
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from threading import RLock, get_ident
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+_LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
+_PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()
+
+_CHECKPOINT_FUNCTIONS = ("checkpoint_fn", "_gradient_checkpointing_func")
+"""What recomputes: of torch's CheckpointWrapper, which FSDP puts around layers; of transformers."""
+
+
+# -- passes and threads --------------------------------------------------------------------------
+
+
+def exclusive(base: nn.Module) -> RLock:
+    """The lock of `base`, which a thread holds while it runs a pass."""
+    return _LOCKS.setdefault(base, RLock())
+
+
+@contextlib.contextmanager
+def innermost(base: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Make the block the innermost pass on `base`; yields whether it still is, in this thread."""
+    passes, mine, thread = _PASSES.setdefault(base, []), object(), get_ident()
+    passes.append(mine)
+    try:
+        yield lambda: passes[-1] is mine and get_ident() == thread
+    finally:
+        passes.remove(mine)
+
+
+# -- compiled code -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def as_written(base: nn.Module, hooked: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, no compiled code of `base` has one of the modules `hooked` inside.
+
+    Of `hooked` themselves, those that `edit_outside` can serve stay compiled.
+    """
+    modules = set(hooked)
+    with contextlib.ExitStack() as stack:
+        for module in base.modules():
+            original = _written_forward(module)
+            if original is None and module._compiled_call_impl is None:
+                continue
+            has_hooks_inside = not modules.isdisjoint(
+                m for m in module.modules() if m is not module
+            )
+            if original is not None and has_hooks_inside:
+                stack.callback(_replace(module, "forward", original))
+            if module._compiled_call_impl is not None and (
+                has_hooks_inside or (module in modules and not can_edit_outside(module))
+            ):
+                stack.callback(_replace(module, "_compiled_call_impl", None))
+        yield
+
+
+@contextlib.contextmanager
+def calls_as_written(base: nn.Module) -> Iterator[None]:
+    """Within the block, calls of `base` that `generate` compiles run as they were written."""
+    get_compiled_call: Any = getattr(base, "get_compiled_call", None)
+    is_inside = True
+
+    def get_call(*config: Any) -> Callable[..., Any]:
+        compiled = get_compiled_call(*config)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (base if is_inside else compiled)(*args, **kwargs)
+
+        return call
+
+    undo = _replace(base, "get_compiled_call", get_call)
+    try:
+        yield
+    finally:
+        is_inside = False
+        undo()
+
+
+def can_edit_outside(module: nn.Module) -> bool:
+    """Whether a module was compiled in place, and no hooks of others see its hidden states."""
+    is_compiled = module._compiled_call_impl is not None
+    return is_compiled and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def edit_outside(
+    module: nn.Module, edit: Callable[..., Any], *, is_input: bool
+) -> Callable[[], None]:
+    """Call a hook of `module` before or after its compiled code; returns what undoes it."""
+    compiled: Any = module._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_input:
+            args, kwargs = edit(module, args, kwargs)
+            return compiled(*args, **kwargs)
+        return edit(module, args, compiled(*args, **kwargs))
+
+    return _replace(module, "_compiled_call_impl", call)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` was made of; the module itself if it is none."""
+    inside = module._modules.get("_orig_mod")
+    return module if inside is None else inside
+
+
+def _written_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """What `module.forward` was before it was compiled; None if it is not."""
+    forward = module.forward
+    original = getattr(forward, "_torchdynamo_orig_callable", None)
+    if original is None or getattr(forward, "_torchdynamo_disable", False):
+        return None
+    return MethodType(original, module) if isinstance(forward, MethodType) else original
+
+
+def _replace(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of a module itself, not of its class; returns what sets it back."""
+    own = module.__dict__
+    had, before = name in own, own.get(name)
+    own[name] = value
+
+    def undo() -> None:
+        if had:
+            own[name] = before
+        else:
+            del own[name]
+
+    return undo
+
+
+# -- gradient checkpointing: the backward pass recomputes what ran in the forward pass ------------
+
+
+def checkpointed_modules(base: nn.Module) -> list[nn.Module]:
+    """The modules whose layers gradient checkpointing would recompute now."""
+    return [
+        module
+        for module in base.modules()
+        if module.training
+        and torch.is_grad_enabled()
+        and any(name in vars(module) for name in _CHECKPOINT_FUNCTIONS)
+        and vars(module).get("gradient_checkpointing", "checkpoint_fn" in vars(module))
+    ]
+
+
+@contextlib.contextmanager
+def checkpointing(
+    module: nn.Module, repeatable: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within the block, checkpoint what `repeatable` makes of the functions of `module`.
+
+    Args:
+        module: one of `checkpointed_modules`.
+        repeatable: called as a layer is about to run; returns its function such that the backward
+            pass, which comes when the block has ended, recomputes what runs now.
+    """
+    name = next(name for name in _CHECKPOINT_FUNCTIONS if name in vars(module))
+    checkpoint = getattr(module, name)
+
+    def checkpoint_repeatable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(repeatable(function), *args, **kwargs)
+
+    setattr(module, name, checkpoint_repeatable)
+    try:
+        yield
+    finally:
+        setattr(module, name, checkpoint)
+
+
+# -- hooks ---------------------------------------------------------------------------------------
+
+
+def hook_first(
+    module: nn.Module, edit: Callable[..., Any], *, is_input: bool
+) -> Callable[[], None]:
+    """Register a hook; first, so that whoever reads hidden states by one reads edited ones."""
+    if is_input:
+        handle = module.register_forward_pre_hook(edit, prepend=True, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(edit, prepend=True)
+    return handle.remove
+
+
+def put_in_order(module: nn.Module) -> None:
+    """Store hooks in the order in which they run; torch 2.8 confuses those that were prepended."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        ordered = list(hooks.items())
+        hooks.clear()
+        hooks.update(ordered)
+
+
+def has_foreign_hooks(module: nn.Module, but: tuple[str, ...] = ()) -> bool:
+    """Whether hooks of others are on a module.
+
+    Args:
+        module: any module.
+        but: packages whose hooks do not count, beside our own.
+    """
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    owners = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
+    return not all(owner.startswith(("reftnoise.", *but)) for owner in owners)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether others count on a module's calls: by hooks, or by sharding it across processes.
+
+    Shards are gathered at each call, so all processes must make equally many.
+    """
+    if type(module).__module__.startswith("torch.distributed."):
+        return True
+    return has_foreign_hooks(module, but=("transformers.utils.output_capturing",))
+
+
+@contextlib.contextmanager
+def alone(base: nn.Module) -> Iterator[None]:
+    """Within the block, the base is uncompiled, no hook of others runs, and modes may change."""
+    modes = [(module, module.training) for module in base.modules()]
+    watched = [module for module in base.modules() if is_watched(module)]
+    hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in watched]
+    for module in watched:
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        with as_written(base, base.modules()):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, after, before in hooks:
+            module._forward_hooks, module._forward_pre_hooks = after, before
+
+
+# -- modules and weights as they are now ---------------------------------------------------------
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module that has a path now; an AttributeError if there is none."""
+    module: Any = model
+    for part in path_parts(path):  # much faster than get_submodule, at every pass
+        module = module._modules[part] if part in module._modules else getattr(module, part)
+    return module
+
+
+@functools.cache
+def path_parts(path: str) -> list[str]:
+    """`layers[3].mlp` → `["layers", "3", "mlp"]`."""
+    return re.sub(r"\[(\d+)\]", r".\1", path).split(".")
+
+
+def with_children(module: nn.Module, children: Mapping[str, nn.Module]) -> Any:
+    """A shallow copy of a module with other children in the places of some."""
+    copied = copy.copy(module)
+    copied._modules = module._modules | dict(children)
+    return copied
+
+
+def weights_stamp(module: nn.Module) -> tuple[object, ...]:
+    """A value that changes with the module's weights, but for changes that torch does not record.
+
+    These are changes through `.data`, and those by fused optimizers.
+    """
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters())
