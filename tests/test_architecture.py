@@ -34,7 +34,7 @@ FLOORS = [
     {"analysis"},
     {"inference"},
     {"cli"},
-    {"__init__", "__main__", "bench"},
+    {"__init__", "__main__"},
 ]
 # Within the engine, from what knows the base alone to what runs a training pass.
 ENGINE = [
@@ -53,8 +53,6 @@ EXCEPTIONS: dict[str, list[tuple[str, str]]] = {
         ("adapters.mixin → model", "to be mended"),
         ("adapters.pyreft.convert → model", "to be mended"),
         ("adapters.saving → model", "to be mended"),
-        ("cli.commands → bench.run", "to be mended"),
-        ("cli.commands → bench.workload", "to be mended"),
         ("data.collation → model", "to be mended"),
     ],
     "imports within the engine go down": [
@@ -94,7 +92,6 @@ EXCEPTIONS: dict[str, list[tuple[str, str]]] = {
         ("training/study/cell.py:_exit", "os has no public name for it"),
     ],
     "hooks are registered in two rooms": [
-        ("bench/sides.py", "to be mended"),
         ("inference/vllm/worker.py", "to be mended"),
     ],
     "names of their own": [
@@ -108,14 +105,11 @@ EXCEPTIONS: dict[str, list[tuple[str, str]]] = {
         ("Study", "to be mended"),
     ],
     "optional libraries": [
-        ("matplotlib in analysis/report, bench", "to be mended"),
-        ("peft in bench, config, engine/base", "to be mended"),
+        ("peft in config, engine/base", "to be mended"),
     ],
     "documented": [
         ("reftnoise/adapters/directory.py:AdapterFiles.config_path", "to be mended"),
         ("reftnoise/adapters/directory.py:AdapterFiles.weights_path", "to be mended"),
-        ("reftnoise/bench/measure.py:Times.median", "to be mended"),
-        ("reftnoise/bench/sides.py:Bench.base", "to be mended"),
         ("reftnoise/config/peft.py:import_peft", "to be mended"),
         ("reftnoise/config/peft.py:peft_config", "to be mended"),
         ("reftnoise/config/positions.py:Positions.edits_prompt", "to be mended"),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._util.files import json_text
-from ..bench.workload import Workload
 from ..evaluation.decoding import Decoding
 from ..training.recipe import Recipe
 from ..training.study.grid import Study
@@ -292,53 +291,6 @@ def report(
     print(write_report(directory, against=against, prompts=texts, output_dir=output_dir))
 
 
-def bench(
-    work: Workload | None = None,
-    vary: str | None = None,
-    values: list[int] | None = None,
-    sides: list[str] | None = None,
-    rounds: int = 7,
-    threads: int = 1,
-    memory: bool = False,
-    generation: bool = False,
-    device: str = "cpu",
-    output_dir: str = "reftnoise-bench",
-) -> None:
-    """Measure training steps and generation beside the floor, LoRA, NEFTune and pyreft.
-
-    The floor is the frozen base's forward pass, with logits everywhere, and the backward pass down
-    to the first edited layer's output. Without work, vary and sides, README's table is measured,
-    in about ten minutes.
-
-    Args:
-        work: one workload instead of the table.
-        vary: a number of the workload to go through `values`, such as rank or layers.
-        values: of what is varied.
-        sides: of floor, plain, split, reuse, symnoise, compiled, lora, neftune, pyreft; by default
-            all but compiled.
-        rounds: interleaved measurements of each side.
-        threads: of torch.
-        memory: also measure the peak memory of each side, in a process of its own.
-        generation: also measure generation.
-        device: cpu or cuda, for README's table.
-        output_dir: directory for results.json, results.md and results.png.
-    """
-    from ..bench.run import run_bench
-
-    run_bench(
-        work,
-        vary=vary,
-        values=values or [],
-        sides=sides or [],
-        rounds=rounds,
-        threads=threads,
-        memory=memory,
-        generation=generation,
-        device=device,
-        output_dir=output_dir,
-    )
-
-
 def convert(
     source: str,
     output: str,
@@ -381,7 +333,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "study": study,
     "report": report,
     "inspect": inspect_adapter,
-    "bench": bench,
     "convert": convert,
 }
 """By name. A `Recipe`, a `Study` and a `Decoding` are taken as options, one for each field."""

@@ -8,11 +8,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._util.errors import nearest, one_line
 from ..evaluation.decoding import Decoding
@@ -28,26 +28,45 @@ _FILES = (Recipe, Study)
 """What a file may hold, which then stands first."""
 _CONFIGS = (*_FILES, Decoding)
 """Arguments whose fields are options of their own."""
+_MOVED = {
+    "bench": "bench is a program of the repository now: python examples/benchmark --help",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; what the user got wrong is one line on stderr and exit code 2."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
         print(_overview())
         return 0
-    if arguments[0] == "--version":
+    if name == "--version":
         print(version("reftnoise"))
         return 0
+    if name in COMMANDS:
+        return run(COMMANDS[name], arguments, prog=f"reftnoise {name}")
+    advice = _MOVED.get(name) or f"unknown command {name!r}; {nearest(name, COMMANDS)}"
+    print(f"reftnoise: {advice}", file=sys.stderr)
+    return 2
+
+
+def run(function: Callable[..., None], arguments: Sequence[str], *, prog: str) -> int:
+    """Call a function with options of a command line for its parameters; the exit code.
+
+    Args:
+        function: what is called; its docstring becomes the help.
+        arguments: options, perhaps after a file.
+        prog: name of the program, as in `reftnoise train`.
+    """
     logger = logging.getLogger("reftnoise")
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
         logger.handlers[0].setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    # Of what libraries will change, their users' users can do nothing.
+    # Users can do nothing about what libraries will change.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of each of its many attempts
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its attempts
     try:
-        return _run(*arguments)
+        function(**_parsed(function, arguments, prog))
+        return 0
     except BrokenPipeError:  # as of `| head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the interpreter's flush
         return 1
@@ -59,19 +78,17 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _run(name: str, *arguments: str) -> int:
+def _parsed(function: Callable[..., None], arguments: Sequence[str], prog: str) -> dict[str, Any]:
+    """The function's arguments, as the command line says."""
     from jsonargparse import ArgumentError
 
     from .._util.options import built, explained, parser_of
 
-    if name not in COMMANDS:
-        raise ValueError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-    function = COMMANDS[name]
     parameters = inspect.signature(function).parameters
     configs = {n: p.annotation for n, p in parameters.items() if p.annotation in _CONFIGS}
     has_file = any(config in _FILES for config in configs.values())
+    name = prog.rsplit(maxsplit=1)[-1]
     summary = (inspect.getdoc(function) or "").split("\n\nArgs:")[0]
-    prog = f"reftnoise {name}"
     parser = parser_of(*configs.values(), prog=prog, description=summary, has_file=has_file)
     parser.add_function_arguments(
         function, skip=set(configs), as_positional=not has_file, as_group=not has_file
@@ -82,14 +99,13 @@ def _run(name: str, *arguments: str) -> int:
     try:
         parsed = parser.parse_args(list(_flags(parser, arguments)))
         values = {n: built(config, parser, parsed) for n, config in configs.items()}
-        given = parser.instantiate(parsed)
+        others = parser.instantiate(parsed)
     except ArgumentError as error:
         raise ValueError(f"{name}: {explained(error, parser)}") from None
-    function(**{n: values[n] if n in values else given[n] for n in parameters})
-    return 0
+    return {n: values[n] if n in values else others[n] for n in parameters}
 
 
-def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
+def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
     """Options for what may stand first without one: a recipe's or study's file, or a run."""
     from .._util.options import read_yaml
 
@@ -98,7 +114,7 @@ def _with_file(name: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
         if "--config" in commented[:-1]:  # what stands before it would be replaced by it
             i = commented.index("--config")
             commented = [*commented[i : i + 2], *commented[:i], *commented[i + 2 :]]
-        return tuple(commented)
+        return commented
     first, *rest = commented
     path = Path(first)
     if name != "eval":

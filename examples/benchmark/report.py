@@ -9,26 +9,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .._util.hardware import machine
+from reftnoise._util.hardware import machine
 
 Row = dict[str, Any]
-"""One side on one workload: `case`, `side`, `seconds`, `spread`, `tokens_per_second`, and where
+"""One method on one workload: `case`, `method`, `seconds`, `spread`, `tokens_per_second`, and where
 they were measured `peak_bytes` and `own_share`."""
 
 
 def print_table(rows: Sequence[Row], title: str, console: Console) -> None:
-    """One workload's sides, relative to the floor, or to the first side where it was not run."""
-    first = next((row for row in rows if row["side"] == "floor"), rows[0])
+    """One workload's methods, relative to the floor, or else to the first of them."""
+    first = next((row for row in rows if row["method"] == "floor"), rows[0])
     has_memory = any("peak_bytes" in row for row in rows)
-    table = Table("side", "median", "±", f"÷ {first['side']}", "tokens/s", title=title)
+    table = Table("method", "median", "±", f"÷ {first['method']}", "tokens/s", title=title)
     table.title_justify = "left"
     if has_memory:
         table.add_column("peak memory")
-        table.add_column(f"÷ {first['side']}")
+        table.add_column(f"÷ {first['method']}")
     table.add_column("own code")
     for row in rows:
         cells = [
-            row["side"],
+            row["method"],
             _milliseconds(row["seconds"]),
             _milliseconds(row["spread"]),
             f"{row['seconds'] / first['seconds']:.2f}",
@@ -61,24 +61,24 @@ def write(folder: Path, rows: Sequence[Row], device: str) -> None:
 
 
 def markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
-    """Steps and generation as a table each: a workload a line, a side a column."""
+    """Steps and generation as a table each: a workload a line, a method a column."""
     groups: dict[bool, list[Row]] = {False: [], True: []}
     for row in rows:
-        groups[row["side"] in ("base", "reftnoise")].append(row)
+        groups[row["method"] in ("base", "reftnoise")].append(row)
     about = [f"{key} {value}" for key, value in where.items() if key not in ("date", "python")]
     last = f"Measured on {where['date']}: {', '.join(about)}."
     return "\n\n".join([_pivot(group) for group in groups.values() if group] + [last]) + "\n"
 
 
 def _pivot(rows: Sequence[Row]) -> str:
-    """Times relative to the first side, and peak memory where it was measured."""
-    sides = list(dict.fromkeys(row["side"] for row in rows))
-    lines = ["| | " + " | ".join(sides) + " |", "|---" * (1 + len(sides)) + "|"]
+    """Times relative to the first method, and peak memory where it was measured."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = ["| | " + " | ".join(methods) + " |", "|---" * (1 + len(methods)) + "|"]
     for case in dict.fromkeys(row["case"] for row in rows):
-        own = {row["side"]: row for row in rows if row["case"] == case}
+        own = {row["method"]: row for row in rows if row["case"] == case}
         first = next(iter(own.values()))
         cells = []
-        for row in (own.get(side) for side in sides):
+        for row in (own.get(method) for method in methods):
             if row is None:
                 cells.append("")
                 continue
@@ -99,7 +99,7 @@ def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def draw_bars(path: Path, rows: Sequence[Row]) -> None:
-    """Every workload's sides, relative to its floor."""
+    """Every workload's methods, relative to its floor."""
     import matplotlib.pyplot as plt
 
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -110,28 +110,28 @@ def draw_bars(path: Path, rows: Sequence[Row]) -> None:
     )  # fmt: skip
     for axis, case in zip(axes[:, 0], cases, strict=True):
         own = [row for row in rows if row["case"] == case]
-        first = next((row for row in own if row["side"] == "floor"), own[0])
+        first = next((row for row in own if row["method"] == "floor"), own[0])
         ratios = [row["seconds"] / first["seconds"] for row in own]
         colors = ["tab:blue" if row["is_ours"] else "tab:gray" for row in own]
-        names = [row["side"] for row in own]
+        names = [row["method"] for row in own]
         bars = axis.barh(names, ratios, color=colors)
         axis.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xlim(0, max(ratios) * 1.12)
-        axis.set_title(f"{case}: time ÷ {first['side']}", fontsize=9, loc="left")
+        axis.set_title(f"{case}: time ÷ {first['method']}", fontsize=9, loc="left")
         axis.invert_yaxis()
     _save(figure, path)
 
 
 def draw_lines(path: Path, rows: Sequence[Row], vary: str) -> None:
-    """Time of each side over what was varied, both logarithmic."""
+    """Time of each method over what was varied, both logarithmic."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for side in dict.fromkeys(row["side"] for row in rows):
-        own = [row for row in rows if row["side"] == side]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
         values, seconds = [row[vary] for row in own], [row["seconds"] for row in own]
-        axis.plot(values, [1000 * s for s in seconds], "o-", label=side)
+        axis.plot(values, [1000 * s for s in seconds], "o-", label=method)
     axis.set(xlabel=vary, ylabel="milliseconds per step", xscale="log", yscale="log")
     axis.set_xticks(values, [f"{value:,d}" for value in values], minor=False)
     axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)

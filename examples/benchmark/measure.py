@@ -1,5 +1,6 @@
 """Interleaved times, peak memory in processes of their own, and the share of our own code."""
 
+import bisect
 import contextlib
 import gc
 import multiprocessing
@@ -7,24 +8,22 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
-from unittest import mock
 
 import torch
+import transformers
+from methods import METHODS, Bench, Step
 from torch.profiler import ProfilerActivity, profile, record_function
+from workload import Workload
 
-from ..engine import hooks as engine
-from ..engine.training_pass import runner as passes
-from ..engine.training_pass.prefix_cache import PrefixCache
-from ..interventions import rotation
-from .sides import SIDES, Bench, Step
-from .workload import Workload
+import reftnoise.interventions
 
-OWN = "reftnoise"
-STEP = "step"
+OWN, STEP = "reftnoise", "step"
+_NODE = "autograd::engine::evaluate_function"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def interleaved(
     """Times of the steps, one after the other in every round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
-    gc.disable()  # a collection would fall on some side at random
+    gc.disable()  # a collection would fall on some method at random
     try:
         for round_ in range(warmup + rounds):
             for name, step in steps.items():
@@ -78,19 +77,19 @@ def _seconds(step: Step, device: str) -> float:
     return float(start.elapsed_time(end)) / 1000
 
 
-def peak_bytes(work: Workload, side: str) -> int:
+def peak_bytes(work: Workload, method: str) -> int:
     """The most memory that a step holds at once, weights included, in a process of its own.
 
     Of the device where there is one, else of the process, without what importing took.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_here, (work, side))
+        return pool.apply(_peak_here, (work, method))
 
 
-def _peak_here(work: Workload, side: str) -> int:
+def _peak_here(work: Workload, method: str) -> int:
     torch.set_num_threads(1)
     imported = _resident()
-    step = SIDES[side](Bench(work))
+    step = METHODS[method](Bench(work))
     step()
     if work.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -120,9 +119,11 @@ def _status(name: str) -> int | None:
 
 
 def own_share(step: Step, repeats: int = 5) -> float:
-    """The share of a step's time that is spent in edits, bases and alignment, and their gradients.
+    """The share of a step's time that reftnoise's own code takes, its gradients included.
 
-    The profiler slows small operations more than large ones, so this is an upper bound.
+    Own is what runs while, of the Python functions of reftnoise and transformers, the innermost is
+    reftnoise's; without logits and loss, which the base would compute, too. The profiler slows
+    small operations more than large ones, so this is an upper bound.
     """
     with _marked():
         step()
@@ -131,61 +132,65 @@ def own_share(step: Step, repeats: int = 5) -> float:
                 with record_function(STEP):
                     step()
     events = [event for event in profiler.events() if event.time_range is not None]
-    ours = [event.time_range for event in events if event.name == OWN]
-    ours.sort(key=lambda found: found.start)
-    outermost: list[Any] = []
-    for found in ours:
-        if not outermost or found.start >= outermost[-1].end:
-            outermost.append(found)
-    total = sum(event.time_range.elapsed_us() for event in events if event.name == STEP)
-    forward = sum(found.elapsed_us() for found in outermost)
+    nodes = [event for event in events if event.name.startswith(_NODE)]
+    backward = sorted((node.time_range for node in nodes), key=_start)
+    own = sorted((event.time_range for event in events if event.name == OWN), key=_start)
+    own = [part for part in own if not _covers(backward, part.start)]
     # The operation that made a node of the backward pass is the last to start under its number.
-    makers: dict[int, Any] = {}
-    nodes = []
+    makers: dict[int, float] = {}
     for event in events:
-        if event.name.startswith("autograd::engine::evaluate_function"):
-            nodes.append(event)
-        elif event.sequence_nr >= 0:
-            known = makers.get(event.sequence_nr)
-            if known is None or event.time_range.start >= known.time_range.start:
-                makers[event.sequence_nr] = event
+        if event.sequence_nr >= 0 and not event.name.startswith(_NODE):
+            started = event.time_range.start
+            makers[event.sequence_nr] = max(started, makers.get(event.sequence_nr, started))
+    own += [
+        node.time_range
+        for node in nodes
+        if "AccumulateGrad" in node.name  # the base is frozen
+        or (node.sequence_nr in makers and _covers(own, makers[node.sequence_nr]))
+    ]
+    total = sum(event.time_range.elapsed_us() for event in events if event.name == STEP)
+    return float(sum(part.elapsed_us() for part in own)) / total
 
-    def is_ours(node: Any) -> bool:
-        if "AccumulateGrad" in node.name:  # the base is frozen
-            return True
-        maker = makers.get(node.sequence_nr)
-        return maker is not None and any(
-            found.start <= maker.time_range.start <= found.end for found in outermost
-        )
 
-    backward = sum(node.time_range.elapsed_us() for node in nodes if is_ours(node))
-    return float(forward + backward) / total
+def _start(part: Any) -> float:
+    return float(part.start)
+
+
+def _covers(parts: Sequence[Any], moment: float) -> bool:
+    """Whether a moment lies in one of the parts, which follow each other."""
+    index = bisect.bisect_right(parts, moment, key=_start) - 1
+    return index >= 0 and moment <= parts[index].end
 
 
 @contextlib.contextmanager
 def _marked() -> Iterator[None]:
     """Within the block, the profiler sees our own code under one name."""
-    marked = [
-        (engine.Engine, "_apply"),
-        (rotation, "_bases"),
-        (passes, "align"),
-        (passes, "aligned_inputs"),
-        (passes, "pack"),
-        (passes, "unpack"),
-        (passes.Runner, "_plan"),
-        (PrefixCache, "stacked"),
-        (PrefixCache, "write"),
-    ]
-    with contextlib.ExitStack() as stack:
-        for owner, name in marked:
-            original = getattr(owner, name)
-            stack.enter_context(mock.patch.object(owner, name, _recorded(original)))
+    maths = reftnoise.interventions  # another folder, where the package is installed as editable
+    ours = tuple(package.__path__[0] for package in (reftnoise, maths))
+    known = (*ours, transformers.__path__[0])
+    callers: list[FrameType] = []  # those that changed between our own code and the base's
+    marks: list[Any] = []  # the open one, if any
+
+    def change() -> None:
+        if marks:
+            marks.pop().__exit__(None, None, None)
+        else:
+            marks.append(record_function(OWN))
+            marks[0].__enter__()
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            file = frame.f_code.co_filename
+            is_own = file.startswith(ours) and not file.endswith(("loss.py", "head.py"))
+            if is_own != bool(marks) and file.startswith(known):
+                callers.append(frame)
+                change()
+        elif event == "return" and callers and callers[-1] is frame:
+            callers.pop()
+            change()
+
+    sys.setprofile(trace)
+    try:
         yield
-
-
-def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with record_function(OWN):
-            return function(*args, **kwargs)
-
-    return run
+    finally:
+        sys.setprofile(None)

@@ -1,4 +1,4 @@
-"""What is compared: each side makes a training step of its method on one workload."""
+"""What is compared: each method makes a training step of its method on one workload."""
 
 import functools
 from collections.abc import Callable
@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.integrations.neftune import neftune_post_forward_hook
+from workload import SHAPES, Workload
 
-from ..config.positions import Positions
-from ..config.representations import ReftConfig
-from ..engine.training_pass.prefix_cache import PrefixCache
-from ..model import ReftModel, get_reft_model
-from .workload import SHAPES, Workload
+import reftnoise as rn
 
 Step = Callable[[], Any]
 """A training step; returns its loss."""
@@ -38,7 +35,7 @@ def new_base(work: Workload) -> Any:
 
 
 class Bench:
-    """One workload: the batch, and a base that the sides share as far as they leave it as it is."""
+    """A workload's batch, and a base that methods share as long as they do not change it."""
 
     def __init__(self, work: Workload) -> None:
         self.work = work
@@ -73,7 +70,7 @@ class Bench:
 
         return run
 
-    def reft(self, *noises: dict[str, Any], base: Any = None) -> ReftModel:
+    def reft(self, *noises: dict[str, Any], base: Any = None) -> rn.ReftModel:
         """LoReFT on the shared base, or on another."""
         work = self.work
         entry = {
@@ -84,7 +81,7 @@ class Bench:
             "tied": False,
         }
         set_seed(2)
-        return get_reft_model(base or self.base, ReftConfig([entry, *noises])).train()
+        return rn.get_reft_model(base or self.base, rn.ReftConfig([entry, *noises])).train()
 
 
 def floor(bench: Bench) -> Step:
@@ -118,7 +115,7 @@ def split(bench: Bench) -> Step:
 def reuse(bench: Bench) -> Step:
     """The same with the prompts' keys and values from an earlier epoch."""
     model = bench.reft()
-    model.prefix_cache = PrefixCache()
+    model.prefix_cache = rn.PrefixCache()
     return bench.step(model, return_logits=False)
 
 
@@ -169,7 +166,7 @@ def pyreft(bench: Bench) -> Step:
     if work.edited != "all":
         start, end = work.edited.split("-")
         layers = range(int(start), int(end) + 1)
-    parts = Positions.parse(work.positions).split()
+    parts = rn.Positions.parse(work.positions).split()
     set_seed(2)
     representations = [
         {
@@ -207,7 +204,7 @@ def pyreft(bench: Bench) -> Step:
     return run
 
 
-SIDES: dict[str, Callable[[Bench], Step]] = {
-    side.__name__: side
-    for side in (floor, plain, split, reuse, symnoise, compiled, lora, neftune, pyreft)
+METHODS: dict[str, Callable[[Bench], Step]] = {
+    method.__name__: method
+    for method in (floor, plain, split, reuse, symnoise, compiled, lora, neftune, pyreft)
 }

@@ -23,17 +23,17 @@ class Workload:
     """A model, a batch and the edits of it.
 
     Args:
-        hidden_size: of a Llama with random weights.
-        layers: of that Llama.
-        vocabulary: of that Llama.
-        shape: a real model's shape instead: llama-3-8b or qwen3-4b.
-        edited: which layers are edited, as in a config.
-        rank: of the edits.
-        positions: of the edits, prefix and suffix with weights of their own.
-        batch_size: rows.
+        hidden_size: width of a Llama with random weights.
+        layers: number of that Llama's layers.
+        vocabulary: size of that Llama's vocabulary.
+        shape: shape of a real model instead, llama-3-8b or qwen3-4b.
+        edited: layers that are edited, as in a config.
+        rank: rank of the edits.
+        positions: positions of the edits; prefix and suffix have weights of their own.
+        batch_size: number of rows.
         prompt: tokens of each row's prompt.
         completion: tokens of each row's completion.
-        dtype: of the base.
+        dtype: data type of the base.
         device: cpu or cuda.
     """
 
@@ -78,10 +78,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """A workload and the sides to be run on it."""
+    """A workload and the methods to be run on it."""
 
     work: Workload
-    sides: tuple[str, ...]
+    methods: tuple[str, ...]
     memory: bool = False
     """Whether to measure their peak memory, too."""
     rounds: int | None = None
@@ -117,11 +117,11 @@ GPU_SUITE = tuple(
             dtype="bfloat16",
             device="cuda",
         ),
-        sides,
+        methods,
         memory=True,
     )
     for shape in ("llama-3-8b", "qwen3-4b")
-    for positions, sides in (
+    for positions, methods in (
         ("l1", ("floor", "plain", "split", "reuse", "symnoise", "lora", "neftune", "pyreft")),
         ("f7+l7", ("floor", "plain", "split", "lora", "pyreft")),
     )

@@ -2,33 +2,60 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from measure import Times, interleaved, own_share, peak_bytes
+from methods import METHODS, Bench
 from PIL import Image
+from report import exponent
+from run import NEEDS, benchmark
+from workload import SHAPES, SUITE, Workload
 
-from reftnoise.bench.measure import Times, interleaved, own_share, peak_bytes
-from reftnoise.bench.report import exponent
-from reftnoise.bench.run import NEEDS
-from reftnoise.bench.sides import SIDES, Bench
-from reftnoise.bench.workload import SHAPES, SUITE, Workload
-from reftnoise.cli.main import main
+from reftnoise.cli.main import main, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
 SMALL = Workload(hidden_size=64, layers=2, vocabulary=128, batch_size=2, prompt=12, completion=4)
 FLAGS = [f"--work.{name}={value}" for name, value in vars(SMALL).items() if value is not None]
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmark"
+
+
+def bench(*arguments: str) -> int:
+    return run(benchmark, arguments, prog="python examples/benchmark")
+
+
+def test_the_program(tmp_path: Path) -> None:
+    flags = [*FLAGS, "--methods=[floor,plain]", "--rounds=2", f"--output_dir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, FOLDER, *flags, "--memory"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "peak memory" in done.stdout
+    done = subprocess.run(
+        [sys.executable, FOLDER, "--method"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "did you mean '--methods'?" in done.stderr
+
+
+def test_the_old_command_says_where_it_went(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--rounds", "3"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "python examples/benchmark" in line
 
 
 @pytest.mark.parametrize("positions", ["l1", "f3+l3"])
 def test_every_side_has_the_loss_of_its_method(positions: str) -> None:
     bench = Bench(Workload(**vars(SMALL) | {"positions": positions}))
-    sides = [side for side in SIDES if side not in ("pyreft", "compiled")]
-    steps = {side: SIDES[side](bench) for side in sides}
+    methods = [method for method in METHODS if method not in ("pyreft", "compiled")]
+    steps = {method: METHODS[method](bench) for method in methods}
     for _ in range(2):  # the second time, prompts are reused
-        losses = {side: float(step()) for side, step in steps.items()}
+        losses = {method: float(step()) for method, step in steps.items()}
         bare = float(bench.base(**bench.batch).loss)
         # LoRA starts as the base; the edits do not, and are the same however they are run.
         assert losses["floor"] == losses["lora"] == pytest.approx(bare, rel=1e-6)
@@ -42,7 +69,7 @@ def test_every_side_has_the_loss_of_its_method(positions: str) -> None:
 def test_pyreft_edits_beside() -> None:
     bench = Bench(SMALL)
     bare = float(bench.base(**bench.batch).loss)
-    loss = float(SIDES["pyreft"](bench)())
+    loss = float(METHODS["pyreft"](bench)())
     assert loss != bare
     assert loss == pytest.approx(bare, rel=0.1)
 
@@ -52,27 +79,27 @@ def test_the_floor_goes_back_to_the_first_edited_layer() -> None:
     reached = []
     for index, layer in enumerate(bench.base.model.layers):
         layer.mlp.register_full_backward_hook(lambda *_, index=index: reached.append(index))
-    SIDES["floor"](bench)()
+    METHODS["floor"](bench)()
     assert reached == []
     bench = Bench(SMALL)
     for index, layer in enumerate(bench.base.model.layers):
         layer.mlp.register_full_backward_hook(lambda *_, index=index: reached.append(index))
-    SIDES["floor"](bench)()
+    METHODS["floor"](bench)()
     assert reached == [1]
 
 
 @pytest.mark.filterwarnings("ignore:Profiler clears events:UserWarning")
 def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sides = "--sides=[floor,plain,split,lora]"
-    code = main(["bench", *FLAGS, sides, "--rounds=3", f"--output_dir={tmp_path}"])
+    methods = "--methods=[floor,plain,split,lora]"
+    code = bench(*FLAGS, methods, "--rounds=3", f"--output_dir={tmp_path}")
     printed = capsys.readouterr().out
     assert code == 0
     written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert written["machine"]["torch"] == metadata.version("torch")
-    assert [row["side"] for row in written["rows"]] == ["floor", "plain", "split", "lora"]
+    assert [row["method"] for row in written["rows"]] == ["floor", "plain", "split", "lora"]
     for row in written["rows"]:
         assert row["tokens_per_second"] == pytest.approx(SMALL.tokens / row["seconds"])
-        assert row["side"] in printed
+        assert row["method"] in printed
     assert all(0 < row["own_share"] < 1 for row in written["rows"][1:3])
     table = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
     assert table[0] == "| | floor | plain | split | lora |"
@@ -86,10 +113,10 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_varying_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--vary=rank", "--values=[1,2]", "--sides=[floor,split]", "--rounds=2"]
-    assert main(["bench", *FLAGS, *arguments, f"--output_dir={tmp_path}"]) == 0
+    arguments = ["--vary=rank", "--values=[1,2]", "--methods=[floor,split]", "--rounds=2"]
+    assert bench(*FLAGS, *arguments, f"--output_dir={tmp_path}") == 0
     rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
-    assert [(row["side"], row["rank"]) for row in rows] == [
+    assert [(row["method"], row["rank"]) for row in rows] == [
         ("floor", 1),
         ("split", 1),
         ("floor", 2),
@@ -102,7 +129,7 @@ def test_varying_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sides=[floor,slower]"], "sides slower: expected floor, plain"),
+        (["--methods=[floor,slower]"], "methods slower: expected floor, plain"),
         (["--vary=positions", "--values=[1]"], "vary 'positions' over [1]: expected values and"),
         (["--vary=rank"], "vary 'rank' over []: expected values and"),
         (["--values=[1]"], "values [1]: expected vary, too"),
@@ -113,19 +140,19 @@ def test_varying_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_what_it_refuses(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", *arguments, f"--output_dir={tmp_path / 'out'}"]) == 2
+    assert bench(*arguments, f"--output_dir={tmp_path / 'out'}") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_generation_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reftnoise.bench.run.NEW_TOKENS", 3)
-    arguments = ["--sides=[floor]", "--generation=true", "--rounds=2"]
-    assert main(["bench", *FLAGS, *arguments, f"--output_dir={tmp_path}"]) == 0
+    monkeypatch.setattr("run.NEW_TOKENS", 3)
+    arguments = ["--methods=[floor]", "--generation=true", "--rounds=2"]
+    assert bench(*FLAGS, *arguments, f"--output_dir={tmp_path}") == 0
     rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
-    generated = [(row["case"].split()[0], row["side"]) for row in rows[1:5]]
-    sides = ("base", "reftnoise")
-    assert generated == [(phase, side) for phase in ("prefill", "decode") for side in sides]
+    generated = [(row["case"].split()[0], row["method"]) for row in rows[1:5]]
+    methods = ("base", "reftnoise")
+    assert generated == [(phase, method) for phase in ("prefill", "decode") for method in methods]
     assert rows[1]["tokens_per_second"] == pytest.approx(12 / rows[1]["seconds"])
     assert rows[3]["tokens_per_second"] == pytest.approx(3 / rows[3]["seconds"])
 
@@ -151,10 +178,10 @@ def test_the_exponent_of_a_power_law() -> None:
 
 def test_the_share_of_our_own_code_is_none_of_the_floors() -> None:
     bench = Bench(SMALL)
-    ours = own_share(SIDES["plain"](bench), repeats=2)
+    ours = own_share(METHODS["plain"](bench), repeats=2)
     assert 0 < ours < 1
     # The floor runs none of the marked functions, and accumulates no gradient but of one state.
-    assert own_share(SIDES["floor"](bench), repeats=2) < 0.05
+    assert own_share(METHODS["floor"](bench), repeats=2) < 0.05
 
 
 def test_peak_memory_counts_the_logits() -> None:
@@ -170,7 +197,7 @@ def test_peak_memory_counts_the_logits() -> None:
 def test_workloads_are_told_apart() -> None:
     names = [str(case.work) for case in SUITE]
     assert len(set(names)) == len(names)
-    assert {side for case in SUITE for side in case.sides} <= set(SIDES)
-    assert set(NEEDS) <= set(SIDES)
+    assert {method for case in SUITE for method in case.methods} <= set(METHODS)
+    assert set(NEEDS) <= set(METHODS)
     assert str(Workload(shape="llama-3-8b", device="cuda")) != str(Workload(shape="qwen3-4b"))
     assert all(shape["num_hidden_layers"] > 30 for shape in SHAPES.values())

@@ -6,13 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
+from measure import Times, interleaved, own_share, peak_bytes
+from methods import METHODS, Bench
 from rich.console import Console
-
-from . import report
-from .measure import Times, interleaved, own_share, peak_bytes
-from .sides import SIDES, Bench
-from .workload import GPU_SUITE, SUITE, Case, Workload
+from workload import GPU_SUITE, SUITE, Case, Workload
 
 OURS = ("plain", "split", "reuse", "symnoise", "compiled")
 _PROFILED = ("plain", "split")
@@ -22,27 +21,45 @@ _INSTALL = {"peft": "pip install peft", "pyreft": "pip install --no-deps pyreft=
 NEW_TOKENS = 128
 
 
-def run_bench(
-    work: Workload | None,
-    *,
+def benchmark(
+    work: Workload | None = None,
     vary: str | None = None,
-    values: Sequence[int] = (),
-    sides: Sequence[str] = (),
+    values: list[int] | None = None,
+    methods: list[str] | None = None,
     rounds: int = 7,
     threads: int = 1,
     memory: bool = False,
     generation: bool = False,
     device: str = "cpu",
     output_dir: str = "reftnoise-bench",
-) -> list[report.Row]:
-    """Measure, print, and write `results.json`, `.md` and `.png`; arguments as of the command."""
-    _check(sides, rounds, threads, vary, values)
+) -> None:
+    """Measure training steps and generation beside the floor, LoRA, NEFTune and pyreft.
+
+    The floor is the frozen base's forward pass, with logits everywhere, and the backward pass down
+    to the first edited layer's output. Without work, vary and methods, the whole table is measured,
+    in about ten minutes.
+
+    Args:
+        work: workload that is measured instead of the table.
+        vary: number of the workload that takes each of `values`, such as rank or layers.
+        values: numbers for `vary`.
+        methods: some of floor, plain, split, reuse, symnoise, compiled, lora, neftune, pyreft; by
+            default all but compiled.
+        rounds: interleaved measurements of each method.
+        threads: threads of torch.
+        memory: whether each method's peak memory is measured, too, in a process of its own.
+        generation: whether generation is measured, too.
+        device: cpu or cuda, for the table.
+        output_dir: directory for results.json, results.md and results.png.
+    """
+    values, methods = values or [], methods or []
+    _check(methods, rounds, threads, vary, values)
     device = device if work is None else work.device
-    if work is None and vary is None and not sides:
+    if work is None and vary is None and not methods:
         cases = list(GPU_SUITE if device == "cuda" else SUITE)
         generation = True
     else:
-        cases = _cases(work or Workload(device=device), vary, values, sides, memory)
+        cases = _cases(work or Workload(device=device), vary, values, methods, memory)
     torch.set_num_threads(threads)
     console, folder = Console(), Path(output_dir)
     console.width = max(console.width, 100)
@@ -68,21 +85,20 @@ def run_bench(
     else:
         report.draw_bars(folder / "results.png", rows)
     if vary is not None:
-        for side in dict.fromkeys(row["side"] for row in rows):
-            own = [row for row in rows if row["side"] == side]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
             slope = report.exponent([r[vary] for r in own], [r["seconds"] for r in own])
-            console.print(f"{side}: time grows with {vary} to the power of {slope:.2f}")
+            console.print(f"{method}: time grows with {vary} to the power of {slope:.2f}")
     console.print(f"written to {folder}")
-    return rows
 
 
 def _check(
-    sides: Sequence[str], rounds: int, threads: int, vary: str | None, values: Sequence[int]
+    methods: Sequence[str], rounds: int, threads: int, vary: str | None, values: Sequence[int]
 ) -> None:
     if values and vary is None:
         raise ValueError(f"values {list(values)!r}: expected vary, too, the number that takes them")
-    if unknown := set(sides) - set(SIDES):
-        raise ValueError(f"sides {', '.join(sorted(unknown))}: expected {', '.join(SIDES)}")
+    if unknown := set(methods) - set(METHODS):
+        raise ValueError(f"methods {', '.join(sorted(unknown))}: expected {', '.join(METHODS)}")
     if threads < 1:
         raise ValueError(f"threads {threads}: expected at least 1")
     if rounds < 2:
@@ -93,10 +109,10 @@ def _cases(
     work: Workload,
     vary: str | None,
     values: Sequence[int],
-    sides: Sequence[str],
+    methods: Sequence[str],
     memory: bool,
 ) -> list[Case]:
-    chosen = tuple(sides) or tuple(side for side in SIDES if side != "compiled")
+    chosen = tuple(methods) or tuple(method for method in METHODS if method != "compiled")
     if vary is None:
         return [Case(work, chosen, memory)]
     numbers = [name for name, value in asdict(work).items() if isinstance(value, int)]
@@ -108,36 +124,36 @@ def _cases(
 
 def _steps(case: Case, rounds: int, console: Console) -> list[report.Row]:
     available = []
-    for side in case.sides:
-        package = NEEDS.get(side)
+    for method in case.methods:
+        package = NEEDS.get(method)
         if package is None or importlib.util.find_spec(package) is not None:
-            available.append(side)
+            available.append(method)
         else:
-            console.print(f"without {side}: {_INSTALL[package]}")
+            console.print(f"without {method}: {_INSTALL[package]}")
     if not available:
-        raise ValueError(f"none of the sides {', '.join(case.sides)} is installed")
+        raise ValueError(f"none of the methods {', '.join(case.methods)} is installed")
     bench = Bench(case.work)
-    steps = {side: SIDES[side](bench) for side in available}
+    steps = {method: METHODS[method](bench) for method in available}
     times = interleaved(steps, case.rounds or rounds, case.work.device)
     rows = []
-    for side, found in times.items():
+    for method, found in times.items():
         row = {
             **asdict(case.work),
             "case": str(case.work),
-            "side": side,
-            "is_ours": side in OURS,
+            "method": method,
+            "is_ours": method in OURS,
             "seconds": found.median,
             "spread": found.spread,
             "tokens_per_second": case.work.tokens / found.median,
         }
-        if side in _PROFILED and case.rounds is None and case.work.device == "cpu":
-            row["own_share"] = own_share(steps[side])
+        if method in _PROFILED and case.rounds is None and case.work.device == "cpu":
+            row["own_share"] = own_share(steps[method])
         rows.append(row)
     steps.clear()
     del bench
     if case.memory:
         for row in rows:
-            row["peak_bytes"] = peak_bytes(case.work, row["side"])
+            row["peak_bytes"] = peak_bytes(case.work, row["method"])
     return rows
 
 
@@ -175,7 +191,7 @@ def _generation(work: Workload, rounds: int) -> list[report.Row]:
                 {
                     **asdict(work),
                     "case": f"{phase} of {tokens // work.batch_size} tokens, {work}",
-                    "side": name,
+                    "method": name,
                     "is_ours": name == "reftnoise",
                     "seconds": found.median,
                     "spread": found.spread,
