@@ -1,4 +1,4 @@
-"""Rows of a dataset → tokenised examples, batch by batch, and what is to be told of them."""
+"""Rows of a dataset → tokenised examples, batch by batch, and what is logged of them."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 SUBSPACES = "subspaces"
-"""Of an example, as `ReftModel.forward` calls it."""
+"""Key of an example, as `ReftModel.forward` calls it."""
 
 
-class _Pair(NamedTuple):
+class _TextPair(NamedTuple):
     row: int
     prompt: str | Messages
     completion: str
@@ -35,13 +35,13 @@ class Example(NamedTuple):
     def features(self) -> dict[str, Any]:
         """What a Trainer's dataset holds of an example."""
         prompts = len(self.prompt_ids)
-        chosen = {} if self.subspaces is None else {SUBSPACES: self.subspaces}
+        subspaces = {} if self.subspaces is None else {SUBSPACES: self.subspaces}
         return {
             "input_ids": self.prompt_ids + self.target_ids,
             "labels": [IGNORED_LABEL] * prompts + self.target_ids,
             "prompt_lengths": prompts,
             "length": prompts + len(self.target_ids),
-            **chosen,
+            **subspaces,
         }
 
 
@@ -50,15 +50,15 @@ class Encoder:
     """Makes examples of rows.
 
     Args:
-        tokenizer: whose tokens they are.
-        prompt_column: of the rows.
-        completion_column: of the rows.
-        messages_column: of conversations, used where there are no prompts.
-        subspaces_column: of each row's dimensions, which rows need not have.
-        chat_template: make a user's turn of each prompt.
-        nonstop: leave out the end-of-text token.
-        max_length: tokens of an example.
-        name: of the dataset, in messages.
+        tokenizer: tokenizer of the base.
+        prompt_column: column of prompts.
+        completion_column: column of completions.
+        messages_column: column of conversations, used where there are no prompts.
+        subspaces_column: column of each row's dimensions, which rows need not have.
+        chat_template: whether each prompt becomes a user's turn.
+        nonstop: whether the end-of-text token is left out.
+        max_length: greatest number of tokens of an example.
+        name: name of the dataset, for messages.
     """
 
     tokenizer: Any
@@ -72,12 +72,12 @@ class Encoder:
     name: str = "training"
 
     def columns(self, names: Sequence[str]) -> list[str]:
-        """Those of a dataset's columns that are read."""
-        chosen = [self.subspaces_column] if self.subspaces_column in names else []
+        """The columns of a dataset that are read."""
+        subspaces = [self.subspaces_column] if self.subspaces_column in names else []
         if self.prompt_column in names and self.completion_column in names:
-            return [self.prompt_column, self.completion_column, *chosen]
+            return [self.prompt_column, self.completion_column, *subspaces]
         if self.messages_column in names:
-            return [self.messages_column, *chosen]
+            return [self.messages_column, *subspaces]
         raise ValueError(
             f"columns {', '.join(names)}: expected {self.prompt_column!r} and "
             f"{self.completion_column!r}, or {self.messages_column!r}; name yours with "
@@ -97,7 +97,7 @@ class Encoder:
         Raises:
             RowError: a row that is no example.
         """
-        batch: list[_Pair] = []
+        batch: list[_TextPair] = []
         for index, row in enumerate(rows, start=first):
             batch += self._pairs(index, row)
             if len(batch) >= batch_size:
@@ -106,7 +106,7 @@ class Encoder:
         if batch:
             yield self._encode(batch)
 
-    def _pairs(self, index: int, row: Mapping[str, Any]) -> Iterator[_Pair]:
+    def _pairs(self, index: int, row: Mapping[str, Any]) -> Iterator[_TextPair]:
         columns = self.columns(list(row))
         subspaces = None
         if self.subspaces_column in columns:
@@ -116,21 +116,21 @@ class Encoder:
             return
         prompt, completion = row[self.prompt_column], row[self.completion_column]
         rendered = [{"role": "user", "content": prompt}] if self.chat_template else prompt
-        yield _Pair(index, rendered, completion, subspaces)
+        yield _TextPair(index, rendered, completion, subspaces)
 
-    def _subspaces(self, index: int, given: Any) -> list[int]:
-        is_list = isinstance(given, Sequence) and not isinstance(given, str)
-        if not is_list or not all(type(i) is int and i >= 0 for i in given):
+    def _subspaces(self, index: int, value: Any) -> list[int]:
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        if not is_list or not all(type(i) is int and i >= 0 for i in value):
             raise RowError(
-                f"{self.subspaces_column} {given!r}: expected a list of dimensions, such as [0, 1]",
+                f"{self.subspaces_column} {value!r}: expected a list of dimensions, such as [0, 1]",
                 name=self.name,
                 index=index,
             )
-        return list(given)
+        return list(value)
 
     def _assistant_turns(
         self, index: int, conversation: Any, subspaces: list[int] | None
-    ) -> Iterator[_Pair]:
+    ) -> Iterator[_TextPair]:
         """Each assistant's message, with all messages before it."""
         for turn, message in enumerate(conversation):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -140,17 +140,17 @@ class Encoder:
                     index=index,
                 )
             if message["role"] == "assistant":
-                yield _Pair(index, conversation[:turn], message["content"], subspaces)
+                yield _TextPair(index, conversation[:turn], message["content"], subspaces)
 
-    def _encode(self, batch: Sequence[_Pair]) -> list[Example]:
+    def _encode(self, batch: Sequence[_TextPair]) -> list[Example]:
         try:
             pairs = [(pair.prompt, pair.completion) for pair in batch]
-            found = tokenize_all(self.tokenizer, pairs, self.nonstop)
+            tokens = tokenize_all(self.tokenizer, pairs, self.nonstop)
         except Exception as error:  # of the tokenizer or its chat template, too
             if len(batch) == 1:
                 raise RowError(error, name=self.name, index=batch[0].row) from error
             return [example for pair in batch for example in self._encode([pair])]
-        return [self._fit(*ids, p.subspaces) for ids, p in zip(found, batch, strict=True)]
+        return [self._fit(*ids, p.subspaces) for ids, p in zip(tokens, batch, strict=True)]
 
     def _fit(
         self, prompt_ids: list[int], target_ids: list[int], subspaces: list[int] | None
@@ -164,7 +164,7 @@ class Encoder:
 
 @dataclass
 class Counts:
-    """What is told of a dataset: how many examples and tokens it has, and what it lost."""
+    """What is logged of a dataset: how many examples and tokens it has, and what it lost."""
 
     examples: int = 0
     prompt_tokens: int = 0
@@ -184,7 +184,7 @@ class Counts:
         self.cut += example.is_cut
         self.cut_short += example.is_cut_short
 
-    def tell(self, name: str, max_length: int | None) -> None:
+    def log(self, name: str, max_length: int | None) -> None:
         """Log the counts, and warn of what was lost."""
         if self.cut:
             logger.warning(

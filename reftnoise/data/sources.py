@@ -1,4 +1,4 @@
-"""Rows of a file, of a hub dataset or of the embedded examples."""
+"""Rows of a file, of a hub dataset or of the embedded dataset."""
 
 import csv
 import glob
@@ -34,11 +34,11 @@ def load_rows(
     """The rows of one split, in memory-mapped tables or, with `streaming`, as they are needed.
 
     Args:
-        source: a JSONL, JSON, CSV or Parquet file, which is all of whatever split it is asked for;
-            the name of a hub dataset; "tiny-chat", the embedded examples; or rows, as they are.
-        split: its name, or a slice of it such as `train[:-1000]`.
-        subset: of a hub dataset that has several.
-        streaming: read rows as they are needed; there are no slices then.
+        source: JSONL, JSON, CSV or Parquet file, which is the whole of any split; name of a hub
+            dataset; "tiny-chat", the embedded dataset; or rows, which are returned as they are.
+        split: name of the split, or a slice of it such as `train[:-1000]`.
+        subset: name of a subset, for hub datasets that have several.
+        streaming: whether rows are read as they are needed; a stream has no slices.
 
     Raises:
         FileNotFoundError: a path that does not exist.
@@ -69,12 +69,12 @@ def load_rows(
 
 
 def rename_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
-    """Rows under the names that a task reads: `{the task's name: the data's}`.
+    """Rows whose columns have the names that a task reads: `{the task's name: the data's}`.
 
-    A column that already has such a name gives way.
+    Another column that has such a name already is dropped.
 
     Raises:
-        ValueError: the data has no such column, or one is to have two names.
+        ValueError: the data has no such column, or a column would have two names.
     """
     names = column_names(rows)
     for name, column in columns.items():
@@ -84,23 +84,23 @@ def rename_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
         raise ValueError(f"columns {dict(columns)}: expected each of the data's columns once")
     changed = {column: name for name, column in columns.items() if name != column}
     shadowed = [name for name in changed.values() if name in names and name not in changed]
-    # In two steps, since names may be swapped, which streams do not know how to do.
+    # In two steps, since streams cannot swap names in one.
     between = {column: f"{name} (new)" for column, name in changed.items()}
     rows = rows.remove_columns(shadowed).rename_columns(between)
     return rows.rename_columns({between[column]: name for column, name in changed.items()})
 
 
 def column_names(rows: Rows) -> list[str]:
-    """The columns; those of the first row where a stream does not know, none without rows."""
+    """The columns; a stream that does not know them is asked for its first row."""
     return list(rows.column_names or next(iter(rows.take(1)), ()))
 
 
 def expect_no_subspaces(rows: Rows) -> None:
-    """Raise a ValueError for rows that name dimensions, which a recipe would silently leave out."""
+    """Raise a ValueError for rows that name dimensions, which a recipe would silently ignore."""
     if "subspaces" in column_names(rows):
         raise ValueError(
-            "column 'subspaces': recipes train and score all dimensions; train some by "
-            "make_last_position_supervised_data_module, or leave the column out"
+            "column 'subspaces': recipes train and score all dimensions; leave the column out, or "
+            "train some by make_last_position_supervised_data_module"
         )
 
 
@@ -109,9 +109,9 @@ def map_rows(
     function: Callable[[Mapping[str, Any], int], dict[str, Any]],
     features: datasets.Features,
 ) -> Rows:
-    """What a function of row and index makes of each row: streamed, in memory or on disk as `rows`.
+    """What a function makes of each row and its index: streamed, in memory or on disk, like `rows`.
 
-    Nothing of it is kept for later runs: what a function computes cannot be known from its name.
+    Nothing is kept for later runs, since a function's name does not say what it computes.
     """
     removed = column_names(rows)
     if isinstance(rows, datasets.IterableDataset):
@@ -133,12 +133,12 @@ def temporary_file() -> Path:
 
 
 def place_of(source: str | Path, split: str, index: int) -> str:
-    """Where a row stands: `rows.jsonl, line 3`, or its number where a source has no lines of rows.
+    """Where a row is: `rows.jsonl, line 3`, or `rows.parquet, row 3` where there are no lines.
 
     Args:
-        source: as in `load_rows`.
-        split: as in `load_rows`.
-        index: of the row in the split.
+        source: source, as in `load_rows`.
+        split: split, as in `load_rows`.
+        index: index of the row in the split.
     """
     path, name = Path(source).expanduser(), re.match(r"\w+", split)
     read = {".jsonl": _lines_of_json, ".csv": _lines_of_csv}.get(path.suffix)
@@ -157,10 +157,10 @@ def _lines_of_json(path: Path) -> Iterator[int]:
 
 
 def _lines_of_csv(path: Path) -> Iterator[int]:
-    """The first line of each row, of which one may have several."""
+    """The first line of each row; a row may have several."""
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
-        next(reader, None)  # names of columns
+        next(reader, None)  # the names of columns
         before = reader.line_num
         for row in reader:
             if row:
@@ -179,9 +179,9 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without datasets' progress bars, unless the environment asks for them."""
-    is_asked = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is not None
-    if is_asked or datasets.are_progress_bars_disabled():
+    """Hide the progress bars of datasets, unless the environment asks for them."""
+    is_set = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is not None
+    if is_set or datasets.are_progress_bars_disabled():
         yield
         return
     datasets.disable_progress_bars()
@@ -193,7 +193,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _errors_raised_alone() -> Iterator[None]:
-    """Without the lines that datasets' readers log before they raise."""
+    """Hide what the readers of datasets log before they raise."""
     readers = logging.getLogger("datasets.packaged_modules")
     before = readers.level
     readers.setLevel(logging.CRITICAL)
@@ -204,7 +204,7 @@ def _errors_raised_alone() -> Iterator[None]:
 
 
 def _is_path(source: str | Path) -> bool:
-    """Whether a source is meant as a path rather than as a hub dataset's `owner/name`."""
+    """Whether a source is a path rather than a hub dataset's `owner/name`."""
     path, text = Path(source), str(source)
     return (
         isinstance(source, Path)
@@ -223,10 +223,10 @@ def _load_file(path: Path, split: str, streaming: bool) -> Rows:
         raise FileNotFoundError(f"{path}: no such file")
     if kind is None:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(_LOADERS)}")
-    # datasets takes a file for the one it knows by path and time: here its content names it.
+    # datasets knows a file by its path and time; with the digest, by its content.
     name = None if streaming else file_digest(path)
     files = {split: glob.escape(str(path))}
-    # Of a stream, little is to be in memory at a time: 10 MiB of lines are many times that as rows.
+    # A stream should hold little in memory, and 10 MiB of lines are many times that as rows.
     options = {"chunksize": 2**20} if streaming and kind == "json" else {}
     try:
         with _errors_raised_alone():
@@ -252,8 +252,8 @@ def _load_from_hub(source: str, split: str, subset: str | None, streaming: bool)
 
 def _embedded() -> dict[str, datasets.Dataset]:
     return {
-        s: datasets.Dataset.from_list([asdict(e) for e in tiny.load_tiny_examples(s)])
-        for s in tiny.SPLITS
+        split: datasets.Dataset.from_list([asdict(e) for e in tiny.load_tiny_examples(split)])
+        for split in tiny.SPLITS
     }
 
 

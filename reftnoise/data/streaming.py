@@ -18,17 +18,17 @@ _BATCH = 64  # examples tokenised at once: enough for speed, and little work ahe
 class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     """Tokenised examples of rows that are read as they are needed.
 
-    Workers of a DataLoader share out the files (or shards) of the rows; those beyond their number
-    have nothing to do.
+    The workers of a DataLoader divide the files (or shards) of the rows; workers beyond the number
+    of files have nothing to do.
 
-    How many examples were too long is told at the end of the first pass, or where training stops
-    before it; that there are any, as soon as the first one is seen.
+    The first example that is too long is warned of at once. How many there are is logged after the
+    first pass, or where training stops before its end.
 
     Args:
-        rows: with the columns that the encoder reads.
-        encoder: makes examples of them.
-        repeats: begin again after the last row, in another order if the rows are shuffled. A
-            Trainer that resumes skips the steps it has done within one pass; so all are one.
+        rows: rows with the columns that the encoder reads.
+        encoder: makes examples of the rows.
+        repeats: whether to begin again after the last row, in another order if the rows are
+            shuffled. A Trainer that resumes skips steps within one pass, so all passes are one.
     """
 
     def __init__(self, rows: datasets.IterableDataset, encoder: Encoder, repeats: bool) -> None:
@@ -41,23 +41,23 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             counts = Counts()
             self.rows.set_epoch(epoch)
             try:
-                yield from self._examples(counts, tells=epoch == 0)
+                yield from self._examples(counts, warns=epoch == 0)
             finally:
                 if epoch == 0 and counts.examples:
-                    counts.tell(self.encoder.name, self.encoder.max_length)
+                    counts.log(self.encoder.name, self.encoder.max_length)
             if not counts.examples:
                 worker = torch.utils.data.get_worker_info()
                 if worker is not None and worker.id > 0:  # datasets gives each file to one worker
                     return
                 raise ValueError(f"no {self.encoder.name} examples in the stream")
 
-    def _examples(self, counts: Counts, tells: bool) -> Iterator[dict[str, Any]]:
+    def _examples(self, counts: Counts, warns: bool) -> Iterator[dict[str, Any]]:
         for batch in self.encoder.encode(self.rows, _BATCH):
             for example in batch:
-                if tells and example.is_cut and not counts.cut:
+                if warns and example.is_cut and not counts.cut:
                     logger.warning(
                         "%s example %d is longer than %d tokens and loses the beginning of its "
-                        "prompt; how many do is told when the stream ends",
+                        "prompt; how many do is logged when the stream ends",
                         self.encoder.name,
                         counts.examples,
                         self.encoder.max_length,

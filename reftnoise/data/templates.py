@@ -1,4 +1,4 @@
-"""What is put around a prompt before a model reads it."""
+"""The text around a prompt that a model reads."""
 
 from collections.abc import Mapping
 from string import Formatter
@@ -20,7 +20,7 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 _TEXT = datasets.Value("string")
-_PAIR = datasets.Features({"prompt": _TEXT, "completion": _TEXT})
+_PROMPTS = datasets.Features({"prompt": _TEXT, "completion": _TEXT})
 _CHAT = datasets.Features({"messages": [{"role": _TEXT, "content": _TEXT}]})
 
 
@@ -30,9 +30,9 @@ def fill(template: str, prompt: str, row: Mapping[str, Any]) -> str | Messages:
     Args:
         template: `plain` (the prompt alone), `chat` (a user's turn of the tokenizer's chat
             template), `alpaca` (which has a place for a row's `input`), or a text with `{prompt}`
-            and columns of the row in it.
-        prompt: as the task wrote it.
-        row: what columns are taken from.
+            and columns of the row in braces.
+        prompt: prompt of the task.
+        row: row with the columns that the template names.
 
     Raises:
         ValueError: no such template, or no such column.
@@ -77,20 +77,20 @@ def check_template(template: str) -> None:
 def as_examples(
     rows: Rows, task: Task, template: str, tokenizer: Any, *, name: str = "training"
 ) -> Rows:
-    """`prompt` and `completion` of each row, as `make_last_position_supervised_data_module` reads.
+    """Rows of `prompt` and `completion`, which `make_last_position_supervised_data_module` reads.
 
-    With the template `chat`, and for conversations, which the task `text` leaves as they are, they
-    are `messages`.
+    With the template `chat` they are rows of `messages`, as are conversations, which the task
+    `text` leaves as they are.
 
     Args:
-        rows: with the columns that the task reads.
-        task: makes prompts and completions of them.
-        template: as in `fill`.
-        tokenizer: of the base.
-        name: of the rows, in messages.
+        rows: rows with the columns that the task reads.
+        task: makes prompts and completions of the rows.
+        template: template, as in `fill`.
+        tokenizer: tokenizer of the base.
+        name: name of the dataset, for errors.
 
     Raises:
-        RowError: a row that the task or the template cannot take.
+        RowError: a row that the task or the template cannot read.
         ValueError: a tokenizer without chat template that needs one, or a column `subspaces`.
     """
     check_template(template)
@@ -114,4 +114,4 @@ def as_examples(
             return {"prompt": filled, "completion": question.completion}
         return {"messages": [*filled, {"role": "assistant", "content": question.completion}]}
 
-    return map_rows(rows, example, _CHAT if template == "chat" else _PAIR)
+    return map_rows(rows, example, _CHAT if template == "chat" else _PROMPTS)

@@ -1,7 +1,6 @@
-"""Examples that are tokenised once, into Arrow tables in memory or on disk.
+"""Examples that are tokenised once, into tables in memory or on disk.
 
-Large data sets are kept on disk from run to run, each under a hash of everything that its tokens
-depend on.
+Large datasets are kept on disk from run to run, each under a hash of all that its tokens depend on.
 """
 
 import datetime
@@ -11,12 +10,12 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import datasets
-import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import transformers
@@ -27,25 +26,21 @@ from .sources import file_digest, quiet, temporary_file
 logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 2**20
-"""Rows of fewer bytes, which take a second or two, are tokenised anew."""
+"""Rows of fewer bytes, which take a second or two, are tokenised in every run."""
 _VERSION = 1  # of what the files hold
 _BATCH = 1000
 _INT, _FLAG = datasets.Value("int32"), datasets.Value("bool")
-_INTS = datasets.List(_INT)
 _FEATURES = {
-    "input_ids": _INTS,
-    "labels": _INTS,
-    "prompt_lengths": _INT,
-    "length": _INT,
-    "is_cut": _FLAG,
-    "is_cut_short": _FLAG,
+    **dict.fromkeys(("input_ids", "labels"), datasets.List(_INT)),
+    **dict.fromkeys(("prompt_lengths", "length"), _INT),
+    **dict.fromkeys(("is_cut", "is_cut_short"), _FLAG),
 }
 
 
 def tokenize_once(rows: datasets.Dataset, encoder: Encoder) -> datasets.Dataset:
-    """Tokenised examples of rows: in memory if they are few, else in a file.
+    """Tokenised examples of rows: in memory if the rows are few, else in a file.
 
-    The file is kept from run to run, and found again by the content of rows and tokenizer.
+    The file is kept from run to run, and found by the content of rows and tokenizer.
 
     Raises:
         ValueError: a row that is no example, or no examples.
@@ -59,7 +54,7 @@ def tokenize_once(rows: datasets.Dataset, encoder: Encoder) -> datasets.Dataset:
         examples = _tokenized(rows, encoder, path=temporary_file())
     if not len(examples):
         raise ValueError(f"no {encoder.name} examples: no conversation has an assistant's turn")
-    _counts(examples.data).tell(encoder.name, encoder.max_length)
+    _counts(examples.data).log(encoder.name, encoder.max_length)
     return examples.remove_columns(["is_cut", "is_cut_short"])
 
 
@@ -67,7 +62,7 @@ def tokenize_once(rows: datasets.Dataset, encoder: Encoder) -> datasets.Dataset:
 
 
 def _kept_file(rows: datasets.Dataset, encoder: Encoder) -> Path:
-    """The file of these examples, `key-digest.arrow`; written unless a whole one is there."""
+    """The file of these examples, `key-digest.arrow`; written unless an undamaged one exists."""
     directory = Path(datasets.config.HF_DATASETS_CACHE) / "reftnoise"
     key = _key(rows, encoder)
     for path in directory.glob(f"{key}-*.arrow"):
@@ -92,22 +87,15 @@ def _key(rows: datasets.Dataset, encoder: Encoder) -> str:
     depends_on = {
         "version": [_VERSION, tokenizers.__version__, transformers.__version__],
         "settings": [encoder.chat_template, encoder.nonstop, encoder.max_length, rows.num_columns],
-        # Padding and truncation are what somebody's last call left there.
+        # Padding and truncation are left over from the last call.
         "backend": {n: v for n, v in backend.items() if n not in ("padding", "truncation")},
         "tokenizer": [type(tokenizer).__name__, tokenizer.special_tokens_map, template],
         "date": str(datetime.date.today()) if "strftime_now" in template else None,
     }
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(depends_on, default=str).encode())
-    for table in rows.with_format("arrow").iter(_BATCH):
-        names = [str(index) for index in range(table.num_columns)]
-        # Taking rows copies them: a slice would be written with what lies beside it in memory.
-        rows_alone = table.take(pa.array(range(table.num_rows))).combine_chunks()
-        plain = rows_alone.rename_columns(names).replace_schema_metadata(None)
-        buffer = pa.BufferOutputStream()
-        with pa.ipc.new_stream(buffer, plain.schema) as writer:
-            writer.write_table(plain)
-        digest.update(buffer.getvalue())
+    for batch in rows.iter(_BATCH):
+        digest.update(json.dumps(list(batch.values()), default=str).encode())
     return digest.hexdigest()
 
 
@@ -126,18 +114,15 @@ def _tokenized(
     def encode(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, Any]:
         values = zip(*columns.values(), strict=True)
         batch = [dict(zip(columns, row, strict=True)) for row in values]
-        examples = [
-            example for part in encoder.encode(batch, _BATCH, first=indices[0]) for example in part
-        ]
+        examples = chain.from_iterable(encoder.encode(batch, _BATCH, first=indices[0]))
         made = [
-            {**each.features(), "is_cut": each.is_cut, "is_cut_short": each.is_cut_short}
-            for each in examples
+            e.features() | {"is_cut": e.is_cut, "is_cut_short": e.is_cut_short} for e in examples
         ]
         return {name: [row[name] for row in made] for name in features}
 
     features = datasets.Features(_FEATURES)
     if encoder.subspaces_column in rows.column_names:
-        features[SUBSPACES] = _INTS
+        features[SUBSPACES] = datasets.List(_INT)
     is_shown = path is not None and sys.stderr.isatty()
     with nullcontext() if is_shown else quiet():
         return rows.map(

@@ -110,7 +110,7 @@ def test_truncation_is_told_at_once_and_in_total(
         examples.close()  # type: ignore[attr-defined]
     assert [record.getMessage() for record in caplog.records] == [
         "training example 3 is longer than 40 tokens and loses the beginning of its prompt; how "
-        "many do is told when the stream ends",
+        "many do is logged when the stream ends",
         f"3 of {min(taken, 30)} training examples were longer than 40 tokens and lost the "
         "beginning of their prompts",
     ]
