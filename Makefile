@@ -57,7 +57,7 @@ lint: $(VENV)/.lint
 
 # README, guides and API reference as a site, in site/.
 docs: $(VENV)/.docs
-	$(BIN)/python -m mkdocs build --strict --quiet --config-file .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file .mkdocs.yml
 
 # One stamp per set of packages; each is installed again when what it needs changes.
 $(VENV)/.demo: EXTRAS =
