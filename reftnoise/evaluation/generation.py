@@ -40,8 +40,7 @@ def generated(
     rows: list[Row] = [(prompt_tokens(tokenizer, prompt), []) for prompt in prompts]
     left = None if limit is None else limit - max_new_tokens
     tokens = [prompt for prompt, _ in without_beginnings(tokenizer, rows, left)]
-    ends = ends_of(model, tokenizer)
-    pad = next(n for n in (tokenizer.pad_token_id, *ends, 0) if n is not None)
+    ends, ending = ends_of(model, tokenizer), ending_arguments(model, tokenizer)
     settings = {"do_sample": False} | dict(generation or {})
     if not settings["do_sample"]:  # what the base would sample with is unused, and warned of
         settings = {"temperature": None, "top_p": None, "top_k": None} | settings
@@ -59,8 +58,7 @@ def generated(
             input_ids=ids.to(model.device),
             attention_mask=mask.long().to(model.device),
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=ends or None,
+            **ending,
             **settings,
         )
         for index, new in zip(indices, written[:, width:].tolist(), strict=True):
@@ -80,6 +78,13 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
     if tokenizer.eos_token_id is not None:
         ends.append(tokenizer.eos_token_id)
     return sorted(set(ends))
+
+
+def ending_arguments(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Arguments of `generate`: what ends a text, and what pads shorter ones after that."""
+    ends = ends_of(model, tokenizer)
+    pad = next(n for n in (tokenizer.pad_token_id, *ends, 0) if n is not None)
+    return {"pad_token_id": pad, "eos_token_id": ends or None}
 
 
 def prompt_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from .._util.errors import nearest
 from ..data.templates import check_template, fill
 from ..data.tokenization import smallest_limit
 from ..evaluation.decoding import GREEDY, Decoding
-from ..evaluation.generation import ends_of, prompt_tokens
+from ..evaluation.generation import prompt_tokens
 from ..model import ReftModel
 from ..training.run_adapter import template_of
 from .loading import load_adapted
-from .prompts import default_new_tokens
+from .prompts import generate_arguments, new_tokens
 
 SIGN = "› "
 
@@ -37,16 +38,16 @@ def chat(
     """Read messages from stdin until its end, and stream an answer to each.
 
     Args:
-        adapter: as in `load_adapted`.
-        model: the base, as in `load_adapted`.
-        device: of both, as in `load_adapted`.
-        decoding: how answers are drawn. In another template than chat, by default that of the run,
-            each line is a prompt of its own.
+        adapter: adapter, as in `load_adapted`.
+        model: base, as in `load_adapted`.
+        device: device of both, as in `load_adapted`.
+        decoding: template, by default that of the run, and sampling. In any template but chat, each
+            line is a prompt of its own.
         console: where to print.
 
     Raises:
-        OSError: no such adapter or base.
-        ValueError: a template that does not fit, or a damaged adapter.
+        OSError: there is no such adapter or base.
+        ValueError: the template does not fit, or the adapter is damaged.
     """
     console = console or Console(highlight=False)
     template = decoding.template_or(template_of(adapter) or "chat")
@@ -54,24 +55,18 @@ def chat(
     transformers_logging.set_verbosity_error()
     reft_model, tokenizer = load_adapted(adapter, model, device=device)
     set_seed(decoding.seed)
-    talk = Conversation(
-        reft_model,
-        tokenizer,
-        console,
-        system=decoding.system,
-        template=template,
-        max_new_tokens=decoding.max_new_tokens or default_new_tokens(tokenizer, reft_model),
-        settings=decoding.arguments(),
+    conversation = Conversation(
+        reft_model, tokenizer, console, decoding=replace(decoding, template=template)
     )
     if sys.stdin.isatty():
         console.print("[dim]/help lists commands, Ctrl-D leaves.[/dim]")
     for line in _lines(console):
-        if not talk.read(line):
+        if not conversation.read(line):
             return
 
 
 def _lines(console: Console) -> Iterator[str]:
-    """What the user types, line by line; Ctrl-C at the prompt gives up the line."""
+    """What the user types, line by line; Ctrl-C at the prompt drops the line."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
@@ -88,18 +83,15 @@ def _lines(console: Console) -> Iterator[str]:
 
 
 class Conversation:
-    """Messages so far, and what the next answer is made with.
+    """The messages so far, and what answers the next one.
 
     Args:
-        reft_model: in evaluation mode.
-        tokenizer: of the base. Without a chat template, the conversation is one text that each
-            line and each answer continue.
+        reft_model: model in evaluation mode.
+        tokenizer: tokenizer of the base. Without a chat template, the conversation is one text that
+            each line and each answer continue.
         console: where to print.
-        system: a message before all others.
-        template: of the prompts that the adapter was trained on. With another than `chat`, each
-            line is a prompt of its own.
-        max_new_tokens: of each answer.
-        settings: further arguments of `generate`.
+        decoding: template, by default chat, and sampling. In any template but chat, each line is a
+            prompt of its own.
     """
 
     def __init__(
@@ -108,32 +100,27 @@ class Conversation:
         tokenizer: Any,
         console: Console,
         *,
-        system: str | None = None,
-        template: str | None = None,
-        max_new_tokens: int = 256,
-        settings: dict[str, Any] | None = None,
+        decoding: Decoding = GREEDY,
     ) -> None:
         self._model, self._tokenizer, self._console = reft_model, tokenizer, console
-        self._system, self._max_new_tokens, self._settings = system, max_new_tokens, settings or {}
+        self._decoding = decoding
         self.messages: list[dict[str, str]] = []
         self.is_on = True
-        self._has_template = tokenizer.chat_template is not None
-        self._template = None if template == "chat" else template
-        if self._template is not None:
+        self._template = decoding.template_or("chat")
+        if self._template != "chat":
             self._say("Each line is a prompt of its own, in the template of the run.")
-        elif not self._has_template:
-            self._say("The tokenizer has no chat template: each line is continued as it stands.")
+        elif tokenizer.chat_template is None:
+            self._say("The tokenizer has no chat template: the model continues each line.")
 
     def read(self, line: str) -> bool:
-        """Obey a command or answer a message; False for the wish to leave."""
+        """Obey a command or answer a message; False where the user leaves."""
         line = line.strip()
         if line.startswith("/"):
             name, _, rest = line.partition(" ")
             if name == "/quit":
                 return False
             if name in COMMANDS:
-                _, obey = COMMANDS[name]
-                obey(self, rest.strip())
+                COMMANDS[name][1](self, rest.strip())
             else:
                 self._say(f"unknown command {name}; {nearest(name, [*COMMANDS, '/quit'])}")
         elif line:
@@ -148,40 +135,40 @@ class Conversation:
         except (TemplateError, ValueError) as error:
             self._say(f"not answered: {error}")
             return
-        shown = _Shown(self._tokenizer, self._console)
-        ends = ends_of(self._model, self._tokenizer)
-        device = self._model.device
+        printer = _Printer(self._tokenizer, self._console)
+        tokens = tokens.to(self._model.device)
+        arguments = generate_arguments(self._decoding, self._tokenizer, self._model)
+        arguments["max_new_tokens"] = room
         with contextlib.ExitStack() as stack:
-            stack.callback(shown.end)
+            stack.callback(printer.end)
             stack.enter_context(contextlib.suppress(KeyboardInterrupt))
             if not self.is_on:
                 stack.enter_context(self._model.disabled())
             self._model.generate(
-                input_ids=tokens.to(device),
-                attention_mask=tokens.new_ones(tokens.shape).to(device),
-                max_new_tokens=room,
-                eos_token_id=ends or None,
-                pad_token_id=next(iter(ends), 0),
-                streamer=shown,
-                **self._settings,
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                streamer=printer,
+                **arguments,
             )
-        self.messages.append({"role": "assistant", "content": shown.text})
+        self.messages.append({"role": "assistant", "content": printer.text})
 
     def _prompt(self, messages: list[dict[str, str]]) -> tuple[Tensor, int]:
         """Token ids [1, length] of the conversation, and how many tokens the answer may have.
 
-        The oldest messages are left out where they leave no room for it.
+        The oldest messages are dropped where they leave no room for the answer.
         """
         limit = smallest_limit(self._tokenizer, self._model, None)
-        room = self._max_new_tokens if limit is None else min(self._max_new_tokens, limit // 2)
+        room = new_tokens(self._decoding, self._tokenizer, self._model)
+        if limit is not None:
+            room = min(room, limit // 2)
         for start in range(0, len(messages), 2):
             tokens = self._tokens(messages[start:])
             if limit is None or len(tokens) + room <= limit:
                 break
         else:
             raise ValueError(
-                f"the message has {len(tokens)} tokens, the model's context {limit}, of which "
-                f"{room} are kept for the answer"
+                f"the message has {len(tokens)} tokens, but the model's context has {limit}, of "
+                f"which {room} are kept for the answer"
             )
         if start:
             self._say(f"The {start} oldest messages no longer fit into {limit} tokens.")
@@ -189,13 +176,13 @@ class Conversation:
         return torch.tensor([tokens]), room
 
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        if self._template is not None:
+        if self._template != "chat":
             return prompt_tokens(self._tokenizer, fill(self._template, messages[-1]["content"], {}))
-        if self._system:
-            messages = [{"role": "system", "content": self._system}, *messages]
-        if self._has_template:
+        if self._decoding.system:
+            messages = [{"role": "system", "content": self._decoding.system}, *messages]
+        if self._tokenizer.chat_template is not None:
             return prompt_tokens(self._tokenizer, messages)
-        return prompt_tokens(self._tokenizer, "\n".join(one["content"] for one in messages))
+        return prompt_tokens(self._tokenizer, "\n".join(m["content"] for m in messages))
 
     # -- commands --------------------------------------------------------------------------------
 
@@ -217,10 +204,10 @@ class Conversation:
 
     def _reset(self, _: str) -> None:
         self.messages = []
-        self._say("The conversation begins anew.")
+        self._say("The conversation starts again.")
 
     def _set_system(self, text: str) -> None:
-        self._system = text or None
+        self._decoding = replace(self._decoding, system=text or None)
         self._say("The system message is set." if text else "There is no system message now.")
 
     def _help(self, __: str) -> None:
@@ -233,20 +220,17 @@ class Conversation:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Conversation, str], None]]] = {
-    "/off": ("answer by the base, without the adapter", Conversation._off),
-    "/on": ("answer by the adapted model again", Conversation._on),
+    "/off": ("let the base answer, without the adapter", Conversation._off),
+    "/on": ("let the adapted model answer again", Conversation._on),
     "/scale": ("multiply edits: /scale 0.5; a peft section stays as it is", Conversation._scale),
     "/reset": ("forget the conversation", Conversation._reset),
-    "/system": (
-        "set the message before the conversation; alone, drop it",
-        Conversation._set_system,
-    ),
+    "/system": ("set the system message: /system TEXT; alone, drop it", Conversation._set_system),
     "/help": ("list commands", Conversation._help),
 }
-"""By name: what it does, and the method that does it with the rest of the line."""
+"""By name, what a command does and the method that does it with the rest of the line."""
 
 
-class _Shown(TextStreamer):
+class _Printer(TextStreamer):
     """Prints an answer as it is written, and keeps it."""
 
     def __init__(self, tokenizer: Any, console: Console) -> None:
@@ -256,7 +240,7 @@ class _Shown(TextStreamer):
         self.text = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self._has_ended:  # generate says so, and an interrupted one does not
+        if self._has_ended:  # `generate` ends it, unless it was interrupted
             return
         self._has_ended = stream_end
         self.text += text

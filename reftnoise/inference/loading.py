@@ -12,6 +12,9 @@ from ..model import ReftModel, get_reft_model
 from ..training.run_adapter import adapter_directory, base_of, recipe_beside
 from ..training.run_files import ADAPTER
 
+BASE = "base"
+"""The name of a model without an adapter, beside those of its adapters."""
+
 
 def load_adapted(
     adapter: str | Path,
@@ -23,19 +26,19 @@ def load_adapted(
 ) -> tuple[ReftModel, Any]:
     """A base that writes text, with its adapter, in evaluation mode, and the base's tokenizer.
 
-    What is None is as the run's recipe has it, or as the adapter was saved.
+    None stands for what the run's recipe has, or what was saved with the adapter.
 
     Args:
-        adapter: directory of a run or of an adapter, or the hub name of an adapter.
+        adapter: directory of a run or of an adapter, or hub name of an adapter.
         model: name or directory of the base, or tiny-chat.
         revision: branch, tag or commit of a base on the hub.
-        dtype: of the base, as in `load_base`.
-        device: for both, as in `load_base`.
+        dtype: dtype of the base, as in `load_base`.
+        device: device for both, as in `load_base`.
 
     Raises:
-        OSError: no such adapter, or no such base.
-        ValueError: the adapter is damaged, does not tell its base, is for another, or is of a run
-            that trained a classifier.
+        OSError: there is no such adapter or base.
+        ValueError: the adapter is damaged, does not name its base, is for another base, or is that
+            of a classifier.
     """
     directory = adapter_directory(adapter)
     _expect_no_classifier(directory)
@@ -54,16 +57,16 @@ def load_library(
 
     Args:
         adapters: directories of runs or adapters, or hub names, by the name that each gets.
-        model: the base; by default that of the first adapter.
-        dtype: of the base, as in `load_base`.
-        device: for both, as in `load_base`.
+        model: name or directory of the base; by default the base of the first adapter.
+        dtype: dtype of the base, as in `load_base`.
+        device: device for both, as in `load_base`.
 
     Raises:
-        OSError: no such adapter or base.
-        ValueError: an adapter is damaged, for another base, or of a run that trained a classifier;
-            or the first does not tell its base.
+        OSError: there is no such adapter or base.
+        ValueError: an adapter is damaged, for another base, or that of a classifier; or the first
+            one does not name its base.
     """
-    directories = {name: adapter_directory(one) for name, one in adapters.items()}
+    directories = {name: adapter_directory(path) for name, path in adapters.items()}
     for directory in directories.values():
         _expect_no_classifier(directory)
     first = next(iter(directories.values()))
@@ -75,7 +78,7 @@ def load_library(
 
 
 def by_name(adapter: str | Path, others: Mapping[str, str | Path]) -> dict[str, str | Path]:
-    """An adapter, by its directory's or repository's name or its run's, and others by theirs.
+    """Adapters by name; the first has the name of its run, directory or repository.
 
     Raises:
         ValueError: one of the others has that name.
@@ -83,7 +86,7 @@ def by_name(adapter: str | Path, others: Mapping[str, str | Path]) -> dict[str, 
     path = Path(adapter).absolute()
     name = path.parent.name if path.name == ADAPTER else path.name
     if name in others:
-        raise ValueError(f"others.{name}: {adapter} has that name already; choose another")
+        raise ValueError(f"others.{name}: {adapter} has that name already, choose another")
     return {name: adapter, **others}
 
 
@@ -97,12 +100,12 @@ def _load_base(
 ) -> tuple[Any, Any]:
     """The base of an adapter directory, and its tokenizer; arguments as in `load_adapted`."""
     known = base_of(directory) if model is None else {"model": model}
-    given = {"revision": revision, "dtype": dtype}
-    known |= {name: value for name, value in given.items() if value is not None}
+    options = {"revision": revision, "dtype": dtype}
+    known |= {name: value for name, value in options.items() if value is not None}
     name = known.pop("model")
     if not name:
         raise ValueError(
-            f"{directory / CONFIG_NAME}: the adapter's base has no name: say which model it is for"
+            f"{directory / CONFIG_NAME}: the adapter's base has no name: expected `model`"
         )
     try:
         return load_base(name, device=device, **known)
@@ -116,6 +119,6 @@ def _expect_no_classifier(directory: Path) -> None:
     task = recipe_beside(directory).get("task")
     if task is not None and isinstance(get_task(task), ClassifierTask):
         raise ValueError(
-            f"{directory.parent}: the run is a classifier, which writes no text; 'reftnoise eval "
-            f"{directory.parent}' scores it"
+            f"{directory.parent}: the run is a classifier, which writes no text; to score it, run "
+            f"'reftnoise eval {directory.parent}'"
         )

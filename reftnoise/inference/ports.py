@@ -1,16 +1,14 @@
-"""Whether a server can listen, asked before a model is loaded for it."""
+"""Check whether a server can listen, before a model is loaded for it."""
 
 import asyncio
 
 
 def expect_free(host: str, port: int) -> None:
-    """Raise an OSError where nothing can listen, by the rules of asyncio's servers.
-
-    uvicorn would log it and end the process.
+    """Raise an error where asyncio's servers cannot listen; uvicorn would end the process instead.
 
     Raises:
         OSError: the port is taken, or the host is not this machine.
-        ValueError: no port.
+        ValueError: the port is no number of a port.
     """
     if not 1 <= port < 2**16:
         raise ValueError(f"port {port}: expected a number from 1 to {2**16 - 1}")

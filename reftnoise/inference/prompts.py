@@ -17,7 +17,7 @@ from .._util.files import json_lines, replace_all
 from ..data.templates import fill
 from ..data.tokenization import smallest_limit
 from ..evaluation.decoding import GREEDY, Decoding
-from ..evaluation.generation import generated
+from ..evaluation.generation import ending_arguments, generated
 from ..evaluation.likelihood import Progress
 from ..evaluation.scoring import evaluating
 from ..model import ReftModel
@@ -38,20 +38,19 @@ def generate_texts(
     """What the model writes after each prompt, in the prompts' order.
 
     Args:
-        reft_model: the base alone answers within `reft_model.disabled()`.
-        tokenizer: of the base.
+        reft_model: the model; within `reft_model.disabled()` its base alone answers.
+        tokenizer: tokenizer of the base.
         prompts: texts.
-        decoding: what is put around them, by default the tokenizer's chat template or nothing where
-            it has none, and how answers are drawn.
-        rows: of which a template takes columns, one for each prompt.
-        batch_size: prompts per forward pass, padded on the left.
-        progress: called with the prompts that are done and all prompts.
+        decoding: template, by default that of `default_template`, and sampling.
+        rows: rows for the template's columns, one for each prompt.
+        batch_size: number of prompts per forward pass.
+        progress: function that is called with the number of finished prompts and of all prompts.
 
     Raises:
         ValueError: an empty prompt, a template that does not fit, or more new tokens than the
             model's context has.
     """
-    template = decoding.template_or("plain" if tokenizer.chat_template is None else "chat")
+    template = decoding.template_or(default_template(tokenizer))
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     for index, prompt in enumerate(prompts):
@@ -69,17 +68,28 @@ def generate_texts(
             reft_model,
             tokenizer,
             asked,
-            max_new_tokens=decoding.max_new_tokens or default_new_tokens(tokenizer, reft_model),
+            max_new_tokens=new_tokens(decoding, tokenizer, reft_model),
             batch_size=batch_size,
             generation=decoding.arguments(),
             progress=progress,
         )
 
 
-def default_new_tokens(tokenizer: Any, model: Any) -> int:
-    """New tokens where nobody says how many: 256, or half of a smaller context."""
+def default_template(tokenizer: Any) -> str:
+    """The tokenizer's chat template, or nothing around prompts where it has none."""
+    return "plain" if tokenizer.chat_template is None else "chat"
+
+
+def new_tokens(decoding: Decoding, tokenizer: Any, model: Any) -> int:
+    """The number of new tokens; by default 256, or half of a smaller context."""
     limit = smallest_limit(tokenizer, model, None)
-    return 256 if limit is None else min(256, limit // 2)
+    return decoding.max_new_tokens or (256 if limit is None else min(256, limit // 2))
+
+
+def generate_arguments(decoding: Decoding, tokenizer: Any, model: Any) -> dict[str, Any]:
+    """Arguments of `generate`: sampling, the number of new tokens, and how answers end."""
+    count = {"max_new_tokens": new_tokens(decoding, tokenizer, model)}
+    return decoding.arguments() | ending_arguments(model, tokenizer) | count
 
 
 def answer_prompts(
@@ -102,37 +112,32 @@ def answer_prompts(
     that of the base alone as `base`.
 
     Args:
-        adapter: as in `load_adapted`.
+        adapter: adapter, as in `load_adapted`.
         prompts: texts.
-        input: a file of JSON lines with prompts, after those.
+        input: file of JSON lines with further prompts.
         output: file for the rows as JSON lines.
-        column: the key of the prompts in `input`.
-        compare: also let the base answer.
-        model: the base, as in `load_adapted`.
-        device: of both, as in `load_adapted`.
-        decoding: as in `generate_texts`; the template is by default that of the run.
-        batch_size: as in `generate_texts`.
-        console: where the answers are printed that go to no file; nowhere, if None.
+        column: key of the prompts in `input`.
+        compare: whether the base answers, too.
+        model: base, as in `load_adapted`.
+        device: device of both, as in `load_adapted`.
+        decoding: template, by default that of the run, and sampling, as in `generate_texts`.
+        batch_size: number of prompts per forward pass.
+        console: where answers that go to no file are printed; None for nowhere.
 
     Raises:
-        OSError: no such adapter, base or file.
-        ValueError: no prompts, a line without one, or a template that does not fit.
+        OSError: there is no such adapter, base or file.
+        ValueError: there are no prompts, a line has none, or a template does not fit.
     """
-    rows = [{"prompt": prompt} for prompt in prompts]
-    texts = list(prompts)
-    if input is not None:
-        read = read_jsonl(input, column)
-        rows += read
-        texts += [row[column] for row in read]
+    read = [] if input is None else read_jsonl(input, column)
+    rows = [*({"prompt": prompt} for prompt in prompts), *read]
+    texts = [*prompts, *(row[column] for row in read)]
     if not rows:
         raise ValueError("no prompts: expected a prompt, or an input file")
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"output {output}: no such directory")
     for name in ("text", "base") if compare else ("text",):
         if any(name in row for row in rows):
-            raise ValueError(
-                f"column {name!r}: the answer is written there; rename it in the input"
-            )
+            raise ValueError(f"column {name!r}: the answer goes there; rename it in the input")
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"output {output}: no such directory")
     if output is not None and Path(output).is_dir():
         raise ValueError(f"output {output}: expected a file, found a directory")
     decoding = replace(decoding, template=decoding.template or template_of(adapter))
@@ -159,7 +164,7 @@ def answer_prompts(
 
 
 def show(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], console: Console) -> None:
-    """Print the text alone for one prompt, else a table, with the base's answers if it has them."""
+    """Print the text alone for one prompt, else a table, with the base's answers if any."""
     if len(rows) == 1 and "base" not in rows[0]:
         console.print(rows[0]["text"], markup=False, soft_wrap=True)
         return

@@ -1,7 +1,7 @@
 """Adapters on transformers' own server, for small setups: one request at a time, no batching.
 
-Each adapter is a model's name to the OpenAI API, and so is the base. (transformers' continuous
-batching runs passes that are not ours; many users are served by vLLM.)
+Each adapter is a model's name in the OpenAI API, and so is the base. (transformers' continuous
+batching runs forward passes that edits do not reach; vLLM serves many users.)
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import torch
 
 from .._util.errors import nearest
 from ..model import ReftModel
-from .loading import load_library
+from .loading import BASE, load_library
 from .ports import expect_free
 
 try:
@@ -22,12 +22,9 @@ try:
 except ModuleNotFoundError as error:
     raise ValueError(f"serve needs {error.name}: pip install 'reftnoise[serve]'") from None
 
-BASE = "base"
-"""The name of the model without an adapter."""
 
-
-class _Named:
-    """A model with one adapter, as a request names it."""
+class _Choice:
+    """A model with one of its adapters chosen, or none."""
 
     def __init__(self, reft_model: ReftModel, choice: str | None) -> None:
         self._reft_model, self._choice = reft_model, choice
@@ -43,17 +40,17 @@ class _Named:
         return tokens
 
 
-class _Adapters(model_manager.ModelManager):
-    """What transformers' handlers take models from: ours, which are all loaded."""
+class _LoadedModels(model_manager.ModelManager):
+    """Gives transformers' handlers our models, which are all loaded."""
 
     def __init__(self, reft_model: ReftModel, tokenizer: Any) -> None:
         super().__init__()
         self._tokenizer = tokenizer
         names = {BASE: None, **{name: name for name in reft_model.adapters}}
-        self._named = {name: _Named(reft_model, choice) for name, choice in names.items()}
+        self._named = {name: _Choice(reft_model, choice) for name, choice in names.items()}
 
     def process_model_name(self, model_id: str) -> str:
-        """The name as it is; others have a revision."""
+        """The name as it is, without the revision that transformers adds."""
         return model_id
 
     def load_model_and_processor(self, model_id_and_revision: str, **_: Any) -> tuple[Any, Any]:
@@ -74,20 +71,20 @@ def start(
     """Run transformers' server, with the base and each loaded adapter as a model.
 
     Args:
-        reft_model: in which the adapters are loaded.
-        tokenizer: of its base.
-        host: to listen on.
-        port: likewise.
-        waits: until the server is interrupted; it runs in a thread of its own otherwise, up to
-            `kill_server()`.
+        reft_model: model with the loaded adapters.
+        tokenizer: tokenizer of its base.
+        host: address that the server listens on.
+        port: port that the server listens on.
+        waits: whether to return only when the server is interrupted; otherwise it runs in a thread
+            of its own until `kill_server()`.
     """
-    manager = _Adapters(reft_model.eval(), tokenizer)
-    own = model_manager.ModelManager
+    manager = _LoadedModels(reft_model.eval(), tokenizer)
+    original = model_manager.ModelManager
     model_manager.ModelManager = lambda **_: manager
     try:
         return Serve(host=host, port=port, log_level="error", non_blocking=not waits)
     finally:
-        model_manager.ModelManager = own
+        model_manager.ModelManager = original
 
 
 def serve(
@@ -103,18 +100,19 @@ def serve(
 
     Args:
         adapters: directories of runs or adapters, or hub names, by the name that requests use.
-        model: the base; by default that of the first adapter.
-        host: to listen on.
-        port: likewise.
-        dtype: of the base, as in `load_base`.
-        device: for both, as in `load_base`.
+        model: name or directory of the base; by default the base of the first adapter.
+        host: address that the server listens on.
+        port: port that the server listens on.
+        dtype: dtype of the base, as in `load_base`.
+        device: device for both, as in `load_base`.
 
     Raises:
-        OSError: no such adapter or base, or the port is taken.
-        ValueError: an adapter is damaged, or for another base; a name that is taken; or no port.
+        OSError: there is no such adapter or base, or the port is taken.
+        ValueError: an adapter is damaged or for another base, a name is taken, or no such port
+            exists.
     """
     expect_free(host, port)
     if BASE in adapters:
-        raise ValueError(f"adapter name {BASE!r}: that is the model without an adapter")
+        raise ValueError(f"adapter name {BASE!r}: this is the name of the model without adapters")
     reft_model, tokenizer = load_library(adapters, model, dtype=dtype, device=device)
     start(reft_model, tokenizer, host=host, port=port)

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import reftnoise as rn
+from reftnoise.evaluation.decoding import Decoding
 from reftnoise.inference.chat import Conversation
 from reftnoise.inference.loading import load_adapted, load_library
 from support.adapters import QUESTIONS, answer, save_adapter
@@ -42,8 +43,8 @@ class Talk:
     def __init__(self, reft_model: rn.ReftModel, tokenizer: Any, **settings: Any) -> None:
         self.printed = io.StringIO()
         console = Console(file=self.printed, width=60)
-        settings = {"max_new_tokens": 16, "settings": {"do_sample": False}} | settings
-        self.conversation = Conversation(reft_model, tokenizer, console, **settings)
+        decoding = Decoding(**{"max_new_tokens": 16} | settings)
+        self.conversation = Conversation(reft_model, tokenizer, console, decoding=decoding)
 
     def say(self, line: str) -> str:
         before = len(self.printed.getvalue())
@@ -83,11 +84,11 @@ def test_a_script_drives_it_through_stdin(adapter: Path, loaded: tuple[rn.ReftMo
     assert done.stdout.splitlines() == [
         adapted[0],
         "The base answers, without the adapter.",
-        "The conversation begins anew.",
+        "The conversation starts again.",
         base,
         "unknown command /nosuch; possible: /off, /on, /scale, /reset, /system, /help, /quit",
         "The adapted model answers.",
-        "The conversation begins anew.",
+        "The conversation starts again.",
         adapted[1],
     ]
 
@@ -140,13 +141,15 @@ class Terminal:
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(adapter: Path) -> None:
     # An answer that does not end by itself, slow enough to be interrupted.
     slow = (
-        "import signal, sys, time; from reftnoise.inference import chat\n"
+        "import signal, sys, time\n"
+        "from reftnoise.evaluation import generation\n"
+        "from reftnoise.inference import chat\n"
         # Tests that a shell runs in the background inherit that this signal is ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "put = chat._Shown.put\n"
-        "def slowly(*given): time.sleep(0.3); put(*given)\n"
-        "chat._Shown.put = slowly\n"
-        "chat.ends_of = lambda *_: [0]\n"
+        "put = chat._Printer.put\n"
+        "def slowly(*arguments): time.sleep(0.3); put(*arguments)\n"
+        "chat._Printer.put = slowly\n"
+        "generation.ends_of = lambda *_: [0]\n"
         "chat.chat(sys.argv[1], decoding=chat.Decoding(max_new_tokens=120))\n"
     )
     with Terminal(sys.executable, "-c", slow, str(adapter)) as terminal:
@@ -298,5 +301,5 @@ def test_a_base_that_is_not_to_be_had(adapter: Path, tmp_path: Path) -> None:
     description["base_model"]["name_or_path"] = ""
     path.write_text(json.dumps(description), encoding="utf-8")
     for load in (load_adapted, lambda directory: load_library({"emoji": directory})):
-        with pytest.raises(ValueError, match="the adapter's base has no name: say which model"):
+        with pytest.raises(ValueError, match="the adapter's base has no name: expected `model`"):
             load(path.parent)

@@ -23,7 +23,8 @@ import torch
 import reftnoise as rn
 from reftnoise.analysis.inspection import edit_norms
 from reftnoise.evaluation.decoding import Decoding
-from reftnoise.inference.playground.asking import BASE, NO_NOISE, TOGETHER, Question
+from reftnoise.inference.loading import BASE
+from reftnoise.inference.playground.asking import NO_NOISE, TOGETHER, Request
 from reftnoise.inference.playground.local import LocalModel
 from support.adapters import moved
 
@@ -73,13 +74,13 @@ def written(library: tuple[rn.ReftModel, Any], choice: Any, count: int = TOKENS)
     return tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def question(**settings: Any) -> Question:
+def request(**settings: Any) -> Request:
     decoding = Decoding(template="plain", max_new_tokens=TOKENS)
-    return Question(**{"prompt": PROMPT, "names": [BASE, *PLACES], "decoding": decoding} | settings)
+    return Request(**{"prompt": PROMPT, "names": [BASE, *PLACES], "decoding": decoding} | settings)
 
 
 def last(local: LocalModel, **settings: Any) -> dict[str, str]:
-    *_, answers = local.answers(question(**settings))
+    *_, answers = local.answers(request(**settings))
     return {name: answer.text for name, answer in answers.items()}
 
 
@@ -96,7 +97,7 @@ def test_rows_are_what_generate_writes(local: LocalModel, library: Any) -> None:
 
 
 def test_answers_grow(local: LocalModel) -> None:
-    texts = [answers["emoji"].text for answers in local.answers(question())]
+    texts = [answers["emoji"].text for answers in local.answers(request())]
     assert len(texts) > 1
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
 
@@ -140,24 +141,24 @@ def test_noise_is_one_draw_for_all_answers(local: LocalModel, library: Any) -> N
 def test_norms_are_those_of_the_prompt_and_of_the_answer(
     local: LocalModel, library: Any, adapters: dict[str, Path]
 ) -> None:
-    *_, answers = local.answers(question())
+    *_, answers = local.answers(request())
     assert answers[BASE].norms is None
     for name in PLACES:
-        norms = answers[name].norms
+        norms, prompt_length = answers[name].norms, answers[name].prompt_length
         whole = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], adapters[name])
         text = PROMPT + answers[name].text if name == "emoji" else PROMPT
         expected = edit_norms(whole, library[1], text)
         width = min(len(expected.tokens), len(norms.tokens))
-        assert norms.prompt <= width
+        assert prompt_length <= width
         assert norms.sites == expected.sites
-        torch.testing.assert_close(norms.values[:, :width], expected.norms[:, :width])
-        is_after = torch.arange(len(norms.tokens)) >= norms.prompt
-        assert norms.values[:, is_after].any() == (name == "emoji")
+        torch.testing.assert_close(norms.norms[:, :width], expected.norms[:, :width])
+        is_after = torch.arange(len(norms.tokens)) >= prompt_length
+        assert norms.norms[:, is_after].any() == (name == "emoji")
 
 
 def test_who_stops_reading_stops_the_model(local: LocalModel) -> None:
     before = threading.active_count()
-    answers = local.answers(question(decoding=Decoding(template="plain", max_new_tokens=200)))
+    answers = local.answers(request(decoding=Decoding(template="plain", max_new_tokens=200)))
     next(answers)
     answers.close()
     assert threading.active_count() == before
@@ -168,7 +169,7 @@ def test_who_stops_reading_stops_the_model(local: LocalModel) -> None:
     ("settings", "message"),
     [
         ({"prompt": " "}, "the prompt is empty"),
-        ({"names": []}, "choose who answers"),
+        ({"names": []}, "no model is chosen"),
         ({"decoding": Decoding(template="plain", max_new_tokens=10_000)}, "has room for 0"),
         ({"decoding": Decoding(template="{nothing}")}, "expected plain, chat, alpaca"),
         ({"noise": "neftun"}, "neftune"),
@@ -268,7 +269,7 @@ def test_a_page_shows_answers_norms_and_mistakes(adapters: dict[str, Path], libr
     answers = [written(library, choice) for choice in choices]
     half = written(library, {"emoji": 0.5})
     with opened(*chosen(adapters)) as page:
-        page.click("text=How answers are drawn")
+        page.click("text=Template and sampling")
         fill(page, "#new-tokens", str(TOKENS))
         page.fill("#template input", "plain")
         page.press("#template input", "Enter")
@@ -316,7 +317,7 @@ def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
         with opened(address) as page:
             names = page.locator("#names label").all_inner_texts()
             assert sorted(names) == [BASE, "emoji", "polite"]
-            page.click("text=How answers are drawn")
+            page.click("text=Template and sampling")
             fill(page, "#new-tokens", str(TOKENS))
             page.fill("#template input", "plain")
             page.press("#template input", "Enter")
@@ -372,15 +373,16 @@ def test_an_answer_that_breaks_off_is_told(parts: Any, template: str, message: s
     with answering(parts, threading.Event()) as server:
         decoding = Decoding(template=template, max_new_tokens=TOKENS)
         with pytest.raises(ValueError, match=message):
-            list(server.answers(question(names=["m"], decoding=decoding)))
+            list(server.answers(request(names=["m"], decoding=decoding)))
 
 
 def test_who_reads_of_a_silent_server_can_stop() -> None:
     with answering([WRITTEN], threading.Event()) as server:
-        answers = server.answers(question(names=["m"]))
-        found = [next(answers)["m"].text for _ in range(3)]
+        answers = server.answers(request(names=["m"]))
+        while next(answers)["m"].text != "Hello":
+            pass
+        assert [next(answers)["m"].text for _ in range(3)] == ["Hello"] * 3
         answers.close()
-    assert found == ["Hello"] * 3
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -213,7 +213,7 @@ def test_prompts_of_a_run_stand_in_its_template(
 def test_answers_replace_no_column_and_no_directory(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "Can a bee fly?", "note": "a\u2028b"}\n')
-    with pytest.raises(ValueError, match="column 'text': the answer is written there"):
+    with pytest.raises(ValueError, match="column 'text': the answer goes there"):
         answer_prompts("nowhere", input=path, column="text")
     with pytest.raises(ValueError, match="expected a file, found a directory"):
         answer_prompts("nowhere", prompts=["a"], output=tmp_path)

@@ -113,7 +113,7 @@ def test_the_papers_flow_on_made_up_reviews(
         assert main(command) == 2
         assert capsys.readouterr().err == (
             f"reftnoise: {tmp_path / 'run'}: the run is a classifier, which writes no text; "
-            f"'reftnoise eval {tmp_path / 'run'}' scores it\n"
+            f"to score it, run 'reftnoise eval {tmp_path / 'run'}'\n"
         )
     with pytest.raises(ValueError, match="the run is a classifier, which writes no text"):
         load_library({"run": tmp_path / "run"})

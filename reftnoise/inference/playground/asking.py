@@ -4,13 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxtyping import Float
-from torch import Tensor
-
+from ...analysis.inspection import EditNorms
 from ...evaluation.decoding import GREEDY, Decoding
-
-BASE = "base"
-"""The name of the answer without an adapter."""
 
 TOGETHER = "together"
 """The name of the answer with all adapters, whose edits are added."""
@@ -19,18 +14,18 @@ NO_NOISE = "off"
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt, who answers it, and how.
+class Request:
+    """A prompt, the models that answer it, and how.
 
     Args:
-        prompt: a text.
-        names: of those who answer.
-        scales: by which an adapter's edits are multiplied; 1 where there is none.
-        decoding: the template, and how answers are drawn.
-        layers: where adapters edit; None for all of theirs.
-        positions: fields of `Positions` where they edit; None for all of theirs.
-        noise: on the prompt's embeddings, by its registered name, or `off`.
-        alpha: of the noise.
+        prompt: text of the prompt.
+        names: names of the models that answer.
+        scales: factors of the adapters' edits by name; 1 for those that have none.
+        decoding: template and sampling.
+        layers: layers where adapters edit; None for all of theirs.
+        positions: fields of `Positions` where adapters edit; None for all of theirs.
+        noise: registered name of the noise on the prompt's embeddings, or `off`.
+        alpha: α of the noise.
     """
 
     prompt: str
@@ -46,47 +41,38 @@ class Question:
         if not self.prompt.strip():
             raise ValueError("the prompt is empty")
         if not self.names:
-            raise ValueError("nobody is asked: choose who answers")
-
-
-@dataclass(frozen=True)
-class Norms:
-    r"""How far hidden states were moved: $\|h' - h\| / \|h\|$ at each site and token."""
-
-    sites: Sequence[str]
-    tokens: Sequence[str]
-    prompt: int
-    """How many of the tokens are the prompt's."""
-    values: Float[Tensor, "sites tokens"]
+            raise ValueError("no model is chosen: choose one that answers")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What has been written so far."""
+    """The text so far, and how far the hidden states of its tokens and the prompt's are moved."""
 
     text: str = ""
-    norms: Norms | None = None
+    norms: EditNorms | None = None
+    prompt_length: int = 0
+    """The number of the norms' tokens that are the prompt's."""
 
 
 class Answerer(ABC):
-    """A model, or a server of models."""
+    """A model with its adapters, or a server of models."""
 
     title: str
     names: Sequence[str]
-    """Who can answer."""
+    """Models that can answer."""
     scaled: Sequence[str]
-    """Of them, those whose edits can be scaled."""
+    """Those whose edits can be scaled."""
     layers: Sequence[int] = ()
-    """Where adapters edit; none if that cannot be changed."""
+    """Layers where adapters edit; none if they cannot be chosen."""
     positions: Sequence[str] = ()
-    """Likewise, as fields of `Positions`."""
+    """Fields of `Positions` where adapters edit; none if they cannot be chosen."""
     noises: Sequence[str] = ()
-    """By registered name, those that can be put on the prompt; none if there can be none."""
+    """Registered names of noise for the prompt's embeddings; none if there can be no noise."""
 
     @abstractmethod
-    def answers(self, question: Question) -> Iterator[Mapping[str, Answer]]:
-        """All answers as they grow, by name, until they are whole.
+    def answers(self, request: Request) -> Iterator[Mapping[str, Answer]]:
+        """All answers by name, as they grow, until they are whole.
 
         Raises:
-            ValueError: what is asked cannot be done.
+            ValueError: the request cannot be met.
         """

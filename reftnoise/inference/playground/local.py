@@ -14,31 +14,31 @@ from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ...adapters.library import AdapterChoice
-from ...analysis.inspection import observed
+from ...analysis.inspection import EditNorms, observed
 from ...config.positions import POSITION_FIELDS
 from ...data.templates import fill
 from ...data.tokenization import smallest_limit
 from ...engine.base.sites import input_embeddings, layer_of
-from ...evaluation.decoding import Decoding
 from ...evaluation.generation import ends_of, prompt_tokens
 from ...evaluation.scoring import evaluating
 from ...interventions import NoiseIntervention
 from ...interventions.registry import INTERVENTIONS, intervention_class
 from ...model import ReftModel
-from ..prompts import default_new_tokens
-from .asking import BASE, NO_NOISE, TOGETHER, Answer, Answerer, Norms, Question
+from ..loading import BASE
+from ..prompts import default_template, generate_arguments
+from .asking import NO_NOISE, TOGETHER, Answer, Answerer, Request
 
 _PART = "part of "
-"""Before an adapter's name: what of it is at the chosen layers and positions."""
+"""Before an adapter's name: the part of it at the chosen layers and positions."""
 
 
 class LocalModel(Answerer):
-    """A base with adapters that were loaded by name.
+    """A base with adapters that are loaded by name.
 
     Args:
         reft_model: the model.
-        tokenizer: of its base.
-        title: what to call it.
+        tokenizer: tokenizer of its base.
+        title: name of the model on the page.
     """
 
     noises = tuple(
@@ -50,96 +50,86 @@ class LocalModel(Answerer):
         adapters = list(reft_model.adapters)
         self.scaled = adapters
         self.names = [BASE, *adapters, *([TOGETHER] if len(adapters) > 1 else [])]
-        places = [slot.place for one in reft_model.adapters.values() for slot in one.slots]
+        places = [slot.place for frozen in reft_model.adapters.values() for slot in frozen.slots]
         layers = {layer_of(reft_model.model, place.site) for place in places}
         self.layers = sorted(layer for layer in layers if layer is not None)
         self.positions = [
-            name for name in POSITION_FIELDS if any(getattr(one.positions, name) for one in places)
+            name for name in POSITION_FIELDS if any(getattr(p.positions, name) for p in places)
         ]
 
-    def answers(self, question: Question) -> Iterator[Mapping[str, Answer]]:
-        """All answers as they grow; see `Answerer`."""
-        tokens = self._tokens(question)
-        writing = _Writing(self._tokenizer, tokens, question.names, self._ends())
-        routes = self._routes(question)
-        failed: list[Exception] = []
+    def answers(self, request: Request) -> Iterator[Mapping[str, Answer]]:
+        """All answers as they grow, while the model writes in a thread of its own."""
+        tokens = self._tokens(request)
+        ends = ends_of(self._model, self._tokenizer)
+        writing = _Writing(self._tokenizer, tokens, request.names, ends)
+        choices = self._choices(request)
+        errors: list[Exception] = []
 
         def generate() -> None:
             try:
                 with (
-                    evaluating(self._model, question.decoding.seed),
+                    evaluating(self._model, request.decoding.seed),
                     observed(self._model, writing.see),
                 ):
                     self._model.generate(
-                        **self._inputs(question, tokens),
-                        **self._settings(question.decoding),
-                        adapter_names=[routes[name] for name in question.names],
+                        **self._inputs(request, tokens),
+                        **generate_arguments(request.decoding, self._tokenizer, self._model),
+                        adapter_names=[choices[name] for name in request.names],
                         streamer=writing,
                         stopping_criteria=StoppingCriteriaList([writing.is_stopped]),
                     )
-            except Exception as error:  # raised again where it is seen
-                failed.append(error)
+            except Exception as error:  # raised again in the thread that reads
+                errors.append(error)
             finally:
                 writing.answers.put(None)
 
         thread = threading.Thread(target=generate, name="reftnoise", daemon=True)
         thread.start()
         try:
-            while (found := writing.answers.get()) is not None:
-                yield found
+            while (answers := writing.answers.get()) is not None:
+                yield answers
         finally:
             writing.stop.set()
             thread.join()
             for part in [name for name in self._model.adapters if name.startswith(_PART)]:
                 self._model.delete_adapter(part)
-        if failed:
-            raise failed[0]
+        if errors:
+            raise errors[0]
 
-    def _tokens(self, question: Question) -> list[int]:
-        template = "plain" if self._tokenizer.chat_template is None else "chat"
-        template = question.decoding.template_or(template)
-        tokens = prompt_tokens(self._tokenizer, fill(template, question.prompt, {}))
+    def _tokens(self, request: Request) -> list[int]:
+        template = request.decoding.template_or(default_template(self._tokenizer))
+        tokens = prompt_tokens(self._tokenizer, fill(template, request.prompt, {}))
         limit = smallest_limit(self._tokenizer, self._model, None)
-        room = None if limit is None else limit - (question.decoding.max_new_tokens or 0)
+        room = None if limit is None else limit - (request.decoding.max_new_tokens or 0)
         if room is not None and len(tokens) > room:
             raise ValueError(
-                f"the prompt has {len(tokens)} tokens, but for {question.decoding.max_new_tokens} "
-                f"new ones the model has room for {max(room, 0)}"
+                f"the prompt has {len(tokens)} tokens, but the model has room for {max(room, 0)} "
+                f"before {request.decoding.max_new_tokens} new ones"
             )
         return tokens
 
-    def _ends(self) -> list[int]:
-        return ends_of(self._model, self._tokenizer)
-
-    def _settings(self, decoding: Decoding) -> dict[str, Any]:
-        ends = self._ends()
-        count = decoding.max_new_tokens or default_new_tokens(self._tokenizer, self._model)
-        padding = next(n for n in (self._tokenizer.pad_token_id, *ends, 0) if n is not None)
-        ending = {"pad_token_id": padding, "eos_token_id": ends or None}
-        return decoding.arguments() | ending | {"max_new_tokens": count}
-
-    def _routes(self, question: Question) -> dict[str, AdapterChoice]:
-        """By answer's name, which edits its row gets."""
-        library, chosen = self._model.adapters, {}
+    def _choices(self, request: Request) -> dict[str, AdapterChoice]:
+        """By answer's name, the adapters that edit its row."""
+        layers, positions = request.layers, request.positions
+        is_part = layers is not None or positions is not None
+        scales = {}
         for name in self.scaled:
-            chosen[name] = name
-            if question.layers is not None or question.positions is not None:
-                chosen[name] = _PART + name
-                layers, positions = question.layers, question.positions
-                library.derive(_PART + name, name, layers=layers, positions=positions)
-        each = {name: {chosen[name]: question.scales.get(name, 1.0)} for name in self.scaled}
-        together = {name: scale for one in each.values() for name, scale in one.items()}
-        return {BASE: None, **each, TOGETHER: together}
+            if is_part:
+                part = _PART + name
+                self._model.adapters.derive(part, name, layers=layers, positions=positions)
+            scales[_PART + name if is_part else name] = request.scales.get(name, 1.0)
+        alone = {name.removeprefix(_PART): {name: scale} for name, scale in scales.items()}
+        return {BASE: None, **alone, TOGETHER: scales}
 
-    def _inputs(self, question: Question, tokens: list[int]) -> dict[str, Any]:
-        ids = torch.tensor([tokens] * len(question.names), device=self._model.device)
+    def _inputs(self, request: Request, tokens: list[int]) -> dict[str, Any]:
+        ids = torch.tensor([tokens] * len(request.names), device=self._model.device)
         mask = torch.ones_like(ids)
-        if question.noise == NO_NOISE:
+        if request.noise == NO_NOISE:
             return {"input_ids": ids, "attention_mask": mask}
-        noise_class: Any = intervention_class(question.noise)
+        noise_class: Any = intervention_class(request.noise)
         embeds = input_embeddings(self._model.model)(ids)
-        # One draw for all answers, so that adapters alone differ; of a pair, the first.
-        noise = noise_class(alpha=question.alpha).delta(embeds[:1].repeat(2, 1, 1))[:1]
+        # One draw for all answers, so that only adapters differ; the first one of a pair.
+        noise = noise_class(alpha=request.alpha).delta(embeds[:1].repeat(2, 1, 1))[:1]
         return {"inputs_embeds": embeds + noise, "attention_mask": mask}
 
 
@@ -166,7 +156,7 @@ class _Writing(BaseStreamer):
         for tokens, new in zip(self._written, value.tolist(), strict=True):
             if not (tokens and tokens[-1] in self._ends):
                 tokens.append(new)
-        if self.answers.empty():  # whoever reads them has time for more
+        if self.answers.empty():  # the reader keeps up
             self._show()
 
     def end(self) -> None:
@@ -182,12 +172,11 @@ class _Writing(BaseStreamer):
     def _answer(self, row: int, joint: Mapping[str, Tensor]) -> Answer:
         tokens = self._written[row]
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        read = [*self._prompt, *tokens[:-1]]  # the last is not read yet
-        edited = {site: values[row] for site, values in joint.items() if values[row].any()}
+        read = [*self._prompt, *tokens[:-1]]  # the model has not read the last one
+        edited = {site: norms[row] for site, norms in joint.items() if norms[row].any()}
         if not edited:
             return Answer(text)
         width = len(read)
-        values = [pad(one[:width], (0, max(width - len(one), 0))) for one in edited.values()]
+        norms = [pad(row[:width], (0, max(width - len(row), 0))) for row in edited.values()]
         labels = [self._tokenizer.decode([token]) for token in read]
-        norms = Norms(list(edited), labels, len(self._prompt), torch.stack(values))
-        return Answer(text, norms)
+        return Answer(text, EditNorms(list(edited), labels, torch.stack(norms)), len(self._prompt))

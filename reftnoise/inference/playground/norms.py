@@ -3,7 +3,7 @@
 from html import escape
 from math import isfinite
 
-from .asking import Norms
+from .asking import Answer
 
 STYLE = """
 .norms { direction: rtl; overflow-x: auto; padding-bottom: .3rem; } /* begins at its end */
@@ -22,38 +22,32 @@ STYLE = """
 """
 
 ABOUT = (
-    "Colours tell how far edits move hidden states, ‖Δh‖ / ‖h‖: a row for each site, a column for "
-    "each token; those under a blue line are the answer's."
+    "The colours show how far edits move hidden states, ‖Δh‖ / ‖h‖, with a row for each site and a "
+    "column for each token. The columns under the blue line are those of the answer."
 )
 
 
-def draw(norms: Norms | None) -> str:
-    """HTML; each cell also says its site, token and number."""
-    if norms is None:
+def draw(answer: Answer) -> str:
+    """HTML; each cell also has its site, token and number as a title."""
+    if answer.norms is None:
         return '<div class="norms"><p>No edits.</p></div>'
-    top = float(norms.values.nan_to_num(0, 0).max()) or 1.0
-    head = "".join(f"<td><span>{escape(token)}</span></td>" for token in norms.tokens)
-    rows = "".join(
-        f"<tr><th>{escape(_short(site))}</th>{_cells(norms, site, values, top)}</tr>"
-        for site, values in zip(norms.sites, norms.values.tolist(), strict=True)
-    )
+    sites, tokens, norms = answer.norms.sites, answer.norms.tokens, answer.norms.norms
+    top = float(norms.nan_to_num(0, 0).max()) or 1.0
+    kinds = [' class="new"' if n >= answer.prompt_length else "" for n in range(len(tokens))]
+
+    def cell(site: str, token: str, kind: str, value: float) -> str:
+        share = round(100 * value / top) if isfinite(value) else 100
+        color = f"color-mix(in srgb, #d55e00 {share}%, rgb(128 128 128 / .15))"
+        about = escape(f"{site}, {token!r}: {value:.3g}")
+        return f'<td{kind} style="background: {color}" title="{about}"></td>'
+
+    head = "".join(f"<td><span>{escape(token)}</span></td>" for token in tokens)
+    rows = ""
+    for site, values in zip(sites, norms.tolist(), strict=True):
+        name = site.removesuffix(".output").removeprefix("model.")
+        cells = (cell(site, *column) for column in zip(tokens, kinds, values, strict=True))
+        rows += f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>"
     return (
         f'<div class="norms"><p>‖Δh‖ / ‖h‖ up to {top:.3g}</p>'
         f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
-
-
-def _cells(norms: Norms, site: str, values: list[float], top: float) -> str:
-    cells = []
-    for index, (token, value) in enumerate(zip(norms.tokens, values, strict=True)):
-        kind = ' class="new"' if index >= norms.prompt else ""
-        share = round(100 * value / top) if isfinite(value) else 100
-        color = f"color-mix(in srgb, #d55e00 {share}%, rgb(128 128 128 / .15))"
-        about = escape(f"{site}, {token!r}: {value:.3g}")
-        cells.append(f'<td{kind} style="background: {color}" title="{about}"></td>')
-    return "".join(cells)
-
-
-def _short(site: str) -> str:
-    """`model.layers.3.output` → `layers.3`."""
-    return site.removesuffix(".output").removeprefix("model.")

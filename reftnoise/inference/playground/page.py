@@ -1,4 +1,4 @@
-"""The page: a prompt, an answer of each model, and what is turned on."""
+"""The page: a prompt, an answer of each model, and the settings."""
 
 import threading
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ...evaluation.decoding import Decoding
-from .asking import NO_NOISE, Answerer, Question
+from .asking import NO_NOISE, Answer, Answerer, Request
 from .norms import ABOUT, STYLE, draw
 
 try:
@@ -23,23 +23,23 @@ POSITIONS = {
     "indices": "chosen tokens",
     "decode": "the answer",
 }
-"""What to call the fields of `Positions`."""
+"""The fields of `Positions`, as the page calls them."""
 
 
 def build(answerer: Answerer, *, template: str, max_new_tokens: int = 64) -> gr.Blocks:
     """A page that asks a model or a server.
 
     Args:
-        answerer: who is asked.
-        template: which is chosen at first, one of its own or a text with {prompt}.
-        max_new_tokens: likewise.
+        answerer: model or server.
+        template: template that is chosen at first, by name or as a text with {prompt}.
+        max_new_tokens: number of new tokens that is chosen at first.
     """
     with gr.Blocks(title="reftnoise", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"## reftnoise · {answerer.title}")
         with gr.Row(equal_height=True):
             prompt = gr.Textbox(
                 label="Prompt", max_lines=12, scale=6, autofocus=True, elem_id="prompt",
-                placeholder="Enter asks; Shift+Enter begins a new line.",
+                placeholder="Enter to ask, Shift+Enter for a new line.",
             )  # fmt: skip
             with gr.Column(scale=1, min_width=120):
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
@@ -51,15 +51,13 @@ def build(answerer: Answerer, *, template: str, max_new_tokens: int = 64) -> gr.
 
         def answer(prompt: str, *values: Any) -> Iterator[list[Any]]:
             settings = dict(zip(controls, values, strict=False))
-            given = dict(zip(answerer.scaled, values[len(controls) :], strict=True))
-            with _told():
-                question = _question(answerer, prompt, settings, given)
-                for found in answerer.answers(question):
-                    answers = [found.get(name) for name in answerer.names]
-                    shown = [one.text if one else "" for one in answers]
-                    if norms:
-                        shown += [draw(one.norms) if one else "" for one in answers]
-                    yield shown
+            scale_of = dict(zip(answerer.scaled, values[len(controls) :], strict=True))
+            with _errors_shown():
+                request = _request(answerer, prompt, settings, scale_of)
+                for answers in answerer.answers(request):
+                    written = [answers.get(name, Answer()).text for name in answerer.names]
+                    drawn = [draw(answers[n]) if n in answers else "" for n in answerer.names]
+                    yield [*written, *drawn] if norms else written
 
         inputs = [prompt, *controls.values(), *scales]
         events = [ask.click, prompt.submit]
@@ -71,7 +69,7 @@ def build(answerer: Answerer, *, template: str, max_new_tokens: int = 64) -> gr.
 
 
 def launch(page: gr.Blocks, *, host: str, port: int, waits: bool = True) -> str:
-    """Serve a page; its address.
+    """Serve a page, and return its address.
 
     Raises:
         OSError: the port is taken.
@@ -91,41 +89,41 @@ def launch(page: gr.Blocks, *, host: str, port: int, waits: bool = True) -> str:
 
 
 def _controls(answerer: Answerer, template: str, max_new_tokens: int) -> dict[str, Any]:
-    """What all answers share, by name."""
-    found: dict[str, Any] = {}
+    """The settings that all answers share, by name."""
+    controls: dict[str, Any] = {}
     names = list(answerer.names)
-    found["names"] = gr.CheckboxGroup(names, value=names, label="Who answers", elem_id="names")
-    with gr.Accordion("How answers are drawn", open=False), gr.Row():
+    controls["names"] = gr.CheckboxGroup(names, value=names, label="Models", elem_id="names")
+    with gr.Accordion("Template and sampling", open=False), gr.Row():
         choices = [*TEMPLATES, *([] if template in TEMPLATES else [template])]
-        found["template"] = gr.Dropdown(
+        controls["template"] = gr.Dropdown(
             choices, value=template, label="Template", allow_custom_value=True, elem_id="template",
-            info="A text with {prompt} will do, too.",
+            info="Or any text with {prompt} in it.",
         )  # fmt: skip
-        found["max_new_tokens"] = gr.Slider(
+        controls["max_new_tokens"] = gr.Slider(
             1, 1024, max_new_tokens, step=1, label="New tokens", elem_id="new-tokens"
         )
-        found["temperature"] = gr.Slider(0, 2, 0, step=0.05, label="Temperature, 0 for greedy")
-        found["seed"] = gr.Number(0, label="Seed", precision=0)
+        controls["temperature"] = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
+        controls["seed"] = gr.Number(0, label="Seed", precision=0)
     if answerer.layers:
         with gr.Accordion("Where adapters edit", open=True, elem_id="where"), gr.Row():
             layers = list(answerer.layers)
-            found["layers"] = gr.CheckboxGroup(
+            controls["layers"] = gr.CheckboxGroup(
                 layers, value=layers, label="Layers", elem_id="layers"
             )
             named = [(POSITIONS[name], name) for name in answerer.positions]
-            found["positions"] = gr.CheckboxGroup(
+            controls["positions"] = gr.CheckboxGroup(
                 named, value=[name for _, name in named], label="Positions", elem_id="positions"
             )
     if answerer.noises:
         with gr.Accordion("Noise on the prompt's embeddings", open=False), gr.Row():
             noises = [NO_NOISE, *answerer.noises]
-            found["noise"] = gr.Radio(noises, value=NO_NOISE, label="Noise", elem_id="noise")
-            found["alpha"] = gr.Slider(0, 30, 5, step=0.5, label="α of α/√(Ld)")
-    return found
+            controls["noise"] = gr.Radio(noises, value=NO_NOISE, label="Noise", elem_id="noise")
+            controls["alpha"] = gr.Slider(0, 30, 5, step=0.5, label="α of α/√(Ld)")
+    return controls
 
 
 def _columns(answerer: Answerer, names: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """A column for each answer: sliders of scales, texts, and tables of norms."""
+    """A column for each answer, with its scale, text and norms."""
     scales, texts, norms, columns = [], [], [], []
     with gr.Row():
         for number, name in enumerate(answerer.names):
@@ -134,7 +132,7 @@ def _columns(answerer: Answerer, names: Any) -> tuple[list[Any], list[Any], list
                 texts.append(gr.Textbox(label=name, lines=5, elem_id=f"answer-{number}"))
                 if name in answerer.scaled:
                     elem_id = f"scale-{number}"
-                    slider = gr.Slider(-2, 2, 1, step=0.05, label="Edits times", elem_id=elem_id)
+                    slider = gr.Slider(-2, 2, 1, step=0.05, label="Scale of edits", elem_id=elem_id)
                     scales.append(slider)
                 if answerer.layers:
                     norms.append(gr.HTML(elem_id=f"norms-{number}"))
@@ -146,16 +144,16 @@ def _columns(answerer: Answerer, names: Any) -> tuple[list[Any], list[Any], list
     return scales, texts, norms
 
 
-def _question(
+def _request(
     answerer: Answerer, prompt: str, settings: dict[str, Any], scales: dict[str, float]
-) -> Question:
-    every = {"layers": answerer.layers, "positions": answerer.positions}
+) -> Request:
+    whole = {"layers": answerer.layers, "positions": answerer.positions}
     where = {
-        name: None if len(settings[name]) == len(whole) else settings[name]
-        for name, whole in every.items()
+        name: None if len(settings[name]) == len(values) else settings[name]
+        for name, values in whole.items()
         if name in settings
     }
-    return Question(
+    return Request(
         prompt=prompt,
         names=[name for name in answerer.names if name in settings["names"]],
         scales=scales,
@@ -172,9 +170,9 @@ def _question(
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What went wrong is said on the page."""
+def _errors_shown() -> Iterator[None]:
+    """Show errors on the page."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise gr.Error(escape(str(error)), print_exception=False) from None  # it reads HTML
+        raise gr.Error(escape(str(error)), print_exception=False) from None  # read as HTML

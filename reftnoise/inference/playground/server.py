@@ -1,8 +1,8 @@
 """Answers of a running server of the OpenAI API, such as vLLM with our plugin."""
 
 from collections.abc import Iterator, Mapping
-from queue import Empty, Queue
 from threading import Event, Thread
+from time import sleep
 from typing import Any
 
 import openai
@@ -10,18 +10,18 @@ import openai
 from ...data.templates import fill
 from ...data.tokenization import Messages
 from ..vllm import SCALE
-from .asking import Answer, Answerer, Question
+from .asking import Answer, Answerer, Request
 
-_SECONDS = 5.0
-_SILENCE = 0.5
-"""Seconds after which what has been written so far is given again."""
+_TIMEOUT = 5.0
+_INTERVAL = 0.05
+"""Seconds between looks at what has been written."""
 
 
 class Server(Answerer):
-    """Models of a server. Of what they edit, and how far, it tells nothing.
+    """Models of a server, which does not tell what they edit, or how far.
 
     Args:
-        address: such as http://localhost:8000/v1.
+        address: address of the API, such as http://localhost:8000/v1.
 
     Raises:
         ConnectionError: there is no such server.
@@ -31,52 +31,45 @@ class Server(Answerer):
         self.title = address
         self._client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
         try:
-            models = list(self._client.models.list(timeout=_SECONDS))
+            models = list(self._client.models.list(timeout=_TIMEOUT))
         except openai.APIError as error:
             raise ConnectionError(
                 f"{address}: no server of the OpenAI API there ({error})"
             ) from None
         self.names = [model.id for model in models]
-        # vLLM's cards tell of an adapter which base it is for.
+        # vLLM names the base of a model that is an adapter.
         self.scaled = [model.id for model in models if getattr(model, "parent", None)]
 
-    def answers(self, question: Question) -> Iterator[Mapping[str, Answer]]:
-        """All answers as they grow; see `Answerer`."""
-        prompt = fill(question.decoding.template_or("chat"), question.prompt, {})
-        coming: Queue[tuple[str, str | Exception | None]] = Queue()
-        stop = Event()
+    def answers(self, request: Request) -> Iterator[Mapping[str, Answer]]:
+        """All answers as they grow, each read in a thread of its own."""
+        prompt = fill(request.decoding.template_or("chat"), request.prompt, {})
+        texts, errors, stop = dict.fromkeys(request.names, ""), list[ValueError](), Event()
 
         def read(name: str) -> None:
             try:
-                for part in self._parts(name, prompt, question):
+                for part in self._parts(name, prompt, request):
                     if stop.is_set():
                         return
-                    coming.put((name, part))
-                coming.put((name, None))
-            except Exception as error:  # whatever it is: who waits for the answer is told
-                coming.put((name, ValueError(f"{name}: {error}")))
-
-        for name in question.names:
-            Thread(target=read, args=(name,), daemon=True).start()
-        texts, running = dict.fromkeys(question.names, ""), set(question.names)
-        try:
-            while running:
-                try:
-                    name, part = coming.get(timeout=_SILENCE)
-                except Empty:  # who no longer wants the answer can stop only between parts of it
-                    name, part = next(iter(running)), ""
-                if isinstance(part, Exception):
-                    raise part
-                if part is None:
-                    running.remove(name)
-                else:
                     texts[name] += part
-                    yield {name: Answer(text) for name, text in texts.items()}
+            except Exception as error:  # of any kind: the page shows it
+                errors.append(ValueError(f"{name}: {error}"))
+
+        threads = [Thread(target=read, args=(name,), daemon=True) for name in request.names]
+        for thread in threads:
+            thread.start()
+        try:
+            is_running = True
+            while is_running:  # whoever reads this can stop it, even if the server is silent
+                sleep(_INTERVAL)
+                is_running = any(thread.is_alive() for thread in threads)
+                if errors:
+                    raise errors[0]
+                yield {name: Answer(text) for name, text in texts.items()}
         finally:
             stop.set()
 
-    def _parts(self, name: str, prompt: str | Messages, question: Question) -> Iterator[str]:
-        decoding = question.decoding
+    def _parts(self, name: str, prompt: str | Messages, request: Request) -> Iterator[str]:
+        decoding = request.decoding
         arguments: dict[str, Any] = {
             "model": name,
             "max_tokens": decoding.max_new_tokens,
@@ -84,12 +77,12 @@ class Server(Answerer):
             "seed": decoding.seed,
             "stream": True,
         }
-        scale = question.scales.get(name, 1.0)
+        scale = request.scales.get(name, 1.0)
         if scale != 1.0:
             arguments["extra_body"] = {"vllm_xargs": {SCALE: scale}}
         if isinstance(prompt, str):
-            for chunk in self._client.completions.create(prompt=prompt, **arguments):
-                yield from (choice.text for choice in chunk.choices if choice.text)
+            for event in self._client.completions.create(prompt=prompt, **arguments):
+                yield from (choice.text for choice in event.choices if choice.text)
         else:
-            for chunk in self._client.chat.completions.create(messages=prompt, **arguments):
-                yield from (c.delta.content for c in chunk.choices if c.delta.content)
+            for event in self._client.chat.completions.create(messages=prompt, **arguments):
+                yield from (c.delta.content for c in event.choices if c.delta.content)
