@@ -10,7 +10,7 @@ import reftnoise as rn
 from reftnoise.adapters.frozen import FrozenAdapter
 from reftnoise.config.positions import Positions
 from reftnoise.engine.layout import PromptLayout
-from reftnoise.inference.vllm.flat_batch import FlatBatch, Requests, apply_
+from reftnoise.inference.vllm.flat_batch import FlatBatch, StepRequests, apply_
 from support.models.architectures import tiny_model
 
 POSITIONS = ["l1", "f7+l7", "f2+l3", "all", "all+decode", "decode", [0, 3, -1]]
@@ -52,7 +52,7 @@ def test_chunks_edit_what_a_row_alone_edits(seed: int) -> None:
             left = (prompt if done[index] < prompt else prompt + written) - done[index]
             sizes.append(draw.randint(0, min(left, 5)))
         edits = batch.edits(
-            Requests(
+            StepRequests(
                 torch.tensor([rows[index][0] for index in step]),
                 torch.ones(len(step)),
                 torch.tensor(sizes),
@@ -88,7 +88,7 @@ def test_edits_are_added_to_the_sum_of_both_parts(has_residual: bool) -> None:
     (unit,) = units.interventions.values()
     batch = FlatBatch([FrozenAdapter.of(units._engine.units)], torch.device("cpu"))
     one, zero = torch.tensor([1]), torch.tensor([0])
-    found = batch.edits(Requests(zero, torch.tensor([0.5]), 3 * one, zero, 3 * one))
+    found = batch.edits(StepRequests(zero, torch.tensor([0.5]), 3 * one, zero, 3 * one))
     hidden, residual = torch.randn(2, 3, unit.hidden_size)
     states: Tensor = hidden + residual if has_residual else hidden
     expected = hidden.clone()

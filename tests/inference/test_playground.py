@@ -24,7 +24,7 @@ import reftnoise as rn
 from reftnoise.analysis.inspection import edit_norms
 from reftnoise.evaluation.decoding import Decoding
 from reftnoise.inference.loading import BASE
-from reftnoise.inference.playground.asking import NO_NOISE, TOGETHER, Request
+from reftnoise.inference.playground.asking import NO_NOISE, TOGETHER, AnswerRequest
 from reftnoise.inference.playground.local import LocalModel
 from support.adapters import moved
 
@@ -74,9 +74,11 @@ def written(library: tuple[rn.ReftModel, Any], choice: Any, count: int = TOKENS)
     return tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def request(**settings: Any) -> Request:
+def request(**settings: Any) -> AnswerRequest:
     decoding = Decoding(template="plain", max_new_tokens=TOKENS)
-    return Request(**{"prompt": PROMPT, "names": [BASE, *PLACES], "decoding": decoding} | settings)
+    return AnswerRequest(
+        **{"prompt": PROMPT, "names": [BASE, *PLACES], "decoding": decoding} | settings
+    )
 
 
 def last(local: LocalModel, **settings: Any) -> dict[str, str]:

@@ -14,7 +14,7 @@ NO_NOISE = "off"
 
 
 @dataclass(frozen=True)
-class Request:
+class AnswerRequest:
     """A prompt, the models that answer it, and how.
 
     Args:
@@ -70,7 +70,7 @@ class Answerer(ABC):
     """Registered names of noise for the prompt's embeddings; none if there can be no noise."""
 
     @abstractmethod
-    def answers(self, request: Request) -> Iterator[Mapping[str, Answer]]:
+    def answers(self, request: AnswerRequest) -> Iterator[Mapping[str, Answer]]:
         """All answers by name, as they grow, until they are whole.
 
         Raises:

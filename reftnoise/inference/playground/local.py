@@ -26,7 +26,7 @@ from ...interventions.registry import INTERVENTIONS, intervention_class
 from ...model import ReftModel
 from ..loading import BASE
 from ..prompts import default_template, generate_arguments
-from .asking import NO_NOISE, TOGETHER, Answer, Answerer, Request
+from .asking import NO_NOISE, TOGETHER, Answer, Answerer, AnswerRequest
 
 _PART = "part of "
 """Before an adapter's name: the part of it at the chosen layers and positions."""
@@ -57,7 +57,7 @@ class LocalModel(Answerer):
             name for name in POSITION_FIELDS if any(getattr(p.positions, name) for p in places)
         ]
 
-    def answers(self, request: Request) -> Iterator[Mapping[str, Answer]]:
+    def answers(self, request: AnswerRequest) -> Iterator[Mapping[str, Answer]]:
         """All answers as they grow, while the model writes in a thread of its own."""
         tokens = self._tokens(request)
         ends = ends_of(self._model, self._tokenizer)
@@ -96,7 +96,7 @@ class LocalModel(Answerer):
         if errors:
             raise errors[0]
 
-    def _tokens(self, request: Request) -> list[int]:
+    def _tokens(self, request: AnswerRequest) -> list[int]:
         template = request.decoding.template_or(default_template(self._tokenizer))
         tokens = prompt_tokens(self._tokenizer, fill(template, request.prompt, {}))
         limit = smallest_limit(self._tokenizer, self._model, None)
@@ -108,7 +108,7 @@ class LocalModel(Answerer):
             )
         return tokens
 
-    def _choices(self, request: Request) -> dict[str, AdapterChoice]:
+    def _choices(self, request: AnswerRequest) -> dict[str, AdapterChoice]:
         """By answer's name, the adapters that edit its row."""
         layers, positions = request.layers, request.positions
         is_part = layers is not None or positions is not None
@@ -121,7 +121,7 @@ class LocalModel(Answerer):
         alone = {name.removeprefix(_PART): {name: scale} for name, scale in scales.items()}
         return {BASE: None, **alone, TOGETHER: scales}
 
-    def _inputs(self, request: Request, tokens: list[int]) -> dict[str, Any]:
+    def _inputs(self, request: AnswerRequest, tokens: list[int]) -> dict[str, Any]:
         ids = torch.tensor([tokens] * len(request.names), device=self._model.device)
         mask = torch.ones_like(ids)
         if request.noise == NO_NOISE:

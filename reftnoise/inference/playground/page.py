@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ...evaluation.decoding import Decoding
-from .asking import NO_NOISE, Answer, Answerer, Request
+from .asking import NO_NOISE, Answer, Answerer, AnswerRequest
 from .norms import ABOUT, STYLE, draw
 
 try:
@@ -146,14 +146,14 @@ def _columns(answerer: Answerer, names: Any) -> tuple[list[Any], list[Any], list
 
 def _request(
     answerer: Answerer, prompt: str, settings: dict[str, Any], scales: dict[str, float]
-) -> Request:
+) -> AnswerRequest:
     whole = {"layers": answerer.layers, "positions": answerer.positions}
     where = {
         name: None if len(settings[name]) == len(values) else settings[name]
         for name, values in whole.items()
         if name in settings
     }
-    return Request(
+    return AnswerRequest(
         prompt=prompt,
         names=[name for name in answerer.names if name in settings["names"]],
         scales=scales,

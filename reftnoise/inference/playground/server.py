@@ -10,7 +10,7 @@ import openai
 from ...data.templates import fill
 from ...data.tokenization import Messages
 from ..vllm import SCALE
-from .asking import Answer, Answerer, Request
+from .asking import Answer, Answerer, AnswerRequest
 
 _TIMEOUT = 5.0
 _INTERVAL = 0.05
@@ -40,7 +40,7 @@ class Server(Answerer):
         # vLLM names the base of a model that is an adapter.
         self.scaled = [model.id for model in models if getattr(model, "parent", None)]
 
-    def answers(self, request: Request) -> Iterator[Mapping[str, Answer]]:
+    def answers(self, request: AnswerRequest) -> Iterator[Mapping[str, Answer]]:
         """All answers as they grow, each read in a thread of its own."""
         prompt = fill(request.decoding.template_or("chat"), request.prompt, {})
         texts, errors, stop = dict.fromkeys(request.names, ""), list[ValueError](), Event()
@@ -68,7 +68,7 @@ class Server(Answerer):
         finally:
             stop.set()
 
-    def _parts(self, name: str, prompt: str | Messages, request: Request) -> Iterator[str]:
+    def _parts(self, name: str, prompt: str | Messages, request: AnswerRequest) -> Iterator[str]:
         decoding = request.decoding
         arguments: dict[str, Any] = {
             "model": name,

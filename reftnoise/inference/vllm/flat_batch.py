@@ -18,7 +18,7 @@ from ...engine.units import PlacedUnit
 from ...interventions import StackedEdit
 
 
-class Requests(NamedTuple):
+class StepRequests(NamedTuple):
     """The requests of a step, in the order of their tokens.
 
     Args:
@@ -57,7 +57,7 @@ class FlatBatch:
         self._units = stack(adapters)
         self.edits_decode = any(one.positions and one.positions.decode for one in self._units)
 
-    def edits(self, requests: Requests) -> dict[nn.Module, list[FlatEdit]]:
+    def edits(self, requests: StepRequests) -> dict[nn.Module, list[FlatEdit]]:
         """What the step edits, by the module whose output it is."""
         edited = requests.adapters >= 0
         if not self.edits_decode:

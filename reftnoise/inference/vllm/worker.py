@@ -25,7 +25,7 @@ from ...config.components import COMPONENTS
 from ...engine.base.sites import find_layers, find_site
 from ...training.run_files import ADAPTER
 from . import SCALE
-from .flat_batch import FlatBatch, FlatEdit, Requests, apply_
+from .flat_batch import FlatBatch, FlatEdit, StepRequests, apply_
 
 PINNED = "#sha256:"
 """Between an adapter's directory and the digest of its config and weights."""
@@ -179,14 +179,14 @@ class ServedAdapters:
         finally:
             _current.clear()
 
-    def _requests(self, chosen: tuple[int, ...]) -> Requests:
+    def _requests(self, chosen: tuple[int, ...]) -> StepRequests:
         batch, count = self._runner.input_batch, self._runner.input_batch.num_reqs
         numbers = batch.request_lora_mapping[:count]
         scales = [
             scale_of(self._runner.requests[name].sampling_params) if number else 0.0
             for name, number in zip(batch.req_ids[:count], numbers, strict=True)
         ]
-        return Requests(
+        return StepRequests(
             torch.from_numpy(np.where(numbers == 0, -1, np.searchsorted(chosen, numbers))),
             torch.tensor(scales),
             torch.from_numpy(np.diff(self._runner.query_start_loc.np[: count + 1])).long(),
