@@ -295,5 +295,11 @@ def test_the_readme_is_short() -> None:
     assert (ROOT / "README.md").stat().st_size <= 8000
 
 
+def test_architectures_are_counted() -> None:
+    matrix = TEXTS["architectures.md"].partition("## The matrix")[2].partition("\n\n- ")[0]
+    count = len(re.findall(r"^\| [a-z]", matrix, re.MULTILINE))
+    assert f"on which of {count} architectures" in TEXTS["README.md"]
+
+
 def test_every_unit_is_in_the_table() -> None:
     assert all(f"| `{name}` |" in TEXTS["config.md"] for name in INTERVENTIONS)
