@@ -22,8 +22,8 @@ from torch.nn.utils import parametrizations, parametrize
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import reftnoise as rn
-from reftnoise._util.progress import RichProgressCallback
 from reftnoise.engine.base.loading import load_base
+from reftnoise.training.progress import RichProgressCallback
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import reftnoise as rn
-from reftnoise._util.progress import RichProgressCallback
+from reftnoise.training.progress import RichProgressCallback
 
 CONSOLE = Console()
 COLOURS = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])

@@ -12,7 +12,7 @@ import inspect
 import io
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -66,16 +66,20 @@ class ReftArguments(PyveneFields, total=False):
     dtype: torch.dtype | str
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question about the known name that is nearest, with a space after it, or nothing."""
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
 def reject_unknown(cls: type, fields: Mapping[str, Any]) -> None:
     """Raise a TypeError for a field that is neither an argument of `cls` nor pyvene's."""
     for name in fields:
         if name not in NoiseFields.__annotations__:
             known = constructor_arguments(cls)
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" did you mean {near[0]!r}?" if near else ""
             raise TypeError(
-                f"{cls.__name__} got an unknown argument {name!r};{hint} it takes: "
-                f"{', '.join(known)}"
+                f"{cls.__name__} got an unknown argument {name!r}; {did_you_mean(name, known)}"
+                f"it takes: {', '.join(known)}"
             )
 
 
@@ -153,10 +157,9 @@ class ReftIntervention(
         if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout {dropout!r}: expected a probability in [0, 1)")
         if act_fn is not None and (not isinstance(act_fn, str) or act_fn not in ACT2FN):
-            near = difflib.get_close_matches(str(act_fn), ACT2FN, n=3)
             raise ValueError(
-                f"act_fn {act_fn!r} is not an activation of transformers"
-                + (f"; near: {', '.join(near)}" if near else "")
+                f"act_fn {act_fn!r} is not an activation of transformers; "
+                f"{did_you_mean(str(act_fn), ACT2FN)}it has: {', '.join(ACT2FN)}"
             )
         super().__init__(embed_dim=embed_dim, keep_last_dim=True)
         _drop_pyvene_buffers_from_state(self)

@@ -1,11 +1,10 @@
 """Name → intervention class: the names that configurations and saved adapters use."""
 
-import difflib
 from collections.abc import Callable
 from typing import TypeVar
 
 from . import adapters, noise, reft
-from .base import NoiseIntervention, ReftIntervention
+from .base import NoiseIntervention, ReftIntervention, did_you_mean
 
 Unit = ReftIntervention | NoiseIntervention
 UnitClass = TypeVar("UnitClass", bound=type)
@@ -51,10 +50,9 @@ def register_intervention(name: str) -> Callable[[UnitClass], UnitClass]:
 def intervention_class(name: str) -> type[Unit]:
     """The class registered under `name`; a ValueError lists what there is."""
     if name not in INTERVENTIONS:
-        near = difflib.get_close_matches(name.lower(), INTERVENTIONS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"intervention {name!r} is not registered; {hint}known: {', '.join(INTERVENTIONS)}"
+            f"intervention {name!r} is not registered; {did_you_mean(name, INTERVENTIONS)}"
+            f"known: {', '.join(INTERVENTIONS)}"
         )
     return INTERVENTIONS[name]
 

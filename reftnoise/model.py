@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -11,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ._util.errors import is_finite_number
 from .adapters import saving
 from .adapters.library import OWN, AdapterChoice, AdapterLibrary
 from .adapters.mixin import AdapterMixin
@@ -320,8 +320,7 @@ class ReftModel(AdapterMixin):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
+        if not is_finite_number(value):
             raise ValueError(f"scale {value!r}: expected a finite number, 1.0 for edits as trained")
         self._engine.scale = float(value)
 

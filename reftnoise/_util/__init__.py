@@ -1,1 +1,1 @@
-"""What every room needs and torch does not: errors, files, YAML, options, progress."""
+"""Helpers without torch: errors, files, YAML, options, progress."""

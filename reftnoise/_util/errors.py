@@ -1,13 +1,21 @@
-"""What errors say: in one line, and to somebody who mistyped a name."""
+"""Parts of error messages, and the check of numbers that several settings share."""
 
 import difflib
+import math
 from collections.abc import Iterable
+
+from typing_extensions import TypeIs
 
 
 def nearest(name: object, possible: Iterable[str], rest: str | None = None) -> str:
-    """`did you mean 'x'? possible: …`, without the first part where nothing is near.
+    """`did you mean 'x'? possible: …`, without the question where no name is near.
 
-    Case makes no difference. Where there is too much to be listed, `rest` says where to look.
+    Case makes no difference.
+
+    Args:
+        name: the unknown name.
+        possible: all known names.
+        rest: text in place of the list, where that would be too long.
     """
     names = list(possible)
     by_lower = {known.lower(): known for known in names}
@@ -17,5 +25,10 @@ def nearest(name: object, possible: Iterable[str], rest: str | None = None) -> s
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks."""
+    """An error's message without line breaks."""
     return " ".join(str(error).split())
+
+
+def is_finite_number(value: object) -> TypeIs[int | float]:
+    """Whether a setting is an integer or a float, but neither a bool, an infinity nor NaN."""
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)

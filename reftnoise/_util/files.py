@@ -1,4 +1,4 @@
-"""Files are replaced, never written over; and JSON, as runs and studies write and read it."""
+"""Files that are replaced as a whole; JSON as runs and studies write and read it."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def replace_all(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """A value as JSON that any reader takes: what is no finite number becomes null."""
+    """A value as JSON that any reader takes: infinities and NaN become null."""
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(finite, indent=indent, ensure_ascii=False)
 
@@ -29,18 +29,18 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The mappings in a file of JSON lines; none without a file.
+    """The mappings in a file of JSON lines; none where there is no file.
 
-    A line that is no mapping counts for none: it was cut off when its writer was killed.
+    A line that is no mapping is left out: it was cut off when its writer was killed.
     """
     if not path.is_file():
         return []
-    found = []
+    rows = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             value = json.loads(line)
         except ValueError:
             continue
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            rows.append(value)
+    return rows

@@ -1,4 +1,4 @@
-"""What runs and benchmarks are measured on, and the memory that they take."""
+"""The machine that runs and benchmarks are measured on, and the memory that they take."""
 
 import os
 import platform
@@ -8,14 +8,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("reftnoise", "torch", "transformers", "peft", "pyvene")
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
-    found: dict[str, Any] = {
+    """Date, Python, processor, device and versions of packages, as JSON values."""
+    import torch
+
+    facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "python": platform.python_version(),
         "processor": _processor(),
@@ -23,13 +23,13 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if device == "cuda":
-        found["device"] = torch.cuda.get_device_name()
+        facts["device"] = torch.cuda.get_device_name()
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return facts
 
 
 def _processor() -> str:
@@ -40,9 +40,11 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU at most so far, or of this process' memory."""
-    if device.type == "cuda":
+def peak_memory(device: str) -> int:
+    """The most bytes so far, of tensors on a GPU or of this process."""
+    if device.startswith("cuda"):
+        import torch
+
         return int(torch.cuda.max_memory_allocated(device))
     import resource  # not on Windows
 

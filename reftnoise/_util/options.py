@@ -1,6 +1,6 @@
 """Mappings, YAML files and command lines → the library's dataclasses, by jsonargparse.
 
-A name or a value that does not fit is one ValueError of one line, with the nearest valid name.
+A name or a value that does not fit raises a ValueError of one line, with the nearest valid name.
 """
 
 import re
@@ -9,10 +9,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from . import yaml_text
+from . import yaml
 from .errors import nearest, one_line
 
 Config = TypeVar("Config")
@@ -46,10 +45,10 @@ def parser_of(
 
 
 def read(config: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
-    """A dataclass from a mapping; what is left out has its default.
+    """A dataclass from a mapping; fields that it leaves out have their defaults.
 
     Raises:
-        ValueError: an unknown key or a value of another type, beginning with `where`.
+        ValueError: an unknown key or a value of another type; the message begins with `where`.
     """
     parser = parser_of(config)
     try:
@@ -59,7 +58,7 @@ def read(config: type[Config], values: Mapping[str, Any], where: str = "") -> Co
 
 
 def read_file(config: type[Config], path: str | Path) -> Config:
-    """A dataclass from a YAML file; errors as in `read`, and an OSError for no file."""
+    """A dataclass from a YAML file; errors as in `read`, and an OSError where there is no file."""
     return read(config, read_yaml(path), f"{path}: ")
 
 
@@ -67,46 +66,46 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the file holds something else.
     """
     try:
-        values = yaml_text.load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: no YAML: {one_line(error)}") from None
+        values = yaml.load(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping, got {values!r}")
     return values
 
 
 def built(config: type[Config], parser: ArgumentParser, parsed: Namespace) -> Config:
-    """The dataclass of what such a parser has parsed."""
-    names = [each.name for each in fields(config)]  # type: ignore[arg-type]
-    for each in fields(config):  # type: ignore[arg-type]
-        value = parsed[each.name]
-        if is_dataclass(each.type) and not isinstance(value, Namespace):
-            raise ArgumentError(None, f"{each.name}: expected a mapping, got {value!r}")
+    """A dataclass from what such a parser has parsed."""
+    names = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    for field in fields(config):  # type: ignore[arg-type]
+        value = parsed[field.name]
+        if is_dataclass(field.type) and not isinstance(value, Namespace):
+            raise ArgumentError(None, f"{field.name}: expected a mapping, got {value!r}")
     values = parser.instantiate(parsed)
     return config(**{name: values[name] for name in names})
 
 
 def explained(error: Exception, parser: ArgumentParser) -> str:
-    """A parser's complaint in one line, with the nearest of the names that it knows."""
+    """A parser's error in one line, with the nearest of the names that it knows."""
     message = one_line(error)
     others = ("help", "config", "print_config", "print_shtab")
     known = [action.dest for action in parser._actions if action.dest not in others]
     for pattern in _UNKNOWN:
         if (match := pattern.search(message)) is None:
             continue
-        found = match.groupdict()
-        name, group = found["name"], found.get("group")
+        parts = match.groupdict()
+        name, group = parts["name"], parts.get("group")
         if name.startswith("--"):
-            options = [f"--{one}" for one in known]
+            options = [f"--{option}" for option in known]
             return f"unknown option {name!r}; {nearest(name, options, '--help lists them')}"
-        place, names = "", list(dict.fromkeys(one.split(".")[0] for one in known))
+        where, names = "", list(dict.fromkeys(key.split(".")[0] for key in known))
         if group is not None:
-            place = f"{group}: "
-            names = [one.removeprefix(f"{group}.") for one in known if one.startswith(f"{group}.")]
-        return f"{place}unknown key {name.split('.')[0]!r}; {nearest(name.split('.')[0], names)}"
+            where = f"{group}: "
+            names = [key.removeprefix(f"{group}.") for key in known if key.startswith(f"{group}.")]
+        return f"{where}unknown key {name.split('.')[0]!r}; {nearest(name.split('.')[0], names)}"
     if match := re.match(r"unrecognized arguments: (\S+\.ya?ml)", message):
         return f"{match[1]}: a file comes first, then its options"
     if match := re.match(r'Parser key "([^"]+)": (.*)', message):

@@ -1,13 +1,12 @@
 """Adapters by name on one base, and which of them the rows of a batch get."""
 
-import math
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 
-from .._util.errors import nearest
+from .._util.errors import is_finite_number, nearest
+from .._util.recent import RecentlyUsed
 from ..config.components import Stack
 from ..config.positions import POSITION_FIELDS
 from ..engine.base.peft import inner_model
@@ -44,7 +43,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         self._own, self._base = own, own.base
         self._adapters: dict[str, FrozenAdapter] = {}
         self._slots: dict[tuple[Slot, ...], tuple[Slot, ...]] = {}
-        self._engines: OrderedDict[tuple[FrozenAdapter, ...], Engine] = OrderedDict()
+        self._engines = RecentlyUsed[tuple[FrozenAdapter, ...], Engine](_KEPT)
 
     def __getitem__(self, name: str) -> FrozenAdapter:
         return self._adapters[name]
@@ -134,8 +133,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
 
     def _forget(self, adapter: FrozenAdapter | None) -> None:
         with exclusive(inner_model(self._base)):
-            for key in [key for key in self._engines if adapter in key]:
-                del self._engines[key]
+            self._engines.forget(lambda adapters: adapter in adapters)
 
     def activate(self, choice: AdapterChoice) -> None:
         """Have an adapter, several, or none act where a call does not choose."""
@@ -179,14 +177,12 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         return names, tuple(FrozenAdapter.of(own) if n == OWN else self._find(n) for n in names)
 
     def _engine(self, adapters: tuple[FrozenAdapter, ...]) -> Engine:
+        def stacked() -> Engine:
+            with torch.inference_mode(False), torch.no_grad():
+                return Engine(self._base, stack(adapters))
+
         with exclusive(inner_model(self._base)):  # a server may run a thread for each adapter
-            if adapters not in self._engines:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._engines[adapters] = Engine(self._base, stack(adapters))
-                while len(self._engines) > _KEPT:
-                    self._engines.popitem(last=False)
-            self._engines.move_to_end(adapters)
-            return self._engines[adapters]
+            return self._engines.get(adapters, stacked)
 
 
 def _scales(choice: AdapterChoice) -> dict[str, float]:
@@ -203,8 +199,7 @@ def _scales(choice: AdapterChoice) -> dict[str, float]:
         case _:
             raise _no_choice(choice)
     for name, scale in scales.items():
-        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not isinstance(name, str) or not is_number or not math.isfinite(scale):
+        if not isinstance(name, str) or not is_finite_number(scale):
             raise _no_choice(choice)
     return {name: float(scale) for name, scale in scales.items()}
 

@@ -12,11 +12,11 @@ from rich.table import Table
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .._util.progress import RichProgressCallback
 from ..config.representations import ReftConfig
 from ..data.collation import make_last_position_supervised_data_module
 from ..engine.base.tiny import TinyExample, load_tiny_examples, load_tiny_model
 from ..model import ReftModel, get_reft_model
+from ..training.progress import RichProgressCallback
 from ..training.trainer import ReftTrainerForCausalLM
 
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4, "positions": "l1"}

@@ -1,6 +1,5 @@
 """The `peft` section of a config: a method of PEFT as plain values, without a model."""
 
-import difflib
 import enum
 import inspect
 from collections.abc import Mapping
@@ -49,10 +48,7 @@ def peft_config(peft: ModuleType, section: Mapping[str, Any]) -> Any:
     name = str(getattr(given, "value", given)).upper()
     kinds = {kind.value: cls for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=1)
-        hint = f"did you mean {near[0].lower()!r}? " if near else ""
-        known = ", ".join(kind.lower() for kind in sorted(kinds))
-        raise ValueError(f"peft_type {given!r}; {hint}peft has {known}")
+        raise ValueError(f"peft_type {given!r}; {nearest(name, map(str.lower, sorted(kinds)))}")
     possible = [n for n in inspect.signature(kinds[name]).parameters if n not in _NOT_SAVED]
     if unknown := [key for key in arguments if key not in possible]:
         raise ValueError(

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from .._util import yaml_text
+from .._util import yaml
 from .._util.errors import nearest
 from ..interventions import (
     INTERVENTIONS,
@@ -283,11 +282,11 @@ class ReftConfig:
         return cls.from_dict(json.loads(_expect_text(text, "from_json")))
 
     def to_yaml(self) -> str:
-        return yaml_text.dump(self.to_dict())
+        return yaml.dump(self.to_dict())
 
     @classmethod
     def from_yaml(cls, text: str) -> "ReftConfig":
-        return cls.from_dict(yaml_text.load(_expect_text(text, "from_yaml")))
+        return cls.from_dict(yaml.load(_expect_text(text, "from_yaml")))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ReftConfig":
@@ -298,7 +297,7 @@ class ReftConfig:
             raise ValueError(f"{path}: expected one of {', '.join(readers)}")
         try:
             return readers[path.suffix](path.read_text(encoding="utf-8"))
-        except (ValueError, yaml.YAMLError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 

@@ -6,7 +6,7 @@ The command line is made from these classes, so nothing heavy is imported here.
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from .._util import yaml_text
+from .._util import yaml
 
 
 @dataclass(kw_only=True)
@@ -147,4 +147,4 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """What a file holds that gives this recipe again."""
-        return yaml_text.dump(asdict(self))
+        return yaml.dump(asdict(self))

@@ -29,7 +29,6 @@ from transformers import (
 
 from .._util.errors import nearest
 from .._util.hardware import machine, peak_memory
-from .._util.progress import RichProgressCallback
 from ..config.representations import ReftConfig
 from ..data.classifiers import make_classifier_data_module
 from ..data.collation import make_last_position_supervised_data_module
@@ -41,6 +40,7 @@ from ..data.templates import as_examples
 from ..data.tokenization import smallest_limit
 from ..engine.base.loading import load_base
 from ..model import ReftModel, get_reft_model
+from .progress import RichProgressCallback
 from .recipe import Recipe
 from .run_adapter import adapter_directory
 from .run_directory import RunCallback, RunDirectory, is_main_process
@@ -283,6 +283,6 @@ def _summary(reft_model: ReftModel, outcome: Any, trainer: Any, seconds: float) 
         "steps": outcome.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "train_loss": outcome.training_loss,
-        "peak_memory_bytes": peak_memory(reft_model.device),
+        "peak_memory_bytes": peak_memory(str(reft_model.device)),
         "machine": machine(reft_model.device.type),
     }

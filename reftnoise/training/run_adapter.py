@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .._util import yaml_text
+from .._util import yaml
 from ..adapters.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
 from .run_files import ADAPTER, RECIPE
 
@@ -46,5 +46,5 @@ def recipe_beside(directory: Path) -> dict[str, Any]:
     recipe = directory.parent / RECIPE
     if directory.name != ADAPTER or not recipe.is_file():
         return {}
-    values = yaml_text.load(recipe.read_text(encoding="utf-8"))
+    values = yaml.load(recipe.read_text(encoding="utf-8"))
     return values if isinstance(values, dict) else {}

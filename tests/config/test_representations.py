@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.activations import ACT2FN
 
 import reftnoise as rn
 from reftnoise.interventions import INTERVENTIONS
@@ -468,7 +469,7 @@ def test_a_config_file_of_another_kind(tmp_path: Path) -> None:
         (LOREFT | {"dropout": 1.0}, "dropout 1.0: expected a probability in [0, 1)"),
         (
             LOREFT | {"act_fn": "xyz"},
-            "act_fn 'xyz' is not an activation of transformers",
+            f"act_fn 'xyz' is not an activation of transformers; it has: {', '.join(ACT2FN)}",
         ),
         (
             LOREFT | {"act_fn": "prelu"},

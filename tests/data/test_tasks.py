@@ -83,7 +83,7 @@ def test_names_choose_what_is_trained() -> None:
     names = ["pooler", "encoder.layer.1.output.dense"]
     model = wrapped(classifier(), modules_to_save=names)
     assert trained(model) == {"bert.pooler.dense", "bert.encoder.layer.1.output.dense"}
-    message = "modules_to_save 'clasifier': the model has no such module; near: classifier"
+    message = "modules_to_save 'clasifier': the model has no such module; did you mean 'classifier'"
     with pytest.raises(ValueError, match=f"^{message}$"):
         wrapped(classifier(), modules_to_save=["clasifier"])
 

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import reftnoise as rn
-from reftnoise._util import yaml_text
+from reftnoise._util import yaml
 from reftnoise._util.options import read, read_file, read_yaml
 from reftnoise.cli.main import COMMANDS
 from reftnoise.data.sources import load_rows
@@ -83,11 +83,11 @@ def test_a_recipe_is_the_same_as_yaml(tmp_path: Path) -> None:
 )
 @example(["2e-3", "1.5E5", 2e-3, 1e-5, "null", "on", "3", "a: b", "-1e3", {"a\x85b": "\x85"}])
 def test_yaml_reads_what_it_writes(value: Any) -> None:
-    assert yaml_text.load(yaml_text.dump(value)) == value
+    assert yaml.load(yaml.dump(value)) == value
 
 
 def test_yaml_reads_exponents_as_numbers() -> None:
-    assert yaml_text.load("{a: 1e-3, b: 2.0E+4, c: e3}") == {"a": 0.001, "b": 2e4, "c": "e3"}
+    assert yaml.load("{a: 1e-3, b: 2.0E+4, c: e3}") == {"a": 0.001, "b": 2e4, "c": "e3"}
 
 
 # -- runs ----------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     run = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         patch.setattr(
-            "reftnoise._util.progress.RichProgressCallback.on_step_begin", stop, raising=False
+            "reftnoise.training.progress.RichProgressCallback.on_step_begin", stop, raising=False
         )
         assert command(*quick(run, *more)) == 130
     assert not (run / "adapter").exists()
@@ -352,8 +352,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         ("training: {learnin_rate: 1}", "training: unknown key 'learnin_rate'"),
         ("training: 3", "training: expected a mapping, got 3"),
         ("- a", "expected a mapping"),
-        ("training: [", "no YAML"),
-        ("seed: 1\nseed: 2", "the key 'seed' stands twice"),
+        ("training: [", "no YAML: line 1, column 12: "),
+        ("seed: 1\nseed: 2", 'line 2, column 1: found duplicate key "seed"'),
     ],
 )
 def test_a_file_that_is_no_recipe(

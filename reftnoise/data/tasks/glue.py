@@ -1,12 +1,12 @@
 """GLUE (arXiv:1804.07461), as the ReFT paper has it: eight subsets and one metric for each."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from ..._util.errors import is_finite_number
 from .base import column
 from .classifier import ClassifierTask
 
@@ -80,14 +80,13 @@ class GlueTask(ClassifierTask):
         if "label" not in row:
             raise ValueError(f"no column 'label' in {', '.join(map(str, row))}")
         label = row["label"]
-        is_number = isinstance(label, int | float) and not isinstance(label, bool)
         if not self.classes:
-            if is_number and math.isfinite(label):
+            if is_finite_number(label):
                 return float(label)
             raise ValueError(f"label {label!r}: expected a number")
         if label in self.classes:
             return self.classes.index(label)
-        if is_number and label in range(len(self.classes)):
+        if is_finite_number(label) and label in range(len(self.classes)):
             return int(label)
         raise ValueError(
             f"label {label!r}: expected one of {', '.join(self.classes)}, or its index (the hub's "

@@ -4,7 +4,6 @@ An encoder-decoder model has two stacks of layers, each with a sequence of its o
 one of the encoder's, which reads the prompt, unless it says `decoder.`.
 """
 
-import difflib
 import inspect
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..._util.errors import nearest
 from ...config.components import COMPONENTS, Stack, is_dotted, split_component
 from .peft import inner_model
 from .running import module_at, path_parts, uncompiled
@@ -192,9 +192,9 @@ def trained_modules(model: Any, names: Sequence[str] | None) -> dict[str, nn.Mod
     for name in names:
         fitting = {n: m for n, m in found.items() if n == name or n.endswith(f".{name}")}
         if not fitting:
-            near = difflib.get_close_matches(name, {n.rpartition(".")[2] for n in found}, n=3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise ValueError(f"modules_to_save {name!r}: the model has no such module{hint}")
+            ends = {n.rpartition(".")[2] for n in found}
+            hint = nearest(name, ends, "its named_modules() are all that there are")
+            raise ValueError(f"modules_to_save {name!r}: the model has no such module; {hint}")
         # PEFT's wrapper of a module trains a copy of it, and keeps the original.
         chosen |= {n: m for n, m in fitting.items() if not hasattr(m, "original_module")}
     return chosen

@@ -6,8 +6,6 @@ output in place. vLLM compiles it with the model, as one node whose content it d
 
 import contextlib
 import functools
-import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from ..._util.errors import nearest
+from ..._util.errors import is_finite_number, nearest
+from ..._util.recent import RecentlyUsed
 from ...adapters.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
 from ...adapters.frozen import FrozenAdapter, freeze
 from ...config.components import COMPONENTS
@@ -110,8 +109,7 @@ def number_of(path: str) -> int:
 def scale_of(params: Any) -> float:
     """By what a request multiplies its edits; a ValueError for what is no finite number."""
     scale = (getattr(params, "extra_args", None) or {}).get(SCALE, 1.0)
-    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if not is_number or not math.isfinite(scale):
+    if not is_finite_number(scale):
         raise ValueError(f"{SCALE} {scale!r}: expected a finite number")
     return float(scale)
 
@@ -128,7 +126,7 @@ class ServedAdapters:
         self._runner = runner
         self._base = _Base(runner.model, runner.model_config.hf_config)
         self._adapters: dict[int, FrozenAdapter] = {}
-        self._batches: OrderedDict[tuple[int, ...], FlatBatch] = OrderedDict()
+        self._batches = RecentlyUsed[tuple[int, ...], FlatBatch](_KEPT)
         self._hooks: dict[nn.Module, int] = {}
         for component in components:
             is_one = component == "embeddings"
@@ -154,8 +152,7 @@ class ServedAdapters:
         """Forget an adapter; False if it is not there, or a request of the batch needs it."""
         if number in self._runner.input_batch.lora_id_to_lora_request:
             return False
-        for chosen in [one for one in self._batches if number in one]:
-            del self._batches[chosen]
+        self._batches.forget(lambda chosen: number in chosen)
         return self._adapters.pop(number, None) is not None
 
     def numbers(self) -> set[int]:
@@ -195,13 +192,10 @@ class ServedAdapters:
         )
 
     def _batch(self, chosen: tuple[int, ...]) -> FlatBatch:
-        if chosen not in self._batches:
-            adapters = [self._adapters[number] for number in chosen]
-            self._batches[chosen] = FlatBatch(adapters, self._runner.device)
-            while len(self._batches) > _KEPT:
-                self._batches.popitem(last=False)
-        self._batches.move_to_end(chosen)
-        return self._batches[chosen]
+        def flat() -> FlatBatch:
+            return FlatBatch([self._adapters[number] for number in chosen], self._runner.device)
+
+        return self._batches.get(chosen, flat)
 
 
 class _Hook:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..._util import yaml_text
+from ..._util import yaml
 from ..._util.errors import nearest
 from ..._util.options import read
 from ..recipe import Recipe
@@ -66,7 +66,7 @@ class Study:
 
     def to_yaml(self) -> str:
         """What a file holds that gives this study again."""
-        return yaml_text.dump(asdict(self))
+        return yaml.dump(asdict(self))
 
 
 @dataclass(frozen=True)

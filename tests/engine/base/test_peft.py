@@ -285,7 +285,7 @@ def test_the_cheap_loss_is_taken_over_lora(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ({"r": 8}, "expected a mapping with 'peft_type', such as"),
         ("lora", "peft 'lora': expected a mapping with 'peft_type'"),
-        ({"peft_type": "lara"}, "peft_type 'lara'; did you mean 'lora'? peft has adalora, "),
+        ({"peft_type": "lara"}, "peft_type 'lara'; did you mean 'lora'? possible: adalora, "),
         ({"peft_type": "lora", "rank": 8}, "peft: unknown key 'rank' for LoraConfig; possible: "),
         ({"peft_type": "adalora"}, "peft adalora: AdaLoRA does not work when `total_step` is None"),
     ],
