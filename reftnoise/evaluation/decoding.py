@@ -3,28 +3,29 @@
 The command line is made from this class, so nothing heavy is imported here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """What stands around a prompt, and how its answer is drawn.
+    """The text around a prompt, and how its answer is drawn.
 
     Args:
-        template: put around each prompt: plain, chat, alpaca, or a text with {prompt} in it; by
+        template: text around each prompt: plain, chat, alpaca, or a text with {prompt} in it; by
             default that of the run, or else chat where the tokenizer has such a template.
-        system: a message before each prompt or conversation, in the template chat.
-        max_new_tokens: of each answer; by default 256, or half of a smaller context.
-        temperature: of sampling; 0 for the most likely token at every step.
-        top_p: sample from the most likely tokens that have this probability together.
-        top_k: sample from so many most likely tokens.
-        repetition_penalty: above 1, tokens that were there before are less likely.
-        seed: of sampling, which also depends on the batch size.
+        system: message before each prompt or conversation, in the template chat.
+        max_new_tokens: greatest number of tokens of an answer; by default 256, or half of a smaller
+            context.
+        temperature: temperature of sampling; 0 for the most likely token at every step.
+        top_p: probability that the tokens sampled from have together, the most likely first.
+        top_k: number of tokens sampled from, the most likely first.
+        repetition_penalty: penalty above 1, which makes tokens less likely that were there before.
+        seed: seed of sampling, which also depends on the batch size.
 
     Raises:
-        ValueError: a number that is out of range, or sampling from a part of the tokens at
-            temperature 0.
+        ValueError: a number is out of range, or `top_p` or `top_k` has temperature 0.
     """
 
     template: str | None = None
@@ -47,21 +48,32 @@ class Decoding:
                 raise ValueError(f"{name} {value}: needs a temperature above 0")
 
     def template_or(self, default: str) -> str:
-        """The template, or a default; a ValueError where it has no place for `system`."""
+        """The template, or a default.
+
+        Raises:
+            ValueError: there is a system message, for which the template has no place.
+        """
         template = self.template or default
         if self.system is not None and template != "chat":
             raise ValueError(f"system needs the template chat, not {template!r}")
         return template
 
     def arguments(self) -> dict[str, Any]:
-        """Those of `generate`, but for the number of tokens."""
-        given = {"top_p": self.top_p, "top_k": self.top_k} if self.temperature else {}
-        given["repetition_penalty"] = self.repetition_penalty
-        found: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
+        """Arguments of `generate`, except the number of tokens."""
+        settings: dict[str, Any] = {"repetition_penalty": self.repetition_penalty}
         if self.temperature:
-            return found | {"do_sample": True, "temperature": float(self.temperature)}
-        # What the base would sample with is unused, and warned of.
-        return found | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            settings |= {"do_sample": True, "temperature": float(self.temperature)}
+            settings |= {"top_p": self.top_p, "top_k": self.top_k}
+        return greedy_by_default({n: value for n, value in settings.items() if value is not None})
+
+
+def greedy_by_default(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `generate`, greedy unless they say `do_sample`."""
+    if settings.get("do_sample"):
+        return dict(settings)
+    # What the base would sample with is unused, and warned of.
+    unused = {"temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": False} | unused | dict(settings)
 
 
 GREEDY = Decoding()

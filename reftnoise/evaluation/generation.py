@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from ..data.tokenization import Messages, smallest_limit, tokenize
-from .likelihood import Progress, Row, without_beginnings
+from ..data.tokenization import Messages, padding_token, smallest_limit, tokenize
+from .decoding import greedy_by_default
+from .likelihood import Progress, TokenPair, without_beginnings
 
 
 def generated(
@@ -23,12 +24,13 @@ def generated(
 
     Args:
         model: a `ReftModel`, or a causal language model of transformers.
-        tokenizer: of the base; prompts are padded on the left, whatever its padding side.
-        prompts: texts, or conversations for its chat template.
-        max_new_tokens: of each. A prompt that leaves no room for them loses its beginning.
-        batch_size: prompts per forward pass; those of about equal length go together.
+        tokenizer: tokenizer of the base; prompts are padded on the left, whatever its padding side.
+        prompts: texts, or conversations for the tokenizer's chat template.
+        max_new_tokens: greatest number of new tokens. A prompt that leaves no room for them loses
+            its beginning.
+        batch_size: number of prompts per forward pass; prompts of about equal length share one.
         generation: further arguments of `generate`; greedy by default.
-        progress: called with the prompts that are done and all prompts.
+        progress: function that is called with the numbers of prompts done and of all prompts.
 
     Raises:
         ValueError: `max_new_tokens` is below 1 or as long as the model's context.
@@ -37,13 +39,11 @@ def generated(
     if max_new_tokens < 1 or (limit is not None and limit - max_new_tokens < 2):
         room = "" if limit is None else f" and at most {limit - 2}, for a context of {limit}"
         raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 1{room}")
-    rows: list[Row] = [(prompt_tokens(tokenizer, prompt), []) for prompt in prompts]
+    pairs: list[TokenPair] = [(prompt_tokens(tokenizer, prompt), []) for prompt in prompts]
     left = None if limit is None else limit - max_new_tokens
-    tokens = [prompt for prompt, _ in without_beginnings(tokenizer, rows, left)]
-    ends, ending = ends_of(model, tokenizer), ending_arguments(model, tokenizer)
-    settings = {"do_sample": False} | dict(generation or {})
-    if not settings["do_sample"]:  # what the base would sample with is unused, and warned of
-        settings = {"temperature": None, "top_p": None, "top_k": None} | settings
+    tokens = [prompt for prompt, _ in without_beginnings(tokenizer, pairs, left)]
+    ends = ends_of(model, tokenizer)
+    settings = greedy_by_default(generation or {}) | ending_arguments(model, tokenizer)
     texts = [""] * len(prompts)
     order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
     for start in range(0, len(order), batch_size):
@@ -58,11 +58,10 @@ def generated(
             input_ids=ids.to(model.device),
             attention_mask=mask.long().to(model.device),
             max_new_tokens=max_new_tokens,
-            **ending,
             **settings,
         )
         for index, new in zip(indices, written[:, width:].tolist(), strict=True):
-            end = next((place for place, token in enumerate(new) if token in ends), None)
+            end = next((column for column, token in enumerate(new) if token in ends), None)
             texts[index] = tokenizer.decode(
                 new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
@@ -72,7 +71,7 @@ def generated(
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
-    """What ends a text: the token that training puts there, and those that the base writes."""
+    """The tokens that end a text: the tokenizer's, which training adds, and the base's own."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = [own] if isinstance(own, int) else list(own or [])
     if tokenizer.eos_token_id is not None:
@@ -81,12 +80,11 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
 
 
 def ending_arguments(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Arguments of `generate`: what ends a text, and what pads shorter ones after that."""
+    """Arguments of `generate`: the tokens that end a text, and the one that pads after them."""
     ends = ends_of(model, tokenizer)
-    pad = next(n for n in (tokenizer.pad_token_id, *ends, 0) if n is not None)
-    return {"pad_token_id": pad, "eos_token_id": ends or None}
+    return {"pad_token_id": padding_token(tokenizer), "eos_token_id": ends or None}
 
 
 def prompt_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:
-    """The tokens of a prompt, as training has them."""
-    return tokenize(tokenizer, prompt, " ", True)[0]  # which completion follows does not matter
+    """The tokens of a prompt, as in training."""
+    return tokenize(tokenizer, prompt, " ", True)[0]  # any completion will do

@@ -1,8 +1,8 @@
 """lm-evaluation-harness: a `ReftModel` as the model of its tasks.
 
-`HFLM(pretrained=reft_model)` scores a context and its continuation as one input, whose end is then
-taken for the prompt's end, so edits such as those of `l1` land on the continuation. `ReftLM` tells
-the model where each context ends.
+`HFLM(pretrained=reft_model)` scores a context and its continuation as one input and takes its end
+for the prompt's end, so edits such as those of `l1` land on the continuation. `ReftLM` passes the
+lengths of the contexts.
 """
 
 import functools
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._util.errors import nearest
 from ..model import ReftModel
-from .likelihood import next_token_log_probs, rows_alike, what_is_read
+from .likelihood import grouped, next_token_log_probs, read_tokens
 
 try:
     from lm_eval import simple_evaluate
@@ -32,28 +32,29 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""The strings, if the harness caches by them; the tokens of the context; of the continuation."""
+"""The strings, if the harness caches by them; tokens of the context and of the continuation."""
 
 
 class ReftLM(HFLM):
     """The harness' transformers model, for a `ReftModel`: a request's context is its prompt.
 
     Args:
-        reft_model: put into evaluation mode.
-        tokenizer: the base's.
-        batch_size: rows per pass; "auto" tries what fits, once, and "auto:N" N times on the way
-            from long to short requests.
-        max_batch_size: where "auto" begins.
-        max_length: tokens; longer requests lose the beginning of their context. By default the
-            base's.
-        truncation: whether the tokenizer truncates what `generate_until` gets.
-        softmax_dtype: of the log-probabilities; by default that of the logits.
-        mixed_precision_dtype: autocast to it.
-        add_bos_token: by default as the tokenizer does.
-        prefix_token_id: the context of requests without one; by default the tokenizer's
-            beginning, or else end, of text.
-        enable_thinking: for the chat template.
-        think_end_token: only what comes after it counts as generated.
+        reft_model: adapted model, which is put into evaluation mode.
+        tokenizer: tokenizer of the base.
+        batch_size: number of rows per pass; "auto" tries what fits, once, and "auto:N" N times on
+            the way from long to short requests.
+        max_batch_size: number of rows at which "auto" begins.
+        max_length: greatest number of tokens; longer requests lose the beginning of their context.
+            By default that of the base.
+        truncation: whether the tokenizer truncates the contexts of `generate_until`.
+        softmax_dtype: dtype of the log-probabilities; by default that of the logits.
+        mixed_precision_dtype: dtype of autocast.
+        add_bos_token: whether contexts begin with the beginning-of-text token; by default as the
+            tokenizer does.
+        prefix_token_id: token that is the context of requests without one; by default the
+            tokenizer's beginning of text, or else its end of text.
+        enable_thinking: argument of the chat template.
+        think_end_token: token before which nothing counts as generated.
         chat_template_args: further arguments of the chat template.
 
     Raises:
@@ -105,21 +106,21 @@ class ReftLM(HFLM):
         if self.backend == "seq2seq":  # an encoder-decoder model reads the context by itself
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         self._check(requests)
-        sharing = rows_alike([request[1:] for request in requests])
-        rows = [requests[indices[0]] for indices in sharing.values()]
+        groups = grouped([request[1:] for request in requests])
+        rows = [requests[indices[0]] for indices in groups.values()]
         rows.sort(key=lambda row: (-len(row[1] + row[2]), row[1:]))
         find_size = None
         if self.batch_size == "auto" and not override_bs:
-            self.batch_sizes.clear()  # found for other requests
+            self.batch_sizes.clear()  # those of other requests
             find_size = self._batch_scheduler
         size = override_bs or 0 if self.batch_size == "auto" else self.batch_size
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         is_silent = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=is_silent, desc="loglikelihood") as progress:
-            for chunk in Collator.get_chunks(rows, n=size, fn=find_size):
-                for row, log_probs in zip(chunk, self._log_probs(chunk), strict=True):
+            for batch in Collator.get_chunks(rows, n=size, fn=find_size):
+                for row, log_probs in zip(batch, self._log_probs(batch), strict=True):
                     greedy = log_probs.argmax(-1)
-                    for index in sharing[what_is_read(row[1:])]:
+                    for index in groups[read_tokens(row[1:])]:
                         strings, _, continuation = requests[index]
                         tokens = torch.tensor(continuation, device=log_probs.device)
                         total = log_probs.gather(1, tokens[:, None]).sum()
@@ -147,7 +148,7 @@ class ReftLM(HFLM):
             )
 
     def _log_probs(self, rows: list[Request]) -> list[Tensor]:
-        """Of the vocabulary, [continuation, vocabulary] for each row, before each token."""
+        """log p of all tokens before each of the continuation, [tokens, vocabulary] per row."""
         with torch.autocast(
             self.device.type,
             self.mixed_precision_dtype,
@@ -174,23 +175,23 @@ def evaluate_with_harness(
 
     Args:
         model: a `ReftModel`, or a causal language model of transformers.
-        tokenizer: of the base.
+        tokenizer: tokenizer of the base.
         tasks: names of tasks or groups, such as `ifeval`.
-        limit: rows of each task; all by default.
-        batch_size: rows per forward pass, or "auto".
-        include_path: folder of tasks of one's own, which are used instead of the harness'.
+        limit: number of rows of each task; all by default.
+        batch_size: number of rows per forward pass, or "auto".
+        include_path: folder of tasks, which replace those of the harness.
 
     Raises:
-        ValueError: a task that the harness does not have.
+        ValueError: the harness has no such task.
     """
     manager = _all_tasks(include_path)
     for name in tasks:
         if name not in manager.all_tasks:
             hint = nearest(name, manager.all_tasks, "`lm-eval ls tasks` lists them")
             raise ValueError(f"lm_eval task {name!r} is not the harness'; {hint}")
-    is_wrapped = isinstance(model, ReftModel)
-    lm = (ReftLM if is_wrapped else HFLM)(model, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(
+    is_adapted = isinstance(model, ReftModel)
+    lm = (ReftLM if is_adapted else HFLM)(model, tokenizer=tokenizer, batch_size=batch_size)
+    outcome = simple_evaluate(
         model=lm,
         tasks=list(tasks),
         limit=limit,
@@ -198,17 +199,17 @@ def evaluate_with_harness(
         bootstrap_iters=0,
         log_samples=False,
     )
-    return {name: _numbers(result) for name, result in found["results"].items()}
+    return {name: _numbers(result) for name, result in outcome["results"].items()}
 
 
 @functools.cache
 def _all_tasks(include_path: str | None) -> TaskManager:
-    """Those of the harness, which take seconds to read, or of a folder."""
+    """The tasks of the harness, which take seconds to read, or those of a folder."""
     return TaskManager(include_path=include_path, include_defaults=include_path is None)
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """Its metrics, named `acc` or, where a filter reads answers, `exact_match,strict-match`."""
+    """The metrics, named `acc` or, where a filter reads answers, `exact_match,strict-match`."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in result.items()

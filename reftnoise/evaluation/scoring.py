@@ -25,12 +25,11 @@ class Evaluation:
 
     Args:
         scores: the task's metrics, the main one first.
-        right: of each row.
-        predictions: the answers read from `texts`.
-        texts: what was generated; by likelihood, the choice that was most likely; by a head, the
-            prediction.
-        prompts: what the task asked, before the template.
-        answers: the right ones.
+        right: whether each row's prediction is right.
+        predictions: answers read from `texts`.
+        texts: generated texts; by likelihood, the most likely choices; by a head, the predictions.
+        prompts: prompts of the task, without the template.
+        answers: right answers.
     """
 
     scores: dict[str, float]
@@ -58,26 +57,26 @@ def evaluate(
 
     By likelihood, the answer is the choice c with the greatest Σᵢ log p(cᵢ | prompt, c₁…cᵢ₋₁),
     without an end-of-text token. Scores that end in `_normalised` take that sum per character of
-    the choice, as `acc_norm` of lm-evaluation-harness does. A `ClassifierTask` is scored by what
-    the model's head predicts.
+    the choice, like `acc_norm` of lm-evaluation-harness. A `ClassifierTask` is scored by what the
+    model's head predicts.
 
     Args:
         model: a `ReftModel`, or a causal language model of transformers; for a `ClassifierTask`,
             one with a head of its classes.
-        tokenizer: of the base.
+        tokenizer: tokenizer of the base.
         task: makes questions of rows, and reads and compares answers.
         rows: mappings with the task's columns, or what `parse_rows` made of them.
-        by: what the model is asked for.
-        batch_size: prompts, or by likelihood prompts with a choice, per forward pass.
-        template: as in training.
-        max_new_tokens: of an answer; by default as many as the task needs, but no more than half
-            of the model's context.
-        seed: of tasks that draw their answers; these also depend on the batch size.
-        progress: called with the rows that are done and all rows.
+        by: whether the model writes the answer or finds one most likely.
+        batch_size: number of prompts, or by likelihood of prompts with a choice, per forward pass.
+        template: template, as in training.
+        max_new_tokens: greatest number of tokens of an answer; by default as many as the task
+            needs, but no more than half of the model's context.
+        seed: seed for tasks that draw their answers; these also depend on the batch size.
+        progress: function that is called with the numbers of rows done and of all rows.
 
     Raises:
-        ValueError: no rows, a row that the task cannot read, choices of a task that has none, or a
-            model that is not of the kind that the task needs.
+        ValueError: no rows, a row that the task cannot read, a task without choices by likelihood,
+            or a model that is not of the kind that the task needs.
     """
     if by not in ("generation", "likelihood"):
         raise ValueError(f"by {by!r}: expected 'generation' or 'likelihood'")
@@ -101,8 +100,8 @@ def evaluate(
                 texts, predictions, normalised = _by_likelihood(settings, task, parsed, prompts)
     scores = task.scores(predictions, answers)
     if normalised is not None:
-        found = task.scores(normalised, answers)
-        scores |= {f"{name}_normalised": value for name, value in found.items()}
+        metrics = task.scores(normalised, answers)
+        scores |= {f"{name}_normalised": value for name, value in metrics.items()}
     return Evaluation(
         scores=scores,
         right=[task.is_right(p, a) for p, a in zip(predictions, answers, strict=True)],
@@ -114,7 +113,7 @@ def evaluate(
 
 
 class _Settings(NamedTuple):
-    """What all ways of asking a model need."""
+    """Arguments of all kinds of evaluation."""
 
     model: Any
     tokenizer: Any
@@ -134,7 +133,7 @@ def _parsed(task: Task, rows: Iterable[Mapping[str, Any] | ParsedRow]) -> list[P
 
 @contextmanager
 def evaluating(model: Any, seed: int = 0) -> Iterator[None]:
-    """Evaluation mode, no gradients, and draws of their own; afterwards all is as it was."""
+    """Evaluation mode, no gradients and a seed; modes and random state are restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
@@ -150,7 +149,7 @@ def evaluating(model: Any, seed: int = 0) -> Iterator[None]:
 def _prompts(
     settings: _Settings, template: str, parsed: Sequence[ParsedRow]
 ) -> list[str | Messages]:
-    """What a causal language model reads."""
+    """The prompts that a causal language model reads."""
     model = settings.model
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         kind = type(model.model if isinstance(model, ReftModel) else model).__name__
@@ -220,10 +219,7 @@ def _by_likelihood(
     parsed: Sequence[ParsedRow],
     prompts: Sequence[str | Messages],
 ) -> tuple[list[str], list[str], list[str]]:
-    """Texts of the likeliest choices, and the answers that these and the normalised ones stand for.
-
-    Normalised is a choice's log-probability per character.
-    """
+    """The likeliest choices, their answers, and the answers of the likeliest per character."""
     model, tokenizer, batch_size, progress = settings
     questions = [question for _, question in parsed]
     if not all(question.choices for question in questions):
@@ -232,7 +228,7 @@ def _by_likelihood(
     sums = choice_log_probs(
         model, tokenizer, prompts, choices, batch_size=batch_size, progress=progress
     )
-    lengths = [torch.tensor([max(1, len(choice.strip())) for choice in one]) for one in choices]
+    lengths = [torch.tensor([max(1, len(choice.strip())) for choice in texts]) for texts in choices]
     best = [int(row.argmax()) for row in sums]
     of_normalised = [int((row / count).argmax()) for row, count in zip(sums, lengths, strict=True)]
     return (
@@ -254,7 +250,7 @@ def _by_head(settings: _Settings, task: ClassifierTask, parsed: Sequence[ParsedR
     predictions = [""] * len(encoded)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        # On the right: encoders count positions from the first column on.
+        # On the right, since encoders count positions from the first column on.
         batch = tokenizer.pad(
             [encoded[index] for index in indices], padding_side="right", return_tensors="pt"
         )
@@ -264,8 +260,8 @@ def _by_head(settings: _Settings, task: ClassifierTask, parsed: Sequence[ParsedR
                 f"the model gives {list(logits.shape[1:])} numbers for a row: task {task.name!r} "
                 f"needs a head of {task.num_labels}"
             )
-        for index, row in zip(indices, logits.tolist(), strict=True):
-            predictions[index] = task.prediction(row)
+        for index, outputs in zip(indices, logits.tolist(), strict=True):
+            predictions[index] = task.prediction(outputs)
         if progress is not None:
             progress(min(start + batch_size, len(order)), len(order))
     return predictions

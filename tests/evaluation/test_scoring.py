@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification
 import reftnoise as rn
 from reftnoise.data.tasks.base import Task, parse_rows
 from reftnoise.data.tasks.registry import get_task
+from reftnoise.evaluation import Evaluation, evaluate
 from reftnoise.evaluation.generation import generated
 from reftnoise.evaluation.likelihood import choice_log_probs
-from reftnoise.evaluation.scoring import Evaluation, evaluate
 from support.data import rendered
 from support.models.architectures import tiny_model
 from support.models.tiny_models import new_model

@@ -1,4 +1,4 @@
-"""What a task is: how a row becomes a prompt, and how what a model writes is scored."""
+"""Tasks: how a row becomes a prompt, and how the text that a model writes is scored."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +11,11 @@ class Question:
     """One row as a task sees it.
 
     Args:
-        prompt: what the model reads, before the data's template.
-        completion: what training teaches to write after it.
-        answer: what a prediction is compared with.
-        choices: the completions of which likelihood chooses; empty where a task has none.
-        choice_answers: the answer that each choice stands for.
+        prompt: text that the model reads, without the data's template.
+        completion: text that training teaches the model to write after it.
+        answer: answer that a prediction is compared with.
+        choices: completions of which likelihood chooses; empty where a task has none.
+        choice_answers: answer of each choice.
     """
 
     prompt: str
@@ -26,7 +26,11 @@ class Question:
 
 
 def column(row: Mapping[str, Any], name: str) -> str:
-    """The text in a row's column; a ValueError names the columns that there are."""
+    """The text in a row's column.
+
+    Raises:
+        ValueError: the row has no such column, or no text in it.
+    """
     if name not in row:
         raise ValueError(
             f"no column {name!r} in {', '.join(map(str, row))}; data.columns says which it is: "
@@ -38,11 +42,11 @@ def column(row: Mapping[str, Any], name: str) -> str:
 
 
 class Task(ABC):
-    """A task; its constructor's arguments stand beside its name in a recipe."""
+    """A task; a recipe gives its constructor's arguments with its name."""
 
     name: str
     max_new_tokens: ClassVar[int | None] = 32
-    """Of an answer; None for as many as the longest choice has, and an end-of-text token."""
+    """Greatest number of tokens of an answer; None for those of the longest choice and an end."""
     generation: Mapping[str, Any] = {"do_sample": False}
     """Further arguments of `generate`, as the task's authors chose them."""
 
@@ -51,7 +55,7 @@ class Task(ABC):
         """The prompt, completion and answer of a row.
 
         Raises:
-            ValueError: a column is missing, or what stands in it is not what the task knows.
+            ValueError: a column is missing, or has a value that the task does not know.
         """
 
     def extract(self, text: str) -> str:

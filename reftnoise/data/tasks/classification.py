@@ -10,10 +10,11 @@ class ClassificationTask(Task):
     """Rows of `prompt` and `completion`, which is a label with or without whitespace before it.
 
     Args:
-        labels: all of them, as they are written.
+        labels: all labels, as they are written.
 
     Raises:
-        ValueError: no two different labels, or a label that is no text or has whitespace around it.
+        ValueError: fewer than two labels, two that are equal, or a label that is no text or has
+            whitespace around it.
     """
 
     name = "classification"

@@ -14,22 +14,22 @@ class ClassifierTask(Task):
     """
 
     classes: tuple[str, ...]
-    """Their names, in the head's order; none where the head predicts a number."""
+    """Names of the classes, in the head's order; none where the head predicts a number."""
     max_length: ClassVar[int] = 256
-    """Tokens of the texts; what is longer loses its end."""
+    """Greatest number of tokens of the texts; longer ones lose their end."""
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the head."""
+        """Number of the head's outputs."""
         return len(self.classes) or 1
 
     @abstractmethod
     def texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """What the tokenizer is given."""
+        """The texts of a row, for the tokenizer."""
 
     @abstractmethod
     def label(self, row: Mapping[str, Any]) -> int | float:
-        """What the model is trained with: the index of a class, or a number."""
+        """The label of a row: the index of a class, or a number."""
 
     def question(self, row: Mapping[str, Any]) -> Question:
         label = self.label(row)
@@ -37,7 +37,7 @@ class ClassifierTask(Task):
         return Question("\n".join(self.texts(row)), answer, answer)
 
     def prediction(self, logits: Sequence[float]) -> str:
-        """What the head's outputs for one row say."""
+        """The answer that the head's outputs for one row stand for."""
         if not self.classes:
             return repr(float(logits[0]))
         return self.classes[max(range(len(logits)), key=lambda index: logits[index])]

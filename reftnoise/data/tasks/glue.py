@@ -1,4 +1,4 @@
-"""GLUE (arXiv:1804.07461), as the ReFT paper has it: eight subsets and one metric for each."""
+"""GLUE (arXiv:1804.07461), as in the ReFT paper: eight subsets and one metric for each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ def score(metric: Metric, logits: Any, labels: Any) -> float:
     """Accuracy, Matthews' correlation of two classes, or Pearson's of numbers; 0 if undefined.
 
     Args:
-        metric: which.
-        logits: of a head, [rows, classes], or [rows, 1] for numbers.
+        metric: name of the metric.
+        logits: outputs of a head, [rows, classes], or [rows, 1] for numbers.
         labels: indices of classes, or numbers, [rows].
     """
     logits, labels = np.asarray(logits, float), np.asarray(labels, float)
@@ -54,15 +54,15 @@ def score(metric: Metric, logits: Any, labels: Any) -> float:
 
 
 class GlueTask(ClassifierTask):
-    """Rows as the hub's GLUE has them: texts and a `label`, an index or a name of a class.
+    """Rows like the hub's GLUE: texts and a `label`, which is the index or name of a class.
 
     A prediction of STS-B is right if it is at most ½ from the label.
 
     Args:
-        subset: mnli, sst2, mrpc, cola, qnli, qqp, rte or stsb.
+        subset: name of the subset: mnli, sst2, mrpc, cola, qnli, qqp, rte or stsb.
 
     Raises:
-        ValueError: no such subset.
+        ValueError: there is no such subset.
     """
 
     name = "glue"

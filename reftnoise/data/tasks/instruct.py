@@ -1,4 +1,4 @@
-"""Following instructions: answers that no automatic score judges well.
+"""Following instructions, where no automatic score judges answers well.
 
 Their length is reported, since embedding noise lengthens answers (arXiv:2310.05914, section 5.2);
 `ifeval` of lm-evaluation-harness scores whether instructions are followed.
@@ -14,9 +14,9 @@ class InstructTask(Task):
     """Rows of `instruction`, `output` and, if there is more to read, `input`.
 
     Args:
-        repetition_penalty: of what is written; the ReFT paper's code has 1.1, the authors of
-            NEFTune advise 1.2.
-        no_repeat_ngram_size: runs of so many tokens are written once; 0 for any number of times.
+        repetition_penalty: penalty for tokens that were there before; the ReFT paper's code has
+            1.1, the authors of NEFTune advise 1.2.
+        no_repeat_ngram_size: length of runs of tokens that are written only once; 0 for no limit.
     """
 
     name = "instruct"
