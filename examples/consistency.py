@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 
 import reftnoise as rn
 from reftnoise.data.tasks.registry import get_task
-from reftnoise.evaluation.scoring import evaluate
+from reftnoise.evaluation import evaluate
 from reftnoise.interventions import NoiseIntervention
 
 

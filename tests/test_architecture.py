@@ -53,7 +53,6 @@ EXCEPTIONS: dict[str, list[tuple[str, str]]] = {
         ("adapters.mixin → model", "to be mended"),
         ("adapters.pyreft.convert → model", "to be mended"),
         ("adapters.saving → model", "to be mended"),
-        ("data.collation → model", "to be mended"),
     ],
     "imports within the engine go down": [
         ("engine.calls → engine.training_pass.split", "to be mended"),
@@ -67,7 +66,6 @@ EXCEPTIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "rooms are small": [
         ("analysis/report", "to be mended"),
-        ("data/tasks", "to be mended"),
     ],
     "files are short": [
         ("reftnoise/engine/layout.py", "to be mended"),
