@@ -95,7 +95,8 @@ def test_sites_carry_the_states_that_the_model_reports(architecture: str) -> Non
 @torch.no_grad()
 def test_a_block_adds_its_attention_and_its_mlp(architecture: str) -> None:
     model, ids = tiny_model(architecture), torch.tensor([[5, 6, 7, 8]])
-    at = {c: states_at(model, find_site(model, c, 1), ids) for c in COMPONENTS[:4]}
+    parts = ("block_input", "block_output", "attention_output", "mlp_output")
+    at = {part: states_at(model, find_site(model, part, 1), ids) for part in parts}
     total = at["block_input"] + at["attention_output"] + at["mlp_output"]
     torch.testing.assert_close(at["block_output"], total)
 
@@ -149,9 +150,8 @@ def test_a_wrong_layer(component: str, layer: int | None) -> None:
 
 def test_an_unknown_component() -> None:
     message = (
-        "component 'mlp': expected block_output, block_input, attention_output, mlp_output, "
-        "embeddings or a dotted path that ends in .output or .input, such as "
-        "'model.layers[3].mlp.output'"
+        f"component 'mlp': expected {', '.join(COMPONENTS)} or a dotted path that ends in .output "
+        "or .input, such as 'model.layers[3].mlp.output'"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         find_site(tiny_model(), "mlp", 0)

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.activations import ACT2FN
 
 import reftnoise as rn
+from reftnoise.config.components import COMPONENTS
 from reftnoise.interventions import INTERVENTIONS
 from support.models.architectures import tiny_model
 
@@ -241,14 +242,9 @@ def test_untied_units_are_all_prefixes_before_all_suffixes() -> None:
 
 REFT_KEYS = "layer, component, embed_dim, positions, tied, intervention, low_rank_dimension"
 NOISE_KEYS = "layer, component, embed_dim, intervention, alpha, length, unit_variance, where"
-NAMES = (
-    "loreft, noreft, direft, nodireft, consreft, lobireft, bias, addition, adapter, "
-    "neftune, gaussian, bernoulli, symnoise"
-)
-COMPONENTS = (
-    "block_output, block_input, attention_output, mlp_output, embeddings, or a dotted path that "
-    "ends in .output or .input, such as 'model.layers[3].output'"
-)
+NAMES = ", ".join(INTERVENTIONS)
+PATH = "or a dotted path that ends in .output or .input, such as 'model.layers[3].output'"
+PLACES = f"{', '.join(COMPONENTS)}, {PATH}"
 LAYER = "expected an integer from 0, a list of them, 'all' or a range such as '8-15'"
 UNIT = "expected an 'intervention': a registered name such as 'loreft', or a ready module"
 PEFT = (
@@ -348,16 +344,14 @@ MODULE = (
         # components and layers
         (
             LOREFT | {"component": "block_outptu"},
-            f"component 'block_outptu'; did you mean 'block_output'? possible: {COMPONENTS}",
+            f"component 'block_outptu'; did you mean 'block_output'? possible: {PLACES}",
         ),
         (
             LOREFT | {"component": "decodr.block_output"},
             "component 'decodr.block_output'; did you mean 'decoder.block_output'? possible: "
-            "decoder.block_output, decoder.block_input, decoder.attention_output, "
-            "decoder.mlp_output, decoder.embeddings, or a dotted path that ends in .output or "
-            ".input, such as 'model.layers[3].output'",
+            f"{', '.join(f'decoder.{name}' for name in COMPONENTS)}, {PATH}",
         ),
-        (LOREFT | {"component": "xyz"}, f"component 'xyz'; possible: {COMPONENTS}"),
+        (LOREFT | {"component": "xyz"}, f"component 'xyz'; possible: {PLACES}"),
         (LOREFT | {"component": 3}, "component 3: expected a string"),
         (LOREFT | {"layer": -1}, f"layer -1: {LAYER}"),
         (LOREFT | {"layer": "5-2"}, f"layer '5-2': {LAYER}"),
