@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .._util.files import json_text
 from ..evaluation.decoding import Decoding
 from ..training.recipe import Recipe
+from ..training.resolved_run import ResolvedRun
 from ..training.study.grid import Study
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ def train(
         quiet: print nothing but errors.
         json: print the summary and scores as JSON, and no progress.
     """
+    run = ResolvedRun(recipe)
+    run.expect_trainable()
     from ..training.run import run_recipe
     from ..training.run_directory import is_main_process
 
     console = _progress_console(quiet or json)
-    summary, entries = run_recipe(recipe, resume=resume, overwrite=overwrite, console=console)
+    summary, entries = run_recipe(run, resume=resume, overwrite=overwrite, console=console)
     if not is_main_process():
         return
     if json:
@@ -70,13 +73,16 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
         quiet: print nothing but errors.
         json: print the scores as JSON, and no progress.
     """
+    run = ResolvedRun(recipe)
+    run.expect_scored()
     from ..training.run import load_trained
     from ..training.run_scores import save_scores, score
 
-    model, tokenizer = load_trained(recipe)
-    found = score(recipe, model, tokenizer, base=base, console=_progress_console(quiet or json))
-    save_scores(Path(recipe.output_dir), found)
-    entries = [entry for entry, _ in found]
+    model, tokenizer = load_trained(run)
+    console = _progress_console(quiet or json)
+    evaluations = score(run, model, tokenizer, base=base, console=console)
+    save_scores(Path(recipe.output_dir), evaluations)
+    entries = [entry for entry, _ in evaluations]
     if json:
         _print_json(entries)
     elif not quiet:
