@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._util.errors import nearest
+from ..config.base_model import expect_base
 from ..config.positions import Positions
 from ..data.files import expect_file
 from ..data.tasks.base import ParsedRow, RowError, parse_rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.registry import get_task
+from ..data.templates import check_template
 from .recipe import UNITS, Recipe
 from .run_files import CHECKPOINTS
 
@@ -45,13 +47,15 @@ class ResolvedRun:
         recipe: recipe of the run.
 
     Raises:
-        ValueError: the task or a number of the evaluation is wrong.
-        FileNotFoundError: there is no such file of rows to score.
+        ValueError: the task, the base's dtype, the template or a number of the evaluation is wrong.
+        FileNotFoundError: there is no such base, or no such file of rows to score.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.task = get_task(recipe.task)
+        expect_base(recipe.model, recipe.dtype)
+        check_template(recipe.data.template)
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(recipe.evaluation, name)
             if value is not None and value < 1:

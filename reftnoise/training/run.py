@@ -17,21 +17,26 @@ from typing import Any
 
 import datasets
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification, PrinterCallback, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
 
 from .._util.hardware import machine, peak_memory
 from ..data.classifiers import make_classifier_data_module
 from ..data.collation import make_last_position_supervised_data_module
+from ..data.examples import as_examples
 from ..data.sources import Rows
 from ..data.tasks.classifier import ClassifierTask
-from ..data.templates import as_examples
 from ..data.tokenization import smallest_limit
 from ..engine.base.loading import load_base
 from ..model import ReftModel, get_reft_model
 from .progress import RichProgressCallback
 from .resolved_run import ResolvedRun
 from .run_adapter import adapter_directory
-from .run_directory import RunCallback, RunDirectory, is_main_process
+from .run_directory import RunDirectory, is_main_process
 from .run_files import ADAPTER
 from .run_scores import Entry, save_scores, score
 from .trainer import ReftTrainer
@@ -88,7 +93,7 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     is_main = is_main_process()
     if is_main:
-        trainer.add_callback(RunCallback(directory))
+        trainer.add_callback(_Log(directory))
     started = time.perf_counter()
     with ExitStack() as stack:
         if console is not None and is_main:
@@ -194,3 +199,33 @@ def _summary(reft_model: ReftModel, output: Any, trainer: Any, seconds: float) -
         "peak_memory_bytes": peak_memory(str(reft_model.device)),
         "machine": machine(reft_model.device.type),
     }
+
+
+class _Log(TrainerCallback):
+    """Begins a run's directory when training begins, and writes its log."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        self._tokens = 0
+        self._started = self._seconds = 0.0  # of steps alone, without evaluations between them
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._directory.begin(state.global_step)
+        self._tokens = state.num_input_tokens_seen
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._seconds += time.perf_counter() - self._started
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if not logs.keys() & {"loss", "eval_loss"}:
+            return  # the totals of the run, which the summary has
+        line = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            tokens = state.num_input_tokens_seen
+            line["tokens_per_second"] = round((tokens - self._tokens) / self._seconds, 1)
+            self._tokens, self._seconds = tokens, 0.0
+        self._directory.log(line)

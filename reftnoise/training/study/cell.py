@@ -23,14 +23,9 @@ from .results import Outcome
 
 def check_cell(cell: Cell) -> None:
     """Raise what the cell's run would, as far as can be known before any model is loaded."""
-    try:
+    with cell.named():
         run = ResolvedRun(cell.recipe)
-        run.expect_trainable()
-        _ = run.config, run.arguments
-        if not run.scored_rows:
-            raise ValueError("evaluation.data: a study needs rows to score")
-    except (ValueError, OSError) as error:
-        raise ValueError(f"cell {cell.name}: {error}") from None
+        _ = run.config, run.arguments, run.scored_rows
 
 
 def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> Outcome:
