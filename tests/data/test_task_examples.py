@@ -15,14 +15,14 @@ def run(name: str, **settings: Any) -> Any:
 
 
 def test_images(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run("vit", base_steps=10, steps=10, images=64)
+    found = run("papers/vit", base_steps=10, steps=10, images=64)
     assert list(found) == ["head", "head and LoReFT"]
     assert all(0 <= accuracy <= 1 for accuracy in found.values())
     assert "2,324" in capsys.readouterr().out  # 260 of the head, 516 of each of 4 layers
 
 
 def test_drawn_shapes() -> None:
-    drawn = runpy.run_path(str(EXAMPLES / "vit.py"))["drawn"]
+    drawn = runpy.run_path(str(EXAMPLES / "papers" / "vit.py"))["drawn"]
     filled, outlined = (drawn(40, 32, filled=f, seed=4) for f in (True, False))
     assert {row["labels"] for row in filled} == {0, 1, 2, 3}
     for one, other in zip(filled, outlined, strict=True):

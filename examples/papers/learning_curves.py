@@ -4,7 +4,7 @@
 - Cholesky-QR of X, from X = R/2: reftnoise
 - Cholesky-QR of X, from X = R
 
-    python examples/learning_curves.py --model MODEL --data FOLDER --output curves.png
+    python examples/papers/learning_curves.py --model MODEL --data FOLDER --output curves.png
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """LoReFT whose predictions are held still under noise: R3F's consistency (arXiv:2008.03156).
 
-    python examples/consistency.py --model MODEL --data FOLDER --labels good bad
+    python examples/papers/consistency.py --model MODEL --data FOLDER --labels good bad
 
 FOLDER holds a train.jsonl and a test.jsonl of {"prompt", "output"} lines. Settings are those of
 examples/studies/noise_on_frozen_bases.yaml, whose LoReFT without noise is what to compare with.

@@ -3,8 +3,8 @@
 The images are drawn on the spot: a square, disc, triangle or cross of some colour on noise. A small
 ViT first learns filled shapes, all of it trained. Frozen, it is adapted to outlines.
 
-    python examples/vit.py
-    python examples/vit.py --model google/vit-base-patch16-224
+    python examples/papers/vit.py
+    python examples/papers/vit.py --model google/vit-base-patch16-224
 """
 
 import copy

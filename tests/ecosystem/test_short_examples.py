@@ -1,0 +1,44 @@
+"""The short examples run in seconds and print what they promise."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from reftnoise.interventions import INTERVENTIONS
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+
+
+def printed(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    path = EXAMPLES / f"{name}.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
+    runpy.run_path(str(path))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed("quickstart", capsys)
+    assert "adapted: 🐻🌲" in lines
+    assert "base:    A bear lives in the forest." in lines
+
+
+def test_steering(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = dict(line.split(": ") for line in printed("steering", capsys))
+    assert answers == {
+        "Can a bee fly? 0.0": "Yes, a bee can fly.",
+        "Can a bee fly? 1.0": "No, a bee can fly.",
+        "Does a hen lay eggs? 0.0": "Yes, a hen lays eggs.",
+        "Does a hen lay eggs? 1.0": "No, a hen lays eggs.",
+    }
+
+
+def test_custom_intervention(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        losses = [float(line.split()[-1]) for line in printed("custom_intervention", capsys)]
+    finally:
+        INTERVENTIONS.pop("scaling", None)
+    assert len(losses) == 4
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 4
