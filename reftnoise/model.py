@@ -14,18 +14,18 @@ from ._util.errors import is_finite_number
 from .adapters import saving
 from .adapters.library import OWN, AdapterChoice, AdapterLibrary
 from .adapters.mixin import AdapterMixin
+from .adapters.pyreft.calling import call_with_mapping
 from .config.representations import ReftConfig
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .engine.base.quantization import keep_differentiable
 from .engine.base.running import exclusive, innermost
 from .engine.generation import generate_edited
 from .engine.hooks import Engine
-from .engine.layout import UnitLocations, batch_of
-from .engine.planning import Locator
-from .engine.training_pass.checks import TrainingChecks
+from .engine.layout import Batch, UnitLocations
+from .engine.planning import Planner, TrainingChecks
 from .engine.training_pass.fused_head import call_fused, expect_plain_head, has_fused_head
 from .engine.training_pass.prefix_cache import PrefixCache
-from .engine.training_pass.runner import Runner, SplitMode
+from .engine.training_pass.runner import ForwardPasses, SplitMode
 from .engine.training_pass.symnoise import in_pairs, mean_of_pairs
 from .engine.units import Subspaces, place_units, subspace_gates
 
@@ -69,15 +69,15 @@ class ReftModel(AdapterMixin):
             model = with_peft(model, section)
         self.reft_config = dataclasses.replace(config, peft=section)
         self.model: PreTrainedModel = model
-        self.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
+        self.interventions = nn.ModuleDict({own.key: own.unit for own in placed})
         self._split: SplitMode = "auto"
         self._fused_forward: Callable[..., Any] | None = None
         self.prefix_cache: PrefixCache | None = None
-        self._engine = Engine(model, placed)
-        self._locator = Locator(self._engine)
-        self.adapters = AdapterLibrary(self._engine)
-        self._runner = Runner(self._engine)
-        self._checks = TrainingChecks(self._locator)
+        self.engine = Engine(model, placed)
+        self.adapters = AdapterLibrary(self.engine)
+        self._planner = Planner(self.engine)
+        self._passes = ForwardPasses(self.engine)
+        self._checks = TrainingChecks(self._planner)
         self._is_disabled = False
         self.interventions.train(model.training)
         self.training = model.training
@@ -98,7 +98,7 @@ class ReftModel(AdapterMixin):
         if name in ("config", "generation_config"):
             setattr(self.model, name, value)
         elif name == "forward" and has_fused_head(value):
-            expect_plain_head(inner_model(self.model), [one.site for one in self._engine.units])
+            expect_plain_head(inner_model(self.model), self.engine.sites)
             self._fused_forward = getattr(value, "__func__", value)
         else:
             super().__setattr__(name, value)
@@ -146,14 +146,14 @@ class ReftModel(AdapterMixin):
             ValueError: masks, locations or widths that do not fit the input; SymNoise in training
                 without labels; `split = "always"` where a pass cannot be split.
         """
-        given = {"attention_mask": attention_mask, "labels": labels}
-        given["prompt_lengths"] = prompt_lengths
-        inputs.update({name: value for name, value in given.items() if value is not None})
+        named = {"attention_mask": attention_mask, "labels": labels}
+        inputs.update({name: value for name, value in named.items() if value is not None})
         if isinstance(input_ids, Mapping):
-            batch = {"return_logits": return_logits, **input_ids, **inputs}
-            original = self._original(self, batch, output_original_output)
-            return original, self(**batch | _given(unit_locations, adapter_names, subspaces))
-        prompt_lengths = inputs.pop("prompt_lengths", None)
+            inputs |= {"prompt_lengths": prompt_lengths, "return_logits": return_logits}
+            inputs |= {"adapter_names": adapter_names, "subspaces": subspaces}
+            inputs["unit_locations"] = unit_locations
+            bare = self.disabled() if output_original_output else None
+            return call_with_mapping(self, input_ids, inputs, bare)
         if input_ids is not None:
             inputs["input_ids"] = input_ids
         if self._is_disabled:
@@ -161,39 +161,28 @@ class ReftModel(AdapterMixin):
                 return self._call(base, inputs)
         if self.training and self.scale != 1.0:
             raise ValueError(f"scale {self.scale}: edits are trained as they are, with scale 1.0")
-        locator = self._choose(adapter_names, inputs, unit_locations, subspaces)
-        if locator.engine is not self._engine:
-            with locator.engine.running(*locator.passes(inputs, prompt_lengths)):
+        batch = Batch.of(inputs, prompt_lengths, unit_locations)
+        planner = self._choose(batch, adapter_names, subspaces)
+        if planner.engine is not self.engine:
+            with planner.engine.running(*planner.plans(batch)):
                 return self._call(self.model, inputs)
-        return self._run(locator, inputs, prompt_lengths, unit_locations, return_logits)
+        return self._run(planner, batch, return_logits)
 
-    def _run(
-        self,
-        locator: Locator,
-        inputs: dict[str, Any],
-        prompt_lengths: Tensor | None,
-        unit_locations: UnitLocations | None,
-        return_logits: bool | None,
-    ) -> Any:
+    def _run(self, planner: Planner, batch: Batch, return_logits: bool | None) -> Any:
         """A pass with the model's own units."""
-        is_located = prompt_lengths is not None or unit_locations is not None
-        batch, pairs = batch_of(inputs), None
-        if self.training and any(getattr(one.unit, "paired", False) for one in self._engine.units):
-            inputs, pairs = in_pairs(inputs, batch), batch
-            if prompt_lengths is not None:
-                prompt_lengths = torch.as_tensor(prompt_lengths).repeat(2)
-        times = 1 if pairs is None else 2
-        passes = locator.passes(inputs, prompt_lengths, unit_locations, times)
+        rows = batch.rows
+        if self.training and any(getattr(p.unit, "paired", False) for p in self.engine.units):
+            batch = in_pairs(batch)
+        plans = planner.plans(batch)
         if self.training and not torch.compiler.is_compiling():
-            self._checks.check(passes[0], inputs.get("labels"), is_located)
-        if inputs.get("fused_lm_head"):
-            with self._engine.running(*passes):
-                outputs = self._call(self.model, inputs)
-            return outputs if pairs is None else mean_of_pairs(outputs, pairs)
-        return self._runner.run(
-            passes,
-            inputs,
-            pairs=pairs,
+            self._checks.check(plans[0], batch)
+        if batch.inputs.get("fused_lm_head"):
+            with self.engine.running(*plans):
+                outputs = self._call(self.model, batch.inputs)
+            return outputs if batch.copies == 1 else mean_of_pairs(outputs, rows)
+        return self._passes.run(
+            plans,
+            batch,
             return_logits=return_logits,
             split=self._split,
             prefix_cache=self.prefix_cache,
@@ -237,37 +226,28 @@ class ReftModel(AdapterMixin):
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
         if isinstance(inputs, Mapping):
-            batch = {**inputs, **kwargs}
-            original = self._original(self.generate, batch, output_original_output)
-            choices = _given(unit_locations, adapter_names, subspaces)
-            return original, self.generate(**batch | choices)
+            kwargs |= {"adapter_names": adapter_names, "subspaces": subspaces}
+            kwargs["unit_locations"] = unit_locations
+            bare = self.disabled() if output_original_output else None
+            return call_with_mapping(self.generate, inputs, kwargs, bare)
         if inputs is not None:
             kwargs[inner_model(self.model).main_input_name] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
         if self._is_disabled:
             with self._bare() as base:
                 return base.generate(**kwargs)
-        locator = self._choose(adapter_names, kwargs, unit_locations, subspaces)
-        return generate_edited(locator, kwargs, unit_locations)
-
-    def _original(
-        self, call: Callable[..., Any], batch: dict[str, Any], is_wanted: bool
-    ) -> Any | None:
-        """In pyreft's form, what `call` returns for the bare base, if that is wanted."""
-        if not is_wanted:
-            return None
-        with self.disabled():
-            return call(**batch)
+        batch = Batch.of(kwargs, unit_locations=unit_locations)
+        planner = self._choose(batch, adapter_names, subspaces)
+        return generate_edited(planner, kwargs, unit_locations)
 
     def _choose(
         self,
+        batch: Batch,
         adapter_names: Sequence[AdapterChoice] | None,
-        inputs: Mapping[str, Any],
-        unit_locations: UnitLocations | None,
         subspaces: Subspaces | None,
-    ) -> Locator:
+    ) -> Planner:
         """The units that act in a call, and what each row gets of them."""
-        if self._engine.base is not self.model:
+        if self.engine.base is not self.model:
             raise ValueError(
                 "the base was replaced. nn.DataParallel copies it: start one process per device; "
                 "so does accelerate's regional compilation: compile the base's layers, or the "
@@ -275,25 +255,24 @@ class ReftModel(AdapterMixin):
             )
         if adapter_names is None and self.adapters.active == OWN:
             if subspaces is None:
-                return self._locator
-            units, device = self._engine.units, self.model.device
-            gates = subspace_gates(subspaces, units, batch_of(inputs), device)
-            return Locator(self._engine, gates)
+                return self._planner
+            units, device = self.engine.units, self.model.device
+            return Planner(self.engine, subspace_gates(subspaces, units, batch.rows, device))
         if self.training:
             raise ValueError(
                 "adapters that are loaded by name are frozen: call eval(), or train with the "
                 "model's own units, set_adapter('default')"
             )
-        if unit_locations is not None or subspaces is not None:
-            name = "subspaces" if unit_locations is None else "unit_locations"
+        if batch.unit_locations is not None or subspaces is not None:
+            name = "subspaces" if batch.unit_locations is None else "unit_locations"
             raise ValueError(f"{name} are of the model's own units: leave them out")
-        rows = self.adapters.locator(adapter_names, batch_of(inputs))
+        planner = self.adapters.planner(adapter_names, batch.rows)
         if self.reft_config.peft and not all(adapter_names or [self.adapters.active]):
             raise ValueError(
                 "None: a row without units would not be the bare base, since the peft section acts "
                 "in all rows: call the model within disabled()"
             )
-        return rows
+        return planner
 
     @property
     def split(self) -> SplitMode:
@@ -316,13 +295,13 @@ class ReftModel(AdapterMixin):
 
         It is not saved, and concerns neither noise nor a `peft` section.
         """
-        return self._engine.scale
+        return self.engine.settings.scale
 
     @scale.setter
     def scale(self, value: float) -> None:
         if not is_finite_number(value):
             raise ValueError(f"scale {value!r}: expected a finite number, 1.0 for edits as trained")
-        self._engine.scale = float(value)
+        self.engine.settings.scale = float(value)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator["ReftModel"]:
@@ -351,14 +330,7 @@ class ReftModel(AdapterMixin):
     @property
     def labels_end_prompts(self) -> bool:
         """Whether labels are what the base writes after a prompt, so that they tell its end."""
-        return self._locator.labels_end_prompts
-
-
-def _given(unit_locations: Any, adapter_names: Any, subspaces: Any) -> dict[str, Any]:
-    """Arguments beside a batch, which may have them as columns."""
-    named = {"unit_locations": unit_locations, "adapter_names": adapter_names}
-    named["subspaces"] = subspaces
-    return {name: value for name, value in named.items() if value is not None}
+        return self._planner.labels_end_prompts
 
 
 if torch.__version__ < "2.8":  # which cannot trace our passes, nor many models of transformers

@@ -13,7 +13,7 @@ from ..engine.base.peft import inner_model
 from ..engine.base.running import exclusive
 from ..engine.base.sites import is_encoder_decoder, layer_of, num_layers
 from ..engine.hooks import Engine
-from ..engine.planning import Locator
+from ..engine.planning import Planner
 from .frozen import FrozenAdapter, Place, Slot, stack
 
 AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
@@ -44,6 +44,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         self._adapters: dict[str, FrozenAdapter] = {}
         self._slots: dict[tuple[Slot, ...], tuple[Slot, ...]] = {}
         self._engines = RecentlyUsed[tuple[FrozenAdapter, ...], Engine](_KEPT)
+        self._frozen_own: FrozenAdapter | None = None
 
     def __getitem__(self, name: str) -> FrozenAdapter:
         return self._adapters[name]
@@ -140,7 +141,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         self._chosen([_scales(choice)])
         self.active = choice
 
-    def locator(self, rows: Sequence[AdapterChoice] | None, batch: int) -> Locator:
+    def planner(self, rows: Sequence[AdapterChoice] | None, batch: int) -> Planner:
         """The units that act in a pass, and what each row gets of them.
 
         Args:
@@ -161,25 +162,36 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         choices = [_scales(choice) for choice in rows]
         names, adapters = self._chosen(choices)
         engine = self._engine(adapters)
-        engine.scale, engine.observer = self._own.scale, self._own.observer
         if len(names) == 1 and all(choice == {names[0]: 1.0} for choice in choices):
-            return Locator(engine)
+            return Planner(engine)
         scales = [[choice.get(name, 0.0) for name in names] for choice in choices]
         gates = torch.tensor(scales, device=self._base.device)
-        return Locator(engine, {one.key: gates for one in engine.units})
+        return Planner(engine, {placed.key: gates for placed in engine.units})
 
     def _chosen(
         self, choices: Sequence[Mapping[str, float]]
     ) -> tuple[list[str], tuple[FrozenAdapter, ...]]:
         """The adapters that occur in choices, and their names."""
         names = sorted({name for choice in choices for name in choice})
-        own = self._own.units
-        return names, tuple(FrozenAdapter.of(own) if n == OWN else self._find(n) for n in names)
+        return names, tuple(self._freeze_own() if n == OWN else self._find(n) for n in names)
+
+    def _freeze_own(self) -> FrozenAdapter:
+        """The model's own units as they are now; the same object as long as they stay the same."""
+        now, before = FrozenAdapter.of(self._own.units), self._frozen_own
+        if (
+            before is None
+            or before.slots != now.slots
+            or before.weights.device != now.weights.device
+            or not torch.equal(before.weights, now.weights)
+        ):
+            self._forget(before)
+            self._frozen_own = before = now
+        return before
 
     def _engine(self, adapters: tuple[FrozenAdapter, ...]) -> Engine:
         def stacked() -> Engine:
             with torch.inference_mode(False), torch.no_grad():
-                return Engine(self._base, stack(adapters))
+                return Engine(self._base, stack(adapters), self._own.settings)
 
         with exclusive(inner_model(self._base)):  # a server may run a thread for each adapter
             return self._engines.get(adapters, stacked)

@@ -26,7 +26,8 @@ class AdapterMixin(nn.Module):
     reft_config: ReftConfig
     adapters: AdapterLibrary
     """Loaded adapters by name."""
-    _engine: Engine
+    engine: Engine
+    """The base with the model's own units."""
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -43,9 +44,9 @@ class AdapterMixin(nn.Module):
         if device is not None:
             (self if set_model else self.interventions).to(device)
             return
-        for one in self._engine.units:
-            found = device_of(one.site.module) or device_of(self.model)
-            one.unit.to(found or "cpu")
+        for placed in self.engine.units:
+            found = device_of(placed.site.module) or device_of(self.model)
+            placed.unit.to(found or "cpu")
 
     def disable_model_gradients(self) -> None:
         """Freeze the base, but for PEFT's parameters and the config's `modules_to_save`.

@@ -103,12 +103,12 @@ def observed(
             moved = (after.float() - before.float()).norm(dim=-1)
             see(str(placed[0].site), moved / before.float().norm(dim=-1))
 
-    engine = reft_model._engine
-    before, engine.observer = engine.observer, observer
+    settings = reft_model.engine.settings
+    before, settings.observer = settings.observer, observer
     try:
         yield
     finally:
-        engine.observer = before
+        settings.observer = before
 
 
 def subspaces(reft_model: ReftModel) -> dict[str, Float[Tensor, "rank hidden"]]:
@@ -118,7 +118,7 @@ def subspaces(reft_model: ReftModel) -> dict[str, Float[Tensor, "rank hidden"]]:
     projection, such as `bias`, are left out.
     """
     by_site: dict[str, Tensor] = {}
-    for placed in reft_model._engine.units:
+    for placed in reft_model.engine.units:
         rows = _projection(placed.unit)
         if rows is None:
             continue

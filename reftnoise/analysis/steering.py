@@ -52,7 +52,7 @@ def fit_steering_vectors(
         ValueError: no `addition` unit, unequal numbers of prompts, an unknown method, a prompt
             without a token at `positions`, or states that are not finite.
     """
-    placed = [p for p in reft_model._engine.units if isinstance(p.unit, AdditionIntervention)]
+    placed = [p for p in reft_model.engine.units if isinstance(p.unit, AdditionIntervention)]
     units: dict[str, Any] = {p.key: p.unit for p in placed}
     if not units:
         raise ValueError("the config has no unit whose intervention is 'addition'")

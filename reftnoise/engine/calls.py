@@ -1,9 +1,12 @@
-"""What one pass over a base edits: the batch's prompts, and the columns that each call sees."""
+"""What a pass over a base edits, the calls in which the base sees it, and the edits of one call.
 
-import inspect
+A plan says what is edited of all columns of a batch. The base sees these columns in one call or
+several: a prompt, perhaps in parts, and each generated token. In each call, a site's hidden states
+are edited where the plan's selections fall into the columns of the call.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -12,161 +15,146 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config.components import Stack
-from ..interventions import NoiseIntervention
+from ..interventions import NoiseIntervention, ReftIntervention, StackedEdit
+from .base.running import mask_after_convolutions, shaped_like
 from .layout import PromptLayout, Selection, cached_length
-from .training_pass.split import Alignment
 from .units import PlacedUnit
 
-Located: TypeAlias = tuple[PromptLayout, dict[str, Selection | None]]
+# -- plans -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Pass:
-    """What one forward call, or one generation, edits: the batch's prompts and the selections."""
+@dataclass(frozen=True)
+class EditPlan:
+    """What one forward call, or one generation, edits."""
 
-    layout: PromptLayout | None = None
-    """None until the first call, where only the call itself tells."""
-    selections: dict[str, Selection | None] = field(default_factory=dict)
+    layout: PromptLayout
+    """The batch's prompts."""
+    selections: Mapping[str, Selection | None]
     """By unit key; None where the caller gave no location, so that nothing is edited."""
-    gates: dict[str, Float[Tensor, "batch k"]] = field(default_factory=dict)
+    gates: Mapping[str, Float[Tensor, "batch k"]] = field(default_factory=dict)
     """By unit key, how much of each row of its factors, or dimension of its subspace, each row of
     the batch gets; all of each where there is none."""
-    locate: Callable[[Bool[Tensor, "batch width"], int], Located] | None = None
-    """From attended tokens, and how many of them are cached, to layout and selections, where these
-    are not known beforehand."""
     stack: Stack | None = None
-    """Whose layers are edited, in an encoder-decoder model."""
-    is_generation: bool = False
-    """Noise is for training passes alone, also when the model is left in training mode."""
-    is_assisted: bool = False
-    """Whether the base drafts for itself, so that it reads the prompt more than once."""
-    seen: int = 0
-    """Columns that calls of the base have read, for caches that do not tell (state-space)."""
-    alignment: Alignment | None = None
-    """How the base's rows are shifted against the layout; the selections are shifted already."""
-    _noise: dict[str, Tensor] = field(default_factory=dict)
+    """The layers that are edited, in an encoder-decoder model."""
+    cut: int = 0
+    """Columns before it hold no edit."""
+    noise: Callable[[PlacedUnit, Tensor, int], Tensor] | None = None
+    """The noise of a unit for a call's hidden states, from its first column on, where the base's
+    rows are shifted against the layout; each call draws its own otherwise."""
 
-    def settle(self, attended: Bool[Tensor, "batch width"], past: int = 0) -> PromptLayout:
-        """The layout; found from the first call's tokens, if it was not known beforehand."""
-        if self.layout is None:
-            assert self.locate is not None
-            self.layout, self.selections = self.locate(attended, past)
-        return self.layout
+    def edits(self, placed: PlacedUnit) -> bool:
+        """Whether a unit edits hidden states in this pass."""
+        return self.selections.get(placed.key) is not None
 
-    def has(self, one: PlacedUnit) -> bool:
-        """Whether a unit acts in this pass."""
-        if one.site.stack != self.stack:
-            return False
-        if isinstance(one.unit, NoiseIntervention):
-            return one.unit.training and not self.is_generation
-        return self.layout is None or self.selections[one.key] is not None
+    def settle(self, _: Bool[Tensor, "batch width"], __: int) -> "EditPlan":
+        """The plan itself, as of a `DeferredPlan`."""
+        return self
 
-    @property
-    def cut(self) -> int:
-        """Columns before it hold no edit."""
-        return 0 if self.alignment is None else self.alignment.cut
 
-    def noise(
-        self, one: PlacedUnit, hidden: Float[Tensor, "batch length hidden"], offset: int
-    ) -> Float[Tensor, "batch length hidden"]:
-        """This call's part of the noise of a shifted pass.
+@dataclass(frozen=True)
+class DeferredPlan:
+    """A plan of a base that tells only when it runs what its tokens are."""
 
-        It is drawn once for the whole batch as given, so it is the plain pass's.
-        """
-        assert self.alignment is not None
-        assert self.layout is not None
-        assert isinstance(one.unit, NoiseIntervention)
-        if one.key not in self._noise:
-            like = hidden.new_zeros(*self.layout.attended.shape, hidden.shape[-1])
-            masks = (self.layout.attended.to(like.device), self.layout.prompt.to(like.device))
-            self._noise[one.key] = self.alignment.take(one.unit.delta(like, *masks))
-        return self._noise[one.key][:, offset : offset + hidden.shape[1]]
+    settle: Callable[[Bool[Tensor, "batch width"], int], EditPlan]
+    """From a call's attended tokens, and how many of them are cached."""
+    stack: Stack | None = None
+    """The layers that are edited, in an encoder-decoder model."""
+
+    def edits(self, placed: PlacedUnit) -> bool:
+        """Whether a unit may edit hidden states in this pass."""
+        return placed.positions is not None
+
+
+Plan: TypeAlias = EditPlan | DeferredPlan
+
+
+# -- calls -----------------------------------------------------------------------------------------
 
 
 @dataclass
-class Chunk:
-    """The columns of a pass that one call of the base sees: [offset, offset + length)."""
+class Call:
+    """The columns of a plan that one call of the base sees: [offset, offset + length)."""
 
-    current: Pass
-    layout: PromptLayout
+    plan: EditPlan
     offset: int
     """Negative where virtual tokens come before the user's."""
     length: int
-    batch: int
-    _rows: dict[tuple[int, ...], "Rows"] = field(default_factory=dict)
+    rows: int
+    is_noised: bool = True
+    """Whether noise acts on units in training mode."""
+    _edited: dict[tuple[Selection, ...], "EditedRows"] = field(default_factory=dict)
 
     @property
     def _times(self) -> int:
-        return self.batch // self.layout.attended.shape[0]
+        return self.rows // self.plan.layout.attended.shape[0]
 
-    def at(self, hidden: Tensor) -> "Chunk":
-        """The chunk that a site's hidden states belong to: this one."""
+    def at(self, hidden: Tensor) -> "Call":
+        """The call that a site's hidden states belong to: this one."""
         return self
 
-    def rows(self, selections: Sequence[Selection]) -> "Rows":
+    def edited(self, selections: tuple[Selection, ...]) -> "EditedRows":
         """Where selections lie in the flattened hidden states, computed once for all sites."""
-        key = tuple(id(selection) for selection in selections)
-        if key not in self._rows:
+        if selections not in self._edited:
             parts = [s.repeat(self._times).within(self.offset, self.length) for s in selections]
             indices, masks = zip(*parts, strict=True)
             counts = [len(mask) for mask in masks]
             joint = None if indices[0] is None else torch.cat(indices)
-            self._rows[key] = Rows(joint, torch.cat(masks), counts)
-        return self._rows[key]
+            self._edited[selections] = EditedRows(joint, torch.cat(masks), counts)
+        return self._edited[selections]
 
     def gates(self, key: str) -> Float[Tensor, "batch k"] | None:
         """A unit's gates for the rows of this call."""
-        gates = self.current.gates.get(key)
+        gates = self.plan.gates.get(key)
         return None if gates is None else gates.repeat_interleave(self._times, 0)
 
     def tokens(self, device: torch.device) -> dict[str, Tensor]:
         """What noise asks of tokens."""
-        layout = self.layout
-        found = {"attended": layout.attended, "prompt": layout.prompt}
+        layout = self.plan.layout
+        values = {"attended": layout.attended, "prompt": layout.prompt}
         if layout.document_lengths is not None:
-            found["lengths"] = layout.document_lengths
-        return {name: self.columns(values).to(device) for name, values in found.items()}
+            values["lengths"] = layout.document_lengths
+        return {name: self._columns(value).to(device) for name, value in values.items()}
 
-    def columns(self, values: Shaped[Tensor, "batch width"]) -> Shaped[Tensor, "batch length"]:
-        """This chunk's part of something over the pass's columns; zero at virtual tokens."""
+    def _columns(self, values: Shaped[Tensor, "batch width"]) -> Shaped[Tensor, "batch length"]:
+        """This call's part of a value of each column; zero at virtual tokens."""
         part = values[:, max(self.offset, 0) : self.offset + self.length]
         part = F.pad(part, (max(-self.offset, 0), 0))
         return part.repeat_interleave(self._times, 0)
 
 
 @dataclass
-class TokenlessChunk:
+class TokenlessCall:
     """One call of a base that reads no tokens: each site's hidden states tell their number."""
 
-    current: Pass
+    plan: Plan
     mask: Tensor | None = None
     """Of what the base reads, such as samples of sound."""
     shorten: Callable[[int, Tensor], Tensor] | None = None
     """From a number of hidden states, and that mask, to theirs."""
-    _chunks: dict[tuple[int, int], Chunk] = field(default_factory=dict)
+    is_noised: bool = True
+    """Whether noise acts on units in training mode."""
+    _calls: dict[tuple[int, int], Call] = field(default_factory=dict)
 
     @classmethod
-    def of_call(cls, current: Pass, base: nn.Module, inputs: Mapping[str, Any]) -> "TokenlessChunk":
-        # Models of sound begin with convolutions, and tell by this which results are padding.
-        shorten: Any = getattr(base, "_get_feature_vector_attention_mask", None)
-        if shorten is not None and "add_adapter" in inspect.signature(shorten).parameters:
-            shorten = partial(shorten, add_adapter=False)  # it comes after the layers
-        return cls(current, inputs.get("attention_mask"), shorten)
+    def of_base(
+        cls, plan: Plan, base: nn.Module, inputs: Mapping[str, Any], is_noised: bool = True
+    ) -> "TokenlessCall":
+        """A call of `base` with keyword arguments `inputs`."""
+        return cls(plan, inputs.get("attention_mask"), mask_after_convolutions(base), is_noised)
 
-    def at(self, hidden: Tensor) -> Chunk:
-        """The chunk for hidden states [batch, length, width]: all but padding is the prompt."""
+    def at(self, hidden: Tensor) -> Call:
+        """The call for hidden states [batch, length, width]: all but padding is the prompt."""
         batch, length = hidden.shape[:2]
-        if (batch, length) not in self._chunks:
+        if (batch, length) not in self._calls:
             attended = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
             if self.mask is not None and self.shorten is not None and len(self.mask) == batch:
                 attended = self.shorten(length, self.mask).bool()
-            current = replace(self.current)
-            layout = current.settle(attended)
-            self._chunks[batch, length] = Chunk(current, layout, 0, length, batch)
-        return self._chunks[batch, length]
+            plan = self.plan.settle(attended, 0)
+            self._calls[batch, length] = Call(plan, 0, length, batch, self.is_noised)
+        return self._calls[batch, length]
 
 
-class Rows(NamedTuple):
+class EditedRows(NamedTuple):
     """Rows of flattened hidden states that the units at a site edit, one unit after the other."""
 
     indices: Int[Tensor, " n"] | None
@@ -175,32 +163,188 @@ class Rows(NamedTuple):
     counts: list[int]
 
 
-def chunk_of_call(
-    current: Pass,
-    entry: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    virtual_tokens: int,
-) -> Chunk | TokenlessChunk:
-    """The columns of a pass that a call of the module where it enters the base sees."""
-    given: Any = kwargs.get("inputs_embeds")
-    if given is None:
-        given = kwargs.get("input_ids", args[0] if args else None)
-        if given is None or given.is_floating_point():
-            return TokenlessChunk.of_call(current, entry, kwargs)
-    batch, length = given.shape[:2]
-    cache = kwargs.get("past_key_values")
-    offset = cached_length(cache) - virtual_tokens
-    if kwargs.get("cache_params") is not None:
-        offset = current.seen
-    current.seen = offset + length
-    if current.stack == "encoder" or (current.stack and cache is not None and offset <= 0):
-        current.layout = None  # another prompt, as of long speech's next part
-    width = offset + length  # without virtual tokens, which come first
-    mask = kwargs.get("attention_mask")
+class CallReader:
+    """Reads which columns of a plan each call of a base sees, one call after the other.
+
+    Args:
+        plan: what is edited.
+        is_noised: whether noise acts: it is for training passes alone, and not for a generation
+            with a model that was left in training mode.
+    """
+
+    def __init__(self, plan: Plan, *, is_noised: bool = True) -> None:
+        self.plan, self._is_noised = plan, is_noised
+        self._settled = plan if isinstance(plan, EditPlan) else None
+        self._seen = 0  # columns that calls have read, for caches that do not tell (state-space)
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the layout; None before the first call of a deferred plan."""
+        return None if self._settled is None else self._settled.layout.attended.shape[1]
+
+    def has(self, placed: PlacedUnit) -> bool:
+        """Whether a unit acts in these calls."""
+        if placed.site.stack != self.plan.stack:
+            return False
+        if isinstance(placed.unit, NoiseIntervention):
+            return placed.unit.training and self._is_noised
+        return self.plan.edits(placed)
+
+    def read(
+        self, entry: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], virtual_tokens: int
+    ) -> Call | TokenlessCall:
+        """The next call.
+
+        Args:
+            entry: the module where it enters the base.
+            args: positional arguments of the call.
+            kwargs: its keyword arguments.
+            virtual_tokens: tokens that PEFT puts before the user's.
+        """
+        tokens: Any = kwargs.get("inputs_embeds")
+        if tokens is None:
+            tokens = kwargs.get("input_ids", args[0] if args else None)
+            if tokens is None or tokens.is_floating_point():
+                return TokenlessCall.of_base(self.plan, entry, kwargs, self._is_noised)
+        batch, length = tokens.shape[:2]
+        cache = kwargs.get("past_key_values")
+        offset = cached_length(cache) - virtual_tokens
+        if kwargs.get("cache_params") is not None:
+            offset = self._seen
+        self._seen = offset + length
+        stack = self.plan.stack
+        if stack == "encoder" or (stack and cache is not None and offset <= 0):
+            self._settled = None  # another prompt, as of long speech's next part
+        if self._settled is None:
+            attended = _attended(kwargs.get("attention_mask"), batch, offset + length, tokens)
+            self._settled = self.plan.settle(attended, max(offset, 0))
+        return Call(self._settled, offset, length, batch, self._is_noised)
+
+
+def _attended(mask: Any, batch: int, width: int, tokens: Tensor) -> Bool[Tensor, "batch width"]:
+    """The attended tokens of a call, without virtual ones, which come first."""
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= width:
-        mask = mask[:, -width:]
+        return mask[:, -width:].bool()
+    return torch.ones(batch, width, dtype=torch.bool, device=tokens.device)
+
+
+# -- edits -----------------------------------------------------------------------------------------
+
+
+class _ActingUnit(NamedTuple):
+    """A unit in one call."""
+
+    unit: ReftIntervention | StackedEdit
+    selection: Selection
+    gates: Float[Tensor, "batch k"] | None = None
+    """How much of each dimension the rows of the batch get."""
+
+
+def apply_units(
+    units: Sequence[PlacedUnit],
+    call: Call | TokenlessCall,
+    hidden: Float[Tensor, "batch length hidden"],
+    scale: float,
+) -> Float[Tensor, "batch length hidden"]:
+    """Apply a site's units in their order; edits that no noise stands between read equal states.
+
+    Raises:
+        ValueError: hidden states that are not one per row and token, or of another width than a
+            unit's.
+    """
+    site = units[0].site
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        raise ValueError(
+            f"{site}: expected hidden states [batch, length, width], got "
+            f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
+        )
+    call = call.at(hidden)
+    if hidden.shape[:2] != (call.rows, call.length):
+        raise ValueError(
+            f"{site}: expected hidden states [{call.rows}, {call.length}, width], one per row "
+            f"and token of the input, got {tuple(hidden.shape)}"
+        )
+    edits: list[PlacedUnit] = []
+    for placed in units:
+        if not isinstance(placed.unit, NoiseIntervention):
+            edits.append(placed)
+            continue
+        hidden, edits = _add_edits(edits, call, hidden, scale), []
+        if not (call.is_noised and placed.unit.training):
+            continue
+        if call.plan.noise is None:
+            hidden = placed.unit(hidden, **call.tokens(hidden.device))
+        else:
+            hidden = hidden + call.plan.noise(placed, hidden, call.offset)
+    return _add_edits(edits, call, hidden, scale)
+
+
+def _add_edits(
+    units: Sequence[PlacedUnit],
+    call: Call,
+    hidden: Float[Tensor, "batch length hidden"],
+    scale: float,
+) -> Float[Tensor, "batch length hidden"]:
+    """Add the edits of all units to the states that all of them read.
+
+    Those of few positions are applied at once.
+    """
+    if call.offset + call.length <= call.plan.cut or scale == 0.0:
+        return hidden
+    edited, few = hidden, []
+    for placed in units:
+        selection = call.plan.selections[placed.key]
+        if selection is None or isinstance(placed.unit, NoiseIntervention):
+            continue
+        if hidden.shape[-1] != placed.unit.hidden_size:
+            raise ValueError(
+                f"{placed.site} has width {hidden.shape[-1]}, but its "
+                f"{type(placed.unit).__name__} has embed_dim {placed.unit.hidden_size}: pass "
+                f"embed_dim={hidden.shape[-1]}"
+            )
+        acting = _ActingUnit(placed.unit, selection, call.gates(placed.key))
+        if selection.columns is None:
+            edited = _edit_rows(edited, hidden, [acting], call.edited((selection,)), scale)
+        else:
+            few.append(acting)
+    if few:
+        rows = call.edited(tuple(acting.selection for acting in few))
+        edited = _edit_rows(edited, hidden, few, rows, scale)
+    return edited
+
+
+def _edit_rows(
+    edited: Float[Tensor, "batch length hidden"],
+    hidden: Float[Tensor, "batch length hidden"],
+    units: Sequence[_ActingUnit],
+    rows: EditedRows,
+    scale: float,
+) -> Float[Tensor, "batch length hidden"]:
+    """Add each unit's edit of `hidden`, times `scale`, to those rows of `edited` in the mask.
+
+    Rows outside the mask are added exact zeros, which keeps every shape static: no
+    synchronisation with the device, and a NaN in padding stays where it is.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    target = edited.reshape(-1, hidden.shape[-1])
+    mask = rows.mask.to(hidden.device)[:, None]
+    if rows.indices is None:
+        delta = _delta(units[0], flat.masked_fill(~mask, 0), scale)
+        return shaped_like(hidden, target + delta.masked_fill(~mask, 0))
+    indices = rows.indices.to(hidden.device)
+    parts = flat.index_select(0, indices).split_with_sizes(rows.counts)
+    deltas = [_delta(unit, part, scale) for unit, part in zip(units, parts, strict=True)]
+    delta = torch.cat(deltas).masked_fill(~mask, 0)
+    return shaped_like(hidden, target.index_add(0, indices, delta))
+
+
+def _delta(
+    acting: _ActingUnit, hidden: Float[Tensor, "n hidden"], scale: float
+) -> Float[Tensor, "n hidden"]:
+    if acting.gates is None:
+        delta = acting.unit.delta(hidden)
     else:
-        mask = torch.ones(batch, width, device=given.device)
-    layout = current.settle(mask.bool(), max(offset, 0))
-    return Chunk(current, layout, offset, length, batch)
+        gates = acting.gates.to(hidden.device)
+        by_row = hidden.view(len(gates), -1, hidden.shape[-1])
+        delta = acting.unit.delta(by_row, gates[:, None]).flatten(0, 1)
+    return (delta if scale == 1.0 else scale * delta).to(hidden.dtype)

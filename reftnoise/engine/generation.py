@@ -7,51 +7,49 @@ from torch import Tensor
 from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .base.peft import virtual_tokens
-from .layout import UnitLocations
-from .planning import Locator
+from .layout import Batch, UnitLocations
+from .planning import Planner
 
 
 def generate_edited(
-    locator: Locator, kwargs: dict[str, Any], unit_locations: UnitLocations | None
+    planner: Planner, kwargs: dict[str, Any], unit_locations: UnitLocations | None
 ) -> Any:
-    """Generate with the base of `locator`, and the units that it has.
+    """Generate with the base of `planner`, and the units that it has.
 
     Args:
-        locator: of the prompts.
-        kwargs: of the base's `generate`.
-        unit_locations: as `ReftModel.generate` takes them.
+        planner: plans what the prompts' positions are.
+        kwargs: arguments of the base's `generate`.
+        unit_locations: columns to edit, as `ReftModel.generate` takes them.
 
     Raises:
-        ValueError: as of `Locator.passes`; guidance beside `unit_locations` or virtual tokens.
+        ValueError: as of `Planner.plans`; guidance with `unit_locations` or virtual tokens.
     """
-    engine = locator.engine
-    mask = _inferred_mask(locator, kwargs)
+    engine = planner.engine
+    mask = _inferred_mask(planner, kwargs)
     if mask is not None:
         kwargs["attention_mask"] = mask
     prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
-    passes = locator.passes(prompt, None, unit_locations)
-    scale = _setting("guidance_scale", locator, kwargs)
-    if scale not in (None, 1) and locator.stacks == (None,):
+    plans = planner.plans(Batch.of(prompt, unit_locations=unit_locations))
+    scale = _setting("guidance_scale", planner, kwargs)
+    if scale not in (None, 1) and planner.stacks == (None,):
         if unit_locations is not None:
             raise ValueError("guidance_scale: unit_locations tell no places in its other prompt")
         if virtual_tokens(engine.base):
             raise ValueError("guidance_scale: its other prompt would lack PEFT's virtual tokens")
-        guidance = _guidance(scale, locator, kwargs)
+        guidance = _guidance(scale, planner, kwargs)
         kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guidance]
     drafts = ("assistant_model", "assistant_early_exit")
-    is_assisted = any(_setting(name, locator, kwargs) is not None for name in drafts)
-    for current in passes:
-        current.is_generation, current.is_assisted = True, is_assisted
-    with engine.running(*passes):
+    is_assisted = any(_setting(name, planner, kwargs) is not None for name in drafts)
+    with engine.running(*plans, is_generation=True, is_assisted=is_assisted):
         return engine.base.generate(**kwargs)
 
 
-def _inferred_mask(locator: Locator, kwargs: dict[str, Any]) -> Tensor | None:
+def _inferred_mask(planner: Planner, kwargs: dict[str, Any]) -> Tensor | None:
     """The mask that `generate` would infer from padding, so that both see the same one."""
     ids = kwargs.get("input_ids")
-    if ids is None or kwargs.get("attention_mask") is not None or not locator.reads_tokens(kwargs):
+    if ids is None or kwargs.get("attention_mask") is not None or planner.stacks != (None,):
         return None
-    pad, eos = (_setting(name, locator, kwargs) for name in ("pad_token_id", "eos_token_id"))
+    pad, eos = (_setting(name, planner, kwargs) for name in ("pad_token_id", "eos_token_id"))
     ends = torch.as_tensor(-1 if eos is None else eos).flatten().tolist()
     if pad is None or pad in ends or ids.is_floating_point():
         return None
@@ -60,7 +58,7 @@ def _inferred_mask(locator: Locator, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _guidance(
-    scale: float, locator: Locator, kwargs: dict[str, Any]
+    scale: float, planner: Planner, kwargs: dict[str, Any]
 ) -> UnbatchedClassifierFreeGuidanceLogitsProcessor:
     """Classifier-free guidance, in the place of transformers' own, with edits in both its passes.
 
@@ -74,23 +72,21 @@ def _guidance(
 
     def unconditional(input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Any:
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        passes = locator.passes(inputs, attention_mask[:, :width].sum(1))
-        for current in passes:
-            current.is_generation = True  # without noise
-        with locator.engine.running(*passes):
-            return locator.engine.base(**inputs)
+        plans = planner.plans(Batch.of(inputs, attention_mask[:, :width].sum(1)))
+        with planner.engine.running(*plans, is_generation=True):
+            return planner.engine.base(**inputs)
 
     return UnbatchedClassifierFreeGuidanceLogitsProcessor(
         scale,
         unconditional,
         unconditional_ids=negative,
         unconditional_attention_mask=kwargs.get("negative_prompt_attention_mask"),
-        use_cache=_setting("use_cache", locator, kwargs) is not False,
+        use_cache=_setting("use_cache", planner, kwargs) is not False,
     )
 
 
-def _setting(name: str, locator: Locator, kwargs: dict[str, Any]) -> Any:
+def _setting(name: str, planner: Planner, kwargs: dict[str, Any]) -> Any:
     """A setting of `generate`: transformers fills what a given config leaves open."""
-    given, own = kwargs.get("generation_config"), locator.engine.base.generation_config
-    values = (kwargs.get(name), getattr(given, name, None), getattr(own, name, None))
+    config, own = kwargs.get("generation_config"), planner.engine.base.generation_config
+    values = (kwargs.get(name), getattr(config, name, None), getattr(own, name, None))
     return next((value for value in values if value is not None), None)

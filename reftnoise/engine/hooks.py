@@ -1,6 +1,6 @@
 """Run a base model's forward passes with units applied at their sites.
 
-Hooks stand on the base only while one of our passes runs, so a bare call of the base, other
+Our hooks are on the base only while one of our passes runs, so a bare call of the base, other
 libraries' hooks and an exception are all unaffected. What a pass needs to know is computed once,
 as tensors, and shared by all layers: no loop over the batch, no synchronisation per layer.
 """
@@ -8,7 +8,7 @@ as tensors, and shared by all layers: no loop over the batch, no synchronisation
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, KeysView, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -28,16 +28,29 @@ from .base.running import (
     exclusive,
     hook_first,
     innermost,
+    module_at,
 )
 from .base.sharding import gather_for, is_part
-from .base.sites import Site, find_stack, site_now
-from .calls import Chunk, Pass, TokenlessChunk, chunk_of_call
-from .editing import apply_units
+from .base.sites import Site, find_stack
+from .calls import Call, CallReader, Plan, TokenlessCall, apply_units
 from .layout import cached_length
 from .units import PlacedUnit
 
-ChunkOf: TypeAlias = Callable[[Site], Chunk | TokenlessChunk | None]
+CallAt: TypeAlias = Callable[[Site], Call | TokenlessCall | None]
 Observer: TypeAlias = Callable[[Sequence[PlacedUnit], Tensor, Tensor], None]
+
+
+@dataclass
+class EditSettings:
+    """Settings of edits, which engines on one base may share."""
+
+    scale: float = 1.0
+    """By which edits are multiplied."""
+    observer: Observer | None = None
+    """Called with the units of a site, and the hidden states before and after them."""
+
+    def __reduce__(self) -> Any:
+        return EditSettings, (self.scale,)  # a copy is observed by nobody
 
 
 class Engine:
@@ -46,22 +59,23 @@ class Engine:
     Args:
         base: the model whose sites the units edit.
         units: in the order in which they act where several share a site.
-        scale: by which edits are multiplied.
+        settings: of the edits.
     """
 
     def __init__(
-        self, base: PreTrainedModel, units: Sequence[PlacedUnit], scale: float = 1.0
+        self,
+        base: PreTrainedModel,
+        units: Sequence[PlacedUnit],
+        settings: EditSettings | None = None,
     ) -> None:
-        self.base, self.scale = base, scale
-        self.observer: Observer | None = None
-        """Called with the units of a site, and the hidden states before and after them."""
+        self.base, self.settings = base, settings or EditSettings()
         self._place(units)
-        self._chunk: Chunk | TokenlessChunk | None = None
+        self._call: Call | TokenlessCall | None = None
         self._is_inside = False
-        """Whether a call that the chunk is of goes on, so that embeddings belong to it."""
+        """Whether that call of the base goes on, so that embeddings belong to it."""
 
     def __reduce__(self) -> Any:
-        return Engine, (self.base, self.units, self.scale)
+        return Engine, (self.base, self.units, self.settings)
 
     def _place(self, units: Sequence[PlacedUnit]) -> None:
         self.units = list(units)
@@ -71,34 +85,53 @@ class Engine:
 
     @property
     def sites(self) -> KeysView[Site]:
-        """Where units are."""
+        """The sites that have units."""
         return self._by_site.keys()
 
     def follow_base(self) -> None:
-        """Take the modules that are at the sites now: some may have been replaced since."""
-        current = {site: site_now(inner_model(self.base), site) for site in self.sites}
-        if any(now is not site for site, now in current.items()):
-            self._place([replace(placed, site=current[placed.site]) for placed in self.units])
+        """Take the modules that are at the sites now: some may have been replaced since.
+
+        Raises:
+            ValueError: the base has no module at a site any more.
+        """
+        base, modules = inner_model(self.base), {}
+        for site in self.sites:
+            try:
+                modules[site] = module_at(base, site.name)
+            except AttributeError:
+                raise ValueError(f"{site}: the model has no such module any more") from None
+        if any(module is not site.module for site, module in modules.items()):
+            sites = {site: replace(site, module=module) for site, module in modules.items()}
+            self._place([replace(placed, site=sites[placed.site]) for placed in self.units])
 
     @contextlib.contextmanager
-    def running(self, *passes: Pass) -> Iterator[Callable[[], bool]]:
-        """Apply passes, one for each stack of the base, to every call of it within the block.
+    def running(
+        self, *plans: Plan, is_generation: bool = False, is_assisted: bool = False
+    ) -> Iterator[Callable[[], bool]]:
+        """Apply plans, one for each stack of the base, to every call of it within the block.
 
-        Yields whether the innermost passes on the base are these.
+        Yields whether the innermost pass on the base is this one.
 
-        In a generation, nothing of ours stays on the base once the prompt is in the cache, unless
+        In a generation, none of our hooks stays on the base once the prompt is in the cache, unless
         a unit edits generated tokens.
+
+        Args:
+            plans: what is edited in each stack.
+            is_generation: whether the block generates: it has no noise.
+            is_assisted: whether the base drafts for itself, so that it reads the prompt more than
+                once.
         """
         base = inner_model(self.base)
         checkpointed = checkpointed_modules(self.base)
         with exclusive(base), contextlib.ExitStack() as stack:
             self.follow_base()
-            if not any(current.has(one) for current in passes for one in self.units):
-                if not passes[-1].is_generation:  # whose caller may put hooks on the base
+            readers = [CallReader(plan, is_noised=not is_generation) for plan in plans]
+            if not any(reader.has(placed) for reader in readers for placed in self.units):
+                if not is_generation:  # whose caller may put hooks on the base
                     stack.enter_context(as_written(self.base, self._hooked_modules(base)))
                 yield stack.enter_context(innermost(base))
                 return
-            outer = self._chunk
+            outer = self._call
             for placed in self.units:
                 gather_for(placed.unit, "delta")
             # What is recomputed in the backward pass must not depend on what is computed outside:
@@ -109,44 +142,49 @@ class Engine:
                 stack.enter_context(checkpointing(module, self._repeatable))
             hooks = stack.enter_context(contextlib.ExitStack())
             is_ours = hooks.enter_context(self._hooked(base))
-            for current in passes:
-                self._follow_calls(current, is_ours, hooks)
+            edits_decode = any(p.positions and p.positions.decode for p in self.units)
+            leaves_early = is_generation and not (edits_decode or is_assisted)
+            for reader in readers:
+                self._follow_calls(reader, is_ours, hooks, leaves_early)
             try:
                 yield is_ours
             finally:
-                self._chunk = outer
+                self._call = outer
 
-    # -- the calls of a pass, and the chunk that each sees ---------------------------------------
+    # -- the calls of a pass -----------------------------------------------------------------------
 
     def _follow_calls(
-        self, current: Pass, is_ours: Callable[[], bool], hooks: contextlib.ExitStack
+        self,
+        reader: CallReader,
+        is_ours: Callable[[], bool],
+        hooks: contextlib.ExitStack,
+        leaves_early: bool,
     ) -> None:
-        entry = self._entry(current)
-        start = partial(self._start_chunk, current, is_ours)
-        leave = partial(self._leave_call, is_ours)
+        entry = self._entry(reader.plan)
+        begin = partial(self._begin_call, reader, is_ours)
+        end = partial(self._end_call, is_ours)
         handles = [
-            entry.register_forward_pre_hook(start, with_kwargs=True),
-            entry.register_forward_hook(leave, always_call=True),
+            entry.register_forward_pre_hook(begin, with_kwargs=True),
+            entry.register_forward_hook(end, always_call=True),
         ]
-        edits_decode = any(one.positions and one.positions.decode for one in self.units)
-        if current.is_generation and not (current.stack or edits_decode or current.is_assisted):
-            end = partial(self._end_chunk, current, is_ours, hooks)
-            handles.append(entry.register_forward_hook(end, with_kwargs=True))
+        if leaves_early and reader.plan.stack is None:
+            leave = partial(self._leave_base, reader, is_ours, hooks)
+            handles.append(entry.register_forward_hook(leave, with_kwargs=True))
         for handle in handles:
             hooks.callback(handle.remove)
 
-    def _entry(self, current: Pass) -> nn.Module:
-        """The module whose call begins a chunk of a pass."""
+    def _entry(self, plan: Plan) -> nn.Module:
+        """The module whose calls are the calls of a plan."""
         base = inner_model(self.base)
-        if current.stack is not None:
-            return find_stack(base, current.stack)
+        if plan.stack is not None:
+            return find_stack(base, plan.stack)
         # Some of PEFT's methods call the `forward` of the model inside, or parts of it, past hooks.
         calls_parts = virtual_tokens(self.base) or may_add_to_loss(self.base)
         return base.get_decoder() if calls_parts else base
 
-    def _start_chunk(
+    def _begin_call(
         self,
-        current: Pass,
+        reader: CallReader,
         is_ours: Callable[[], bool],
         entry: nn.Module,
         args: tuple[Any, ...],
@@ -155,17 +193,17 @@ class Engine:
         if not is_ours():
             return args, kwargs
         self._is_inside = True
-        virtual = virtual_tokens(self.base, current.stack)
-        self._chunk = chunk_of_call(current, entry, args, kwargs, virtual)
-        return args, self.with_edited_embeddings(self._chunk, kwargs)
+        virtual = virtual_tokens(self.base, reader.plan.stack)
+        self._call = reader.read(entry, args, kwargs, virtual)
+        return args, self.with_edited_embeddings(self._call, kwargs)
 
-    def _leave_call(self, is_ours: Callable[[], bool], *_: Any) -> None:
+    def _end_call(self, is_ours: Callable[[], bool], *_: Any) -> None:
         if is_ours():
             self._is_inside = False
 
-    def _end_chunk(
+    def _leave_base(
         self,
-        current: Pass,
+        reader: CallReader,
         is_ours: Callable[[], bool],
         hooks: contextlib.ExitStack,
         entry: nn.Module,
@@ -173,45 +211,48 @@ class Engine:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        if current.layout is None or not is_ours():
+        """Remove our hooks once the whole prompt is in the cache."""
+        if reader.width is None or not is_ours():
             return
-        width = current.layout.attended.shape[1] + virtual_tokens(self.base)
+        width = reader.width + virtual_tokens(self.base)
         if cached_length(kwargs.get("past_key_values")) >= width:
             hooks.close()
 
     def _repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, which edits the chunk of now also when our hooks have left the base."""
-        chunk = self._chunk
+        """`function`, which edits the call of now also when our hooks have left the base."""
+        call = self._call
 
         def run(*inputs: Any, **named: Any) -> Any:
-            if self._chunk is chunk:
+            if self._call is call:
                 return function(*inputs, **named)
-            self._chunk, outer = chunk, self._chunk
+            self._call, outer = call, self._call
             try:
                 with self._hooked(inner_model(self.base)):
                     return function(*inputs, **named)
             finally:
-                self._chunk = outer
+                self._call = outer
 
         return run
 
-    # -- the edits of a chunk, at each site ------------------------------------------------------
+    # -- the edits of a call, at each site ---------------------------------------------------------
 
     @contextlib.contextmanager
     def _hooked(self, base: nn.Module) -> Iterator[Callable[[], bool]]:
         with innermost(base) as is_ours, contextlib.ExitStack() as stack:
 
-            def chunk(site: Site) -> Chunk | TokenlessChunk | None:
+            def call_at(site: Site) -> Call | TokenlessCall | None:
                 # Whoever calls the embedding first will give the base `inputs_embeds`.
                 if site.is_embeddings and not self._is_inside:
                     return None
-                if is_ours() and self._chunk is None:
+                if not is_ours():
+                    return None
+                if self._call is None:
                     raise RuntimeError("a layer of the base ran, but not the base's own forward")
-                return self._chunk if is_ours() else None
+                return self._call
 
             stack.enter_context(as_written(self.base, self._hooked_modules(base)))
             stack.enter_context(calls_as_written(base))
-            for site, edit in self.edits(chunk):
+            for site, edit in self.edits(call_at):
                 put = edit_outside if can_edit_outside(site.module) else hook_first
                 stack.callback(put(site.module, edit, is_input=site.is_input))
             yield is_ours
@@ -219,66 +260,68 @@ class Engine:
     def _hooked_modules(self, base: nn.Module) -> list[nn.Module]:
         return [base, *(site.module for site in self.sites)]
 
-    def edits(self, chunk_of: ChunkOf) -> Iterator[tuple[Site, Callable[..., Any]]]:
-        """The hook for each site, by which its units edit the chunk that `chunk_of` tells."""
-        for site, placed in self._by_site.items():
+    def edits(self, call_at: CallAt) -> Iterator[tuple[Site, Callable[..., Any]]]:
+        """The hook for each site, by which its units edit the call that `call_at` tells."""
+        for site, units in self._by_site.items():
             edit = self._edit_input if site.is_input else self._edit_output
-            yield site, partial(edit, placed, chunk_of)
+            yield site, partial(edit, units, call_at)
 
     def _edit_output(
         self,
-        placed: list[PlacedUnit],
-        chunk_of: ChunkOf,
+        units: list[PlacedUnit],
+        call_at: CallAt,
         module: nn.Module,
         args: tuple[Any, ...],
         output: Any,
     ) -> Any:
-        chunk = chunk_of(placed[0].site)
-        if chunk is None:
+        call = call_at(units[0].site)
+        if call is None:
             return output
         if isinstance(output, tuple):
-            return (self._apply(placed, chunk, output[0]), *output[1:])
-        return self._apply(placed, chunk, output)
+            return (self._apply(units, call, output[0]), *output[1:])
+        return self._apply(units, call, output)
 
     def _edit_input(
         self,
-        placed: list[PlacedUnit],
-        chunk_of: ChunkOf,
+        units: list[PlacedUnit],
+        call_at: CallAt,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        chunk = chunk_of(placed[0].site)
-        if chunk is None:
+        call = call_at(units[0].site)
+        if call is None:
             return args, kwargs
         if args:
-            return (self._apply(placed, chunk, args[0]), *args[1:]), kwargs
-        hidden = self._apply(placed, chunk, kwargs["hidden_states"])
+            return (self._apply(units, call, args[0]), *args[1:]), kwargs
+        hidden = self._apply(units, call, kwargs["hidden_states"])
         return args, kwargs | {"hidden_states": hidden}
 
     def _apply(
         self,
-        placed: list[PlacedUnit],
-        chunk: Chunk | TokenlessChunk,
+        units: list[PlacedUnit],
+        call: Call | TokenlessCall,
         hidden: Float[Tensor, "batch length hidden"],
     ) -> Float[Tensor, "batch length hidden"]:
-        if placed[0].site.stack != chunk.current.stack:  # an embedding that two stacks share
+        if units[0].site.stack != call.plan.stack:  # an embedding that two stacks share
             return hidden
-        found = apply_units(placed, chunk, hidden, self.scale)
-        if self.observer is not None:
-            self.observer(placed, hidden, found)
-        return found
+        edited = apply_units(units, call, hidden, self.settings.scale)
+        if self.settings.observer is not None:
+            self.settings.observer(units, hidden, edited)
+        return edited
 
     def with_edited_embeddings(
-        self, chunk: Chunk | TokenlessChunk, inputs: dict[str, Any]
+        self, call: Call | TokenlessCall, inputs: dict[str, Any]
     ) -> dict[str, Any]:
         """The inputs of a call, with the edits of embeddings that the base will not make itself."""
         embeds: Any = inputs.get("inputs_embeds")
-        stack = chunk.current.stack
-        units = [one for one in self.units if one.site.is_embeddings and one.site.stack == stack]
-        if embeds is None or not units:
+        if embeds is None:
             return inputs
-        return inputs | {"inputs_embeds": self._apply(units, chunk, embeds)}
+        stack = call.plan.stack
+        units = [p for p in self.units if p.site.is_embeddings and p.site.stack == stack]
+        if not units:
+            return inputs
+        return inputs | {"inputs_embeds": self._apply(units, call, embeds)}
 
     def sharing_bases(self) -> contextlib.AbstractContextManager[None]:
         """Within the block, each unit's orthonormal rows are computed once."""

@@ -1,8 +1,8 @@
-"""Which columns of a batch are prompt, and which of them an intervention edits.
+"""The inputs of a call: which columns are the prompt, and which of them an intervention edits.
 
-One resolver serves training, evaluation and generation. Positions count *attended* tokens, so
-the padding side, a padding token that equals end-of-text and a repeated beginning-of-text make no
-difference. Everything is vectorised over the batch and stays on the batch's device.
+One resolver serves training, evaluation, generation and serving. Positions count *attended* tokens,
+so the padding side, a padding token that equals end-of-text and a repeated beginning-of-text make
+no difference. Everything is vectorised over the batch and stays on the batch's device.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,83 @@ from ..config.positions import Positions
 UnitLocations = Mapping[str, Any]
 """pyvene's form: `{"sources->base": (None, locations)}`."""
 
+_MANY = 2**62
+"""More tokens than any prompt has, within int64."""
+
 
 @dataclass(frozen=True)
+class Batch:
+    """The inputs of one call of a base, and what the caller says of their prompts."""
+
+    inputs: dict[str, Any]
+    """The base's own arguments."""
+    tokens: Tensor | None
+    """`input_ids` or `inputs_embeds`; None for a base that reads neither."""
+    labels: Tensor | None
+    past: int
+    """Tokens that the cache holds before the call."""
+    prompt_lengths: Tensor | None = None
+    """Attended tokens in each row's prompt."""
+    unit_locations: UnitLocations | None = None
+    """Columns to edit instead of the config's positions."""
+    copies: int = 1
+    """How often the batch holds each example: twice for SymNoise."""
+
+    @classmethod
+    def of(
+        cls,
+        inputs: dict[str, Any],
+        prompt_lengths: Tensor | None = None,
+        unit_locations: UnitLocations | None = None,
+        copies: int = 1,
+    ) -> "Batch":
+        """Read the inputs of a base."""
+        tokens = inputs.get("input_ids")
+        if tokens is None:
+            tokens = inputs.get("inputs_embeds")
+        past = cached_length(inputs.get("past_key_values"))
+        labels = inputs.get("labels")
+        return cls(inputs, tokens, labels, past, prompt_lengths, unit_locations, copies)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch of any kind: tokens, pixels, audio; a ValueError if there are none."""
+        if self.tokens is not None:
+            return self.tokens.shape[0]
+        values = self.inputs.values()
+        first = next((v for v in values if isinstance(v, Tensor) and v.dim() > 1), None)
+        if first is None:
+            raise ValueError(
+                f"expected inputs with a batch dimension, got {', '.join(self.inputs) or 'none'}; "
+                "a Trainer other than ReftTrainer leaves out columns of the base's own: set "
+                "remove_unused_columns=False"
+            )
+        return first.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Columns of the tokens, without cached ones; a ValueError if there are no tokens."""
+        if self.tokens is None:
+            raise ValueError("expected input_ids or inputs_embeds")
+        return self.tokens.shape[1]
+
+    @property
+    def attended(self) -> Bool[Tensor, "batch width"]:
+        """Which of the cached and given tokens are not padding."""
+        shape = self.rows, self.past + self.length
+        mask: Tensor | None = self.inputs.get("attention_mask")
+        if mask is None:
+            device = None if self.tokens is None else self.tokens.device
+            return torch.ones(shape, dtype=torch.bool, device=device)
+        if mask.shape != shape:
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)}: expected {shape}, one entry per "
+                "token, cached ones included"
+            )
+        return mask.bool()
+
+
+@dataclass(frozen=True, eq=False)
 class Selection:
     """Positions of one batch: `columns` with the slots that count, or a mask over all columns."""
 
@@ -79,51 +154,37 @@ class PromptLayout:
         attended: Bool[Tensor, "batch width"],
         prompt_lengths: Int[Tensor, " batch"] | None = None,
     ) -> None:
-        self.attended = attended
-        self.lengths = attended.sum(1) if prompt_lengths is None else prompt_lengths
-        rank = attended.cumsum(1) - 1
-        self.prompt: Bool[Tensor, "batch width"] = attended & (rank < self.lengths[:, None])
-        # order[b, k] is the column of row b's k-th attended token.
-        self._order = torch.argsort((~attended).to(torch.uint8), dim=1, stable=True)
+        lengths = attended.sum(1) if prompt_lengths is None else prompt_lengths
+        self._set(attended, attended.cumsum(1) - 1, lengths[:, None])
+
+    def _set(self, attended: Tensor, rank: Tensor, lengths: Tensor) -> None:
+        """Take for each column the attended tokens before it, and those of its prompt."""
+        self.attended, self._rank, self._lengths = attended, rank, lengths
+        self.prompt: Bool[Tensor, "batch width"] = attended & (rank < lengths)
 
     def select(self, positions: Positions, first: int = 0, last: int = 0) -> Selection:
-        """Resolve `positions`.
+        """Resolve `positions`; arguments as in `named_tokens`.
 
-        Args:
-            positions: what to select.
-            first: the largest prefix of any unit at the same site, if larger than this one's.
-            last: likewise the largest suffix. The rule for short prompts then keeps them disjoint.
+        Few positions are columns; those whose number grows with the sequence are a mask.
         """
-        n = self.lengths[:, None]
-        device, width = self.attended.device, self.attended.shape[1]
-        prefix = torch.arange(min(positions.first, width), device=device)[None]
-        suffix = torch.arange(min(positions.last, width), device=device)[None]
-        explicit = torch.tensor(positions.indices, dtype=torch.long, device=device)[None]
-        rule = _ShortPrompts(positions, first, last)
-        ranks = [
-            prefix.expand(len(n), -1),
-            n - suffix.shape[1] + suffix,
-            torch.where(explicit < 0, n + explicit, explicit),
-        ]
-        counted = [rule.in_prefix(ranks[0], n), rule.in_suffix(ranks[1], n), ranks[2] < n]
-        rank, mask = torch.cat(ranks, 1), torch.cat(counted, 1)
-        mask = mask & (rank >= 0)
-        if positions.indices:  # on a short prompt, two of them may mean one token
-            mask = _once(rank, mask)
-        # Slots that do not count point at a prompt token, whose hidden state is always finite.
-        columns = self._order.gather(1, torch.minimum(rank, n - 1).clamp(min=0))
-        if not positions.is_dense:
-            return Selection(columns, mask)
-        dense = torch.zeros_like(self.attended).scatter_reduce(1, columns, mask, "amax")
-        return self._with_words(dense, positions)
+        named = named_tokens(positions, self._rank, self._lengths, first, last) & self.attended
+        if positions.all or positions.decode:
+            return Selection(None, named, positions.decode)
+        count = self._most(positions, named)
+        if count is None:
+            return Selection(None, named)
+        # Named tokens first. Slots that do not count point at one of them, or at another token of
+        # the prompt, whose hidden state is always finite.
+        key = named.to(torch.uint8) + self.prompt
+        order = torch.argsort(key, dim=1, descending=True, stable=True)
+        columns = order[:, :count]
+        mask = named.gather(1, columns)
+        return Selection(torch.where(mask, columns, columns[:, :1]), mask)
 
-    def _with_words(self, dense: Bool[Tensor, "batch width"], positions: Positions) -> Selection:
-        """A mask over all columns, with the prompt and what follows it where they are asked for."""
-        if positions.all:
-            dense = dense | self.prompt
-        if positions.decode:
-            dense = dense | (self.attended & ~self.prompt)
-        return Selection(None, dense, decode=positions.decode)
+    def _most(self, positions: Positions, named: Bool[Tensor, "batch width"]) -> int | None:
+        """No row has more named tokens than this; None where only reading the mask would tell."""
+        most = positions.first + positions.last + len(positions.indices)
+        return min(most, named.shape[1])
 
 
 class PackedLayout(PromptLayout):
@@ -142,7 +203,6 @@ class PackedLayout(PromptLayout):
         position_ids: Int[Tensor, "batch width"],
         labels: Int[Tensor, "batch width"] | None = None,
     ) -> None:
-        super().__init__(attended)
         starts = document_starts(attended, position_ids)
         document = (starts.cumsum(1) - 1).clamp(min=0)
 
@@ -156,65 +216,53 @@ class PackedLayout(PromptLayout):
             before = torch.where(starts, counted - mask.long(), 0)
             return counted - before.cummax(1).values
 
-        self.document_lengths = per_document(attended)
-        self._rank = within(attended) - 1
-        self._lengths = self.document_lengths
+        lengths = self.document_lengths = per_document(attended)
         if labels is not None:
             before_label = within(labels != -100) == 0
-            self._lengths = per_document(attended & before_label).clamp(min=1)
-        self.prompt = attended & (self._rank < self._lengths)
+            lengths = per_document(attended & before_label).clamp(min=1)
+        self._set(attended, within(attended) - 1, lengths)
 
-    def select(self, positions: Positions, first: int = 0, last: int = 0) -> Selection:
-        """Resolve `positions` in each document; arguments as in `PromptLayout.select`."""
-        dense = named_tokens(positions, self._rank, self._lengths, first, last) & self.prompt
-        if positions.is_dense:
-            return self._with_words(dense, positions)
+    def _most(self, positions: Positions, named: Bool[Tensor, "batch width"]) -> int | None:
         if torch.compiler.is_compiling():  # the number of columns would break the graph
-            return Selection(None, dense)
-        count = max(1, int(dense.sum(1).amax()))
-        columns = torch.argsort((~dense).to(torch.uint8), dim=1, stable=True)[:, :count]
-        return Selection(columns, dense.gather(1, columns))
+            return None
+        return max(1, int(named.sum(1).amax()))
 
 
 def named_tokens(
     positions: Positions,
     rank: Int[Tensor, "*tokens"],
-    lengths: Int[Tensor, "*tokens"],
+    lengths: Int[Tensor, "*#tokens"],
     first: int = 0,
     last: int = 0,
 ) -> Bool[Tensor, "*tokens"]:
-    """Whether tokens are among the first, the last or the listed ones of their prompts.
+    r"""Whether tokens are among those that positions name: the one place where they are resolved.
+
+    Of a prompt of n tokens shorter than p + s, f{p}+l{s} names the first $\min(p, \lfloor n/2
+    \rfloor)$ and the last $\min(s, \lceil n/2 \rceil)$ (ReFT, arXiv:2404.03592, section 4.1).
 
     Args:
-        positions: of which `all` and `decode` are left to the caller.
-        rank: how many attended tokens of the prompt come before each token.
-        lengths: of each token's prompt.
-        first: as in `PromptLayout.select`.
-        last: likewise.
+        positions: names of tokens.
+        rank: how many attended tokens come before each token; from its prompt's length on, the
+            token follows the prompt.
+        lengths: attended tokens in each token's prompt.
+        first: the largest prefix of any unit at the same site, if larger than this one's.
+        last: likewise the largest suffix. The rule for short prompts then keeps them disjoint.
     """
-    rule = _ShortPrompts(positions, first, last)
-    found = (rule.in_prefix(rank, lengths) & (rank < positions.first)) | (
-        rule.in_suffix(rank, lengths) & (lengths - rank <= positions.last)
-    )
+    in_prompt = rank < lengths
+    if positions.all:
+        return in_prompt | positions.decode
+    prefix, suffix = min(positions.first, _MANY), min(positions.last, _MANY)
+    is_short = lengths < min(max(prefix, first) + max(suffix, last), _MANY)
+    named = torch.zeros_like(in_prompt)
+    if prefix:
+        fitting = (lengths // 2).clamp(max=prefix)
+        named = named | (rank < torch.where(is_short, fitting, prefix))
+    if suffix:
+        fitting = ((lengths + 1) // 2).clamp(max=suffix)
+        named = named | (lengths - rank <= torch.where(is_short, fitting, suffix))
     for index in positions.indices:
-        found = found | (rank == (lengths + index if index < 0 else index))
-    return found & (rank < lengths)
-
-
-class _ShortPrompts:
-    """The paper's rule for prompts that are shorter than prefix and suffix together."""
-
-    def __init__(self, positions: Positions, first: int, last: int) -> None:
-        limit = max(positions.first, first) + max(positions.last, last)
-        self._limit = min(limit, 2**62)  # within int64
-
-    def in_prefix(self, rank: Tensor, n: Tensor) -> Tensor:
-        """Whether a rank counts as one of the first tokens of a prompt of n."""
-        return torch.where(n < self._limit, rank < n // 2, rank < n)
-
-    def in_suffix(self, rank: Tensor, n: Tensor) -> Tensor:
-        """Whether a rank counts as one of the last tokens of a prompt of n."""
-        return (n >= self._limit) | (n - rank <= (n + 1) // 2)
+        named = named | (rank == (lengths + index if index < 0 else index))
+    return (named & in_prompt) | ~in_prompt if positions.decode else named & in_prompt
 
 
 def document_starts(
@@ -227,16 +275,11 @@ def document_starts(
 
 def explicit_selection(columns: Int[Tensor, "batch positions"]) -> Selection:
     """The selection of given columns; a column that a row repeats counts once."""
-    return Selection(columns, _once(columns, torch.ones_like(columns, dtype=torch.bool)))
+    same = columns[:, :, None] == columns[:, None, :]
+    return Selection(columns, ~same.tril(-1).any(-1))
 
 
-def _once(values: Int[Tensor, "batch n"], mask: Bool[Tensor, "batch n"]) -> Bool[Tensor, "batch n"]:
-    """The mask without those slots whose value an earlier slot of the mask holds already."""
-    same = (values[:, :, None] == values[:, None, :]) & mask[:, None, :]
-    return mask & ~same.tril(-1).any(-1)
-
-
-def has_token_labels(labels: Tensor, attended: Bool[Tensor, "batch width"]) -> bool:
+def has_token_labels(labels: Tensor | None, attended: Bool[Tensor, "batch width"]) -> bool:
     """Whether labels are one per token, and not one or several per row."""
     return labels is not None and labels.shape == attended.shape and not labels.is_floating_point()
 
@@ -267,138 +310,45 @@ def prompt_lengths_from_labels(
     return (attended & before_first).sum(1).clamp(min=1)
 
 
-def parse_unit_locations(
-    unit_locations: UnitLocations, interventions: int, batch: int, width: int
-) -> list[Int[Tensor, "batch positions"] | None]:
-    """Read pyvene's `{"sources->base": (None, locations)}`.
-
-    `locations` nests interventions × batch × positions; None instead of an intervention's part
-    leaves it out, and a single integer stands for that column everywhere.
-
-    Raises:
-        ValueError: another nesting, or a column outside the input.
-    """
-    expected = (
-        f"expected {{'sources->base': (None, locations)}} with locations nested as "
-        f"{interventions} interventions × {batch} rows × positions"
-    )
-    try:
-        _, locations = unit_locations["sources->base"]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"unit_locations {unit_locations!r}: {expected}") from None
-    if isinstance(locations, int):
-        locations = [[[locations]] * batch] * interventions
-    if isinstance(locations, Tensor) and locations.dim():
-        locations = list(locations)
-    if not isinstance(locations, list | tuple) or len(locations) != interventions:
-        raise ValueError(f"unit_locations {locations!r}: {expected}")
-    found: list[Tensor | None] = []
-    for index, part in enumerate(locations):
-        if part is None:
-            found.append(None)
-            continue
-        try:
-            columns = torch.as_tensor(part)
-        except (TypeError, ValueError):
-            columns = torch.empty(0)
-        if columns.dim() != 2 or columns.shape[0] != batch or columns.is_floating_point():
-            raise ValueError(f"unit_locations of intervention {index}, {part!r}: {expected}")
-        if ((columns < 0) | (columns >= width)).any():
-            raise ValueError(
-                f"unit_locations of intervention {index}, {part!r}: expected columns from 0 to "
-                f"{width - 1}, the input's last"
-            )
-        found.append(columns.long())
-    return found
-
-
-def tokens_of(inputs: Mapping[str, Any]) -> Tensor | None:
-    """`input_ids` or `inputs_embeds`; None for a base that reads neither."""
-    tokens: Tensor | None = inputs.get("input_ids")
-    return inputs.get("inputs_embeds") if tokens is None else tokens
-
-
-def size_of(inputs: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the tokens; a ValueError if there are none."""
-    tokens = tokens_of(inputs)
-    if tokens is None:
-        raise ValueError("expected input_ids or inputs_embeds")
-    return tokens.shape[0], tokens.shape[1]
-
-
-def batch_of(inputs: Mapping[str, Any]) -> int:
-    """Rows of a batch of any kind: tokens, pixels, audio."""
-    tokens = tokens_of(inputs)
-    if tokens is not None:
-        return tokens.shape[0]
-    first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1), None)
-    if first is None:
-        raise ValueError(
-            f"expected inputs with a batch dimension, got {', '.join(inputs) or 'none'}; a Trainer "
-            "other than ReftTrainer leaves out columns of the base's own: set "
-            "remove_unused_columns=False"
-        )
-    return first.shape[0]
-
-
 def cached_length(cache: Any) -> int:
     """Tokens that a transformers cache holds; 0 for None."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def attended_tokens(inputs: Mapping[str, Any], past: int = 0) -> Bool[Tensor, "batch width"]:
-    """Which of the cached and given tokens are no padding."""
-    batch, width = size_of(inputs)
-    width += past
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        tokens = tokens_of(inputs)
-        assert tokens is not None
-        return torch.ones(batch, width, dtype=torch.bool, device=tokens.device)
-    if mask.shape != (batch, width):
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: expected ({batch}, {width}), one entry "
-            "per token, cached ones included"
-        )
-    return mask.bool()
-
-
-def read_layout(
-    inputs: Mapping[str, Any], prompt_lengths: Tensor | None, *, past: int, continues: bool
-) -> PromptLayout:
+def read_layout(batch: Batch, *, continues: bool) -> PromptLayout:
     """The layout of a batch of tokens.
 
+    The prompt has `prompt_lengths` tokens. Without these it ends before the first label, and is the
+    whole input where there are no labels; with a filled cache, it is what is cached.
+
     Args:
-        inputs: of the base.
-        prompt_lengths: attended tokens in each row's prompt. By default the prompt ends before the
-            first label, and is the whole input where there are none; with a filled cache, it is
-            what is cached.
-        past: cached tokens.
+        batch: inputs with tokens.
         continues: whether labels are what the base writes after a prompt, so that they tell its
             end; a classifier's or masked model's do not.
+
+    Raises:
+        ValueError: a mask or lengths of another shape, or lengths of rows that are packed.
     """
-    attended = attended_tokens(inputs, past)
-    labels = inputs.get("labels")
-    if not continues or labels is None or not has_token_labels(labels, attended):
-        labels = None
-    position_ids = inputs.get("position_ids")
+    attended, past = batch.attended, batch.past
+    labels = batch.labels if continues and has_token_labels(batch.labels, attended) else None
+    position_ids = batch.inputs.get("position_ids")
     if position_ids is not None and position_ids.shape == attended[:1].shape:
         position_ids = position_ids.expand_as(attended)  # one row for all
-    if inputs.get("attention_mask") is None and not past and position_ids is not None:
+    if batch.inputs.get("attention_mask") is None and not past and position_ids is not None:
         # Without a mask, transformers attends within documents whose position ids begin anew.
         is_packed = position_ids.shape == attended.shape and (
             torch.compiler.is_compiling()
             or bool((document_starts(attended, position_ids).sum(1) > 1).any())
         )
-        if is_packed and prompt_lengths is None:
+        if is_packed and batch.prompt_lengths is None:
             return PackedLayout(attended, position_ids, labels)
         if is_packed and not torch.compiler.is_compiling():
             raise ValueError(
                 "prompt_lengths of packed rows: each document's prompt ends before its first "
                 "label, leave prompt_lengths out"
             )
-    if prompt_lengths is not None:
-        lengths = checked_lengths(prompt_lengths, attended)
+    if batch.prompt_lengths is not None:
+        lengths = checked_lengths(batch.prompt_lengths, attended)
     elif labels is not None:
         lengths = prompt_lengths_from_labels(labels, attended)
     elif past:

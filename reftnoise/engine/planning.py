@@ -1,38 +1,39 @@
 """Find what a call edits: the tokens of its prompts, for each stack of the base."""
 
 import functools
+import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config.components import Stack
 from .base.peft import inner_model
 from .base.sites import is_encoder_decoder
-from .calls import Located, Pass
+from .calls import DeferredPlan, EditPlan, Plan
 from .hooks import Engine
 from .layout import (
+    Batch,
     PromptLayout,
     Selection,
     UnitLocations,
-    cached_length,
     explicit_selection,
     has_token_labels,
-    parse_unit_locations,
     read_layout,
-    size_of,
-    tokens_of,
 )
 
+logger = logging.getLogger(__name__)
 
-class Locator:
-    """Makes the passes of calls of a base.
+
+class Planner:
+    """Plans what calls of a base edit.
 
     Args:
         engine: the base with the units that act.
-        gates: what each row of the batch gets of them, as a `Pass` has it.
+        gates: how much each row of the batch gets of them, as an `EditPlan` has it.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Locator:
         self.continues = bool(inner_model(engine.base).can_generate())
         """Whether the base writes tokens after a prompt."""
         self.stacks: tuple[Stack | None, ...] = (None,)
-        """With a sequence each; None for that of a base that has one."""
+        """The parts of the base with a sequence each; None for a base that has one sequence."""
         if is_encoder_decoder(engine.base):
             self.stacks = ("encoder", "decoder")
 
@@ -51,94 +52,175 @@ class Locator:
         """Whether labels are what the base writes after a prompt, so that they tell its end."""
         return self.continues and self.stacks == (None,)
 
-    def reads_tokens(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether inputs are the tokens of one sequence, whose length is known before it runs."""
-        return self.stacks == (None,) and tokens_of(inputs) is not None
+    def reads_tokens(self, batch: Batch) -> bool:
+        """Whether the batch is the tokens of one sequence, whose length is known before it runs."""
+        return self.stacks == (None,) and batch.tokens is not None
 
-    def passes(
-        self,
-        inputs: Mapping[str, Any],
-        prompt_lengths: Tensor | None,
-        unit_locations: UnitLocations | None = None,
-        times: int = 1,
-    ) -> list[Pass]:
+    def plans(self, batch: Batch) -> list[Plan]:
         """What to edit, in each stack.
-
-        Args:
-            inputs: of the base.
-            prompt_lengths: as `ReftModel.forward` takes them.
-            unit_locations: likewise.
-            times: how often the batch holds each example.
 
         Raises:
             ValueError: inputs that do not tell where their tokens are.
         """
-        if inputs.get("cache_params") is not None:
+        if batch.inputs.get("cache_params") is not None:
             raise ValueError(
                 "cache_params hold states, which do not tell how many tokens they are of: give the "
                 "whole input, or use generate"
             )
-        gates = {key: gate.repeat(times, 1) for key, gate in self._gates.items()}
-        if self.reads_tokens(inputs):
-            layout = read_layout(
-                inputs,
-                prompt_lengths,
-                past=cached_length(inputs.get("past_key_values")),
-                continues=self.labels_end_prompts,
-            )
-            if unit_locations is None:
-                selections = self._select(layout, None)
-            else:
-                batch, width = size_of(inputs)
-                selections = self._chosen(unit_locations, batch // times, width, times)
-            return [Pass(layout, selections, gates)]
-        if unit_locations is not None or prompt_lengths is not None:
+        if self.reads_tokens(batch):
+            layout = read_layout(batch, continues=self.labels_end_prompts)
+            if batch.unit_locations is None:
+                return [self._plan(layout, batch.copies)]
+            selections = self._located(batch.unit_locations, batch)
+            return [EditPlan(layout, selections, self._gates_of(batch.copies))]
+        if batch.unit_locations is not None or batch.prompt_lengths is not None:
             raise ValueError(
                 f"{type(inner_model(self.engine.base)).__name__} tells the length of its "
                 "sequences only when it runs, so unit_locations and prompt_lengths cannot be "
                 "given: use the config's positions"
             )
-        locate = functools.partial(self._locate, inputs)
         return [
-            Pass(gates=gates, locate=functools.partial(locate, one), stack=one)
-            for one in self.stacks
+            DeferredPlan(functools.partial(self._settle, batch, stack), stack)
+            for stack in self.stacks
         ]
 
-    def _locate(
-        self, inputs: Mapping[str, Any], stack: Stack | None, attended: Tensor, past: int
-    ) -> Located:
-        labels: Any = inputs.get("labels")
-        lengths = None
+    def _settle(self, batch: Batch, stack: Stack | None, attended: Tensor, past: int) -> EditPlan:
+        labels, lengths = batch.labels, None
         if stack == "decoder":  # which reads a start token, then what it writes or labels say
-            is_padded = inputs.get("decoder_attention_mask") is None
-            if is_padded and has_token_labels(labels, attended):
+            is_padded = batch.inputs.get("decoder_attention_mask") is None
+            if labels is not None and is_padded and has_token_labels(labels, attended):
                 # Padded labels are padding, but for the start token before them.
                 attended = (labels != -100).flip(1).cummax(1).values.flip(1) & attended
                 attended[:, 0] = True
             lengths = attended.sum(1).clamp(max=1)
         elif past:
             lengths = attended[:, :past].sum(1)
-        layout = PromptLayout(attended, lengths)
-        return layout, self._select(layout, stack)
+        return self._plan(PromptLayout(attended, lengths), batch.copies, stack)
 
-    def _chosen(
-        self, unit_locations: UnitLocations, batch: int, width: int, times: int
-    ) -> dict[str, Selection | None]:
-        units = [one for one in self.engine.units if one.positions is not None]
-        found = parse_unit_locations(unit_locations, len(units), batch, width)
-        device = self.engine.base.device
-        chosen = [
-            None if c is None else explicit_selection(c.to(device).repeat(times, 1)) for c in found
-        ]
-        return {one.key: columns for one, columns in zip(units, chosen, strict=True)}
-
-    def _select(self, layout: PromptLayout, stack: Stack | None) -> dict[str, Selection | None]:
+    def _plan(self, layout: PromptLayout, copies: int, stack: Stack | None = None) -> EditPlan:
         # Sites with equal positions share one selection, hence one computation of row indices.
         select: Any = layout.select
         if not torch.compiler.is_compiling():  # whose graph has equal operations once anyway
             select = functools.cache(select)
-        return {
-            one.key: select(one.positions, one.prefix, one.suffix)
-            for one in self.engine.units
-            if one.positions is not None and one.site.stack == stack
+        selections = {
+            placed.key: select(placed.positions, placed.prefix, placed.suffix)
+            for placed in self.engine.units
+            if placed.positions is not None and placed.site.stack == stack
         }
+        return EditPlan(layout, selections, self._gates_of(copies), stack)
+
+    def _gates_of(self, copies: int) -> dict[str, Float[Tensor, "batch k"]]:
+        return {key: gate.repeat(copies, 1) for key, gate in self._gates.items()}
+
+    def _located(self, locations: UnitLocations, batch: Batch) -> dict[str, Selection | None]:
+        units = [placed for placed in self.engine.units if placed.positions is not None]
+        rows, copies = batch.rows // batch.copies, batch.copies
+        columns = parse_unit_locations(locations, len(units), rows, batch.length)
+        device = self.engine.base.device
+        return {
+            placed.key: None if c is None else explicit_selection(c.to(device).repeat(copies, 1))
+            for placed, c in zip(units, columns, strict=True)
+        }
+
+
+def parse_unit_locations(
+    unit_locations: UnitLocations, interventions: int, batch: int, width: int
+) -> list[Int[Tensor, "batch positions"] | None]:
+    """Read pyvene's `{"sources->base": (None, locations)}`.
+
+    `locations` nests interventions × batch × positions; None instead of an intervention's part
+    leaves it out, and a single integer stands for that column everywhere.
+
+    Raises:
+        ValueError: another nesting, or a column outside the input.
+    """
+    expected = (
+        f"expected {{'sources->base': (None, locations)}} with locations nested as "
+        f"{interventions} interventions × {batch} rows × positions"
+    )
+    try:
+        _, locations = unit_locations["sources->base"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"unit_locations {unit_locations!r}: {expected}") from None
+    if isinstance(locations, int):
+        locations = [[[locations]] * batch] * interventions
+    if isinstance(locations, Tensor) and locations.dim():
+        locations = list(locations)
+    if not isinstance(locations, list | tuple) or len(locations) != interventions:
+        raise ValueError(f"unit_locations {locations!r}: {expected}")
+    parsed: list[Tensor | None] = []
+    for index, part in enumerate(locations):
+        if part is None:
+            parsed.append(None)
+            continue
+        try:
+            columns = torch.as_tensor(part)
+        except (TypeError, ValueError):
+            columns = torch.empty(0)
+        if columns.dim() != 2 or columns.shape[0] != batch or columns.is_floating_point():
+            raise ValueError(f"unit_locations of intervention {index}, {part!r}: {expected}")
+        if ((columns < 0) | (columns >= width)).any():
+            raise ValueError(
+                f"unit_locations of intervention {index}, {part!r}: expected columns from 0 to "
+                f"{width - 1}, the input's last"
+            )
+        parsed.append(columns.long())
+    return parsed
+
+
+class TrainingChecks:
+    """Warns where training hardly does what was meant.
+
+    Args:
+        planner: of the units that are trained.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+        self._has_looked_at_labels = False
+
+    def check(self, plan: Plan, batch: Batch) -> None:
+        """Warn of noise that acts twice, and of prompts that hardly are prompts."""
+        self._check_noise()
+        is_located = batch.prompt_lengths is not None or batch.unit_locations is not None
+        units = self._planner.engine.units
+        after_prompt = any(placed.positions and placed.positions.decode for placed in units)
+        is_clear = is_located or after_prompt or not self._planner.continues
+        if not isinstance(plan, EditPlan) or is_clear or not torch.is_grad_enabled():
+            return
+        # Of labels, only those of the first pass are looked at: it waits for the device.
+        if batch.labels is None or not self._has_looked_at_labels:
+            self._has_looked_at_labels = batch.labels is not None
+            _check_prompts(plan.layout, batch.labels)
+
+    def _check_noise(self) -> None:
+        """transformers' NEFTune acts on the embeddings, after a noise of the config."""
+        for placed in self._planner.engine.units:
+            alpha = getattr(placed.site.module, "neftune_noise_alpha", None)
+            if alpha is None or not (placed.site.is_embeddings and placed.positions is None):
+                continue
+            warnings.warn(
+                f"the embeddings are noised twice: by the config's {type(placed.unit).__name__} "
+                f"and by transformers' NEFTune (neftune_noise_alpha={alpha}); leave one of them "
+                "out",
+                stacklevel=4,
+            )
+
+
+def _check_prompts(layout: PromptLayout, labels: Tensor | None) -> None:
+    """Edits in what counts as a prompt and is none would be trained where generation has none."""
+    if labels is None:
+        _warn_once(
+            "training without labels or prompt_lengths: every token counts as the prompt's, so "
+            "positions such as 'l1' are counted from the end of the completion"
+        )
+    elif not (layout.prompt[:, 1:] & layout.prompt[:, :-1]).any():
+        _warn_once(
+            "labels begin with each row's first token, which alone counts as its prompt, so that "
+            "positions such as 'l1' mean this token: set labels of prompts to -100"
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -1,7 +1,7 @@
 """Passes of a base with its units while `torch.compile` traces them: one graph, without a break.
 
 Hooks that come and go cannot be traced. Those of traced passes stay on the base, and do nothing in
-any other.
+any other pass.
 """
 
 import itertools
@@ -15,9 +15,9 @@ import torch
 from .base.peft import inner_model
 from .base.running import hook_first, put_in_order, uncompiled
 from .base.sites import Site
-from .calls import Chunk, Pass, TokenlessChunk
+from .calls import Call, EditPlan, Plan, TokenlessCall
 from .hooks import Engine
-from .layout import size_of
+from .layout import Batch
 
 # torch.compile, which can call only functions of plain values while it traces, finds tracers here.
 _TRACERS: "WeakValueDictionary[str, Tracer]" = WeakValueDictionary()
@@ -33,7 +33,7 @@ class Tracer:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._chunk: Chunk | TokenlessChunk | None = None
+        self._call: Call | TokenlessCall | None = None
         self._standing: dict[Site, Callable[[], None]] = {}
         """Sites with hooks, and what removes them."""
         self._number = str(next(_NUMBERS))  # torch.compile may take ints for variables
@@ -42,32 +42,30 @@ class Tracer:
     def __reduce__(self) -> Any:
         return Tracer, (self._engine,)  # a copy has a number, and hooks, of its own
 
-    def run(self, current: Pass, inputs: dict[str, Any]) -> Any:
+    def run(self, plan: Plan, batch: Batch) -> Any:
         """One call of the base.
 
         Raises:
             ValueError: the base has two stacks.
         """
-        if current.stack is not None:
+        if plan.stack is not None:
             raise ValueError(
                 "torch.compile of a ReftModel takes bases with one sequence: compile the layers of "
                 "this encoder-decoder model one by one, layer.compile()"
             )
         _stand_on_base(self._number)
         base = self._engine.base
-        chunk: Chunk | TokenlessChunk
-        if current.layout is None:
-            chunk = TokenlessChunk.of_call(current, inner_model(base), inputs)
+        call: Call | TokenlessCall
+        if isinstance(plan, EditPlan):
+            call = Call(plan, batch.past, batch.length, batch.rows)
         else:
-            batch, length = size_of(inputs)
-            offset = current.layout.attended.shape[1] - length
-            chunk = Chunk(current, current.layout, offset, length, batch)
-        self._chunk = chunk
+            call = TokenlessCall.of_base(plan, inner_model(base), batch.inputs)
+        self._call = call
         try:
             with self._engine.sharing_bases():
-                return base(**self._engine.with_edited_embeddings(chunk, inputs))
+                return base(**self._engine.with_edited_embeddings(call, batch.inputs))
         finally:
-            self._chunk = None
+            self._call = None
 
     def stand_on_base(self) -> None:
         """Put the hooks of traced passes on the base, once."""
@@ -77,7 +75,7 @@ class Tracer:
         for remove in self._standing.values():  # modules were replaced
             remove()
         self._standing = {}
-        for site, edit in self._engine.edits(lambda _: self._chunk):
+        for site, edit in self._engine.edits(lambda _: self._call):
             module = uncompiled(site.module)  # which is the one that is traced
             remove = hook_first(module, _StandingHook(edit), is_input=site.is_input)
             put_in_order(module)
@@ -95,8 +93,8 @@ class _StandingHook:
     def __init__(self, edit: Callable[..., Any]) -> None:
         self._edit = edit
 
-    def __call__(self, *given: Any) -> Any:
-        return self._edit(*given)
+    def __call__(self, *args: Any) -> Any:
+        return self._edit(*args)
 
     def __reduce__(self) -> Any:
         return partial, (_no_edit,)

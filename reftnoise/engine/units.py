@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config.components import split_component
-from ..config.interventions import ReadyIntervention
 from ..config.positions import Positions
 from ..config.representations import ReftConfig, RepresentationConfig
 from ..interventions import LowRankIntervention, StackedEdit, Unit
@@ -40,6 +39,7 @@ class PlacedUnit:
     prefix: int = 0
     """The largest prefix of any unit at this site, for the rule for short prompts."""
     suffix: int = 0
+    """Likewise the largest suffix."""
 
 
 def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
@@ -59,7 +59,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
             layers = 0
             if entry.is_per_layer:
                 layers = num_layers(model, split_component(entry.component)[0])
-            for key, layer, positions in _places(entry, layers, counts):
+            for key, layer, positions in _units_of(entry, layers, counts):
                 site = find_site(model, entry.component, layer)
                 _expect_decoding(model, site, positions)
                 unit = entry.build(site.width, default=hidden_size(model))
@@ -67,9 +67,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
         except ValueError as error:
             raise ValueError(f"representations[{index}]: {error}") from None
     modules = [
-        entry.source.module
-        for entry in config.representations
-        if isinstance(entry.source, ReadyIntervention)
+        e.intervention for e in config.representations if not isinstance(e.intervention, str)
     ]
     if len({id(module) for module in modules}) < len(modules):
         raise ValueError("one module serves two entries: give each entry a module of its own")
@@ -77,7 +75,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
 
 
 def _expect_decoding(model: PreTrainedModel, site: Site, positions: Positions | None) -> None:
-    """Positions that no pass has would leave a unit without effect."""
+    """A ValueError for positions that no pass has: the unit would have no effect."""
     if positions is None or positions.spec() != "decode":
         return
     if not inner_model(model).can_generate() or site.stack == "encoder":
@@ -93,7 +91,7 @@ def unit_keys(
     """Key, entry, layer and positions of each unit that a model of so many layers would get."""
     counts = Counter[str]()
     for entry in config.representations:
-        for key, layer, positions in _places(entry, layers, counts):
+        for key, layer, positions in _units_of(entry, layers, counts):
             yield key, entry, layer, None if positions is None else str(positions.spec())
 
 
@@ -102,30 +100,30 @@ def place_name(entry: RepresentationConfig, layer: int | None) -> str:
     return entry.component if layer is None else f"{entry.component}, layer {layer}"
 
 
-def _places(
+def _units_of(
     entry: RepresentationConfig, layers: int, counts: Counter[str]
 ) -> Iterator[tuple[str, int | None, Positions | None]]:
     """pyvene's key, layer and positions of each of an entry's units.
 
     Args:
-        entry: of a config.
-        layers: of the model.
-        counts: units at each place that entries before it have.
+        entry: entry of a config.
+        layers: number of the model's layers.
+        counts: numbers of units that earlier entries have, by the first part of their keys.
     """
     numbers: Sequence[int | None] = entry.layers(layers) if entry.is_per_layer else [None]
     for positions in entry.parts():
         for layer in numbers:
-            place = f"layer_{layer or 0}_comp_{entry.component.replace('.', '_')}_unit_pos_nunit_1"
-            yield f"{place}#{counts[place]}", layer, positions
-            counts[place] += 1
+            name = f"layer_{layer or 0}_comp_{entry.component.replace('.', '_')}_unit_pos_nunit_1"
+            yield f"{name}#{counts[name]}", layer, positions
+            counts[name] += 1
 
 
 def _disjoint(placed: list[PlacedUnit]) -> list[PlacedUnit]:
-    """Check that no token is edited twice at a site, and tell units of their neighbours."""
+    """The units with the largest prefix and suffix at their sites; no token is edited twice."""
     by_site: dict[Site, list[tuple[str, Positions]]] = {}
-    for one in placed:
-        if one.positions is not None:
-            by_site.setdefault(one.site, []).append((one.key, one.positions))
+    for unit in placed:
+        if unit.positions is not None:
+            by_site.setdefault(unit.site, []).append((unit.key, unit.positions))
     for site, units in by_site.items():
         for (key, positions), (other_key, other) in combinations(units, 2):
             if positions.overlaps(other):
@@ -134,14 +132,14 @@ def _disjoint(placed: list[PlacedUnit]) -> list[PlacedUnit]:
                     f"can overlap at {site}: units at one site need disjoint positions"
                 )
     return [
-        one
-        if one.positions is None
+        unit
+        if unit.positions is None
         else replace(
-            one,
-            prefix=max(positions.first for _, positions in by_site[one.site]),
-            suffix=max(positions.last for _, positions in by_site[one.site]),
+            unit,
+            prefix=max(positions.first for _, positions in by_site[unit.site]),
+            suffix=max(positions.last for _, positions in by_site[unit.site]),
         )
-        for one in placed
+        for unit in placed
     ]
 
 
@@ -153,19 +151,19 @@ def subspace_gates(
     Raises:
         ValueError: another nesting, or a dimension that a unit does not have.
     """
-    edits = [one for one in units if one.positions is not None]
+    edits = [placed for placed in units if placed.positions is not None]
     nested: Any = subspaces.tolist() if isinstance(subspaces, Tensor) else subspaces
     if _depth(nested) < 3:
         nested = [nested] * len(edits)
     if not _is_list(nested) or len(nested) != len(edits):
         raise _wrong(subspaces, len(edits), batch)
-    found = {}
-    for one, rows in zip(edits, nested, strict=True):
+    by_key = {}
+    for placed, rows in zip(edits, nested, strict=True):
         if rows is None:
             continue
         if not _is_list(rows) or len(rows) != batch:
             raise _wrong(subspaces, len(edits), batch)
-        unit = one.unit
+        unit = placed.unit
         if not isinstance(unit, LowRankIntervention) or not unit.has_subspaces:
             raise ValueError(f"subspaces: {type(unit).__name__} has no subspace to edit a part of")
         rank = int(unit.low_rank_dimension or 0)
@@ -176,11 +174,11 @@ def subspace_gates(
             chosen = range(rank) if dimensions is None else [i for i in dimensions if i != -1]
             if not all(type(i) is int and 0 <= i < rank for i in chosen):
                 raise ValueError(
-                    f"subspaces {dimensions!r}: {one.key} has dimensions 0 to {rank - 1}"
+                    f"subspaces {dimensions!r}: {placed.key} has dimensions 0 to {rank - 1}"
                 )
             gate[list(chosen)] = 1.0
-        found[one.key] = gates.to(device)
-    return found
+        by_key[placed.key] = gates.to(device)
+    return by_key
 
 
 def _is_list(value: Any) -> bool:

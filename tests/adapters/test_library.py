@@ -122,7 +122,7 @@ def written_out(entries: list[Any], directories: dict[str, Path], batch: Any) ->
     base = tiny_model().eval()
     for name, scale in entries:
         adapter = rn.ReftModel.from_pretrained(tiny_model(), directories[name])
-        for one in adapter._engine.units:
+        for one in adapter.engine.units:
             layer = base.get_submodule(one.site.name)
 
             def edit(_: Any, __: Any, output: Any, unit: Any = one.unit, s: float = scale) -> Any:
@@ -237,7 +237,7 @@ def test_threads_may_choose_more_adapters_than_are_kept_side_by_side(
     def choose(first: int) -> None:
         for turn in range(200):
             name = names[(first + turn) % len(names)]
-            engine = reft_model.adapters.locator([name], batch=1).engine
+            engine = reft_model.adapters.planner([name], batch=1).engine
             assert {str(one.site) for one in engine.units} == sites[name]
 
     before = sys.getswitchinterval()

@@ -101,7 +101,7 @@ def test_units_that_share_a_site_are_one_row(tiny_llama: Any, component: str) ->
     assert reft_model.training
     assert reft_model.interventions.training
     assert not tiny_llama.model.layers[0]._forward_hooks
-    assert "_apply" not in vars(reft_model._engine)
+    assert "_apply" not in vars(reft_model.engine)
 
 
 def test_models_with_two_sequences_and_prompts_without_tokens(tiny_llama: Any) -> None:

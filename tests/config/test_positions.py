@@ -15,9 +15,9 @@ from reftnoise.engine.layout import (
     PromptLayout,
     Selection,
     explicit_selection,
-    parse_unit_locations,
     prompt_lengths_from_labels,
 )
+from reftnoise.engine.planning import parse_unit_locations
 
 quickly = settings(deadline=None, max_examples=150)  # the first call of torch misses any deadline
 

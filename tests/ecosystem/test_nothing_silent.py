@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import reftnoise as rn
-from reftnoise.engine.layout import batch_of
+from reftnoise.engine.layout import Batch
 from reftnoise.engine.training_pass.symnoise import in_pairs
 from support.models import tiny_models
 from support.models.architectures import tiny_model
@@ -250,7 +250,7 @@ def test_symnoise_with_places_on_several_axes() -> None:
     ids = torch.arange(8).view(2, 4)
     places = torch.arange(24).view(3, 2, 4)
     inputs = {"position_ids": places, "input_ids": ids, "labels": ids}
-    doubled = in_pairs(inputs, batch_of(inputs))
+    doubled = in_pairs(Batch.of(inputs)).inputs
     assert torch.equal(doubled["position_ids"], torch.cat([places, places], 1))
     assert torch.equal(doubled["input_ids"], torch.cat([ids, ids]))
 

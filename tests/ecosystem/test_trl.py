@@ -13,7 +13,7 @@ from transformers import set_seed
 trl = pytest.importorskip("trl", reason="needs trl: pip install 'reftnoise[trl]'")
 
 import reftnoise as rn
-import reftnoise.engine.training_pass.checks
+import reftnoise.engine.planning
 from reftnoise.engine.base.tiny import TinyExample
 from support.trl_runs import (
     MARKS,
@@ -272,12 +272,10 @@ def test_prompts_that_are_none_are_mentioned_once(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    reftnoise.engine.training_pass.checks._warn_once.cache_clear()
+    reftnoise.engine.planning._warn_once.cache_clear()
     sft(*wrapped(), data(), tmp_path, max_steps=2, **settings).train()
     messages = [
-        record.message
-        for record in caplog.records
-        if record.name == "reftnoise.engine.training_pass.checks"
+        record.message for record in caplog.records if record.name == "reftnoise.engine.planning"
     ]
     assert len(messages) == (said is not None)
     assert said is None or said in messages[0]

@@ -46,7 +46,7 @@ def columns(positions: str) -> list[int]:
 def by_hand(reft_model: rn.ReftModel, scale: float) -> Tensor:
     """The bare base with h + s·edit(h) written out as hooks, in the order of the units."""
     handles = []
-    for one in reft_model._engine.units:
+    for one in reft_model.engine.units:
         at, unit = columns(one.positions.spec()), one.unit
 
         def edit(_: Any, __: Any, output: Any, at: Any = at, unit: Any = unit) -> Any:
@@ -119,7 +119,7 @@ def test_a_low_precision_base_gets_the_scaled_edit_rounded_once() -> None:
     reft_model = wrapped([BIAS | {"component": "block_output", "layer": 2}])
     reft_model.model.to(torch.bfloat16)
     seen: dict[str, Tensor] = {}
-    site = reft_model._engine.units[0].site.module
+    site = reft_model.engine.units[0].site.module
 
     def keep(name: str) -> Callable[..., None]:
         return lambda _, __, out: seen.update({name: out[0] if isinstance(out, tuple) else out})

@@ -19,7 +19,7 @@ POSITIONS = ["l1", "f7+l7", "f2+l3", "all", "all+decode", "decode", [0, 3, -1]]
 def adapter(base: object, positions: object) -> FrozenAdapter:
     entry = {"layer": 1, "intervention": "loreft", "low_rank_dimension": 2, "positions": positions}
     reft_model = rn.get_reft_model(base, rn.ReftConfig([entry]))
-    return FrozenAdapter.of(reft_model._engine.units)
+    return FrozenAdapter.of(reft_model.engine.units)
 
 
 def padded(positions: object, prompt: int, length: int) -> set[int]:
@@ -86,7 +86,7 @@ def test_edits_are_added_to_the_sum_of_both_parts(has_residual: bool) -> None:
         rn.ReftConfig([{"layer": 1, "intervention": "loreft", "low_rank_dimension": 2}]),
     )
     (unit,) = units.interventions.values()
-    batch = FlatBatch([FrozenAdapter.of(units._engine.units)], torch.device("cpu"))
+    batch = FlatBatch([FrozenAdapter.of(units.engine.units)], torch.device("cpu"))
     one, zero = torch.tensor([1]), torch.tensor([0])
     found = batch.edits(StepRequests(zero, torch.tensor([0.5]), 3 * one, zero, 3 * one))
     hidden, residual = torch.randn(2, 3, unit.hidden_size)

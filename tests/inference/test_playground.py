@@ -123,8 +123,8 @@ def test_layers_and_positions_are_turned_off(
         entry = {"intervention": "loreft", "low_rank_dimension": 2, "positions": positions}
         config = rn.ReftConfig([entry | {"layer": layer} for layer in layers])
         less = rn.get_reft_model(rn.load_tiny_model()[0], config).eval()
-        units = {str(one.site): one.unit for one in whole._engine.units}
-        for one in less._engine.units:
+        units = {str(one.site): one.unit for one in whole.engine.units}
+        for one in less.engine.units:
             one.unit.load_state_dict(units[str(one.site)].state_dict())
         expected[name] = written((less, library[1]), "default")
     assert last(local, **part) == expected

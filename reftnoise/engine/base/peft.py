@@ -1,6 +1,6 @@
-"""Bases inside PEFT's wrapper, made from a `peft` section or given as a `PeftModel`.
+"""PEFT's methods under the same config: a `peft` section, or a `PeftModel` that is ready.
 
-What PEFT trains is trained, saved and loaded with the units. Virtual tokens that a method puts
+What PEFT trains is trained, saved and loaded with the units; virtual tokens that a method puts
 before the user's do not count as positions.
 """
 
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from ...config.peft import as_section, import_peft, peft_config
 
-# Arguments that PEFT takes from the model where a section leaves them out.
-_FROM_MODEL = {"task_type", "target_modules", "feedforward_modules", "num_transformer_submodules"}
-_FROM_MODEL |= {"num_attention_heads", "num_layers", "token_dim", "modules_to_save"}
+# What PEFT finds out by the model, where a section leaves it open.
+_FOUND_OUT = {"task_type", "target_modules", "feedforward_modules", "num_transformer_submodules"}
+_FOUND_OUT |= {"num_attention_heads", "num_layers", "token_dim", "modules_to_save"}
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -24,7 +24,7 @@ _TASKS = {
 
 
 def inner_model(base: PreTrainedModel) -> PreTrainedModel:
-    """The model whose forward runs: the one inside PEFT's wrapper."""
+    """The model whose forward runs: a PEFT model generates with the model inside it."""
     return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
@@ -32,9 +32,9 @@ def virtual_tokens(base: nn.Module, stack: str | None = None) -> int:
     """Tokens that PEFT puts before the user's, as embeddings or in the cache.
 
     Args:
-        base: a model, in PEFT's wrapper or not.
-        stack: the stack of an encoder-decoder model: PEFT puts embeddings before the encoder's
-            tokens, or a cache before the decoder's.
+        base: a model, PEFT's or not.
+        stack: of an encoder-decoder model, which has embeddings before the encoder's tokens, or a
+            cache before the decoder's.
     """
     config: Any = getattr(base, "active_peft_config", None)
     if not getattr(config, "is_prompt_learning", False):
@@ -49,8 +49,13 @@ def is_peft_model(base: nn.Module) -> bool:
     return hasattr(base, "get_base_model") and hasattr(base, "peft_config")
 
 
+def has_switched_adapters(base: nn.Module) -> bool:
+    """Whether a base has adapters of PEFT, in its wrapper or in itself, that may be switched."""
+    return is_peft_model(base) or bool(getattr(base, "_hf_peft_config_loaded", False))
+
+
 def with_peft(model: PreTrainedModel, section: Mapping[str, Any]) -> Any:
-    """`model` inside PEFT's wrapper; what PEFT trains requires gradients.
+    """`model` inside PEFT's wrapper, with what PEFT trains set to be trained.
 
     Raises:
         ValueError: PEFT finds nothing in the model to adapt, or needs further arguments.
@@ -66,10 +71,10 @@ def with_peft(model: PreTrainedModel, section: Mapping[str, Any]) -> Any:
 
 
 def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The section for a config: `given`, or that of a `PeftModel` which is to be trained.
+    """The section for a config: `given`, or that of a ready PEFT model if it is to be trained.
 
     Raises:
-        ValueError: the given section differs from the model's.
+        ValueError: the given section is another than the model's.
     """
     given = None if given is None else dict(given)
     if not is_peft_model(base):
@@ -91,7 +96,7 @@ def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, An
         )
     given = own if given is None else given
     for key in (*given, *own):
-        if key == "task_type" or (key in _FROM_MODEL and key not in given):
+        if key == "task_type" or (key in _FOUND_OUT and key not in given):
             continue
         if own.get(key) != given.get(key):
             raise ValueError(
@@ -102,11 +107,12 @@ def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, An
 
 
 def own_state(base: nn.Module) -> set[str]:
-    """The names of the tensors that PEFT adds to a base, trained or not; shared ones once."""
+    """Names of the tensors that PEFT adds to a base, trained or not, each under one name alone."""
     if not is_peft_model(base):
         return set()
-    layer_class = import_peft().tuners.tuners_utils.BaseTunerLayer
-    layers = [(path, m) for path, m in base.named_modules() if isinstance(m, layer_class)]
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(path, m) for path, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
     added = {
         f"{path}.{name}"
         for path, layer in layers
@@ -120,13 +126,14 @@ def own_state(base: nn.Module) -> set[str]:
 
 @contextlib.contextmanager
 def without_peft(base: Any) -> Iterator[None]:
-    """Within the block, the model inside PEFT's wrapper runs without PEFT's changes."""
-    wrapper_class = import_peft().utils.other.AuxiliaryTrainingWrapper
+    """Within the block, the model inside PEFT's wrapper is as if there were none."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     with contextlib.ExitStack() as stack:
         if virtual_tokens(base):  # PEFT can switch them off for generating models alone
             for module in base.modules():
-                if isinstance(module, wrapper_class) and not module.disable_adapters:
+                if isinstance(module, AuxiliaryTrainingWrapper) and not module.disable_adapters:
                     module.enable_adapters(False)
                     stack.callback(module.enable_adapters, True)
         else:
@@ -143,9 +150,10 @@ def may_add_to_loss(base: nn.Module) -> bool:
     """Whether PEFT's method does more than call the inner model."""
     if not is_peft_model(base) or virtual_tokens(base):
         return False
+    from peft.tuners.tuners_utils import BaseTuner
+
     tuner: Any = type(base.base_model)
-    usual = import_peft().tuners.tuners_utils.BaseTuner.forward
-    return tuner.forward is not usual and base.base_model is not inner_model(base)
+    return tuner.forward is not BaseTuner.forward and base.base_model is not inner_model(base)
 
 
 def _task(model: PreTrainedModel) -> str | None:

@@ -12,6 +12,7 @@ own input or output is edited stays compiled, with the edit outside.
 import contextlib
 import copy
 import functools
+import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
 _PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()
@@ -234,6 +235,11 @@ def is_watched(module: nn.Module) -> bool:
     return has_foreign_hooks(module, but=("transformers.utils.output_capturing",))
 
 
+def is_awaited(module: nn.Module) -> bool:
+    """Whether others wait for the end of a module's call: by hooks, accelerate's among them."""
+    return has_foreign_hooks(module) or hasattr(module, "_hf_hook")
+
+
 @contextlib.contextmanager
 def alone(base: nn.Module) -> Iterator[None]:
     """Within the block, the base is uncompiled, no hook of others runs, and modes may change."""
@@ -282,3 +288,26 @@ def weights_stamp(module: nn.Module) -> tuple[object, ...]:
     These are changes through `.data`, and those by fused optimizers.
     """
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters())
+
+
+# -- hidden states -------------------------------------------------------------------------------
+
+
+def mask_after_convolutions(base: nn.Module) -> Callable[[int, Tensor], Tensor] | None:
+    """How many hidden states, and the mask of its samples, give the mask of hidden states.
+
+    Models of sound begin with convolutions, and have such a function; None for others.
+    """
+    shorten: Any = getattr(base, "_get_feature_vector_attention_mask", None)
+    if shorten is not None and "add_adapter" in inspect.signature(shorten).parameters:
+        shorten = functools.partial(shorten, add_adapter=False)  # it comes after the layers
+    return shorten
+
+
+def shaped_like(hidden: Tensor, flat: Tensor) -> Tensor:
+    """Fresh `flat` in the shape of `hidden`, not as a view.
+
+    FSDP2 gathers for the backward pass by a hook on a layer's output, which an in-place operation
+    on a view would drop.
+    """
+    return torch.ops.aten._unsafe_view(flat, hidden.shape)

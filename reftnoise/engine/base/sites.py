@@ -7,7 +7,7 @@ one of the encoder's, which reads the prompt, unless it says `decoder.`.
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..._util.errors import nearest
 from ...config.components import COMPONENTS, Stack, is_dotted, split_component
 from .peft import inner_model
-from .running import module_at, path_parts, uncompiled
+from .running import path_parts, uncompiled
 
 # Children of a decoder layer, by what the models of transformers call them.
 _CHILDREN = {
@@ -83,19 +83,6 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
         module = _child(module, name, _name_of(model, module))
     width = hidden_size(model)
     return Site(module, _name_of(model, module), name.endswith("_input"), width, stack)
-
-
-def site_now(model: nn.Module, site: Site) -> Site:
-    """The site with the module that has its name now; itself, if that is the one it had.
-
-    Raises:
-        ValueError: the model has no module of that name any more.
-    """
-    try:
-        module = module_at(model, site.name)
-    except AttributeError:
-        raise ValueError(f"{site}: the model has no such module any more") from None
-    return site if module is site.module else replace(site, module=module)
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:

@@ -24,28 +24,28 @@ MAX_LOGITS = 2**24
 """Logits that the loss holds at a time: 64 MiB in fp32."""
 
 
-class Tail:
+class Head:
     """What a base computes after its decoder: logits, with its own head, scaling and capping.
 
-    It is the base's own `forward` with the decoder cut out, on a shallow copy, so the base itself
-    is not touched and no architecture is known here.
+    It is the base's own `forward` without the decoder, on a shallow copy, so the base itself is not
+    touched and no architecture is known here.
 
     Args:
-        base: the model, with the decoder under `base_model_prefix` as in transformers.
-        decoder_output: the class of what the decoder returns.
+        base: model with the decoder under `base_model_prefix`, as in transformers.
+        decoder_output: class of the decoder's output.
     """
 
     def __init__(self, base: PreTrainedModel, decoder_output: type[ModelOutput]) -> None:
-        decoder = {base.base_model_prefix: _Given(decoder_output)}
+        decoder = {base.base_model_prefix: _Identity(decoder_output)}
         self._model: Any = with_children(base, decoder)
-        self._recorded = _Recorded()
+        self._recorded = _RecordedLoss()
         self._model.loss_function = self._recorded
         self.vocabulary = int(base.config.get_text_config().vocab_size)
 
     def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocabulary"]:
         """What the base makes of its decoder's output."""
-        found: Tensor = self._model.forward(inputs_embeds=hidden).logits
-        return found
+        logits: Tensor = self._model.forward(inputs_embeds=hidden).logits
+        return logits
 
     def summed_loss(
         self, hidden: Float[Tensor, "tokens hidden"], targets: Int[Tensor, " tokens"]
@@ -53,7 +53,7 @@ class Tail:
         """Cross-entropy, summed over tokens.
 
         Raises:
-            ValueError: the base's loss is something else than its `loss_function`.
+            ValueError: the base's loss is not what its `loss_function` returns.
         """
         output = self._model.forward(inputs_embeds=hidden[None], labels=targets[None])
         if not self._recorded.sums or output.loss is not self._recorded.sums.pop():
@@ -61,7 +61,7 @@ class Tail:
         return output.loss
 
     def train(self) -> None:
-        """Put the copy itself, and none of the base's modules, in training mode."""
+        """Put the copy itself in training mode, and none of the base's modules."""
         self._model.training = True
 
     @property
@@ -70,7 +70,7 @@ class Tail:
         return any(parameter.requires_grad for parameter in self._model.parameters())
 
 
-class _Recorded:
+class _RecordedLoss:
     """A model's `loss_function` that sums, and remembers what it returned."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class _Recorded:
         return self.sums[-1]
 
 
-class _Given(nn.Module):
+class _Identity(nn.Module):
     """A decoder whose output is its input."""
 
     def __init__(self, output: type[ModelOutput]) -> None:
@@ -94,7 +94,7 @@ class _Given(nn.Module):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The summed loss of a frozen tail, which takes each chunk's gradient while it has its logits.
+    """The summed loss of a frozen head. Each chunk's gradient is taken while its logits are held.
 
     So the backward pass needs one gradient of the hidden states and recomputes nothing.
     """
@@ -104,9 +104,9 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Float[Tensor, "tokens hidden"],
         targets: Int[Tensor, " tokens"],
-        tail: Tail,
+        head: Head,
     ) -> Float[Tensor, ""]:
-        size = max(1, MAX_LOGITS // tail.vocabulary)
+        size = max(1, MAX_LOGITS // head.vocabulary)
         total = hidden.new_zeros((), dtype=torch.float32)
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(hidden) if needs_gradient else None
@@ -114,7 +114,7 @@ class _ChunkedLoss(torch.autograd.Function):
             chunk = slice(start, start + size)
             with torch.set_grad_enabled(needs_gradient):
                 leaf = hidden[chunk].detach().requires_grad_(needs_gradient)
-                loss = tail.summed_loss(leaf, targets[chunk])
+                loss = head.summed_loss(leaf, targets[chunk])
             if gradient is not None:
                 gradient[chunk] = torch.autograd.grad(loss, leaf)[0]
             total += loss.detach()
@@ -133,7 +133,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def label_loss(
-    tail: Tail,
+    head: Head,
     hidden: Float[Tensor, "batch length hidden"],
     targets: Int[Tensor, "batch length"],
     num_items: Tensor | int | None = None,
@@ -141,26 +141,26 @@ def label_loss(
     r"""$-\frac1N\sum_t \log p(y_t \mid h_t)$ over targets $y_t \ne -100$.
 
     Args:
-        tail: from hidden states to logits.
-        hidden: the decoder's output.
-        targets: what each column predicts.
+        head: from hidden states to logits.
+        hidden: output of the decoder.
+        targets: token that each column predicts, or -100.
         num_items: N, by default the number of targets.
     """
     flat = targets.flatten().to(hidden.device)
     rows = (flat != -100).nonzero()[:, 0]
     targets = flat.index_select(0, rows)
     hidden = hidden.flatten(0, 1).index_select(0, rows)
-    if tail.is_trained:  # autograd needs the logits
-        total = tail.summed_loss(hidden, targets)
+    if head.is_trained:  # autograd needs the logits
+        total = head.summed_loss(hidden, targets)
     else:
-        total = _ChunkedLoss.apply(hidden, targets, tail)  # type: ignore[no-untyped-call]  # torch's
+        total = _ChunkedLoss.apply(hidden, targets, head)  # type: ignore[no-untyped-call]  # torch's
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
     return total / (len(targets) if num_items is None else num_items)
 
 
 def targets_of(labels: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
-    """What each column predicts: the label of the next one."""
+    """The token that each column predicts: the label of the next column."""
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
@@ -185,7 +185,7 @@ def without_logits(
 
 
 def with_lazy_logits(output: ModelOutput, logits: Callable[[], Tensor]) -> ModelOutput:
-    """The same output, with logits that are computed when somebody reads them."""
+    """The same output, with logits that are computed on first access."""
     output.__class__ = _lazy(type(output))  # type: ignore[arg-type]  # transformers is untyped
     output.__dict__["_compute_logits"] = logits
     return output
@@ -212,8 +212,8 @@ class _LazyLogits:
 
     @property
     def logits(self) -> Tensor:
-        found: Tensor = self._become_plain().logits
-        return found
+        logits: Tensor = self._become_plain().logits
+        return logits
 
     @logits.setter
     def logits(self: Any, value: Tensor | None) -> None:

@@ -11,20 +11,21 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 logger = logging.getLogger(__name__)
 
 Place = Literal["memory", "disk", "none"]
+
+States = TypeVar("States", bound=DynamicCache)
 
 BLOCK = 16
 """Tokens per block."""
@@ -111,6 +112,40 @@ class PrefixCache:
         if stamp != self.stamp:
             self.clear()
             self.stamp = stamp
+
+    def fetch(
+        self,
+        names: Sequence[bytes],
+        lengths: Sequence[int],
+        width: int,
+        compute: Callable[[list[int]], States],
+        empty: States,
+        device: torch.device,
+    ) -> States:
+        """Keys and values of prompts, padded on the left; those that are not stored are computed.
+
+        Args:
+            names: of each prompt what identifies it, as in `write`.
+            lengths: tokens of each prompt.
+            width: columns of the result.
+            compute: from the rows that are missing to their keys and values.
+            empty: cache that takes what was stored.
+            device: of the result.
+        """
+        missing = [row for row, name in enumerate(names) if name not in self]
+        self.hits += len(names) - len(missing)
+        self.misses += len(missing)
+        if len(missing) == len(names):
+            states = compute(missing)
+            values, self.shapes = pack(states)
+        else:
+            values = self.stacked(names, lengths, width).to(device)
+            if missing:
+                values[missing], self.shapes = pack(compute(missing))
+            states = unpack(values, self.shapes, empty)
+        for row, kept in zip(missing, values[missing].cpu(), strict=True):
+            self.write(names[row], kept[width - lengths[row] :])
+        return states
 
     def stacked(
         self, names: Sequence[bytes], lengths: Sequence[int], width: int
@@ -220,46 +255,6 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-class Complete(Exception):  # noqa: N818  # it tells of no error
-    """Raised within a base's forward once a prompt's keys and values are complete."""
-
-
-class PromptStates(DynamicCache):
-    """A prompt's keys and values, not copied where transformers' own cache would.
-
-    Args:
-        last: the layer whose keys and values complete it: what the base computes after them is
-            needed by no later token, so `Complete` ends the forward pass there. None runs it to its
-            end.
-    """
-
-    def __init__(self, last: int | None = None) -> None:
-        super().__init__()
-        self.layer_class_to_replicate = _PromptLayer
-        self.last = last
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == self.last:
-            self.last = None
-            raise Complete
-        return states
-
-
-class _PromptLayer(DynamicLayer):
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if self.is_initialized:
-            keys, values = super().update(key_states, value_states, *args, **kwargs)
-            return keys, values
-        self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states, value_states
-        return key_states, value_states
-
-
 def pack(states: DynamicCache) -> tuple[Float[Tensor, "batch tokens width"], Shapes]:
     """All layers' keys and values as one vector per token."""
     parts, shapes = [], Shapes()
@@ -272,13 +267,12 @@ def pack(states: DynamicCache) -> tuple[Float[Tensor, "batch tokens width"], Sha
     return torch.cat(parts, 2), shapes
 
 
-def unpack(values: Float[Tensor, "batch tokens width"], shapes: Shapes) -> PromptStates:
-    """The inverse of `pack`."""
-    states = PromptStates()
+def unpack(values: Float[Tensor, "batch tokens width"], shapes: Shapes, states: States) -> States:
+    """The inverse of `pack`, into an empty cache."""
     start = 0
     for index, shape in enumerate(shapes):
         if shape is None:
-            states.layers.append(_PromptLayer())
+            states.layers.append(states.layer_class_to_replicate())
             continue
         heads, *sizes = shape
         pair = []

@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..base.running import alone
-from .loss import Tail
-from .prefix_cache import PromptStates
+from .loss import Head
+from .split import PromptStates
 
 TOKENS = 8
 
@@ -20,7 +20,7 @@ class Abilities:
     """What a base allows; for what it does not, the reason."""
 
     decoder_output: type[ModelOutput] = ModelOutput
-    no_tail: str | None = None
+    no_head: str | None = None
     """Why its loss cannot be computed from its decoder's output."""
     no_prefill: str | None = None
     """Why a pass cannot be continued from a cache of keys and values."""
@@ -32,7 +32,7 @@ def probe(base: PreTrainedModel) -> Abilities:
     """Run the base plainly and in other ways, without gradients and dropout, and compare."""
     if base.base_model is base:
         reason = f"{type(base).__name__} has no decoder apart from its head"
-        return Abilities(no_tail=reason, no_prefill=reason)
+        return Abilities(no_head=reason, no_prefill=reason)
     tokens = torch.arange(TOKENS, device=base.device)[None]
     seen: list[ModelOutput] = []
     try:
@@ -45,28 +45,30 @@ def probe(base: PreTrainedModel) -> Abilities:
                 hook.remove()
             if len(seen) != 1:
                 reason = f"{type(base).__name__} does not call its {base.base_model_prefix!r} once"
-                return Abilities(no_tail=reason, no_prefill=reason)
+                return Abilities(no_head=reason, no_prefill=reason)
             states = PromptStates()
             return Abilities(
                 type(seen[0]),
-                _no_tail(base, seen[0], plain, tokens),
+                _no_head(base, seen[0], plain, tokens),
                 _no_prefill(base, states, plain, tokens),
-                max((i for i, one in enumerate(states.layers) if one.is_initialized), default=0),
+                max(
+                    (i for i, layer in enumerate(states.layers) if layer.is_initialized), default=0
+                ),
             )
     except Exception as error:  # of whatever model this is
         reason = f"{type(base).__name__} failed on {TOKENS} tokens: {error}"
-        return Abilities(no_tail=reason, no_prefill=reason)
+        return Abilities(no_head=reason, no_prefill=reason)
 
 
-def _no_tail(
+def _no_head(
     base: PreTrainedModel, decoded: ModelOutput, plain: ModelOutput, tokens: Tensor
 ) -> str | None:
     try:
-        tail = Tail(base, type(decoded))
+        head = Head(base, type(decoded))
         hidden = decoded.last_hidden_state
-        tail.train()  # the loss may be another one then, which is noticed
-        loss = tail.summed_loss(hidden[0, :-1], tokens[0, 1:]) / (TOKENS - 1)
-        same = _close(tail.logits(hidden), plain.logits) and _close(loss, plain.loss)
+        head.train()  # the loss may be another one then, which is noticed
+        loss = head.summed_loss(hidden[0, :-1], tokens[0, 1:]) / (TOKENS - 1)
+        same = _close(head.logits(hidden), plain.logits) and _close(loss, plain.loss)
     except Exception as error:
         return f"{type(base).__name__}: {error}"
     return None if same else f"{type(base).__name__} has a head or loss of its own kind"
@@ -97,14 +99,26 @@ def _no_prefill(
 
 def _rope_that_depends_on_length(base: nn.Module) -> str | None:
     for module in base.modules():
-        kinds = getattr(module, "rope_type", None)  # one, or one per kind of layer
+        kinds = getattr(module, "rope_type", None)  # a name, or one per kind of layer
         for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
             if kind in ("dynamic", "longrope"):
                 return str(kind)
     return None
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def _close(actual: Tensor, expected: Tensor) -> bool:
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
-    found, expected = found.float(), expected.float()
-    return bool((found - expected).abs().amax() <= tolerance * expected.abs().amax())
+    actual, expected = actual.float(), expected.float()
+    return bool((actual - expected).abs().amax() <= tolerance * expected.abs().amax())
+
+
+def is_random(base: PreTrainedModel) -> bool:
+    """Whether the base, in its modes of now, gives two outputs for one input: dropout, jitter."""
+    tokens = torch.arange(TOKENS, device=base.device).repeat(TOKENS, 1)
+    device = base.device.type
+    places = {p.device.index for p in base.parameters() if p.device.type == device}
+    indices = [] if device == "cpu" else sorted(i for i in places if i is not None)
+    kind = "cuda" if device == "cpu" else device
+    with torch.no_grad(), alone(base), torch.random.fork_rng(indices, device_type=kind):
+        first, second = (base(input_ids=tokens).logits for _ in range(2))
+    return not torch.equal(first, second)

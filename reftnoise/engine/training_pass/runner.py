@@ -11,39 +11,36 @@ traces: shapes that depend on labels would break its graph |
 Whether a base allows them is found out on the base itself, once, with eight tokens.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
 from ...interventions import NoiseIntervention
-from ..base.peft import inner_model, may_add_to_loss, virtual_tokens
+from ..base.peft import has_switched_adapters, inner_model, may_add_to_loss, virtual_tokens
 from ..base.quantization import check_gradients
 from ..base.running import (
     checkpointed_modules,
     exclusive,
-    has_foreign_hooks,
     innermost,
+    is_awaited,
     is_watched,
-    weights_stamp,
 )
 from ..base.sharding import is_spread
 from ..base.sites import takes_position_ids
-from ..calls import Pass
+from ..calls import EditPlan, Plan
 from ..hooks import Engine
-from ..layout import has_token_labels
+from ..layout import Batch, has_token_labels
 from ..tracing import Tracer
-from .loss import Tail, label_loss, targets_of, with_lazy_logits, without_logits
-from .prefix_cache import Complete, PrefixCache, PromptStates, pack, unpack
-from .probe import Abilities, probe
-from .split import PER_TOKEN, Alignment, align, aligned_inputs
+from .loss import Head, label_loss, targets_of, with_lazy_logits, without_logits
+from .prefix_cache import PrefixCache
+from .probe import Abilities, is_random, probe
+from .split import PER_TOKEN, Alignment, SplitPass, align
 from .symnoise import first_of_pairs
 
 logger = logging.getLogger(__name__)
@@ -58,8 +55,8 @@ _LABEL_INPUTS = _SPLIT_INPUTS | {"use_cache", "output_hidden_states", "output_at
 _LABEL_INPUTS |= {"token_type_ids", "return_dict"}
 
 
-class Runner:
-    """Runs passes of an engine, each in the cheapest way.
+class ForwardPasses:
+    """Runs forward passes of an engine, each in the cheapest way.
 
     Args:
         engine: the base with its units.
@@ -69,14 +66,15 @@ class Runner:
         self._engine, self._tracer = engine, Tracer(engine)
         self._logged: set[tuple[str, str]] = set()
         self._known: dict[tuple[object, ...], Abilities] = {}
+        self._randomness: tuple[tuple[bool, ...], bool] | None = None
+        """Whether the base is random, and the modes of its modules when this was found out."""
         self._is_checked = False
 
     def run(
         self,
-        passes: Sequence[Pass],
-        inputs: dict[str, Any],
+        plans: Sequence[Plan],
+        batch: Batch,
         *,
-        pairs: int | None = None,
         return_logits: bool | None = None,
         split: SplitMode = "auto",
         prefix_cache: PrefixCache | None = None,
@@ -84,50 +82,67 @@ class Runner:
         """One call of the base; returns its output class with its loss.
 
         Args:
-            passes: the edits of each stack.
-            inputs: of the base.
-            pairs: for a batch that holds each of so many examples twice, return the first half.
+            plans: edits of each stack.
+            batch: inputs of the base. Of one that holds each example twice, the outputs are those
+                of the first half.
             return_logits: True has the base compute all; False leaves them out where they are not
                 needed for the loss; None computes them when somebody reads them.
             split: whether to run what comes before the first edit without gradients; `"auto"`
                 where it is possible and saves time.
-            prefix_cache: where keys and values of prompts are kept from epoch to epoch.
+            prefix_cache: cache that keeps keys and values of prompts from epoch to epoch.
 
         Raises:
             ValueError: `split="always"`, but a training pass cannot be split; or gradients do not
                 pass a quantised base.
         """
-        current = passes[0]
+        plan, rows = plans[0], batch.rows // batch.copies
         if torch.compiler.is_compiling():
-            outputs = self._tracer.run(current, inputs)
-            return outputs if pairs is None else first_of_pairs(outputs, pairs)
+            outputs = self._tracer.run(plan, batch)
+            return outputs if batch.copies == 1 else first_of_pairs(outputs, rows)
         if torch.is_grad_enabled() and not self._is_checked:
             check_gradients(self._engine.base)
             self._is_checked = True
-        whole, alignment = self._plan(current, inputs, return_logits, split)
+        whole = next(self._against_label_loss(plan, batch, return_logits), None)
+        alignment, plain = None, whole
+        if isinstance(plan, EditPlan) and whole is None:
+            alignment, plain = self._alignment(plan, batch, split, return_logits is not False)
+        self._report(whole, plain, split)
         trained = (parameter.requires_grad for parameter in self._engine.base.parameters())
         if prefix_cache is not None and alignment is None and any(trained):
             prefix_cache.clear()  # fused optimizers change weights without a trace
-        if whole:
-            with self._engine.running(*passes):
-                outputs = self._engine.base(**inputs)
-            return outputs if pairs is None else first_of_pairs(outputs, pairs)
-        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if whole is None and isinstance(plan, EditPlan):
+            return self._with_label_loss(plan, batch, alignment, return_logits, prefix_cache)
+        with self._engine.running(*plans):
+            outputs = self._engine.base(**batch.inputs)
+        return outputs if batch.copies == 1 else first_of_pairs(outputs, rows)
+
+    # -- the ways ------------------------------------------------------------------------------
+
+    def _with_label_loss(
+        self,
+        plan: EditPlan,
+        batch: Batch,
+        alignment: Alignment | None,
+        return_logits: bool | None,
+        prefix_cache: PrefixCache | None,
+    ) -> Any:
+        """A pass whose loss is computed at label positions, split where there is an alignment."""
+        inputs = {name: value for name, value in batch.inputs.items() if value is not None}
         targets = targets_of(inputs.pop("labels"))
         num_items = inputs.pop("num_items_in_batch", None)
         if alignment is None:
-            outputs, hidden, all_hidden = self._unsplit(current, inputs)
+            outputs, hidden, all_hidden = self._unsplit(plan, inputs)
         else:
-            outputs, hidden, all_hidden = self._split(
-                current, inputs, alignment, prefix_cache, to_end=return_logits is not False
-            )
+            to_end = return_logits is not False
+            outputs, hidden, all_hidden = self._split(plan, inputs, alignment, prefix_cache, to_end)
             targets = alignment.take(targets, -100)[:, alignment.cut :]
-        tail = Tail(inner_model(self._engine.base), self._abilities.decoder_output)
-        loss = label_loss(tail, hidden, targets, num_items)
+        head = Head(inner_model(self._engine.base), self._abilities.decoder_output)
+        loss = label_loss(head, hidden, targets, num_items)
         kept = {n: v for n, v in outputs.items() if n not in ("loss", "logits")}
         outputs = type(outputs)(loss=loss, **kept)
-        if pairs is not None:
-            outputs = first_of_pairs(outputs, pairs)
+        rows = batch.rows // batch.copies
+        if batch.copies > 1:
+            outputs = first_of_pairs(outputs, rows)
         if return_logits is False:
             return outputs
         device = hidden.device.type
@@ -137,166 +152,61 @@ class Runner:
 
         def logits() -> Tensor:
             with autocast:  # also if they are read after its block
-                return tail.logits(all_hidden()[:pairs])
+                return head.logits(all_hidden()[:rows])
 
         return with_lazy_logits(outputs, logits)
 
-    def _plan(
-        self,
-        current: Pass,
-        inputs: Mapping[str, Any],
-        return_logits: bool | None,
-        split: SplitMode,
-    ) -> tuple[bool, Alignment | None]:
-        """Whether the base computes all logits, and where to split the pass."""
-        whole = next(self._against_label_loss(current, inputs, return_logits), None)
-        plain = whole or next(self._against_split(inputs), None)
-        alignment = None
-        if plain is None and split != "never":
-            assert current.layout is not None
-            alignment = align(
-                current.layout,
-                current.selections.values(),
-                inputs["labels"],
-                inputs.get("position_ids"),
-                keep_end=return_logits is not False,
-            )
-            if alignment is None:
-                plain = "rows are packed, or have labels at or right after padding"
-            elif not self._takes_position_ids and alignment.shift.any():
-                plain = "prompts end at different columns, and the base takes no position_ids"
-            elif alignment.cut == 0:
-                plain = "nothing comes before the first edit"
-            elif split == "auto" and not alignment.is_worthwhile:
-                plain = "it would save less than a twentieth of the pass"
-            else:
-                plain = next(self._against_split_of_base(), None)
-        is_training = any(one.unit.training for one in self._engine.units)
-        if is_training and torch.is_grad_enabled():
-            if split == "always" and plain is not None:
-                raise ValueError(f"split 'always': {plain}")
-            self._log("all logits are computed", whole)
-            self._log("a training pass is not split", plain)
-        if plain is not None:
-            alignment = None
-        return whole is not None, alignment
-
-    # -- the ways ------------------------------------------------------------------------------
-
-    def _unsplit(self, current: Pass, inputs: dict[str, Any]) -> Decoded:
+    def _unsplit(self, plan: EditPlan, inputs: dict[str, Any]) -> Decoded:
         base = self._engine.base
         decoder = inner_model(base).base_model
-        with self._engine.running(current) as is_ours, without_logits(decoder, is_ours) as seen:
+        with self._engine.running(plan) as is_ours, without_logits(decoder, is_ours) as seen:
             outputs = base(**inputs)
         return outputs, seen[-1], lambda: seen[-1]
 
     def _split(
         self,
-        current: Pass,
+        plan: EditPlan,
         inputs: dict[str, Any],
         alignment: Alignment,
         prefix_cache: PrefixCache | None,
-        *,
         to_end: bool,
     ) -> Decoded:
-        assert current.layout is not None
-        base, cut = self._engine.base, alignment.cut
-        decoder = inner_model(base).base_model
-        moved = {id(s): alignment.select(s) for s in current.selections.values() if s is not None}
-        selections = {k: s and moved[id(s)] for k, s in current.selections.items()}
-        layout = current.layout
-        current = replace(current, selections=selections, alignment=alignment)
-        aligned = aligned_inputs(alignment, inputs, layout, position_ids=self._takes_position_ids)
-        prompt = {name: value[:, :cut] for name, value in aligned.items()}
-        rest = {name: value[:, cut:] for name, value in aligned.items()}
-        rest["attention_mask"] = aligned["attention_mask"]
         if prefix_cache is not None and (why := next(self._against_reuse(inputs), None)):
             self._log("prompts are not kept from epoch to epoch", why)
             prefix_cache = None
-        stamp: tuple[object, ...] = ()
+        split = SplitPass(
+            self._engine, plan, alignment, inputs, position_ids=self._takes_position_ids
+        )
         last = None if to_end or not self._may_stop() else self._abilities.last_cached
-        with self._engine.running(current) as is_ours, without_logits(decoder, is_ours) as seen:
-            if prefix_cache is None:
-                states = self._prefill(prompt, last)
-            else:
-                with prefix_cache.lock:
-                    states = self._reused(prompt, last, alignment, prefix_cache)
-                stamp = prefix_cache.stamp
-            outputs = base(**rest, past_key_values=states, use_cache=True)
-        hidden = seen[-1]
-
-        def all_hidden() -> Tensor:
-            before = seen[0]
-            if len(seen) == 1 or len(before) < len(hidden):  # some came from the prefix cache
-                if stamp != self._stamp():
-                    raise RuntimeError("the base has changed since these logits' forward pass")
-                with (
-                    self._engine.running(current) as is_ours,
-                    without_logits(decoder, is_ours) as s,
-                ):
-                    self._prefill(prompt)
-                before = s[0]
-            return alignment.put_back(torch.cat([before, hidden], 1))
-
-        kept = {name: value for name, value in outputs.items() if name != "past_key_values"}
-        return type(outputs)(**kept), hidden, all_hidden
+        outputs = split.run(last, prefix_cache)
+        return outputs, split.hidden, split.all_hidden
 
     def _may_stop(self) -> bool:
         """Whether nobody waits for the end of a layer's forward pass."""
-        return not any(
-            has_foreign_hooks(module) or hasattr(module, "_hf_hook")
-            for module in self._engine.base.modules()
-        )
-
-    @torch.no_grad()
-    def _prefill(self, prompt: Mapping[str, Tensor], last: int | None = None) -> PromptStates:
-        states = PromptStates(last)
-        with contextlib.suppress(Complete):
-            self._engine.base(**prompt, past_key_values=states, use_cache=True)
-        return states
-
-    @torch.no_grad()
-    def _reused(
-        self,
-        prompt: Mapping[str, Tensor],
-        last: int | None,
-        alignment: Alignment,
-        prefixes: PrefixCache,
-    ) -> PromptStates:
-        """Keys and values of prompts from the cache, and of those that it lacks from the base."""
-        inside = alignment.inside[:, : alignment.cut]
-        prefixes.belongs_to(self._stamp())
-        columns = torch.stack(
-            [
-                prompt["input_ids"],
-                prompt.get("position_ids", alignment.columns[:, : alignment.cut]),
-                prompt["attention_mask"],
-            ],
-            dim=2,
-        ).cpu()
-        names = [
-            row[kept].numpy().tobytes() for row, kept in zip(columns, inside.cpu(), strict=True)
-        ]
-        lengths = inside.sum(1).tolist()
-        missing = [row for row, name in enumerate(names) if name not in prefixes]
-        prefixes.hits += len(names) - len(missing)
-        prefixes.misses += len(missing)
-        if len(missing) == len(names):
-            states = self._prefill(prompt, last)
-            values, prefixes.shapes = pack(states)
-        else:
-            device = prompt["input_ids"].device
-            values = prefixes.stacked(names, lengths, alignment.cut).to(device)
-            if missing:
-                lacking = torch.tensor(missing, device=device)
-                states = self._prefill({n: v[lacking] for n, v in prompt.items()}, last)
-                values[lacking], prefixes.shapes = pack(states)
-            states = unpack(values, prefixes.shapes)
-        for row, kept in zip(missing, values[missing].cpu(), strict=True):
-            prefixes.write(names[row], kept[alignment.cut - lengths[row] :])
-        return states
+        return not any(is_awaited(module) for module in self._engine.base.modules())
 
     # -- which of them -------------------------------------------------------------------------
+
+    def _alignment(
+        self, plan: EditPlan, batch: Batch, split: SplitMode, keep_end: bool
+    ) -> tuple[Alignment | None, str | None]:
+        """Where to split a pass, or why not to; neither where it must not be."""
+        reason = next(self._against_split(batch), None)
+        if reason is not None or split == "never":
+            return None, reason
+        position_ids = batch.inputs.get("position_ids")
+        alignment = align(plan, batch.inputs["labels"], position_ids, keep_end=keep_end)
+        reason = next(self._against_alignment(alignment, split), None)
+        return (alignment, None) if reason is None else (None, reason)
+
+    def _report(self, whole: str | None, plain: str | None, split: SplitMode) -> None:
+        """Log why a training pass is not one of the cheaper ones, or raise where it has to be."""
+        is_training = any(placed.unit.training for placed in self._engine.units)
+        if is_training and torch.is_grad_enabled():
+            if split == "always" and plain is not None:
+                raise ValueError(f"split 'always': {plain}")
+            self._log("all logits are computed", whole)
+            self._log("a training pass is not split", plain)
 
     @property
     def _abilities(self) -> Abilities:
@@ -304,8 +214,8 @@ class Runner:
         key = (type(base), getattr(base.config, "output_router_logits", None))
         if key not in self._known:
             with exclusive(base), innermost(base):
-                found = self._known[key] = probe(base)
-            for reason in {found.no_tail, found.no_prefill} - {None}:
+                abilities = self._known[key] = probe(base)
+            for reason in {abilities.no_head, abilities.no_prefill} - {None}:
                 logger.warning("training runs plain passes: %s", reason)
         return self._known[key]
 
@@ -314,25 +224,25 @@ class Runner:
         return takes_position_ids(inner_model(self._engine.base))
 
     def _against_label_loss(  # noqa: PLR0912  # a list of reasons
-        self, current: Pass, inputs: Mapping[str, Any], return_logits: bool | None
+        self, plan: Plan, batch: Batch, return_logits: bool | None
     ) -> Iterator[str]:
         """Reasons to leave the loss to the base."""
-        base, labels = self._engine.base, inputs.get("labels")
-        if current.layout is None:
+        base, inputs = self._engine.base, batch.inputs
+        if not isinstance(plan, EditPlan):
             yield "the base tells the length of its sequences only when it runs"
             return
         inner = inner_model(base)
         decoder = inner.base_model
         heads = [child for child in inner.children() if decoder not in (child, inner)]
-        tail = [module for head in heads for module in head.modules()]
-        if labels is None:
+        after = [module for head in heads for module in head.modules()]
+        if batch.labels is None:
             yield "there are no labels"
         if return_logits:
             yield "return_logits is True"
         is_continued = inputs.get("past_key_values") is not None
-        if is_continued or not has_token_labels(inputs["labels"], current.layout.attended):
+        if is_continued or not has_token_labels(batch.labels, plan.layout.attended):
             yield "labels are not one per token"
-        if unknown := given(inputs) - _LABEL_INPUTS:
+        if unknown := named(inputs) - _LABEL_INPUTS:
             yield f"{', '.join(sorted(unknown))} may change the loss"
         if inputs.get("return_dict", inner.config.return_dict) is False:
             yield "outputs are tuples"
@@ -344,20 +254,21 @@ class Runner:
             yield "the base's forward was replaced on the instance"
         if is_spread(base):
             yield "the base is spread over processes"
-        if any(is_watched(module) for module in [inner, *tail]):
+        if any(is_watched(module) for module in [inner, *after]):
             yield "a hook of others reads the head"
-        if any(one.site.module in {inner, decoder, *tail} for one in self._engine.units):
+        if any(site.module in {inner, decoder, *after} for site in self._engine.sites):
             yield "a unit edits the head"
-        if self._abilities.no_tail is not None:
-            yield self._abilities.no_tail
+        if self._abilities.no_head is not None:
+            yield self._abilities.no_head
 
-    def _against_split(self, inputs: Mapping[str, Any]) -> Iterator[str]:
+    def _against_split(self, batch: Batch) -> Iterator[str]:
         """Reasons in the inputs not to run the prompt without gradients."""
+        inputs = batch.inputs
         if not torch.is_grad_enabled():
             yield "no gradients are taken"
         if any(isinstance(v, Tensor) and v.requires_grad for v in inputs.values()):
             yield "an input requires a gradient"
-        if unknown := given(inputs) - _SPLIT_INPUTS:
+        if unknown := named(inputs) - _SPLIT_INPUTS:
             yield f"{', '.join(sorted(unknown))} concern the whole batch"
         config = inner_model(self._engine.base).config
         if config.output_hidden_states or config.output_attentions:
@@ -365,6 +276,19 @@ class Runner:
         position_ids = inputs.get("position_ids")
         if position_ids is not None and position_ids.shape != inputs["labels"].shape:
             yield "position_ids are not one per token"
+
+    def _against_alignment(self, alignment: Alignment | None, split: SplitMode) -> Iterator[str]:
+        """Reasons in the rows, and in the base, not to split where they are aligned."""
+        if alignment is None:
+            yield "rows are packed, or have labels at or right after padding"
+            return
+        if not self._takes_position_ids and alignment.shift.any():
+            yield "prompts end at different columns, and the base takes no position_ids"
+        if alignment.cut == 0:
+            yield "nothing comes before the first edit"
+        if split == "auto" and not alignment.is_worthwhile:
+            yield "it would save less than a twentieth of the pass"
+        yield from self._against_split_of_base()
 
     def _against_split_of_base(self) -> Iterator[str]:
         """Reasons in the base, which take a walk through it to find."""
@@ -383,20 +307,24 @@ class Runner:
         base = self._engine.base
         if "input_ids" not in inputs:
             yield "inputs are not token ids"
-        if base is not inner_model(base) or getattr(base, "_hf_peft_config_loaded", False):
+        if has_switched_adapters(base):
             yield "adapters of PEFT may be switched"
-        noises = [o.unit for o in self._engine.units if isinstance(o.unit, NoiseIntervention)]
-        if any(n.training and getattr(n, "where", "all") != "completion" for n in noises):
+        units = [placed.unit for placed in self._engine.units]
+        noises = [unit for unit in units if isinstance(unit, NoiseIntervention) and unit.training]
+        if any(getattr(noise, "where", "all") != "completion" for noise in noises):
             yield "prompts are noised"
-        if is_random(base):
+        if self._is_random():
             yield "the base drops out, or jitters"
 
-    def _stamp(self) -> tuple[object, ...]:
-        """What keys and values depend on, beside tokens."""
+    def _is_random(self) -> bool:
+        """Whether the base is random; it is asked anew when the mode of a module has changed."""
         base = self._engine.base
-        device = base.device.type
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return (*weights_stamp(base), cast)
+        modes = tuple(module.training for module in base.modules())
+        if self._randomness is None or self._randomness[0] != modes:
+            inner = inner_model(base)
+            with exclusive(inner), innermost(inner):
+                self._randomness = modes, is_random(inner)
+        return self._randomness[1]
 
     def _log(self, what: str, why: str | None) -> None:
         if why is not None and (what, why) not in self._logged:
@@ -404,19 +332,6 @@ class Runner:
             logger.info("%s: %s", what, why)
 
 
-def given(inputs: Mapping[str, Any]) -> set[str]:
+def named(inputs: Mapping[str, Any]) -> set[str]:
     """Names of the inputs that are not None."""
     return {name for name, value in inputs.items() if value is not None}
-
-
-def is_random(base: nn.Module) -> bool:
-    """Whether the base draws numbers now: for dropout or jitter, in a module or by a rate."""
-    for module in base.modules():
-        if not module.training:
-            continue
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            return True
-        for name, value in vars(module).items():
-            if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
-                return True
-    return False

@@ -1,4 +1,4 @@
-r"""Where a training pass can be split: nothing before a causal model's first edit is trained.
+r"""A training pass in two: nothing before a causal model's first edit is trained.
 
 The columns before the first edited one depend on no trainable parameter, so they run without
 gradients, as a prefill, and only the rest is differentiated: with `positions: l1`, half of the step
@@ -8,15 +8,27 @@ Rows are first shifted so that their first edited columns coincide, which also d
 shift is undone before anyone reads logits.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import ModelOutput
 
+from ...interventions import NoiseIntervention
+from ..base.peft import inner_model
+from ..base.running import weights_stamp
+from ..calls import EditPlan
+from ..hooks import Engine
 from ..layout import PromptLayout, Selection
+from ..units import PlacedUnit
+from .loss import without_logits
+from .prefix_cache import PrefixCache
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids")
 """Inputs of a base that have a column per token, beside the attention mask."""
@@ -52,8 +64,8 @@ class Alignment:
         columns = torch.arange(self.given_width, device=values.device) + self.shift[:, None]
         inside = (columns >= 0) & (columns < values.shape[1])
         rows = torch.arange(len(columns), device=values.device)[:, None]
-        found = values[rows, columns.clamp(0, values.shape[1] - 1)]
-        return found.masked_fill(~inside[..., None], 0)
+        given = values[rows, columns.clamp(0, values.shape[1] - 1)]
+        return given.masked_fill(~inside[..., None], 0)
 
     def select(self, selection: Selection) -> Selection:
         """A selection of the given columns as one of the aligned columns."""
@@ -65,10 +77,21 @@ class Alignment:
         columns = columns.clamp(0, self.columns.shape[1] - 1)
         return Selection(columns, mask & self.inside.gather(1, columns))
 
+    def shifted(self, plan: EditPlan) -> EditPlan:
+        """A plan of the given columns as one of the aligned columns."""
+        moved = {s: self.select(s) for s in unique_selections(plan)}
+        selections = {key: s and moved[s] for key, s in plan.selections.items()}
+        noise = AlignedNoise(self, plan.layout)
+        return replace(plan, selections=selections, cut=self.cut, noise=noise)
+
+
+def unique_selections(plan: EditPlan) -> list[Selection]:
+    """The selections of a plan, each once: units with equal positions share one."""
+    return [s for s in dict.fromkeys(plan.selections.values()) if s is not None]
+
 
 def align(
-    layout: PromptLayout,
-    selections: Iterable[Selection | None],
+    plan: EditPlan,
     labels: Int[Tensor, "batch width"],
     position_ids: Int[Tensor, "batch width"] | None,
     *,
@@ -81,13 +104,12 @@ def align(
     padding or at a token with only padding before it: a base predicts those, too.
 
     Args:
-        layout: of the batch.
-        selections: all edits.
+        plan: what is edited.
         labels: -100 where nothing is predicted.
         position_ids: as given to the base; None where it counts columns itself.
-        keep_end: also keep tokens after the one that predicts the last label.
+        keep_end: whether to keep tokens after the one that predicts the last label.
     """
-    attended = layout.attended
+    attended = plan.layout.attended
     device, width = attended.device, attended.shape[1]
     column = torch.arange(width, device=device)
     start = attended.to(torch.uint8).argmax(1)
@@ -95,7 +117,7 @@ def align(
     is_label = labels.to(device) != -100
     has_label = is_label.any(1)
     first = torch.where(has_label, is_label.to(torch.uint8).argmax(1) - 1, width)
-    for selection in {id(s): s for s in selections if s is not None}.values():
+    for selection in unique_selections(plan):
         first = torch.minimum(first, selection.first_column(width))
     first = torch.maximum(torch.minimum(first, end - 1), start)
     if not keep_end:
@@ -127,8 +149,183 @@ def aligned_inputs(
         layout: of the batch.
         position_ids: whether to add those that the base would count itself.
     """
-    found = {name: alignment.take(inputs[name]) for name in PER_TOKEN if name in inputs}
-    found["attention_mask"] = alignment.take(layout.attended.long())
-    if position_ids and "position_ids" not in found:
-        found["position_ids"] = alignment.columns
-    return found
+    aligned = {name: alignment.take(inputs[name]) for name in PER_TOKEN if name in inputs}
+    aligned["attention_mask"] = alignment.take(layout.attended.long())
+    if position_ids and "position_ids" not in aligned:
+        aligned["position_ids"] = alignment.columns
+    return aligned
+
+
+class Complete(Exception):  # noqa: N818  # it tells of no error
+    """Raised within a base's forward once a prompt's keys and values are complete."""
+
+
+class PromptStates(DynamicCache):
+    """A prompt's keys and values, not copied where transformers' own cache would.
+
+    Args:
+        last: layer whose keys and values complete it: what the base computes after them is needed
+            by no later token, so `Complete` ends the forward pass there. None runs it to its end.
+    """
+
+    def __init__(self, last: int | None = None) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = _PromptLayer
+        self.last = last
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self.last:
+            self.last = None
+            raise Complete
+        return states
+
+
+class _PromptLayer(DynamicLayer):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.is_initialized:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            return keys, values
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+class AlignedNoise:
+    """The noise of the plain pass, for the calls of a split one: drawn once for the whole batch.
+
+    Args:
+        alignment: of the batch.
+        layout: of the batch as given.
+    """
+
+    def __init__(self, alignment: Alignment, layout: PromptLayout) -> None:
+        self._alignment, self._layout = alignment, layout
+        self._drawn: dict[str, Tensor] = {}
+
+    def __call__(
+        self, placed: PlacedUnit, hidden: Float[Tensor, "batch length hidden"], offset: int
+    ) -> Float[Tensor, "batch length hidden"]:
+        """The noise of a unit for a call's hidden states, whose first column is `offset`."""
+        if placed.key not in self._drawn and isinstance(placed.unit, NoiseIntervention):
+            attended, prompt = self._layout.attended, self._layout.prompt
+            like = hidden.new_zeros(*attended.shape, hidden.shape[-1])
+            noise = placed.unit.delta(like, attended.to(like.device), prompt.to(like.device))
+            self._drawn[placed.key] = self._alignment.take(noise)
+        return self._drawn[placed.key][:, offset : offset + hidden.shape[1]]
+
+
+class SplitPass:
+    """A pass whose prompts run without gradients.
+
+    Args:
+        engine: the base with its units.
+        plan: what the pass edits, of the columns as given.
+        alignment: of these columns.
+        inputs: of the base, but for labels.
+        position_ids: whether the base takes them.
+    """
+
+    hidden: Tensor
+    """The hidden states from the cut on, once the pass has run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        plan: EditPlan,
+        alignment: Alignment,
+        inputs: Mapping[str, Any],
+        *,
+        position_ids: bool,
+    ) -> None:
+        self._engine, self._alignment = engine, alignment
+        self._decoder = inner_model(engine.base).base_model
+        self._plan = alignment.shifted(plan)
+        self._inputs = aligned_inputs(alignment, inputs, plan.layout, position_ids=position_ids)
+        self._stamp: tuple[object, ...] = ()
+        self._before: Tensor | None = None
+
+    def run(self, last: int | None, prefixes: PrefixCache | None) -> ModelOutput:
+        """Run the pass; the output is that of the columns from the cut on.
+
+        Args:
+            last: layer after which prompts need not go on; None to run them to their end.
+            prefixes: where keys and values of prompts are kept.
+        """
+        cut = self._alignment.cut
+        rest = {name: value[:, cut:] for name, value in self._inputs.items()}
+        rest["attention_mask"] = self._inputs["attention_mask"]
+        with (
+            self._engine.running(self._plan) as is_ours,
+            without_logits(self._decoder, is_ours) as seen,
+        ):
+            if prefixes is None:
+                states = self._prefill(last)
+            else:
+                with prefixes.lock:
+                    states = self._fetch(last, prefixes)
+                self._stamp = prefixes.stamp
+            outputs: ModelOutput = self._engine.base(**rest, past_key_values=states, use_cache=True)
+        self.hidden = seen[-1]
+        if len(seen) > 1 and len(seen[0]) == len(self.hidden):  # none came from the prefix cache
+            self._before = seen[0]
+        kept = {name: value for name, value in outputs.items() if name != "past_key_values"}
+        return type(outputs)(**kept)
+
+    def all_hidden(self) -> Float[Tensor, "batch width hidden"]:
+        """The hidden states of all columns as given. Those before the cut may be computed anew.
+
+        Raises:
+            RuntimeError: they have to be, but the base has changed.
+        """
+        if self._before is None:
+            if self._stamp != stamp_of(self._engine.base):
+                raise RuntimeError("the base has changed since these logits' forward pass")
+            with (
+                self._engine.running(self._plan) as is_ours,
+                without_logits(self._decoder, is_ours) as seen,
+            ):
+                self._prefill()
+            self._before = seen[0]
+        return self._alignment.put_back(torch.cat([self._before, self.hidden], 1))
+
+    @torch.no_grad()
+    def _prefill(self, last: int | None = None, rows: list[int] | None = None) -> PromptStates:
+        """Keys and values of the columns before the cut, of some rows or all."""
+        states = PromptStates(last)
+        prompt = {name: value[:, : self._alignment.cut] for name, value in self._inputs.items()}
+        if rows is not None:
+            prompt = {name: value[rows] for name, value in prompt.items()}
+        with contextlib.suppress(Complete):
+            self._engine.base(**prompt, past_key_values=states, use_cache=True)
+        return states
+
+    @torch.no_grad()
+    def _fetch(self, last: int | None, prefixes: PrefixCache) -> PromptStates:
+        """Keys and values of prompts from the cache, and of those that it lacks from the base."""
+        alignment, inputs, cut = self._alignment, self._inputs, self._alignment.cut
+        inside = alignment.inside[:, :cut]
+        prefixes.belongs_to(stamp_of(self._engine.base))
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        places = inputs.get("position_ids", alignment.columns)
+        columns = torch.stack([ids[:, :cut], places[:, :cut], mask[:, :cut]], dim=2).cpu()
+        names = [
+            row[kept].numpy().tobytes() for row, kept in zip(columns, inside.cpu(), strict=True)
+        ]
+
+        def compute(rows: list[int]) -> PromptStates:
+            return self._prefill(last, None if len(rows) == len(names) else rows)
+
+        lengths = inside.sum(1).tolist()
+        return prefixes.fetch(names, lengths, cut, compute, PromptStates(), ids.device)
+
+
+def stamp_of(base: Any) -> tuple[object, ...]:
+    """What keys and values depend on, beside tokens."""
+    device = base.device.type
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (*weights_stamp(base), cast)

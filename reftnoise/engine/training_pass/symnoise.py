@@ -6,10 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import Batch
 
-def in_pairs(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Every example twice, for SymNoise. The loss stays a mean: its divisor doubles too."""
-    if inputs.get("labels") is None:
+
+def in_pairs(batch: Batch) -> Batch:
+    """Every example twice, for SymNoise. The loss stays a mean: its divisor doubles too.
+
+    Raises:
+        ValueError: there are no labels.
+    """
+    inputs, rows = batch.inputs, batch.rows
+    if batch.labels is None:
         raise ValueError(
             "SymNoise averages the loss over the pair x + δ, x - δ, so it needs labels while "
             "training (label smoothing and compute_loss_func take them away); call eval() for "
@@ -19,7 +26,7 @@ def in_pairs(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
         name: torch.cat([value, value])
         if isinstance(value, Tensor)
         and value.dim()
-        and value.shape[0] == batch
+        and value.shape[0] == rows
         and name not in ("num_items_in_batch", "logits_to_keep")
         else value
         for name, value in inputs.items()
@@ -33,35 +40,37 @@ def in_pairs(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
         if inputs.get(name) is not None:
             ends = inputs[name]
             doubled[name] = torch.cat([ends, ends[-1] + ends[1:]])
-    return doubled
+    lengths = batch.prompt_lengths
+    lengths = None if lengths is None else torch.as_tensor(lengths).repeat(2)
+    return Batch.of(doubled, lengths, batch.unit_locations, copies=2)
 
 
-def first_of_pairs(outputs: Any, batch: int) -> Any:
+def first_of_pairs(outputs: Any, rows: int) -> Any:
     """The outputs for the +δ rows, with the pair's loss: as many rows as the caller gave.
 
     A cache holds both, so it is left out.
     """
-    return _join_pairs(outputs, batch, lambda plus, _: plus)
+    return _join_pairs(outputs, rows, lambda plus, _: plus)
 
 
-def mean_of_pairs(outputs: Any, batch: int) -> Any:
+def mean_of_pairs(outputs: Any, rows: int) -> Any:
     """Each pair's mean, for callers that make their loss of log-probabilities: the pair's loss.
 
     What is no number, such as whether a token is the likeliest, is that of the +δ rows.
     """
     return _join_pairs(
         outputs,
-        batch,
+        rows,
         lambda plus, minus: (plus + minus) / 2 if plus.is_floating_point() else plus,
     )
 
 
-def _join_pairs(outputs: Any, batch: int, join: Callable[[Tensor, Tensor], Tensor]) -> Any:
+def _join_pairs(outputs: Any, rows: int, join: Callable[[Tensor, Tensor], Tensor]) -> Any:
     def joined(value: Any) -> Any:
         if isinstance(value, Tensor):
-            if not value.dim() or value.shape[0] != 2 * batch:
+            if not value.dim() or value.shape[0] != 2 * rows:
                 return value
-            return join(value[:batch], value[batch:])
+            return join(value[:rows], value[rows:])
         if isinstance(value, tuple | list):
             return type(value)(joined(part) for part in value)
         return value

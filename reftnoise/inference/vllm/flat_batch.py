@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ...adapters.frozen import FrozenAdapter, stack
 from ...engine.layout import named_tokens
-from ...engine.units import PlacedUnit
 from ...interventions import StackedEdit
 
 
@@ -78,7 +77,8 @@ class FlatBatch:
             assert isinstance(one.unit, StackedEdit)
             key = one.positions, one.prefix, one.suffix
             if key not in located:
-                chosen = _selected(one, rank, length)
+                assert one.positions is not None
+                chosen = named_tokens(one.positions, rank, length, one.prefix, one.suffix)
                 located[key] = tokens[chosen].to(self._device), gates[chosen].to(self._device)
             if len(located[key][0]):
                 found[one.site.module].append(FlatEdit(one.unit, *located[key]))
@@ -102,14 +102,3 @@ def apply_(
         deltas.append(edit.unit.delta(state, edit.gates).to(hidden.dtype))
     for edit, delta in zip(edits, deltas, strict=True):
         hidden.index_add_(0, edit.rows, delta)
-
-
-def _selected(one: PlacedUnit, rank: Tensor, length: Tensor) -> Tensor:
-    positions = one.positions
-    assert positions is not None
-    chosen = named_tokens(positions, rank, length, one.prefix, one.suffix)
-    if positions.all:
-        chosen = chosen | (rank < length)
-    if positions.decode:
-        chosen = chosen | (rank >= length)
-    return chosen

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import reftnoise as rn
-from reftnoise.engine.training_pass.runner import Runner
+from reftnoise.engine.training_pass.runner import ForwardPasses
 from support.models.architectures import tiny_model
 from support.models.peft_bases import QV, classifier, seq2seq
 
@@ -273,8 +273,8 @@ def test_peft_alone_and_noise_alone() -> None:
 def test_the_cheap_loss_is_taken_over_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     model = composed("lora").train()
     calls: list[object] = []
-    unsplit = Runner._unsplit
-    monkeypatch.setattr(Runner, "_unsplit", lambda *a: calls.append(a) or unsplit(*a))
+    unsplit = ForwardPasses._unsplit
+    monkeypatch.setattr(ForwardPasses, "_unsplit", lambda *a: calls.append(a) or unsplit(*a))
     loss = model(**batch()).loss
     assert calls
     torch.testing.assert_close(loss, model(**batch(), return_logits=True).loss)

@@ -17,7 +17,8 @@ from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalL
 
 import reftnoise as rn
 from reftnoise.engine.base.running import is_watched
-from reftnoise.engine.training_pass.prefix_cache import PrefixCache, PromptStates
+from reftnoise.engine.training_pass.prefix_cache import PrefixCache
+from reftnoise.engine.training_pass.split import PromptStates
 from support.models.architectures import ARCHITECTURES, tiny_model
 from support.training_steps import PROMPTS, assert_same, batch, plain, split, step, wrapped
 
