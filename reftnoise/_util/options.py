@@ -23,6 +23,9 @@ _UNKNOWN = (
 )
 _WRONG = {
     re.compile(r"Expected an? <class '(\w+)'>\. Got value: (.*)"): r"expected \1, got '\2'",
+    re.compile(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)"): (
+        r"expected one of \1, got '\2'"
+    ),
     re.compile(r"Expected a typing\.(.+?)\. Got value: (.*)"): r"expected \1, got '\2'",
     re.compile(r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)"): (
         r"expected one of \1, got \2"

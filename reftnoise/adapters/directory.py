@@ -13,9 +13,8 @@ from torch import Tensor
 
 from .._util.errors import nearest
 from ..config.representations import ReftConfig
+from .location import CONFIG_NAME, WEIGHTS_NAME
 
-CONFIG_NAME = "reft_config.json"
-WEIGHTS_NAME = "reft_model.safetensors"
 CARD_NAME = "README.md"
 SCHEMA_VERSION = 1
 _KEYS = ("schema_version", "base_model", "base_parameters", "weights_sha256")
@@ -154,30 +153,3 @@ def by_unit(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def called(name: object) -> object:
     """A base's name for a message; one that was made from a config has none."""
     return name or "which has no name"
-
-
-def local_directory(
-    directory: str | Path,
-    files: list[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> Path:
-    """A directory, or those files of a hub repository, downloaded."""
-    if Path(directory).is_dir():
-        return Path(directory)
-    if Path(directory).exists():
-        raise ValueError(f"{directory}: expected a directory, found a file")
-    if isinstance(directory, Path) or directory.count("/") != 1 or directory.startswith("."):
-        raise FileNotFoundError(f"{directory}: no such directory")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(directory, revision=revision, token=token, allow_patterns=files)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{directory}: no such directory, and not to be had from the hub ({error})"
-        ) from None

@@ -23,16 +23,9 @@ from ..engine.base.peft import inner_model, own_state
 from ..engine.base.sharding import is_part, part_like, size, takes_weights_of_one_process
 from ..engine.base.sites import hidden_size, num_layers, trained_modules
 from .card import card
-from .directory import (
-    CARD_NAME,
-    CONFIG_NAME,
-    SCHEMA_VERSION,
-    WEIGHTS_NAME,
-    AdapterFiles,
-    called,
-    local_directory,
-)
+from .directory import CARD_NAME, SCHEMA_VERSION, AdapterFiles, called
 from .fingerprint import other_weights, sample_weights
+from .location import CONFIG_NAME, WEIGHTS_NAME, local_directory
 
 
 class ModelWithUnits(Protocol):

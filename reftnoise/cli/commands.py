@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._util.files import json_text
+from ..adapters.location import expect_place
+from ..config.base_model import expect_base
+from ..config.positions import Positions
 from ..evaluation.decoding import Decoding
 from ..training.recipe import Recipe
-from ..training.study.grid import Study
+from ..training.resolved_run import ResolvedRun
+from ..training.study.grid import Study, checked_cells
+from .checks import expect_adapters, expect_prompts, expect_run_or_study, expect_template
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +27,10 @@ def demo(output_dir: str = "reftnoise-demo", seed: int = 0) -> None:
 
     Args:
         output_dir: directory for the adapter.
-        seed: of all random draws.
+        seed: seed of all random draws.
     """
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ValueError(f"{output_dir}: expected a directory, found a file")
     from .demo import run_demo
 
     run_demo(output_dir, seed)
@@ -39,17 +46,21 @@ def train(
     """Train what a recipe says, score it, and write a run's directory.
 
     Args:
-        recipe: a YAML file, given first; any option replaces what stands in it.
-        resume: go on with an unfinished run from its last checkpoint.
-        overwrite: replace a run that is in output_dir.
-        quiet: print nothing but errors.
-        json: print the summary and scores as JSON, and no progress.
+        recipe: YAML file, which comes first; options replace what it says.
+        resume: whether an unfinished run continues from its last checkpoint.
+        overwrite: whether a run in output_dir is replaced.
+        quiet: whether nothing but errors is printed.
+        json: whether summary and scores are printed as JSON, without progress.
     """
+    run = ResolvedRun(recipe)
+    run.expect_trainable()
+    from ..training.run_directory import RunDirectory, is_main_process
+
+    RunDirectory(recipe, resume=resume, overwrite=overwrite)
     from ..training.run import run_recipe
-    from ..training.run_directory import is_main_process
 
     console = _progress_console(quiet or json)
-    summary, entries = run_recipe(recipe, resume=resume, overwrite=overwrite, console=console)
+    summary, entries = run_recipe(run, resume=resume, overwrite=overwrite, console=console)
     if not is_main_process():
         return
     if json:
@@ -64,19 +75,23 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
     """Score the adapter of a run on its recipe's task, and write the scores beside it.
 
     Args:
-        recipe: the directory of a run or of an adapter, given first; options such as
+        recipe: directory of a run or of an adapter, which comes first; options such as
             --evaluation.data or --evaluation.by replace what the run's recipe says.
-        base: also score the base without its adapter.
-        quiet: print nothing but errors.
-        json: print the scores as JSON, and no progress.
+        base: whether the base without its adapter is scored, too.
+        quiet: whether nothing but errors is printed.
+        json: whether the scores are printed as JSON, without progress.
     """
+    run = ResolvedRun(recipe)
+    run.expect_scored()
+    expect_adapters(recipe.output_dir)
     from ..training.run import load_trained
     from ..training.run_scores import save_scores, score
 
-    model, tokenizer = load_trained(recipe)
-    found = score(recipe, model, tokenizer, base=base, console=_progress_console(quiet or json))
-    save_scores(Path(recipe.output_dir), found)
-    entries = [entry for entry, _ in found]
+    model, tokenizer = load_trained(run)
+    console = _progress_console(quiet or json)
+    evaluations = score(run, model, tokenizer, base=base, console=console)
+    save_scores(Path(recipe.output_dir), evaluations)
+    entries = [entry for entry, _ in evaluations]
     if json:
         _print_json(entries)
     elif not quiet:
@@ -101,18 +116,21 @@ def generate(
     """Answer prompts with an adapted model, beside its base if asked.
 
     Args:
-        adapter: directory of a run or an adapter, or the hub name of an adapter.
-        decoding: as in `Decoding`.
-        prompt: a text.
-        input: a file of JSON lines with more of them.
-        output: file for the answers as JSON lines; they are printed by default.
-        column: of the prompts in input.
-        compare: let the base without its adapter answer, too.
-        model: the base, where it lies elsewhere than when the adapter was saved.
-        device: cpu, cuda, …; auto takes a GPU where there is one.
-        batch_size: prompts per forward pass.
-        json: print the answers as JSON.
+        adapter: directory of a run or of an adapter, or hub name of an adapter.
+        decoding: template and sampling.
+        prompt: text to answer.
+        input: file of JSON lines with further prompts.
+        output: file for the answers as JSON lines; by default they are printed.
+        column: key of the prompts in input.
+        compare: whether the base without its adapter answers, too.
+        model: directory or hub name of the base, if not that which the adapter was saved with.
+        device: cpu, cuda or another device of torch; auto is a GPU where there is one.
+        batch_size: number of prompts per forward pass.
+        json: whether the answers are printed as JSON.
     """
+    expect_adapters(adapter, model=model)
+    expect_template(decoding)
+    expect_prompts(prompt, input, output)
     from rich.console import Console
 
     from ..inference.prompts import answer_prompts
@@ -138,11 +156,13 @@ def chat(adapter: str, decoding: Decoding, model: str | None = None, device: str
     """Talk with an adapted model; /off, /on and /scale 0.5 turn its edits down and up.
 
     Args:
-        adapter: directory of a run or an adapter, or the hub name of an adapter.
-        decoding: as in `Decoding`.
-        model: the base, where it lies elsewhere than when the adapter was saved.
-        device: cpu, cuda, …; auto takes a GPU where there is one.
+        adapter: directory of a run or of an adapter, or hub name of an adapter.
+        decoding: template and sampling.
+        model: directory or hub name of the base, if not that which the adapter was saved with.
+        device: cpu, cuda or another device of torch; auto is a GPU where there is one.
     """
+    expect_adapters(adapter, model=model)
+    expect_template(decoding)
     from ..inference.chat import chat as start_chat
 
     start_chat(adapter, model=model, device=device, decoding=decoding)
@@ -160,15 +180,19 @@ def serve(
     """Serve adapters of one base by the OpenAI API, each as a model, on transformers' server.
 
     Args:
-        adapter: directory of a run or an adapter, or a hub name; its last part is the name that
-            requests use.
-        others: further adapters of that base by name, as --others.polite runs/polite.
-        model: the base, where it lies elsewhere than when the adapter was saved.
-        host: to listen on.
-        port: likewise.
-        dtype: of the base, such as bfloat16.
-        device: cpu, cuda, …; auto takes a GPU where there is one.
+        adapter: directory of a run or of an adapter, or hub name of an adapter; its last part is
+            the name that requests use.
+        others: further adapters of the same base by name, such as --others.polite runs/polite.
+        model: directory or hub name of the base, if not that which the adapter was saved with.
+        host: address that the server listens on.
+        port: port that the server listens on.
+        dtype: dtype of the base, such as bfloat16.
+        device: cpu, cuda or another device of torch; auto is a GPU where there is one.
     """
+    expect_adapters(adapter, others, model, dtype)
+    from ..inference.ports import expect_free
+
+    expect_free(host, port)
     from ..inference.loading import by_name
     from ..inference.server import serve as start_server
 
@@ -188,14 +212,19 @@ def playground(
     """Open a page in the browser: base and adapters side by side, scaled, in parts, and noised.
 
     Args:
-        source: directory of a run or an adapter, or a hub name; or the address of a running server
-            of the OpenAI API, such as http://localhost:8000/v1.
-        others: further adapters of that base by name, as --others.polite runs/polite.
-        model: the base, where it lies elsewhere than when the adapter was saved.
-        host: of the page.
-        port: likewise.
-        device: cpu, cuda, …; auto takes a GPU where there is one.
+        source: directory of a run or of an adapter, or hub name of an adapter; or address of a
+            running server of the OpenAI API, such as http://localhost:8000/v1.
+        others: further adapters of the same base by name, such as --others.polite runs/polite.
+        model: directory or hub name of the base, if not that which the adapter was saved with.
+        host: address that the page is served on.
+        port: port that the page is served on.
+        device: cpu, cuda or another device of torch; auto is a GPU where there is one.
     """
+    from ..inference.ports import expect_free
+
+    expect_free(host, port)
+    if "://" not in source:
+        expect_adapters(source, others, model)
     from ..inference.playground.app import run_playground
 
     run_playground(source, others or {}, model, host=host, port=port, device=device)
@@ -207,29 +236,30 @@ def inspect_adapter(
     output: str | None = None,
     json: bool = False,
 ) -> None:
-    """Tell what an adapter or a run is: base, units, norms, parameters, scores.
+    """Show what an adapter or a run is: base, units, norms, parameters, scores.
 
-    With others, also how alike the subspaces are that the adapters edit. No base is loaded.
+    With others, also how similar the subspaces are that the adapters edit. No base is loaded.
 
     Args:
-        directory: of a run or an adapter, or the hub name of an adapter; its last part is the name
-            beside others.
-        others: further adapters of the same base by name, as --others.polite runs/polite.
+        directory: directory of a run or of an adapter, or hub name of an adapter; its last part is
+            its name among others.
+        others: further adapters of the same base by name, such as --others.polite runs/polite.
         output: PNG file for a picture of the overlaps.
-        json: print it as JSON.
+        json: whether the result is printed as JSON.
     """
+    if others is None and output is not None:
+        raise ValueError(
+            f"output {output!r}: the picture is of overlaps with others, and there are none; name "
+            "some, such as --others.polite runs/polite"
+        )
+    expect_adapters(directory, others)
     from rich.console import Console
 
     from ..analysis.description import describe, show
 
-    found = describe(directory)
+    description, console = describe(directory), Console(highlight=False)
     if others is None:
-        if output is not None:
-            raise ValueError(
-                f"output {output!r}: the picture is of overlaps with others, and there are none; "
-                "name some, as --others.polite runs/polite"
-            )
-        _print_json(asdict(found)) if json else show(found, Console(highlight=False))
+        _print_json(asdict(description)) if json else show(description, console)
         return
     from ..analysis.overlaps import overlaps_by_name, saved_overlaps, show_overlaps
     from ..inference.loading import by_name
@@ -240,20 +270,21 @@ def inspect_adapter(
 
         write_overlaps(output, names, overlaps)
     if json:
-        _print_json(asdict(found) | {"overlaps": overlaps_by_name(names, overlaps)})
+        _print_json(asdict(description) | {"overlaps": overlaps_by_name(names, overlaps)})
     else:
-        show(found, Console(highlight=False))
-        show_overlaps(names, overlaps, Console(highlight=False))
+        show(description, console)
+        show_overlaps(names, overlaps, console)
 
 
 def study(study: Study, quiet: bool = False, json: bool = False) -> None:
     """Run a grid of recipes and seeds, and write its report; finished cells are not run again.
 
     Args:
-        study: a YAML file, given first; any option replaces what stands in it.
-        quiet: print nothing but errors.
-        json: print the results as JSON, and no progress.
+        study: YAML file, which comes first; options replace what it says.
+        quiet: whether nothing but errors is printed.
+        json: whether the results are printed as JSON, without progress.
     """
+    checked_cells(study)
     from rich.console import Console
 
     from ..analysis.report import (  # first: they say if their extra is missing
@@ -277,14 +308,15 @@ def report(
     prompts: list[str] | str | None = None,
     output_dir: str | None = None,
 ) -> None:
-    """Draw what a run or a study has found: a self-contained HTML page and PNG files.
+    """Draw the results of a run or a study: a self-contained HTML page and PNG files.
 
     Args:
-        directory: of a run or of a study.
-        against: another run or adapter, whose subspaces the run's are compared with.
-        prompts: one or several, to be answered by base and adapted model side by side.
-        output_dir: where to write; the directory itself by default.
+        directory: directory of a run or of a study.
+        against: directory of another run or adapter, with whose subspaces the run's are compared.
+        prompts: one or several prompts that base and adapted model answer side by side.
+        output_dir: directory for the report; by default that of the run or study.
     """
+    expect_run_or_study(directory, against, prompts)
     from ..analysis.report import write_report
 
     texts = [prompts] if isinstance(prompts, str) else prompts
@@ -301,20 +333,24 @@ def convert(
 ) -> None:
     """Write an adapter of pyreft or pyvene as one of reftnoise, or one of reftnoise as pyreft's.
 
-    What the other format does not hold is told.
+    A warning names what the other format cannot hold.
 
     Args:
-        source: adapter directory of either kind, or a hub repository that is one.
-        output: directory for the other kind; new, empty, or an adapter of that kind to replace.
-        base: name or path of the base model, always needed; only its config is read.
-        positions: where a pyreft adapter edits, such as f7+l7.
-        dropout: of a pyreft adapter, for training it further.
-        act_fn: of a pyreft adapter, by transformers' name.
+        source: directory of an adapter of either kind, or hub name of one.
+        output: directory for the other kind: new, empty, or with an adapter of that kind, which is
+            replaced.
+        base: name or path of the base model, which is required; only its config is read.
+        positions: positions that a pyreft adapter edits, such as f7+l7.
+        dropout: dropout of a pyreft adapter, for further training.
+        act_fn: activation function of a pyreft adapter, by transformers' name.
     """
-    from ..adapters.pyreft.convert import convert as convert_adapter
-
     if base is None:  # no default; jsonargparse makes a required option positional
         raise ValueError("convert: expected --base, the name or path of the base model")
+    expect_base(base)
+    expect_place(source)
+    Positions.parse(positions)
+    from ..adapters.pyreft.convert import convert as convert_adapter
+
     print(
         convert_adapter(
             source, output, base=base, positions=positions, dropout=dropout, act_fn=act_fn

@@ -1,4 +1,4 @@
-"""The names of the places that units can edit."""
+"""The names of the components that units can edit."""
 
 from typing import Literal
 

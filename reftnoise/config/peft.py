@@ -9,7 +9,7 @@ from typing import Any
 
 from .._util.errors import nearest
 
-# Of a PEFT config: where it came from and how it is used, not what it is.
+# Fields of a PEFT config that say where it came from and how it is used, not what it is.
 _NOT_SAVED = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -43,12 +43,13 @@ def read_peft(section: Any) -> dict[str, Any]:
 
 
 def peft_config(peft: ModuleType, section: Mapping[str, Any]) -> Any:
+    """The `peft.PeftConfig` of a section; a ValueError names what is wrong and what is possible."""
     arguments = dict(section)
-    given = arguments.pop("peft_type")
-    name = str(getattr(given, "value", given)).upper()
+    peft_type = arguments.pop("peft_type")
+    name = str(getattr(peft_type, "value", peft_type)).upper()
     kinds = {kind.value: cls for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name not in kinds:
-        raise ValueError(f"peft_type {given!r}; {nearest(name, map(str.lower, sorted(kinds)))}")
+        raise ValueError(f"peft_type {peft_type!r}; {nearest(name, map(str.lower, sorted(kinds)))}")
     possible = [n for n in inspect.signature(kinds[name]).parameters if n not in _NOT_SAVED]
     if unknown := [key for key in arguments if key not in possible]:
         raise ValueError(
@@ -62,7 +63,7 @@ def peft_config(peft: ModuleType, section: Mapping[str, Any]) -> Any:
 
 
 def as_section(config: Any) -> dict[str, Any]:
-    """What differs from the defaults, as JSON values."""
+    """The section of a `peft.PeftConfig`: what differs from the defaults, as JSON values."""
     values = {
         field.name: _plain(getattr(config, field.name))
         for field in fields(config)
@@ -81,13 +82,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(part) for part in value]
     return value
 
 
 def import_peft() -> ModuleType:
+    """The package peft; an ImportError says how to install it."""
     try:
         import peft
     except ImportError:

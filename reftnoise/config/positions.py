@@ -1,4 +1,4 @@
-"""Where an intervention edits, as a config says it: `"f7+l7"` and what it means."""
+"""The positions that an intervention edits, as a config says them: `"f7+l7"`."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -39,25 +39,25 @@ class Positions:
             return spec
         if not isinstance(spec, str):
             return cls._from_indices(spec)
-        found: dict[str, int | bool] = {}
+        terms: dict[str, int | bool] = {}
         column = 0
         while True:
             term = _TERM.match(spec, column)
             if term is None:
                 raise _syntax_error(spec, column, "terms like 'f7', 'l7', 'all' or 'decode'")
             field = {"f": "first", "l": "last"}.get(term["kind"]) or term["word"]
-            if field in found:
+            if field in terms:
                 raise _syntax_error(spec, column, f"{term[0][0] if term['kind'] else field} once")
             if term["kind"] and int(term["count"]) == 0:
                 raise _syntax_error(spec, column + 1, "a count of at least 1")
-            found[field] = int(term["count"]) if term["kind"] else True
+            terms[field] = int(term["count"]) if term["kind"] else True
             column = term.end()
             if column == len(spec):
                 break
             if spec[column] != "+":
                 raise _syntax_error(spec, column, "terms like 'f7' or 'l7' joined by '+'")
             column += 1
-        positions = cls(**found)  # type: ignore[arg-type]  # field names and types match
+        positions = cls(**terms)  # type: ignore[arg-type]  # field names and types match
         if positions.all and (positions.first or positions.last):
             raise ValueError(f"positions {spec!r}: 'all' includes the first and last tokens")
         return positions
@@ -81,11 +81,11 @@ class Positions:
         return "+".join(counts + [w for w in ("all", "decode") if getattr(self, w)])
 
     def only(self, names: Collection[str]) -> "Positions":
-        """Those of some fields: `first`, `last`, `all`, `decode`, `indices`."""
+        """The positions of these fields alone: `first`, `last`, `all`, `decode`, `indices`."""
         return Positions(**{name: getattr(self, name) for name in names})
 
     def split(self) -> "list[Positions]":
-        """Prefix and the rest, for interventions with weights of their own for each."""
+        """The prefix and the rest, which an untied entry edits with weights of their own."""
         if not (self.first and self.last):
             return [self]
         return [Positions(first=self.first), replace(self, first=0)]
@@ -103,6 +103,7 @@ class Positions:
 
     @property
     def edits_prompt(self) -> bool:
+        """Whether there are positions in the prompt."""
         return bool(self.first or self.last or self.all or self.indices)
 
     @property

@@ -3,7 +3,6 @@
 The same list is the YAML of a recipe and the JSON of a saved adapter.
 """
 
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,25 +10,21 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .._util import yaml
 from .._util.errors import nearest
-from ..interventions import (
-    INTERVENTIONS,
-    NoiseIntervention,
-    Unit,
-    intervention_class,
-    intervention_name,
-)
-from ..interventions.base import constructor_arguments, dtype_name
+from ..interventions import NoiseIntervention, Unit
 from .components import COMPONENTS, is_dotted, split_component
+from .interventions import (
+    EntryIntervention,
+    argument_defaults,
+    entry_intervention,
+    plain,
+    pop_intervention,
+)
 from .peft import read_peft
 from .positions import Positions
 
 _OTHER_NAMES = {"rank": "low_rank_dimension", "r": "low_rank_dimension"}
-_METHODS_OF_PEFT = {"lora", "dora", "adalora", "vera", "ia3", "oft", "boft", "loha", "lokr"}
-
 _RANGE = re.compile(r"([0-9]+)-([0-9]+)")
 
 
@@ -37,18 +32,18 @@ _RANGE = re.compile(r"([0-9]+)-([0-9]+)")
 class RepresentationConfig:
     """One entry of `ReftConfig.representations`.
 
-    Everything is checked here that can be without a model; `ReftModel` checks the rest.
+    What needs no model is checked here; `ReftModel` checks the rest.
     """
 
     intervention: str | Unit
-    """A registered name, whose arguments stand beside it, or a ready module for one layer."""
+    """A registered name, whose arguments are further keys, or a ready module for one layer."""
     layer: int | list[int] | str | None = None
     """Layers from 0: one, a list, `"all"` or a range such as `"8-15"`. None for `embeddings`."""
     component: str = "block_output"
     """One of `COMPONENTS`, of an encoder-decoder's decoder with `decoder.` before it, or a dotted
     path such as `"model.layers[3].output"`."""
     positions: str | list[int] = "l1"
-    """Edited positions (`Positions`), by default the unit's; noise has none, it has `where`."""
+    """Edited positions (`Positions`), by default the unit's. Noise has `where` instead."""
     tied: bool = True
     """Whether a prefix and a suffix (`"f5+l5"`) share one set of weights."""
     embed_dim: int | None = None
@@ -57,13 +52,18 @@ class RepresentationConfig:
     """Arguments of the intervention class, defaults filled in."""
 
     @property
+    def source(self) -> EntryIntervention:
+        """The intervention as one of the two things that it can be."""
+        return entry_intervention(self.intervention)
+
+    @property
     def unit_class(self) -> type[Unit]:
-        if isinstance(self.intervention, str):
-            return intervention_class(self.intervention)
-        return type(self.intervention)
+        """The class of the entry's units."""
+        return self.source.unit_class
 
     @property
     def is_noise(self) -> bool:
+        """Whether the units perturb hidden states, and do not edit them."""
         return issubclass(self.unit_class, NoiseIntervention)
 
     def parts(self) -> list[Positions | None]:
@@ -75,7 +75,7 @@ class RepresentationConfig:
 
     @property
     def is_per_layer(self) -> bool:
-        """Whether `layer` says where the component is; a dotted path and embeddings do so alone."""
+        """Whether the entry needs `layer`; a dotted path and embeddings need none."""
         is_embeddings = split_component(self.component)[1] == "embeddings"
         return not is_embeddings and not is_dotted(self.component)
 
@@ -101,24 +101,21 @@ class RepresentationConfig:
     def build(self, width: int | None, default: int) -> Unit:
         """The unit for hidden states of `width`: a new one, or the ready module.
 
-        Where the site's width cannot be known before the model runs, it is what the entry or the
-        module says, or else `default`.
+        Args:
+            width: width at the site; None where only a pass of the model shows it.
+            default: width that is assumed then, if neither the entry nor the module has one.
         """
-        ready = None if isinstance(self.intervention, str) else self.intervention
-        own = getattr(ready, "hidden_size", None) if ready else self.embed_dim
+        source = self.source
+        own = source.width(self.embed_dim)
         if width is not None and own not in (None, width):
             raise ValueError(
                 f"embed_dim {own!r}: the hidden states at {self.component!r} have width {width}"
             )
-        if ready is not None:
-            return ready
-        return self.unit_class(embed_dim=own or width or default, **self.arguments)
+        return source.build(own or width or default, self.arguments)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain JSON values; a ready module becomes its name and arguments."""
-        unit = self.intervention
-        name = unit if isinstance(unit, str) else intervention_name(type(unit))
-        return self._entry() | {"intervention": name}
+        return self._entry() | {"intervention": self.source.name}
 
     def _entry(self) -> dict[str, Any]:
         """The mapping that `from_dict` reads."""
@@ -149,64 +146,32 @@ class RepresentationConfig:
 
     @classmethod
     def _from_dict(cls, entry: dict[str, Any]) -> "RepresentationConfig":
-        unit = _pop_unit(entry)
-        unit_class = intervention_class(unit) if isinstance(unit, str) else type(unit)
-        known = {
-            name: parameter.default
-            for name, parameter in constructor_arguments(unit_class).items()
-            if name != "embed_dim"
-        }
+        source = pop_intervention(entry)
+        unit_class = source.unit_class
         is_noise = issubclass(unit_class, NoiseIntervention)
-        allowed = ["layer", "component", "embed_dim"]
-        if not is_noise:
-            allowed += ["positions", "tied"]
-        if unknown := [key for key in entry if key not in (*known, *allowed)]:
-            possible = [*allowed, "intervention", *known]
-            meant = _OTHER_NAMES.get(unknown[0], unknown[0])
-            raise ValueError(
-                f"unknown key {unknown[0]!r} for {unit_class.__name__}; {nearest(meant, possible)}"
-            )
-        given = {key: _plain(entry.pop(key)) for key in known if key in entry}
-        if isinstance(unit, str):
-            filled = known | given
-            if missing := [
-                key for key, value in filled.items() if value is inspect.Parameter.empty
-            ]:
-                raise ValueError(f"{unit_class.__name__} needs {missing[0]!r}")
-            arguments = {key: _plain(value) for key, value in filled.items()}
-        else:
-            arguments = {key: _plain(value) for key, value in unit.arguments().items()}
-            _agree(unit, arguments, given)
+        known = argument_defaults(unit_class)
+        _expect_known(entry, unit_class, known, is_noise=is_noise)
+        given = {key: plain(entry.pop(key)) for key in known if key in entry}
+        arguments = source.arguments(given)
+        component = entry.pop("component", "embeddings" if is_noise else "block_output")
         embed_dim = entry.pop("embed_dim", None)
         if embed_dim is not None and (type(embed_dim) is not int or embed_dim < 1):
             raise ValueError(f"embed_dim {embed_dim!r}: expected a positive integer")
-        if not isinstance(unit, str | NoiseIntervention):
-            if embed_dim is not None:
-                _agree(unit, {"embed_dim": unit.hidden_size}, {"embed_dim": embed_dim})
-            if is_dotted(str(entry.get("component"))):
-                embed_dim = unit.hidden_size  # nothing else will tell when the adapter is loaded
-        component = entry.pop("component", "embeddings" if is_noise else "block_output")
+        embed_dim = source.embed_dim(embed_dim, is_dotted=is_dotted(str(component)))
         default = getattr(unit_class, "default_positions", "l1")
-        positions = Positions.parse(entry.pop("positions", default)).spec()
         tied = entry.pop("tied", True)
         if not isinstance(tied, bool):
             raise ValueError(f"tied {tied!r}: expected true or false")
         config = cls(
-            intervention=unit,
+            intervention=source.value,
             layer=_layer(entry.pop("layer", None), component),
             component=component,
-            positions=positions,
+            positions=Positions.parse(entry.pop("positions", default)).spec(),
             tied=tied,
             embed_dim=embed_dim,
             arguments=arguments,
         )
-        if not isinstance(unit, str) and len(config.parts()) > 1:
-            raise ValueError("tied False needs two sets of weights: name the intervention instead")
-        if not isinstance(unit, str) and not isinstance(config.layer, int | None):
-            raise ValueError(
-                f"layer {config.layer!r} with a ready {unit_class.__name__}: a module serves one "
-                "layer; name the intervention, or give one entry per layer"
-            )
+        source.expect_fit(config.layer, len(config.parts()))
         return config
 
 
@@ -216,7 +181,7 @@ class ReftConfig:
 
     Args:
         representations: one entry or a list; mappings with the fields of `RepresentationConfig`
-            and the intervention's own arguments beside them.
+            and the arguments of the intervention.
         peft: a method of PEFT under the units: `peft_type` and the arguments of its config, or a
             `peft.PeftConfig`.
         modules_to_save: names, or ends of names, of modules of the base that are trained and saved
@@ -258,6 +223,7 @@ class ReftConfig:
         self.modules_to_save = None if modules_to_save is None else list(modules_to_save)
 
     def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON values, without sections that are None."""
         values = {
             "representations": [entry.to_dict() for entry in self.representations],
             "peft": self.peft,
@@ -267,6 +233,7 @@ class ReftConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ReftConfig":
+        """A config from such a mapping; a ValueError names an unknown key."""
         possible = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping) or "representations" not in values:
             raise ValueError(f"expected a mapping with 'representations', got {values!r}")
@@ -275,17 +242,21 @@ class ReftConfig:
         return cls(**values)
 
     def to_json(self) -> str:
+        """The config as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "ReftConfig":
+        """A config from the text that `to_json` writes."""
         return cls.from_dict(json.loads(_expect_text(text, "from_json")))
 
     def to_yaml(self) -> str:
+        """The config as YAML."""
         return yaml.dump(self.to_dict())
 
     @classmethod
     def from_yaml(cls, text: str) -> "ReftConfig":
+        """A config from the text that `to_yaml` writes."""
         return cls.from_dict(yaml.load(_expect_text(text, "from_yaml")))
 
     @classmethod
@@ -307,51 +278,23 @@ def _expect_text(text: Any, name: str) -> str:
     return str(text)
 
 
-def _pop_unit(entry: dict[str, Any]) -> str | Unit:
-    given = entry.pop("intervention", None)
-    given_type = entry.pop("intervention_type", None)
-    if given is not None and given_type is not None:
-        raise ValueError("'intervention' and 'intervention_type' say the same: give one")
-    if given is None and given_type is None and "peft_type" in entry:
-        raise _of_peft(f"peft_type {entry['peft_type']!r}")
-    if given is None and given_type is None:
+def _expect_known(
+    entry: Mapping[str, Any],
+    unit_class: type[Unit],
+    arguments: Mapping[str, Any],
+    *,
+    is_noise: bool,
+) -> None:
+    """Raise a ValueError for a key that an entry of a class cannot have."""
+    allowed = ["layer", "component", "embed_dim"]
+    if not is_noise:
+        allowed += ["positions", "tied"]
+    if unknown := [key for key in entry if key not in (*arguments, *allowed)]:
+        possible = [*allowed, "intervention", *arguments]
+        meant = _OTHER_NAMES.get(unknown[0], unknown[0])
         raise ValueError(
-            "expected an 'intervention': a registered name such as 'loreft', or a ready module"
+            f"unknown key {unknown[0]!r} for {unit_class.__name__}; {nearest(meant, possible)}"
         )
-    # pyvene's other fields have one meaning here, so they may be given but not varied.
-    for key, only in (("unit", "pos"), ("max_number_of_units", 1)):
-        if (value := entry.pop(key, only)) != only:
-            raise ValueError(f"{key} {value!r}: only {only!r} is supported; see 'positions'")
-    if given_type is not None:
-        return intervention_name(given_type)
-    if isinstance(given, type):
-        raise ValueError(f"intervention {given.__name__}: expected an instance or a name")
-    if not isinstance(given, str | Unit):
-        raise ValueError(
-            f"intervention {given!r}: expected a registered name, or a module derived from "
-            "ReftIntervention or NoiseIntervention"
-        )
-    if isinstance(given, str):
-        if given.lower() in _METHODS_OF_PEFT and given not in INTERVENTIONS:
-            raise _of_peft(f"intervention {given!r}")
-        intervention_class(given)
-    return given
-
-
-def _of_peft(what: str) -> ValueError:
-    return ValueError(
-        f"{what} is a method of PEFT: give it beside representations, as in "
-        "peft={'peft_type': 'lora', 'r': 8}"
-    )
-
-
-def _agree(unit: Unit, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for key, value in given.items():
-        if own[key] != value:
-            raise ValueError(
-                f"{key} {value!r} beside a ready {type(unit).__name__} whose {key} is "
-                f"{own[key]!r}: set it in the module"
-            )
 
 
 def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
@@ -360,7 +303,7 @@ def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
     name = split_component(component)[1]
     if name not in COMPONENTS and not is_dotted(component):
         is_path = component.count(".") > 1 or "[" in component
-        decoders = [f"decoder.{one}" for one in COMPONENTS]
+        decoders = [f"decoder.{known}" for known in COMPONENTS]
         possible = decoders if "." in component and not is_path else COMPONENTS
         raise ValueError(
             f"component {component!r}; {nearest(component, possible)}, or a dotted path "
@@ -389,7 +332,3 @@ def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
     raise ValueError(
         f"{start}: expected an integer from 0, a list of them, 'all' or a range such as '8-15'"
     )
-
-
-def _plain(value: Any) -> Any:
-    return dtype_name(value) if isinstance(value, torch.dtype) else value

@@ -18,8 +18,7 @@ from datasets.fingerprint import get_temporary_cache_files_directory
 
 from .._util.errors import one_line
 from ..engine.base import tiny
-
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+from .files import LOADERS, expect_file, is_path
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -51,7 +50,7 @@ def load_rows(
         raise ValueError(f"split {split!r}: expected a name, or a slice such as train[:-1000]")
     if streaming and name[0] != split:
         raise ValueError(f"split {split!r}: a stream has no slices, expected a name such as train")
-    is_file = _is_path(source)
+    is_file = is_path(source)
     if subset is not None and (is_file or source == tiny.NAME):
         raise ValueError(f"subset {subset!r}: {source} has none, only hub datasets do")
     with quiet():
@@ -203,26 +202,9 @@ def _errors_raised_alone() -> Iterator[None]:
         readers.setLevel(before)
 
 
-def _is_path(source: str | Path) -> bool:
-    """Whether a source is a path rather than a hub dataset's `owner/name`."""
-    path, text = Path(source), str(source)
-    return (
-        isinstance(source, Path)
-        or path.suffix in _LOADERS
-        or text.startswith((".", "~"))
-        or path.is_absolute()
-        or text.count("/") > 1
-        or path.is_file()
-        or (path.parent != Path() and path.parent.is_dir())
-    )
-
-
 def _load_file(path: Path, split: str, streaming: bool) -> Rows:
-    kind = _LOADERS.get(path.suffix)
-    if not path.exists() or (kind is not None and not path.is_file()):
-        raise FileNotFoundError(f"{path}: no such file")
-    if kind is None:
-        raise ValueError(f"{path}: expected a file that ends in {', '.join(_LOADERS)}")
+    expect_file(path)
+    kind = LOADERS[path.suffix]
     # datasets knows a file by its path and time; with the digest, by its content.
     name = None if streaming else file_digest(path)
     files = {split: glob.escape(str(path))}

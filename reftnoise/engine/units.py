@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config.components import split_component
+from ..config.interventions import ReadyIntervention
 from ..config.positions import Positions
 from ..config.representations import ReftConfig, RepresentationConfig
 from ..interventions import LowRankIntervention, StackedEdit, Unit
@@ -67,7 +68,9 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
         except ValueError as error:
             raise ValueError(f"representations[{index}]: {error}") from None
     modules = [
-        e.intervention for e in config.representations if not isinstance(e.intervention, str)
+        entry.source.module
+        for entry in config.representations
+        if isinstance(entry.source, ReadyIntervention)
     ]
     if len({id(module) for module in modules}) < len(modules):
         raise ValueError("one module serves two entries: give each entry a module of its own")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapters.directory import CONFIG_NAME
+from ..adapters.location import CONFIG_NAME
 from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.registry import get_task
 from ..engine.base.loading import load_base

@@ -8,6 +8,12 @@ from typing import Any, Literal
 
 from .._util import yaml
 
+UNITS = (
+    *("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "bias", "addition"),
+    *("adapter", "neftune", "gaussian", "bernoulli", "symnoise"),
+)
+"""The names of interventions, which are known here without torch."""
+
 
 @dataclass(kw_only=True)
 class DataConfig:

@@ -1,10 +1,10 @@
-"""The adapter of a run: where it lies, and what the recipe beside it tells of its base."""
+"""The adapter of a run, and what the run's recipe says of its base; without torch, if possible."""
 
 from pathlib import Path
 from typing import Any
 
 from .._util import yaml
-from ..adapters.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
+from ..adapters.location import CONFIG_NAME, WEIGHTS_NAME, local_directory
 from .run_files import ADAPTER, RECIPE
 
 _OF_BASE = ("model", "revision", "dtype", "quantization")
@@ -32,6 +32,8 @@ def base_of(directory: Path) -> dict[str, Any]:
     values = recipe_beside(directory)
     if isinstance(values.get("model"), str):
         return {name: values[name] for name in _OF_BASE if values.get(name) is not None}
+    from ..adapters.directory import AdapterFiles
+
     return {"model": str(AdapterFiles.read(directory).base.get("name_or_path") or "")}
 
 

@@ -1,8 +1,7 @@
-"""The directory of a run: when one may begin there, who writes, and what is logged of training."""
+"""The directory of a run: when a run may begin there, and who writes; no torch, if possible."""
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers import TrainerCallback
 from typing_extensions import Self
 
 from .._util.files import json_lines, json_text, read_lines, replace_all
 from .._util.options import read_file
 from .recipe import Recipe
 from .run_files import ADAPTER, CHECKPOINTS, LOCK, LOG, PREDICTIONS, RECIPE, SCORES, SUMMARY
-from .trainer import last_complete_checkpoint
 
 _FILES = (ADAPTER, LOG, SUMMARY, SCORES, PREDICTIONS)  # what is written, beside the recipe
 _SECTIONS = ("data", "training")
@@ -108,6 +105,8 @@ class RunDirectory:
             raise ValueError(f"output_dir {path}: expected a directory, found a file")
         if self._resume and not (path / SUMMARY).exists():
             _expect_same(self._recipe, path / RECIPE)
+            from .trainer import last_complete_checkpoint
+
             return last_complete_checkpoint(str(path / CHECKPOINTS))
         if self._overwrite:
             return None
@@ -130,36 +129,6 @@ class RunDirectory:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-
-
-class RunCallback(TrainerCallback):
-    """Begins a run's directory as training begins, and logs what the Trainer tells there."""
-
-    def __init__(self, directory: RunDirectory) -> None:
-        self._directory = directory
-        self._tokens = 0
-        self._started = self._seconds = 0.0  # of steps alone, without evaluations between them
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._directory.begin(state.global_step)
-        self._tokens = state.num_input_tokens_seen
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._seconds += time.perf_counter() - self._started
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        if not logs.keys() & {"loss", "eval_loss"}:
-            return  # the totals of the run, which the summary has
-        line = {"step": state.global_step, **logs}
-        if "loss" in logs:
-            tokens = state.num_input_tokens_seen
-            line["tokens_per_second"] = round((tokens - self._tokens) / self._seconds, 1)
-            self._tokens, self._seconds = tokens, 0.0
-        self._directory.log(line)
 
 
 def _expect_same(recipe: Recipe, path: Path) -> None:

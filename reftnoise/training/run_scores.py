@@ -10,12 +10,10 @@ from typing_extensions import NotRequired
 
 from .._util.files import json_lines, json_text, replace_all
 from .._util.progress import progress_of
-from ..data.sources import Rows, load_rows, place_of, rename_columns
-from ..data.tasks.classifier import ClassifierTask
-from ..data.tasks.registry import get_task
 from ..evaluation.scoring import Evaluation, evaluate
 from ..model import ReftModel
 from .recipe import Recipe
+from .resolved_run import ResolvedRun
 from .run_directory import alone
 from .run_files import PREDICTIONS, SCORES
 
@@ -37,45 +35,8 @@ class Entry(TypedDict):
     """0 and 1 for the rows in their order."""
 
 
-def evaluation_rows(recipe: Recipe) -> Rows | None:
-    """The rows to be scored on, each of which the recipe's task can read; None if it names none."""
-    wanted, task = recipe.evaluation, get_task(recipe.task)
-    _check_numbers(recipe)
-    if wanted.data is None:
-        return None
-    rows = load_rows(wanted.data, split=wanted.split, subset=wanted.subset)
-    rows = rename_columns(rows, recipe.data.columns)
-    if wanted.limit is not None:
-        rows = rows.take(min(wanted.limit, len(rows)))
-    by_choices = wanted.by == "likelihood" and not isinstance(task, ClassifierTask)
-    for index, row in enumerate(rows):
-        try:
-            question = task.question(row)
-        except ValueError as error:
-            place = place_of(wanted.data, wanted.split, index)
-            raise ValueError(f"evaluation.data {place}: {error}") from None
-        if by_choices and not question.choices:
-            raise ValueError(
-                f"evaluation.by likelihood: the task {task.name!r} has no choices; expected "
-                "generation"
-            )
-    return rows
-
-
-def _check_numbers(recipe: Recipe) -> None:
-    for name in ("batch_size", "max_new_tokens", "limit"):
-        value = getattr(recipe.evaluation, name)
-        if value is not None and value < 1:
-            raise ValueError(f"evaluation.{name} {value}: expected at least 1")
-    if isinstance(get_task(recipe.task), ClassifierTask) and recipe.data.template != "plain":
-        raise ValueError(
-            f"data.template {recipe.data.template!r}: a classifier reads its texts as they are; "
-            "expected plain"
-        )
-
-
 def score(
-    recipe: Recipe,
+    run: ResolvedRun,
     reft_model: ReftModel,
     tokenizer: Any,
     *,
@@ -85,34 +46,32 @@ def score(
     """Score a model on what its recipe names: its task's rows, and tasks of the harness.
 
     Args:
-        recipe: its data, task and evaluation.
-        reft_model: the adapted model.
-        tokenizer: the base's.
-        base: also score the base without its units.
-        console: where progress is shown.
+        run: recipe with its task and evaluation.
+        reft_model: adapted model.
+        tokenizer: tokenizer of the base.
+        base: whether the base without its units is scored, too.
+        console: where progress is shown; None for nowhere.
 
     Raises:
-        ValueError: the recipe names nothing to be scored, or rows that its task cannot read.
+        ValueError: the recipe names nothing to score, or rows that its task cannot read.
     """
-    wanted, rows = recipe.evaluation, evaluation_rows(recipe)
-    if rows is None and not wanted.lm_eval:
-        raise ValueError("nothing to score: expected evaluation.data or evaluation.lm_eval")
-    found: list[tuple[Entry, Evaluation | None]] = []
+    run.expect_scored()
+    evaluations: list[tuple[Entry, Evaluation | None]] = []
     for is_adapted in (True, False) if base else (True,):
         with contextlib.nullcontext() if is_adapted else reft_model.disabled():
-            if rows is not None:
-                found.append(_of_task(recipe, rows, reft_model, tokenizer, is_adapted, console))
-            if wanted.lm_eval:
-                entries = _of_harness(recipe, reft_model, tokenizer, is_adapted)
-                found.extend((entry, None) for entry in entries)
-    return found
+            if run.scored_rows:
+                evaluations.append(_of_task(run, reft_model, tokenizer, is_adapted, console))
+            if run.recipe.evaluation.lm_eval:
+                entries = _of_harness(run.recipe, reft_model, tokenizer, is_adapted)
+                evaluations.extend((entry, None) for entry in entries)
+    return evaluations
 
 
-def save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -> None:
-    """Write evaluations beside a run, in the place of earlier ones of the same rows."""
+def save_scores(directory: Path, evaluations: list[tuple[Entry, Evaluation | None]]) -> None:
+    """Write evaluations to a run's directory; they replace earlier ones of the same rows."""
     lines = [
         {"adapter": entry["adapter"], **_row(evaluation, index)}
-        for entry, evaluation in found
+        for entry, evaluation in evaluations
         if evaluation is not None
         for index in range(entry["rows"])
     ]
@@ -120,7 +79,7 @@ def save_scores(directory: Path, found: list[tuple[Entry, Evaluation | None]]) -
     path = directory / SCORES
     with alone(directory, seconds=60):
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        entries = {_of_what(entry): entry for entry in [*earlier, *(entry for entry, _ in found)]}
+        entries = {_of_what(entry): entry for entry in [*earlier, *(e for e, _ in evaluations)]}
         files[SCORES] = json_text(list(entries.values()), indent=2).encode() + b"\n"
         replace_all(directory, files)
 
@@ -137,41 +96,40 @@ def _row(evaluation: Evaluation, index: int) -> dict[str, Any]:
 
 
 def _of_task(
-    recipe: Recipe,
-    rows: Rows,
+    run: ResolvedRun,
     reft_model: ReftModel,
     tokenizer: Any,
     is_adapted: bool,
     console: Console | None,
 ) -> tuple[Entry, Evaluation]:
-    wanted, task = recipe.evaluation, get_task(recipe.task)
+    recipe, settings = run.recipe, run.recipe.evaluation
     with progress_of(console, "evaluation" if is_adapted else "evaluation of the base") as progress:
-        found = evaluate(
+        evaluation = evaluate(
             reft_model,
             tokenizer,
-            task,
-            rows,
-            by=wanted.by,
-            batch_size=wanted.batch_size,
+            run.task,
+            run.scored_rows,
+            by=settings.by,
+            batch_size=settings.batch_size,
             template=recipe.data.template,
-            max_new_tokens=wanted.max_new_tokens,
+            max_new_tokens=settings.max_new_tokens,
             seed=recipe.seed,
             progress=progress,
         )
     entry: Entry = {
-        "task": task.name,
+        "task": run.task.name,
         "arguments": {} if isinstance(recipe.task, str) else recipe.task,
-        "data": wanted.data,
-        "subset": wanted.subset,
-        "split": wanted.split,
-        "limit": wanted.limit,
-        "by": wanted.by,
+        "data": settings.data,
+        "subset": settings.subset,
+        "split": settings.split,
+        "limit": settings.limit,
+        "by": settings.by,
         "adapter": is_adapted,
-        "scores": found.scores,
-        "rows": len(found.right),
-        "right": "".join("01"[right] for right in found.right),
+        "scores": evaluation.scores,
+        "rows": len(evaluation.right),
+        "right": "".join("01"[right] for right in evaluation.right),
     }
-    return entry, found
+    return entry, evaluation
 
 
 def _of_harness(
@@ -179,7 +137,7 @@ def _of_harness(
 ) -> list[Entry]:
     from ..evaluation.lm_eval import evaluate_with_harness  # an extra
 
-    found = evaluate_with_harness(
+    scores_by_task = evaluate_with_harness(
         reft_model,
         tokenizer,
         recipe.evaluation.lm_eval,
@@ -188,5 +146,5 @@ def _of_harness(
     )
     return [
         {"task": f"lm_eval/{name}", "adapter": is_adapted, "scores": scores}
-        for name, scores in found.items()
+        for name, scores in scores_by_task.items()
     ]

@@ -248,7 +248,7 @@ PLACES = f"{', '.join(COMPONENTS)}, {PATH}"
 LAYER = "expected an integer from 0, a list of them, 'all' or a range such as '8-15'"
 UNIT = "expected an 'intervention': a registered name such as 'loreft', or a ready module"
 PEFT = (
-    "is a method of PEFT: give it beside representations, as in peft={'peft_type': 'lora', 'r': 8}"
+    "is a method of PEFT: give it next to representations, as in peft={'peft_type': 'lora', 'r': 8}"
 )
 MODULE = (
     "expected a registered name, or a module derived from ReftIntervention or NoiseIntervention"
@@ -385,12 +385,12 @@ MODULE = (
         # ready modules
         (
             {"layer": 0, "intervention": loreft_module(), "low_rank_dimension": 4},
-            "low_rank_dimension 4 beside a ready LoreftIntervention whose low_rank_dimension is 2: "
+            "low_rank_dimension 4 with a ready LoreftIntervention whose low_rank_dimension is 2: "
             "set it in the module",
         ),
         (
             {"layer": 0, "intervention": loreft_module(dropout=0.5), "dropout": 0.0},
-            "dropout 0.0 beside a ready LoreftIntervention whose dropout is 0.5: set it in the "
+            "dropout 0.0 with a ready LoreftIntervention whose dropout is 0.5: set it in the "
             "module",
         ),
         (

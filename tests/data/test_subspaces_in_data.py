@@ -15,10 +15,10 @@ from transformers import TrainingArguments
 import reftnoise as rn
 from reftnoise.data import token_cache
 from reftnoise.data.classifiers import make_classifier_data_module
+from reftnoise.data.examples import as_examples
 from reftnoise.data.tasks.classifier import ClassifierTask
 from reftnoise.data.tasks.registry import get_task
 from reftnoise.data.tasks.text import TextTask
-from reftnoise.data.templates import as_examples
 
 QUESTIONS = ["Where does a bear live?", "What does a cow eat?", "Who are you?", "Can a bee fly?"]
 A, B = [0, 1], [2, 3]

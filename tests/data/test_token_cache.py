@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 import reftnoise as rn
 from reftnoise.data import token_cache, tokenization
+from reftnoise.data.examples import as_examples
 from reftnoise.data.sources import load_rows
 from reftnoise.data.tasks.text import TextTask
-from reftnoise.data.templates import as_examples
 from reftnoise.engine.base.tiny import DIRECTORY
 
 ROWS = [{"prompt": f"What is {n} + {n}?", "completion": f" It is {2 * n}."} for n in range(30)]

@@ -27,7 +27,8 @@ from ...engine.base.sites import Site, find_layers, find_site, hidden_size, num_
 from ...engine.base.tiny import DIRECTORY, NAME
 from ...engine.units import place_units
 from ...interventions import ReftIntervention
-from ..directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, local_directory
+from ..directory import AdapterFiles
+from ..location import CONFIG_NAME, WEIGHTS_NAME, local_directory
 from ..saving import load_weights, read_adapter, save_adapter
 from . import directory as pyreft_directory
 from .directory import StoredUnit, read_pyreft, write_pyreft

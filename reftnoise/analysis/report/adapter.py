@@ -14,6 +14,7 @@ from ...data.templates import fill
 from ...evaluation.generation import generated
 from ...model import ReftModel, get_reft_model
 from ...training.recipe import Recipe
+from ...training.resolved_run import ResolvedRun
 from ...training.run import data_module_of, load_trained
 from ..inspection import (
     Guess,
@@ -139,7 +140,7 @@ def generations(texts: Sequence[Texts], about: str) -> Section:
 
 def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section:
     """How alike the subspaces are that this adapter and another edit."""
-    theirs = subspaces(load_trained(replace(recipe, output_dir=str(against)))[0])
+    theirs = subspaces(load_trained(ResolvedRun(replace(recipe, output_dir=str(against))))[0])
     cosines = compare_subspaces(own, theirs)
     chances = [max(len(own[s]), len(theirs[s])) / own[s].shape[1] for s in cosines]
     about = (
@@ -172,7 +173,7 @@ def _training_batches(
     if isinstance(first, datasets.IterableDataset):  # training repeats a stream without end
         first = datasets.Dataset.from_list(list(first))
     first = rename_columns(first, data.columns)
-    module = data_module_of(recipe, tokenizer, reft_model, first)
+    module = data_module_of(ResolvedRun(recipe), tokenizer, reft_model, first)
     examples, collate = list(module["train_dataset"]), module["data_collator"]
     size = recipe.training.per_device_train_batch_size
     names = (*tokenizer.model_input_names, "labels", "prompt_lengths")

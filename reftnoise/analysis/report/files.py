@@ -103,21 +103,6 @@ class StudyResults:
         return next((other for other in self.combinations if other.axes == axes), None)
 
 
-def is_study(directory: Path) -> bool:
-    """Whether a directory is a study's and not a run's.
-
-    Raises:
-        FileNotFoundError: it is neither.
-    """
-    if (directory / STUDY).is_file():
-        return True
-    if (directory / RECIPE).is_file():
-        return False
-    raise FileNotFoundError(
-        f"{directory}: expected a run (recipe.yaml) or a study (study.yaml), found neither"
-    )
-
-
 def read_run(directory: Path) -> Run:
     """A run; what it has not written, such as scores, is empty.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ...training.resolved_run import ResolvedRun
 from ...training.run import load_trained
 from ..inspection import Prompt, subspaces
 from .adapter import Texts, edits, generate, generations, lens, noise, overlap
@@ -61,7 +62,7 @@ def _measured(
     run: Run, *, prompts: Sequence[str] | None, rows: int, draws: int, max_new_tokens: int
 ) -> tuple[list[Section], Mapping[str, Tensor]]:
     """The sections that need the model, and the subspaces that it edits."""
-    reft_model, tokenizer = load_trained(run.recipe)
+    reft_model, tokenizer = load_trained(ResolvedRun(run.recipe))
     loaded = (run.recipe, reft_model, tokenizer)
     asked = list(prompts or _prompts(run))
     sections = [_or_reason("Noise", lambda: noise(*loaded, rows=rows, draws=draws))]

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..._util.files import replace_all
 from ...training.recipe import Recipe
+from ...training.run_files import is_study
 from .figures import draw_overlaps, picture
-from .files import is_study, read_run, read_study
+from .files import read_run, read_study
 from .page import Section, Table, markdown, pictures, render
 from .run import run_sections
 from .study import study_page

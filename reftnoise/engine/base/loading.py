@@ -1,15 +1,13 @@
 """Base models by name, as recipes and saved adapters give it."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ...config.base_model import expect_base
 from .tiny import DIRECTORY, NAME
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_base(
@@ -28,7 +26,7 @@ def load_base(
     Args:
         name: directory or hub name, or tiny-chat.
         revision: branch, tag or commit on the hub.
-        dtype: one of `DTYPES`; auto is the dtype in which the weights are stored.
+        dtype: one of `config.base_model.DTYPES`; auto is the dtype in which the weights are stored.
         device: where the model goes; auto is a GPU where there is one.
         quantization: transformers' quantization_config as a mapping.
         auto_class: the class of transformers that loads the model.
@@ -39,12 +37,8 @@ def load_base(
         ValueError: an unknown dtype or device.
         OSError: no such model.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    expect_base(name, dtype)
     directory = str(DIRECTORY) if name == NAME else name
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(directory).is_dir():
-        raise FileNotFoundError(f"{name}: no such directory of a model")
     target = device
     if device == "auto":
         target = "cuda" if torch.cuda.is_available() else "cpu"

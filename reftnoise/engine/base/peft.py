@@ -1,6 +1,6 @@
-"""PEFT's methods under the same config: a `peft` section, or a `PeftModel` that is ready.
+"""Bases inside PEFT's wrapper, made from a `peft` section or given as a `PeftModel`.
 
-What PEFT trains is trained, saved and loaded with the units; virtual tokens that a method puts
+What PEFT trains is trained, saved and loaded with the units. Virtual tokens that a method puts
 before the user's do not count as positions.
 """
 
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from ...config.peft import as_section, import_peft, peft_config
 
-# What PEFT finds out by the model, where a section leaves it open.
-_FOUND_OUT = {"task_type", "target_modules", "feedforward_modules", "num_transformer_submodules"}
-_FOUND_OUT |= {"num_attention_heads", "num_layers", "token_dim", "modules_to_save"}
+# Arguments that PEFT takes from the model where a section leaves them out.
+_FROM_MODEL = {"task_type", "target_modules", "feedforward_modules", "num_transformer_submodules"}
+_FROM_MODEL |= {"num_attention_heads", "num_layers", "token_dim", "modules_to_save"}
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -24,7 +24,7 @@ _TASKS = {
 
 
 def inner_model(base: PreTrainedModel) -> PreTrainedModel:
-    """The model whose forward runs: a PEFT model generates with the model inside it."""
+    """The model whose forward runs: the one inside PEFT's wrapper."""
     return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
@@ -32,9 +32,9 @@ def virtual_tokens(base: nn.Module, stack: str | None = None) -> int:
     """Tokens that PEFT puts before the user's, as embeddings or in the cache.
 
     Args:
-        base: a model, PEFT's or not.
-        stack: of an encoder-decoder model, which has embeddings before the encoder's tokens, or a
-            cache before the decoder's.
+        base: a model, in PEFT's wrapper or not.
+        stack: the stack of an encoder-decoder model: PEFT puts embeddings before the encoder's
+            tokens, or a cache before the decoder's.
     """
     config: Any = getattr(base, "active_peft_config", None)
     if not getattr(config, "is_prompt_learning", False):
@@ -55,7 +55,7 @@ def has_switched_adapters(base: nn.Module) -> bool:
 
 
 def with_peft(model: PreTrainedModel, section: Mapping[str, Any]) -> Any:
-    """`model` inside PEFT's wrapper, with what PEFT trains set to be trained.
+    """`model` inside PEFT's wrapper; what PEFT trains requires gradients.
 
     Raises:
         ValueError: PEFT finds nothing in the model to adapt, or needs further arguments.
@@ -71,10 +71,10 @@ def with_peft(model: PreTrainedModel, section: Mapping[str, Any]) -> Any:
 
 
 def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The section for a config: `given`, or that of a ready PEFT model if it is to be trained.
+    """The section for a config: `given`, or that of a `PeftModel` which is to be trained.
 
     Raises:
-        ValueError: the given section is another than the model's.
+        ValueError: the given section differs from the model's.
     """
     given = None if given is None else dict(given)
     if not is_peft_model(base):
@@ -96,7 +96,7 @@ def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, An
         )
     given = own if given is None else given
     for key in (*given, *own):
-        if key == "task_type" or (key in _FOUND_OUT and key not in given):
+        if key == "task_type" or (key in _FROM_MODEL and key not in given):
             continue
         if own.get(key) != given.get(key):
             raise ValueError(
@@ -107,12 +107,11 @@ def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, An
 
 
 def own_state(base: nn.Module) -> set[str]:
-    """Names of the tensors that PEFT adds to a base, trained or not, each under one name alone."""
+    """The names of the tensors that PEFT adds to a base, trained or not; shared ones once."""
     if not is_peft_model(base):
         return set()
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [(path, m) for path, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
+    layer_class = import_peft().tuners.tuners_utils.BaseTunerLayer
+    layers = [(path, m) for path, m in base.named_modules() if isinstance(m, layer_class)]
     added = {
         f"{path}.{name}"
         for path, layer in layers
@@ -126,14 +125,13 @@ def own_state(base: nn.Module) -> set[str]:
 
 @contextlib.contextmanager
 def without_peft(base: Any) -> Iterator[None]:
-    """Within the block, the model inside PEFT's wrapper is as if there were none."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
+    """Within the block, the model inside PEFT's wrapper runs without PEFT's changes."""
+    wrapper_class = import_peft().utils.other.AuxiliaryTrainingWrapper
     flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     with contextlib.ExitStack() as stack:
         if virtual_tokens(base):  # PEFT can switch them off for generating models alone
             for module in base.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper) and not module.disable_adapters:
+                if isinstance(module, wrapper_class) and not module.disable_adapters:
                     module.enable_adapters(False)
                     stack.callback(module.enable_adapters, True)
         else:
@@ -150,10 +148,9 @@ def may_add_to_loss(base: nn.Module) -> bool:
     """Whether PEFT's method does more than call the inner model."""
     if not is_peft_model(base) or virtual_tokens(base):
         return False
-    from peft.tuners.tuners_utils import BaseTuner
-
     tuner: Any = type(base.base_model)
-    return tuner.forward is not BaseTuner.forward and base.base_model is not inner_model(base)
+    usual = import_peft().tuners.tuners_utils.BaseTuner.forward
+    return tuner.forward is not usual and base.base_model is not inner_model(base)
 
 
 def _task(model: PreTrainedModel) -> str | None:

@@ -18,8 +18,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from ..._util.errors import is_finite_number, nearest
 from ..._util.recent import RecentlyUsed
-from ...adapters.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
+from ...adapters.directory import AdapterFiles
 from ...adapters.frozen import FrozenAdapter, freeze
+from ...adapters.location import CONFIG_NAME, WEIGHTS_NAME
 from ...config.components import COMPONENTS
 from ...engine.base.sites import find_layers, find_site
 from ...training.run_files import ADAPTER

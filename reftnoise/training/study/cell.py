@@ -13,26 +13,19 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ...data.tasks.registry import get_task
 from ..recipe import Recipe
-from ..run import reft_config, run_recipe, training_arguments
+from ..resolved_run import ResolvedRun
+from ..run import run_recipe
 from ..run_files import ADAPTER
-from ..run_scores import evaluation_rows
 from .grid import Cell
 from .results import Outcome
 
 
 def check_cell(cell: Cell) -> None:
     """Raise what the cell's run would, as far as can be known before any model is loaded."""
-    recipe = cell.recipe
-    try:
-        reft_config(recipe)
-        get_task(recipe.task)
-        training_arguments(recipe)
-        if evaluation_rows(recipe) is None:
-            raise ValueError("evaluation.data: a study needs rows to score")
-    except (ValueError, OSError) as error:
-        raise ValueError(f"cell {cell.name}: {error}") from None
+    with cell.named():
+        run = ResolvedRun(cell.recipe)
+        _ = run.config, run.arguments, run.scored_rows
 
 
 def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> Outcome:
@@ -43,7 +36,7 @@ def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) 
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # as on the command line
-    summary, (entry, *_) = run_recipe(recipe, overwrite=True)
+    summary, (entry, *_) = run_recipe(ResolvedRun(recipe), overwrite=True)
     if not keep_adapter:
         shutil.rmtree(Path(recipe.output_dir) / ADAPTER)
     return {

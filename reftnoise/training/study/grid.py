@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..._util import yaml
 from ..._util.errors import nearest
 from ..._util.options import read
 from ..recipe import Recipe
+from ..resolved_run import ResolvedRun
 
 SEED = "seed"
 
@@ -94,6 +96,14 @@ class Cell:
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Within the block, errors name the cell."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ValueError(f"cell {self.name}: {error}") from None
+
 
 def cells(study: Study) -> list[Cell]:
     """Every cell once, seed by seed, so that an early stop leaves whole grids.
@@ -109,6 +119,23 @@ def cells(study: Study) -> list[Cell]:
         for seed in study.seeds
         for levels, recipe in unseeded.items()
     ]
+
+
+def checked_cells(study: Study) -> list[Cell]:
+    """Every cell, as `cells` has them, whose recipes are as good as can be known without torch.
+
+    Raises:
+        ValueError: as in `cells`, or a recipe is wrong; the message names its cell.
+    """
+    grid = cells(study)
+    for cell in grid:
+        if cell.levels[SEED] == study.seeds[0]:
+            with cell.named():
+                run = ResolvedRun(cell.recipe)
+                run.expect_trainable()
+                if cell.recipe.evaluation.data is None:
+                    raise ValueError("evaluation.data: a study needs rows to score")
+    return grid
 
 
 def _combinations(study: Study) -> Iterator[dict[str, str]]:

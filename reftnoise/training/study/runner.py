@@ -19,7 +19,7 @@ from ..._util.progress import progress_of
 from ..run_directory import alone
 from ..run_files import CELLS, STUDY
 from .cell import check_cell, run_in_process
-from .grid import Cell, Study, cells
+from .grid import Cell, Study, checked_cells
 from .results import Outcome, Result, append_result, read_results
 
 
@@ -37,7 +37,7 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
         ValueError: the study does not fit together, another process runs it, or cells failed:
             the message names the first, when all others have been run.
     """
-    grid = cells(study)
+    grid = checked_cells(study)
     for cell in {cell.key: cell for cell in grid if cell.levels["seed"] == study.seeds[0]}.values():
         check_cell(cell)
     directory = Path(study.output_dir)

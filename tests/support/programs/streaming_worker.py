@@ -11,9 +11,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import reftnoise as rn
+from reftnoise.data.examples import as_examples
 from reftnoise.data.sources import load_rows
 from reftnoise.data.tasks.text import TextTask
-from reftnoise.data.templates import as_examples
 from reftnoise.engine.base.tiny import DIRECTORY
 
 BATCH = 1000

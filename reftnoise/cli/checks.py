@@ -1,0 +1,49 @@
+"""Mistakes that are found before torch is imported, which takes seconds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..config.base_model import expect_base
+from ..data.templates import check_template
+from ..evaluation.decoding import Decoding
+from ..training.run_adapter import adapter_directory
+from ..training.run_files import is_study
+
+
+def expect_adapters(
+    adapter: str,
+    others: Mapping[str, str] | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Raise an error where there is no such adapter, base or dtype."""
+    for path in (adapter, *(others or {}).values()):
+        adapter_directory(path)
+    expect_base(model or "", dtype)
+
+
+def expect_template(decoding: Decoding) -> None:
+    """Raise a ValueError where there is no such template."""
+    if decoding.template is not None:
+        check_template(decoding.template)
+        decoding.template_or("chat")
+
+
+def expect_prompts(prompt: str | None, input_: str | None, output: str | None) -> None:
+    """Raise an error where there is no prompt, no such file, or no place for the answers."""
+    if prompt is None and input_ is None:
+        raise ValueError("no prompts: expected a prompt, or an input file")
+    if input_ is not None and not Path(input_).is_file():
+        raise FileNotFoundError(f"{input_}: no such file")
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"output {output}: no such directory")
+
+
+def expect_run_or_study(directory: str, against: str | None, prompts: object) -> None:
+    """Raise an error where there is nothing to report, or for a study what only runs have."""
+    if is_study(Path(directory)):
+        for name, value in (("against", against), ("prompts", prompts)):
+            if value is not None:
+                raise ValueError(f"{name}: {directory} is a study; expected a run's directory")
+    elif against is not None:
+        adapter_directory(against)

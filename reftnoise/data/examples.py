@@ -1,0 +1,57 @@
+"""Examples that tasks and templates make of rows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+
+from .sources import Rows, column_names, expect_no_subspaces, map_rows
+from .tasks.base import RowError, Task
+from .templates import check_template, fill
+
+_TEXT = datasets.Value("string")
+_PROMPTS = datasets.Features({"prompt": _TEXT, "completion": _TEXT})
+_CHAT = datasets.Features({"messages": [{"role": _TEXT, "content": _TEXT}]})
+
+
+def as_examples(
+    rows: Rows, task: Task, template: str, tokenizer: Any, *, name: str = "training"
+) -> Rows:
+    """Rows of `prompt` and `completion`, which `make_last_position_supervised_data_module` reads.
+
+    With the template `chat` they are rows of `messages`, as are conversations, which the task
+    `text` leaves as they are.
+
+    Args:
+        rows: rows with the columns that the task reads.
+        task: makes prompts and completions of the rows.
+        template: template, as in `fill`.
+        tokenizer: tokenizer of the base.
+        name: name of the dataset, for errors.
+
+    Raises:
+        RowError: a row that the task or the template cannot read.
+        ValueError: a tokenizer without chat template that needs one, or a column `subspaces`.
+    """
+    check_template(template)
+    expect_no_subspaces(rows)
+    if template == "chat" and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("template 'chat': the tokenizer has no chat template")
+    columns = column_names(rows)
+    if task.name == "text" and "messages" in columns and "prompt" not in columns:
+        return rows.select_columns("messages")
+
+    def example(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            question = task.question(row)
+            for part, text in (("prompt", question.prompt), ("completion", question.completion)):
+                if not isinstance(text, str):
+                    raise ValueError(f"{part} {text!r}: expected a text")
+            filled = fill(template, question.prompt, row)
+        except ValueError as error:
+            raise RowError(error, name=name, index=index) from None
+        if isinstance(filled, str):
+            return {"prompt": filled, "completion": question.completion}
+        return {"messages": [*filled, {"role": "assistant", "content": question.completion}]}
+
+    return map_rows(rows, example, _CHAT if template == "chat" else _PROMPTS)

@@ -1,0 +1,37 @@
+"""Which sources of rows are files; nothing heavy is imported here."""
+
+from pathlib import Path
+
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""By suffix, the reader of datasets."""
+
+
+def is_path(source: str | Path) -> bool:
+    """Whether a source is a path rather than a hub dataset's `owner/name`."""
+    path, text = Path(source), str(source)
+    return (
+        isinstance(source, Path)
+        or path.suffix in LOADERS
+        or text.startswith((".", "~"))
+        or path.is_absolute()
+        or text.count("/") > 1
+        or path.is_file()
+        or (path.parent != Path() and path.parent.is_dir())
+    )
+
+
+def expect_file(source: str | Path) -> None:
+    """Raise an error for a path that is no file of rows.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: nothing reads such files.
+    """
+    if not is_path(source):
+        return
+    path = Path(source).expanduser()
+    is_known = path.suffix in LOADERS
+    if not path.exists() or (is_known and not path.is_file()):
+        raise FileNotFoundError(f"{path}: no such file")
+    if not is_known:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(LOADERS)}")

@@ -1,0 +1,211 @@
+"""A recipe with what it names: task, config, arguments and rows are each read once.
+
+What is wrong with a recipe is found before torch is imported, as far as that is possible: heavy
+imports stand inside the properties.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .._util.errors import nearest
+from ..config.base_model import expect_base
+from ..config.positions import Positions
+from ..data.files import expect_file
+from ..data.tasks.base import ParsedRow, RowError, parse_rows
+from ..data.tasks.classifier import ClassifierTask
+from ..data.tasks.registry import get_task
+from ..data.templates import check_template
+from .recipe import UNITS, Recipe
+from .run_files import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from ..config.representations import ReftConfig
+    from ..data.sources import Rows
+
+_POSITIVE = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+)
+
+
+class ResolvedRun:
+    """A recipe, and what it names.
+
+    Args:
+        recipe: recipe of the run.
+
+    Raises:
+        ValueError: the task, the base's dtype, the template or a number of the evaluation is wrong.
+        FileNotFoundError: there is no such base, or no such file of rows to score.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.task = get_task(recipe.task)
+        expect_base(recipe.model, recipe.dtype)
+        check_template(recipe.data.template)
+        for name in ("batch_size", "max_new_tokens", "limit"):
+            value = getattr(recipe.evaluation, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{name} {value}: expected at least 1")
+        if isinstance(self.task, ClassifierTask) and recipe.data.template != "plain":
+            raise ValueError(
+                f"data.template {recipe.data.template!r}: a classifier reads its texts as they "
+                "are; expected plain"
+            )
+        if recipe.evaluation.data is not None:
+            expect_file(recipe.evaluation.data)
+
+    def expect_scored(self) -> None:
+        """Raise a ValueError for a recipe that names nothing to score."""
+        evaluation = self.recipe.evaluation
+        if evaluation.data is None and not evaluation.lm_eval:
+            raise ValueError("nothing to score: expected evaluation.data or evaluation.lm_eval")
+
+    def expect_trainable(self) -> None:
+        """Raise a ValueError or OSError for what can be known to be wrong without torch."""
+        recipe, data, training = self.recipe, self.recipe.data, self.recipe.training
+        if not (recipe.representations or recipe.peft or recipe.modules_to_save):
+            raise ValueError(
+                "the recipe trains nothing: expected representations, such as "
+                "[{layer: all, intervention: loreft, low_rank_dimension: 4, positions: f1+l1}], "
+                "peft or modules_to_save"
+            )
+        for unit in recipe.representations:
+            name = unit.get("intervention")
+            if isinstance(name, str) and name not in UNITS and "torch" not in sys.modules:
+                raise ValueError(f"intervention {name!r} is not registered; {nearest(name, UNITS)}")
+            if isinstance(unit.get("positions"), str):
+                Positions.parse(unit["positions"])
+        for name in _POSITIVE:
+            value = getattr(training, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"training.{name} {value}: expected a positive number")
+        if data.train is None:
+            raise ValueError("data.train: expected a file, the name of a hub dataset, or tiny-chat")
+        if data.streaming and training.max_steps < 1:
+            raise ValueError(
+                "data.streaming: expected training.max_steps, since the length of the data is "
+                "unknown"
+            )
+        for source in (data.train, data.eval):
+            if source is not None:
+                expect_file(source)
+
+    @cached_property
+    def config(self) -> "ReftConfig":
+        """The recipe's units, PEFT section and trained modules."""
+        from ..config.representations import ReftConfig
+
+        recipe = self.recipe
+        return ReftConfig(recipe.representations, recipe.peft, recipe.modules_to_save)
+
+    @cached_property
+    def arguments(self) -> "TrainingArguments":
+        """The Trainer's settings, in which `training.arguments` come last."""
+        import torch
+        from transformers import TrainingArguments
+
+        recipe, training = self.recipe, asdict(self.recipe.training)
+        further, eval_steps = training.pop("arguments"), training.pop("eval_steps")
+        save_steps, by_length = training.pop("save_steps"), training.pop("group_by_length")
+        training.pop("prefix_cache")
+        evaluates = "steps" if eval_steps else "epoch"
+        settings = {
+            **training,
+            "output_dir": str(Path(recipe.output_dir) / CHECKPOINTS),
+            "seed": recipe.seed,
+            "eval_strategy": "no" if recipe.data.eval is None else evaluates,
+            "eval_steps": eval_steps,
+            "save_strategy": "steps" if save_steps else "no",
+            "save_steps": save_steps or 500,
+            "save_total_limit": 1,
+            "train_sampling_strategy": "group_by_length" if by_length else "random",
+            "include_num_input_tokens_seen": "non_padding",
+            "dataloader_pin_memory": torch.cuda.is_available() and recipe.device != "cpu",
+            "use_cpu": recipe.device == "cpu",
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
+        known = [field.name for field in fields(TrainingArguments) if field.init]
+        for name in further:
+            if name not in known:
+                raise ValueError(
+                    f"training.arguments: transformers.TrainingArguments has no {name!r}; "
+                    + nearest(name, known, "see its documentation")
+                )
+        try:
+            arguments = TrainingArguments(**settings | further)
+            if not isinstance(arguments.seed, int):
+                raise ValueError(f"seed {arguments.seed!r}: expected an integer")
+            return arguments
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"training: {error}") from None
+
+    @cached_property
+    def training_rows(self) -> "dict[str, Rows]":
+        """The rows to train on, as `train`, and those whose loss is measured, as `eval`."""
+        from ..data.sources import load_rows, rename_columns
+
+        data = self.recipe.data
+        sources = {"train": (data.train, data.train_split), "eval": (data.eval, data.eval_split)}
+        rows = {}
+        for name, (source, split) in sources.items():
+            if source is not None:
+                is_streamed = data.streaming and source == data.train
+                loaded = load_rows(source, split=split, subset=data.subset, streaming=is_streamed)
+                rows[name] = rename_columns(loaded, data.columns)
+        return rows
+
+    @cached_property
+    def scored_rows(self) -> list[ParsedRow]:
+        """The rows to score, each with its question; empty where the recipe names none."""
+        from ..data.sources import load_rows, rename_columns
+
+        evaluation, task = self.recipe.evaluation, self.task
+        if evaluation.data is None:
+            return []
+        rows = load_rows(evaluation.data, split=evaluation.split, subset=evaluation.subset)
+        rows = rename_columns(rows, self.recipe.data.columns)
+        if evaluation.limit is not None:
+            rows = rows.take(min(evaluation.limit, len(rows)))
+        with self.places():
+            parsed = parse_rows(task, rows, name="scored")
+        needs_choices = evaluation.by == "likelihood" and not isinstance(task, ClassifierTask)
+        if needs_choices and not all(row.question.choices for row in parsed):
+            raise ValueError(
+                f"evaluation.by likelihood: the task {task.name!r} has no choices; expected "
+                "generation"
+            )
+        return parsed
+
+    @contextmanager
+    def places(self) -> Iterator[None]:
+        """Within the block, an error of a row names the option, the file and the line."""
+        try:
+            yield
+        except RowError as error:
+            if error.index is None:
+                raise
+            from ..data.sources import place_of
+
+            data, evaluation = self.recipe.data, self.recipe.evaluation
+            option, source, split = {
+                "training": ("data.train", data.train, data.train_split),
+                "evaluation": ("data.eval", data.eval, data.eval_split),
+                "scored": ("evaluation.data", evaluation.data, evaluation.split),
+            }[error.name]
+            place = place_of(source or "", split, error.index)
+            raise ValueError(f"{option} {place}: {error.reason}") from None
