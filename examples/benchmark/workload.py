@@ -1,4 +1,4 @@
-"""What is measured: a shape of model, batch and edits, and the table that README shows."""
+"""What is measured: a shape of model, batch and edits, and the table of the guide to speed."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -104,7 +104,7 @@ SUITE = (
     Case(_SMALL, ("floor", "split", "lora", "pyreft")),
     Case(_LONG, ("plain", "split"), memory=True, rounds=2),
 )
-"""README's table."""
+"""The guide's table."""
 
 GPU_SUITE = tuple(
     Case(
