@@ -17,6 +17,7 @@ from ..engine.units import place_name, unit_keys
 from ..interventions.rotation import orthonormal_rows
 from ..training.run_adapter import adapter_directory
 from ..training.run_files import ADAPTER, LOCK, SCORES
+from ..training.run_scores import print_scores
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,7 @@ def show(description: Description, console: Console) -> None:
     for noise in description.noises:
         units.add_row(noise["intervention"], noise["component"], "", "", "0", "")
     console.print(Group(about, units))
-    if description.scores:
-        console.print(_scores(description.scores))
+    print_scores(description.scores, console)
 
 
 def _facts(description: Description) -> list[tuple[str, str]]:
@@ -179,18 +179,6 @@ def _facts(description: Description) -> list[tuple[str, str]]:
     if description.peft_parameters:
         facts.insert(3, ("not of units", f"{description.peft_parameters:,} parameters"))
     return facts
-
-
-def _scores(scores: list[dict[str, Any]]) -> Table:
-    table = Table(title="Scores", title_justify="left")
-    for heading in ("task", "data", "model", "rows", "scores"):
-        table.add_column(heading, justify="right" if heading == "rows" else "left")
-    for entry in scores:
-        values = ", ".join(f"{name} {value:.4g}" for name, value in entry["scores"].items())
-        model = "adapted" if entry.get("adapter", True) else "base"
-        data = " ".join(str(entry[name]) for name in ("data", "split") if entry.get(name))
-        table.add_row(str(entry.get("task")), data, model, str(entry.get("rows", "")), values)
-    return table
 
 
 def _short(name: str) -> str:

@@ -72,7 +72,7 @@ def train(
 
 
 def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool = False) -> None:
-    """Score the adapter of a run on its recipe's task, and write the scores beside it.
+    """Score the adapter of a run on its recipe's task, and write the scores to the run.
 
     Args:
         recipe: directory of a run or of an adapter, which comes first; options such as
@@ -85,7 +85,7 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
     run.expect_scored()
     expect_adapters(recipe.output_dir)
     from ..training.run import load_trained
-    from ..training.run_scores import save_scores, score
+    from ..training.run_scores import print_scores, save_scores, score
 
     model, tokenizer = load_trained(run)
     console = _progress_console(quiet or json)
@@ -95,9 +95,9 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
     if json:
         _print_json(entries)
     elif not quiet:
-        from .printing import print_scores
+        from rich.console import Console
 
-        print_scores(entries)
+        print_scores(entries, Console(highlight=False))
 
 
 def generate(
@@ -113,7 +113,7 @@ def generate(
     batch_size: int = 16,
     json: bool = False,
 ) -> None:
-    """Answer prompts with an adapted model, beside its base if asked.
+    """Answer prompts with an adapted model and, if asked, with its base.
 
     Args:
         adapter: directory of a run or of an adapter, or hub name of an adapter.

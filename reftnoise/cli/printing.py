@@ -1,13 +1,12 @@
-"""What commands print when they are done."""
+"""What `train` prints when it is done."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ..training.recipe import Recipe
-from ..training.run_scores import Entry
+from ..training.run_scores import Entry, print_scores
 
 
 def print_run(recipe: Recipe, summary: dict[str, Any], entries: Sequence[Entry]) -> None:
@@ -19,23 +18,8 @@ def print_run(recipe: Recipe, summary: dict[str, Any], entries: Sequence[Entry])
         f"{summary['steps']} steps and {summary['seconds']:.0f} s; "
         f"mean loss {summary['train_loss']:.3f}"
     )
-    print_scores(entries)
+    print_scores(entries, console)
     place = recipe.output_dir
     console.print(f"The adapter is in {place}/adapter. Next:", markup=False, soft_wrap=True)
     for command in (f"eval {place} --base", f"chat {place}", f"report {place}"):
         console.print(f"  reftnoise {command}", markup=False, soft_wrap=True)
-
-
-def print_scores(entries: Sequence[Entry]) -> None:
-    """One row per evaluation and metric."""
-    if not entries:
-        return
-    table = Table("model", "task", "rows", "score")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for entry in entries:
-        model = "adapted" if entry["adapter"] else "base"
-        for metric, value in entry["scores"].items():
-            rows = str(entry.get("rows", ""))
-            table.add_row(model, entry["task"], rows, f"{metric} {value:.3f}")
-    Console(highlight=False).print(table)

@@ -1,4 +1,4 @@
-"""A recipe: everything that one training run and its evaluation need, as dataclasses ↔ YAML.
+"""A recipe: all settings of one training run and its evaluation, as dataclasses ↔ YAML.
 
 The command line is made from these classes, so nothing heavy is imported here.
 """
@@ -12,7 +12,7 @@ UNITS = (
     *("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "bias", "addition"),
     *("adapter", "neftune", "gaussian", "bernoulli", "symnoise"),
 )
-"""The names of interventions, which are known here without torch."""
+"""The names of the interventions of the registry, known without torch."""
 
 
 @dataclass(kw_only=True)
@@ -20,18 +20,19 @@ class DataConfig:
     """Examples to train on. A recipe's task makes a prompt and a completion of each row.
 
     Args:
-        train: a JSONL, JSON, CSV or Parquet file, the name of a hub dataset, or tiny-chat, the
-            embedded one.
-        train_split: of it; also a slice of one, such as train[:-1000].
-        eval: like train; rows whose loss is measured while training.
-        eval_split: of eval.
-        subset: of a hub dataset that has several.
-        columns: what the task reads → the column where it stands, such as {prompt: question}.
-        template: what is put around each prompt: plain (nothing), chat (the tokenizer's chat
-            template), alpaca, or a text with {prompt} and the columns of a row in it.
-        max_length: tokens of an example, by default what tokenizer and model allow; longer ones
-            lose the beginning of their prompts.
-        streaming: read rows as they are needed, for data larger than memory; needs max_steps.
+        train: JSONL, JSON, CSV or Parquet file, name of a hub dataset, or tiny-chat, the embedded
+            dataset.
+        train_split: split of train, or a slice of one, such as train[:-1000].
+        eval: file or dataset, as for train, whose loss is measured during training.
+        eval_split: split of eval, or a slice of one.
+        subset: name of a subset, for hub datasets that have several.
+        columns: columns of the data by the names that the task reads, such as {prompt: question}.
+        template: text around each prompt: plain (none), chat (the tokenizer's chat template),
+            alpaca, or a text with {prompt} and columns in braces.
+        max_length: greatest number of tokens of an example, by default what tokenizer and model
+            allow; longer examples lose the beginning of their prompts.
+        streaming: whether rows are read as they are needed, for data larger than memory; training
+            then needs max_steps.
     """
 
     train: str | None = None
@@ -47,26 +48,29 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """Settings of transformers' Trainer under its own names; AdamW unless `arguments` says else.
+    """Settings of transformers' Trainer by its own names; the optimizer is AdamW by default.
 
     Args:
-        learning_rate: at its highest.
-        num_train_epochs: passes over the data.
-        max_steps: of the optimizer, instead of epochs, if positive.
-        per_device_train_batch_size: examples per device and forward pass.
-        gradient_accumulation_steps: forward passes per step.
-        lr_scheduler_type: of the learning rate after its warm-up.
-        warmup_steps: over which the learning rate rises; below 1, a share of all steps.
-        weight_decay: of AdamW.
-        adam_beta2: of AdamW.
-        max_grad_norm: longer gradients are clipped.
-        bf16: autocast to bfloat16.
-        group_by_length: batches of examples of about equal length, which hold little padding.
-        logging_steps: between two lines of the log.
-        eval_steps: between two evaluations of the loss on data.eval; once an epoch by default.
-        save_steps: between two checkpoints, from which `resume` continues; none by default.
-        prefix_cache: keep prompts' keys and values from epoch to epoch: none, memory or disk.
-        arguments: further arguments of transformers.TrainingArguments, which come last.
+        learning_rate: greatest learning rate.
+        num_train_epochs: number of passes over the data.
+        max_steps: number of optimizer steps; if positive, it replaces the number of epochs.
+        per_device_train_batch_size: number of examples per device and forward pass.
+        gradient_accumulation_steps: number of forward passes per step.
+        lr_scheduler_type: schedule of the learning rate after its warm-up.
+        warmup_steps: number of steps in which the learning rate rises; below 1, a share of all
+            steps.
+        weight_decay: weight decay of AdamW.
+        adam_beta2: beta 2 of AdamW.
+        max_grad_norm: norm to which larger gradients are clipped.
+        bf16: whether forward passes autocast to bfloat16.
+        group_by_length: whether examples of similar length share batches, to save padding.
+        logging_steps: number of steps between two lines of the log.
+        eval_steps: number of steps between two measurements of the loss on data.eval; by default
+            one epoch.
+        save_steps: number of steps between two checkpoints, from which `resume` continues; by
+            default there are none.
+        prefix_cache: place for prompts' keys and values from epoch to epoch: none, memory or disk.
+        arguments: further arguments of transformers.TrainingArguments, which override the others.
     """
 
     learning_rate: float = 1e-3
@@ -90,18 +94,18 @@ class TrainingConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """What a trained adapter is scored on, by the recipe's task.
+    """The rows that a trained adapter is scored on, by the recipe's task.
 
     Args:
-        data: like data.train; without it nothing is scored.
-        split: of it; also a slice of one, such as test[:200].
-        subset: of a hub dataset that has several.
-        by: generation (the answer is read from greedily written text, or as the task says) or
-            likelihood (the most probable of the task's choices).
-        batch_size: prompts per forward pass.
-        max_new_tokens: of an answer; by default as many as the task needs.
-        lm_eval: tasks of lm-evaluation-harness to be run, too, or alone.
-        limit: rows to be scored, from the first on; of tasks of the harness, rows of each.
+        data: file or dataset, as for data.train; without it, no rows are scored.
+        split: split of data, or a slice of one, such as test[:200].
+        subset: name of a subset, for hub datasets that have several.
+        by: way to answer: generation (text, greedy unless the task says otherwise) or likelihood
+            (the most probable of the task's choices).
+        batch_size: number of prompts per forward pass.
+        max_new_tokens: greatest number of tokens of an answer; by default what the task needs.
+        lm_eval: names of tasks of lm-evaluation-harness, which are run, too, or alone.
+        limit: greatest number of rows, from the first on; also of each task of the harness.
     """
 
     data: str | None = None
@@ -116,23 +120,23 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """A base model, what is edited and trained of it, the data, and the task.
+    """A base model, the units and modules that are trained, the data, and the task.
 
     Args:
-        model: name or directory of the base model, or tiny-chat, the embedded one.
+        model: directory or hub name of the base model, or tiny-chat, the embedded model.
         revision: branch, tag or commit of a model on the hub.
-        dtype: of the base: auto, float32, bfloat16 or float16.
-        device: cpu, cuda, …; auto takes a GPU where there is one.
-        quantization: of the base, as transformers' quantization_config: {quant_method:
+        dtype: dtype of the base: auto, float32, bfloat16 or float16.
+        device: cpu, cuda or another device of torch; auto is a GPU where there is one.
+        quantization: quantization_config of transformers for the base, such as {quant_method:
             bitsandbytes, load_in_4bit: true}.
-        representations: units, as in ReftConfig.
-        peft: a method of PEFT under the units, as in ReftConfig.
-        modules_to_save: modules of the base to be trained, as in ReftConfig.
-        task: what rows mean: the name of a task, or {name: …} with its arguments beside it.
+        representations: list of units, as in ReftConfig.
+        peft: method of PEFT under the units, as in ReftConfig.
+        modules_to_save: modules of the base that are trained, as in ReftConfig.
+        task: name of the task that reads the rows, or {name: …} with its arguments.
         data: examples to train on.
         training: settings of the Trainer.
-        evaluation: what is scored afterwards.
-        seed: of all random draws.
+        evaluation: rows to score after training.
+        seed: seed of all random draws.
         output_dir: directory of the run.
     """
 
@@ -152,5 +156,5 @@ class Recipe:
     output_dir: str = "reftnoise-run"
 
     def to_yaml(self) -> str:
-        """What a file holds that gives this recipe again."""
+        """The text of a file that gives this recipe again."""
         return yaml.dump(asdict(self))

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 from rich.console import Console
+from rich.table import Table
 from typing_extensions import NotRequired
 
 from .._util.files import json_lines, json_text, replace_all
@@ -148,3 +150,34 @@ def _of_harness(
         {"task": f"lm_eval/{name}", "adapter": is_adapted, "scores": scores}
         for name, scores in scores_by_task.items()
     ]
+
+
+def scores_table(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows, one for each evaluation; headings from `rows` on are of numbers."""
+    names = list(dict.fromkeys(name for entry in entries for name in entry["scores"]))
+    rows = [
+        [
+            str(entry["task"]),
+            " ".join(str(entry[name]) for name in ("data", "split") if entry.get(name)),
+            str(entry.get("by") or ""),
+            "adapted" if entry.get("adapter", True) else "base",
+            str(entry.get("rows") or ""),
+            *("" if (x := entry["scores"].get(name)) is None else f"{x:.4g}" for name in names),
+        ]
+        for entry in entries
+    ]
+    return ["task", "data", "by", "model", "rows", *names], rows
+
+
+def print_scores(entries: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print the table of evaluations, if there are any, without its empty columns."""
+    headings, rows = scores_table(entries)
+    filled = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+    if not filled:
+        return
+    table, first_number = Table(title="Scores", title_justify="left"), headings.index("rows")
+    for i in filled:
+        table.add_column(headings[i], justify="right" if i >= first_number else "left")
+    for row in rows:
+        table.add_row(*(row[i] for i in filled))
+    console.print(table)

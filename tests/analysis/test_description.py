@@ -95,7 +95,15 @@ def test_as_json_and_as_tables(run: Path) -> None:
     file = io.StringIO()
     show(described, Console(file=file, width=140))
     printed = file.getvalue()
-    for part in ("tiny-chat", "loreft", "mlp_output, layer 1", "symnoise", "accuracy 0.25", "W "):
+    for part in (
+        "tiny-chat",
+        "loreft",
+        "mlp_output, layer 1",
+        "symnoise",
+        "accuracy",
+        "0.25",
+        "W ",
+    ):
         assert part in printed
     assert printed.count("loreft") == 4
 

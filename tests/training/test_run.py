@@ -397,7 +397,7 @@ def test_print_config_is_a_commented_recipe(
     with pytest.raises(SystemExit):
         command("train", "--seed", 3, "--print_config")
     printed = capsys.readouterr().out
-    assert "# at its highest." in printed
+    assert "# greatest learning rate." in printed
     path = tmp_path / "recipe.yaml"
     path.write_text(printed)
     values = read_yaml(path)

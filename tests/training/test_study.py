@@ -103,7 +103,7 @@ def test_levels_that_look_alike_have_directories_of_their_own(tmp_path: Path) ->
     ("changes", "said"),
     [
         ({"axes": {}}, "axes: expected at least one"),
-        ({"axes": {"seed": {"x": {}}}, "baseline": {}}, "'seed' is always one"),
+        ({"axes": {"seed": {"x": {}}}, "baseline": {}}, "'seed' is always an axis"),
         ({"seeds": []}, "seeds []: expected at least one"),
         ({"seeds": [1, 1]}, "each once"),
         ({"jobs": 0}, "jobs 0, threads 1: expected at least 1"),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...training.resolved_run import ResolvedRun
 from ...training.run import load_trained
+from ...training.run_scores import scores_table
 from ..inspection import Prompt, subspaces
 from .adapter import Texts, edits, generate, generations, lens, noise, overlap
 from .figures import draw_lines, picture
@@ -22,7 +23,6 @@ from .page import (
     duration,
     memory,
     number,
-    score,
 )
 
 PROMPTS = 8
@@ -115,19 +115,13 @@ def scores(run: Run) -> Section:
     """A row for each evaluation."""
     if not run.scores:
         return Section("Scores")
-    names = list(dict.fromkeys(name for entry in run.scores for name in entry["scores"]))
+    headings, lines = scores_table(run.scores)
+    first_number = headings.index("rows")
     rows = [
-        [
-            TableCell(str(entry["task"])),
-            TableCell(" ".join(str(entry[n]) for n in ("data", "split") if entry.get(n))),
-            TableCell(str(entry.get("by") or "")),
-            TableCell("adapted" if entry["adapter"] else "base"),
-            number(str(entry.get("rows") or "")),
-            *[number(score(entry["scores"].get(name))) for name in names],
-        ]
-        for entry in run.scores
+        [number(text) if i >= first_number else TableCell(text) for i, text in enumerate(line)]
+        for line in lines
     ]
-    return Section("Scores", [Table(["task", "data", "by", "model", "rows", *names], rows)])
+    return Section("Scores", [Table(headings, rows)])
 
 
 def training(run: Run) -> Section:

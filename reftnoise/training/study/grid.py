@@ -23,8 +23,8 @@ class Rule:
     """What changes where levels go together.
 
     Args:
-        when: axis → level, or a list of levels.
-        then: what it changes of the recipe.
+        when: level, or list of levels, by axis.
+        then: changes of the recipe.
     """
 
     when: dict[str, str | list[str]]
@@ -35,22 +35,22 @@ class Rule:
 class Study:
     """A grid of recipes × seeds.
 
-    A cell is one level of each axis, and a seed. Its recipe is the common one, with what its levels
-    change of it: mappings are merged, `representations` are joined, anything else is replaced.
+    A cell is one level of each axis, and a seed. Its recipe is the common one with the changes of
+    its levels: mappings are merged, `representations` are joined, all else is replaced.
 
     Args:
-        recipe: what all cells share.
-        axes: axis → level → what it changes, such as {noise: {none: {}, neftune:
+        recipe: recipe that all cells share.
+        axes: changes of the recipe by axis and level, such as {noise: {none: {}, neftune:
             {representations: [{intervention: neftune}]}}}.
-        grids: which levels go together: axis → levels, all levels of an axis that is left out. By
-            default every level with every other.
-        rules: changes for levels that go together: {when: {axis: level, or a list}, then: {…}}.
-        seeds: one cell each.
-        baseline: axis → level, with which the report compares other levels of that axis.
-        jobs: cells that run at a time.
-        threads: of each; by default the cores are shared out.
-        gpus: indices of GPUs that the jobs take in turn; none, if empty.
-        keep_adapters: keep each cell's adapter, not only its log and scores.
+        grids: levels by axis that are combined, where an axis that is left out has all its levels;
+            by default all levels of all axes.
+        rules: changes for combinations of levels: {when: {axis: level, or a list}, then: {…}}.
+        seeds: seeds of the cells.
+        baseline: level by axis that the report compares other levels with.
+        jobs: number of cells that run at a time.
+        threads: number of threads of a cell; by default the cores are divided among the jobs.
+        gpus: indices of the GPUs that jobs take in turn; empty for none.
+        keep_adapters: whether cells keep their adapters, and not only log and scores.
         output_dir: directory of results and cells.
     """
 
@@ -67,7 +67,7 @@ class Study:
     output_dir: str = "reftnoise-study"
 
     def to_yaml(self) -> str:
-        """What a file holds that gives this study again."""
+        """The text of a file that gives this study again."""
         return yaml.dump(asdict(self))
 
 
@@ -76,8 +76,8 @@ class Cell:
     """One run of a study.
 
     Args:
-        levels: axis → level, and the seed.
-        recipe: of the run.
+        levels: level by axis, and the seed.
+        recipe: recipe of the run.
     """
 
     levels: dict[str, str | int]
@@ -109,8 +109,8 @@ def cells(study: Study) -> list[Cell]:
     """Every cell once, seed by seed, so that an early stop leaves whole grids.
 
     Raises:
-        ValueError: a grid, rule or baseline that names an axis or level which is not there, or a
-            level that makes no recipe.
+        ValueError: a grid, rule or baseline names an unknown axis or level, or the changes of a
+            level make no recipe.
     """
     _check(study)
     unseeded = {tuple(one.items()): _recipe(study, one) for one in _combinations(study)}
@@ -122,7 +122,7 @@ def cells(study: Study) -> list[Cell]:
 
 
 def checked_cells(study: Study) -> list[Cell]:
-    """Every cell, as `cells` has them, whose recipes are as good as can be known without torch.
+    """The same cells, with their recipes checked as far as that needs no torch.
 
     Raises:
         ValueError: as in `cells`, or a recipe is wrong; the message names its cell.
@@ -183,7 +183,7 @@ def _check(study: Study) -> None:
         raise ValueError(f"jobs {study.jobs}, threads {study.threads}: expected at least 1")
     for axis, levels in study.axes.items():
         if axis == SEED:
-            raise ValueError(f"axes: {SEED!r} is always one, see seeds")
+            raise ValueError(f"axes: {SEED!r} is always an axis; see seeds")
         if not levels:
             raise ValueError(f"axes.{axis}: expected at least one level")
         for level, changes in levels.items():
