@@ -140,14 +140,7 @@ def _tokenized(
 
 
 def _counts(table: Any) -> Counts:
-    def total(column: str) -> int:
-        return int(pc.sum(table.column(column)).as_py())
-
-    return Counts(
-        examples=table.num_rows,
-        prompt_tokens=total("prompt_lengths"),
-        tokens=total("length"),
-        longest=pc.max(table.column("length")).as_py(),
-        cut=total("is_cut"),
-        cut_short=total("is_cut_short"),
-    )
+    column = table.column
+    names = ("prompt_lengths", "length", "is_cut", "is_cut_short")
+    prompts, tokens, cut, cut_short = (int(pc.sum(column(name)).as_py()) for name in names)
+    return Counts(table.num_rows, prompts, tokens, pc.max(column("length")).as_py(), cut, cut_short)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.tokenization import Messages, smallest_limit, tokenize, truncate
+from ..data.tokenization import Messages, smallest_limit, tokenize_all, truncate
 from ..model import ReftModel
 
 logger = logging.getLogger(__name__)
@@ -17,25 +17,18 @@ Progress: TypeAlias = Callable[[int, int], None]
 """Called with the numbers of rows that are done and of all rows."""
 TokenPair: TypeAlias = tuple[list[int], list[int]]
 """Tokens of a prompt, and of the text that follows it."""
-ReadTokens: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
-"""A pair without its last token, which is predicted, never read."""
 
 
-def read_tokens(pair: TokenPair) -> ReadTokens:
-    """The tokens of a pair that a model reads."""
-    return tuple(pair[0]), tuple(pair[1][:-1])
-
-
-def grouped(pairs: Sequence[TokenPair]) -> dict[ReadTokens, list[int]]:
+def grouped(pairs: Sequence[TokenPair]) -> list[list[int]]:
     """Indices of the pairs that differ in the last token alone, so that one pass scores them.
 
     Pairs of the same tokens whose prompts end elsewhere are in different groups, since they are
-    edited at different positions.
+    edited at different positions. The longest groups come first.
     """
-    groups: dict[ReadTokens, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        groups.setdefault(read_tokens(pair), []).append(index)
-    return groups
+    groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for index, (prompt, rest) in enumerate(pairs):
+        groups.setdefault((tuple(prompt), tuple(rest[:-1])), []).append(index)
+    return sorted(groups.values(), key=lambda group: -sum(map(len, pairs[group[0]])))
 
 
 @torch.no_grad()
@@ -94,11 +87,10 @@ def choice_log_probs(
             token alone count once.
         progress: function that is called with the numbers of prompts done and of all prompts.
     """
-    pairs: list[TokenPair] = []
-    for prompt, texts in zip(prompts, choices, strict=True):
-        pairs += [tokenize(tokenizer, prompt, text, True) for text in texts]
+    texts = [(p, text) for p, of_prompt in zip(prompts, choices, strict=True) for text in of_prompt]
+    pairs = tokenize_all(tokenizer, texts, nonstop=True)
     pairs = without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, model, None))
-    groups = sorted(grouped(pairs).values(), key=lambda group: -sum(map(len, pairs[group[0]])))
+    groups = grouped(pairs)
     sums = torch.empty(len(pairs))
     for start in range(0, len(groups), batch_size):
         batch = groups[start : start + batch_size]
@@ -112,7 +104,7 @@ def choice_log_probs(
         if progress is not None:
             done = min(start + batch_size, len(groups)) / len(groups)
             progress(int(done * len(prompts)), len(prompts))
-    return list(torch.split(sums, [len(texts) for texts in choices]))
+    return list(torch.split(sums, list(map(len, choices))))
 
 
 def without_beginnings(

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._util.errors import nearest
 from ..model import ReftModel
-from .likelihood import grouped, next_token_log_probs, read_tokens
+from .likelihood import grouped, next_token_log_probs
 
 try:
     from lm_eval import simple_evaluate
@@ -107,8 +107,7 @@ class ReftLM(HFLM):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         self._check(requests)
         groups = grouped([request[1:] for request in requests])
-        rows = [requests[indices[0]] for indices in groups.values()]
-        rows.sort(key=lambda row: (-len(row[1] + row[2]), row[1:]))
+        rows, remaining = [requests[group[0]] for group in groups], iter(groups)
         find_size = None
         if self.batch_size == "auto" and not override_bs:
             self.batch_sizes.clear()  # those of other requests
@@ -118,9 +117,9 @@ class ReftLM(HFLM):
         is_silent = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=is_silent, desc="loglikelihood") as progress:
             for batch in Collator.get_chunks(rows, n=size, fn=find_size):
-                for row, log_probs in zip(batch, self._log_probs(batch), strict=True):
+                for log_probs, group in zip(self._log_probs(batch), remaining, strict=False):
                     greedy = log_probs.argmax(-1)
-                    for index in groups[read_tokens(row[1:])]:
+                    for index in group:
                         strings, _, continuation = requests[index]
                         tokens = torch.tensor(continuation, device=log_probs.device)
                         total = log_probs.gather(1, tokens[:, None]).sum()

@@ -36,16 +36,15 @@ SUBSETS = {
 }
 
 
-def score(metric: Metric, logits: Any, labels: Any) -> float:
+def score(metric: Metric, predicted: Any, labels: Any) -> float:
     """Accuracy, Matthews' correlation of two classes, or Pearson's of numbers; 0 if undefined.
 
     Args:
         metric: name of the metric.
-        logits: outputs of a head, [rows, classes], or [rows, 1] for numbers.
-        labels: indices of classes, or numbers, [rows].
+        predicted: predicted indices of classes, or numbers, [rows].
+        labels: right ones, [rows].
     """
-    logits, labels = np.asarray(logits, float), np.asarray(labels, float)
-    predicted = logits[:, 0] if metric == "pearson" else logits.argmax(1)
+    predicted, labels = np.asarray(predicted, float), np.asarray(labels, float)
     if metric == "accuracy":
         return float((predicted == labels).mean())
     if len(set(predicted)) < 2 or len(set(labels)) < 2:
@@ -99,10 +98,6 @@ class GlueTask(ClassifierTask):
         return abs(float(prediction) - float(answer)) <= 0.5
 
     def scores(self, predictions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-        if not self.classes:
-            logits, labels = np.array([predictions], float).T, np.array(answers, float)
-        else:
-            index = self.classes.index
-            logits = np.eye(len(self.classes))[[index(p) for p in predictions]]
-            labels = np.array([index(answer) for answer in answers])
-        return {self.subset.metric: score(self.subset.metric, logits, labels)}
+        number: Any = self.classes.index if self.classes else float
+        predicted, labels = ([number(text) for text in texts] for texts in (predictions, answers))
+        return {self.subset.metric: score(self.subset.metric, predicted, labels)}
