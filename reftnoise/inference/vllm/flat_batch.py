@@ -1,7 +1,7 @@
 """Edits of a flattened batch: requests laid end to end, each with its own adapter or none.
 
-Servers run a step on some tokens of each request, a chunk of its prompt or the token that comes
-next, without padding.
+Servers run a step on some tokens of each request, a part of its prompt or its next token, without
+padding.
 """
 
 from collections import defaultdict
@@ -21,11 +21,11 @@ class StepRequests(NamedTuple):
     """The requests of a step, in the order of their tokens.
 
     Args:
-        adapters: of each the column of its adapter; -1 for the bare base.
-        scales: by which its edits are multiplied.
-        scheduled: how many of its tokens the step runs.
-        computed: how many of its tokens came before.
-        prompts: how many tokens its prompt has.
+        adapters: column of each request's adapter; -1 for the bare base.
+        scales: factor of each request's edits.
+        scheduled: number of its tokens in this step.
+        computed: number of its tokens in earlier steps.
+        prompts: number of tokens of its prompt.
     """
 
     adapters: Int[Tensor, " requests"]
@@ -47,17 +47,17 @@ class FlatBatch:
     """Adapters side by side, for batches whose requests choose among them.
 
     Args:
-        adapters: by column.
-        device: of the hidden states.
+        adapters: adapters by column.
+        device: device of the hidden states.
     """
 
     def __init__(self, adapters: Sequence[FrozenAdapter], device: torch.device) -> None:
         self._count, self._device = len(adapters), device
         self._units = stack(adapters)
-        self.edits_decode = any(one.positions and one.positions.decode for one in self._units)
+        self.edits_decode = any(u.positions and u.positions.decode for u in self._units)
 
     def edits(self, requests: StepRequests) -> dict[nn.Module, list[FlatEdit]]:
-        """What the step edits, by the module whose output it is."""
+        """The edits of a step, by the module whose output they change."""
         edited = requests.adapters >= 0
         if not self.edits_decode:
             edited = edited & (requests.computed < requests.prompts)
@@ -71,18 +71,19 @@ class FlatBatch:
         length = requests.prompts[request]
         gates = torch.zeros(len(tokens), self._count)
         gates[torch.arange(len(tokens)), requests.adapters[request]] = requests.scales[request]
-        located: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
-        found: dict[nn.Module, list[FlatEdit]] = defaultdict(list)
-        for one in self._units:
-            assert isinstance(one.unit, StackedEdit)
-            key = one.positions, one.prefix, one.suffix
-            if key not in located:
-                assert one.positions is not None
-                chosen = named_tokens(one.positions, rank, length, one.prefix, one.suffix)
-                located[key] = tokens[chosen].to(self._device), gates[chosen].to(self._device)
-            if len(located[key][0]):
-                found[one.site.module].append(FlatEdit(one.unit, *located[key]))
-        return found
+        selected: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        edits: dict[nn.Module, list[FlatEdit]] = defaultdict(list)
+        for placed in self._units:
+            assert isinstance(placed.unit, StackedEdit)
+            key = placed.positions, placed.prefix, placed.suffix
+            if key not in selected:
+                assert placed.positions is not None
+                ends = placed.prefix, placed.suffix
+                mask = named_tokens(placed.positions, rank, length, *ends)
+                selected[key] = tokens[mask].to(self._device), gates[mask].to(self._device)
+            if len(selected[key][0]):
+                edits[placed.site.module].append(FlatEdit(placed.unit, *selected[key]))
+        return edits
 
 
 def apply_(
@@ -92,7 +93,7 @@ def apply_(
 ) -> None:
     """Add to `hidden` the edits of its sum with `residual`.
 
-    Models that add the residual later, in the next norm, have states in two parts.
+    A model that adds the residual in the next norm has its states in these two parts.
     """
     deltas = []
     for edit in edits:

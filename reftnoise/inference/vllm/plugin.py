@@ -1,7 +1,7 @@
 """Adapters in vLLM, served as vLLM serves LoRA: per request, on one base, with its own flags.
 
-vLLM finds `register` by the entry point `vllm.general_plugins`, in each of its processes, and takes
-a directory with a `reft_config.json` wherever it takes one of a LoRA:
+Each process of vLLM calls `register`, through the entry point `vllm.general_plugins`. vLLM then
+takes an adapter's directory wherever it takes that of a LoRA:
 
 - `vllm serve BASE --lora-modules emoji=runs/emoji/adapter`, where each adapter is a model's name;
 - `POST /v1/load_lora_adapter`, with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`;
@@ -9,13 +9,12 @@ a directory with a `reft_config.json` wherever it takes one of a LoRA:
 
 The server is started with `--additional-config '{"reft": ["block_output"]}'`, which names the
 components that adapters may edit; without it, the plugin does nothing. `--enable-lora` is not
-needed, and cannot be combined. A request may scale its edits, as by
+needed, and cannot be combined. A request may scale its edits, as in
 `{"vllm_xargs": {"reft_scale": 0.5}}`.
 
-An adapter is known by the digest of its config and weights. The digest is part of the path that a
-request carries, which vLLM's prefix cache takes into its keys, and of the adapter's number; so
-states that one adapter edited are never read by another, nor by what is loaded under its name
-later.
+An adapter is identified by the digest of its config and weights. The digest is part of the
+adapter's number and of the path in a request, which is part of the keys of vLLM's prefix cache. So
+no adapter reads states that another one has edited, even if it is loaded later under the same name.
 """
 
 import asyncio
@@ -40,7 +39,7 @@ from .worker import PINNED, ServedAdapters, components_of, find_adapter, number_
 
 
 def register() -> None:
-    """Teach this process of vLLM to serve our adapters; a second call does nothing."""
+    """Let this process of vLLM serve our adapters; a second call does nothing."""
     if getattr(InputProcessor.process_inputs, "_of_reftnoise", False):
         return
     _wrap(InputProcessor, "process_inputs", _process_inputs)
@@ -98,7 +97,7 @@ def _process_inputs(
 async def _load_lora_adapter(
     original: Callable[..., Any], models: OpenAIServingModels, request: Any, **kwargs: Any
 ) -> Any:
-    """Check an adapter before the engine sees it: a client's mistake is no error of the server."""
+    """Check an adapter before the engine loads it: a client's mistake is no error of the server."""
     config = models.input_processor.vllm_config
     if not _is_ours(request.lora_path, config):
         return await original(models, request, **kwargs)
@@ -107,25 +106,25 @@ async def _load_lora_adapter(
     except (OSError, ValueError) as error:
         return create_error_response(str(error))
     before = models.lora_requests.get(request.lora_name)
-    answer = await original(models, request.model_copy(update={"lora_path": path}), **kwargs)
+    response = await original(models, request.model_copy(update={"lora_path": path}), **kwargs)
     _drop(models, before)
-    if isinstance(answer, ErrorResponse) and (found := _REFUSED.search(answer.error.message)):
-        return create_error_response(found[1])
-    return answer
+    if isinstance(response, ErrorResponse) and (match := _REFUSED.search(response.error.message)):
+        return create_error_response(match[1])
+    return response
 
 
 async def _unload_lora_adapter(
     original: Callable[..., Any], models: OpenAIServingModels, request: Any
 ) -> Any:
-    """Drop the adapter; vLLM forgets its name alone."""
+    """Drop the adapter, too; vLLM drops only its name."""
     before = models.lora_requests.get(request.lora_name)
-    answer = await original(models, request)
+    response = await original(models, request)
     _drop(models, before)
-    return answer
+    return response
 
 
 def _drop(models: OpenAIServingModels, loaded: LoRARequest | None) -> None:
-    """Have the workers forget an adapter once no request needs it, if no name has it any more."""
+    """Let the workers drop an adapter that has no name any more, once no request needs it."""
     if loaded is None or PINNED not in loaded.lora_path:
         return
     task = asyncio.create_task(_forget(models, loaded.lora_path))
@@ -135,16 +134,16 @@ def _drop(models: OpenAIServingModels, loaded: LoRARequest | None) -> None:
 
 async def _forget(models: OpenAIServingModels, path: str) -> None:
     running = models.engine_client.output_processor.request_states
-    while any(one.lora_request and one.lora_request.lora_path == path for one in running.values()):
-        await asyncio.sleep(_PATIENCE)
-    if all(one.lora_path != path for one in models.lora_requests.values()):
+    while any(r.lora_request and r.lora_request.lora_path == path for r in running.values()):
+        await asyncio.sleep(_INTERVAL)
+    if all(named.lora_path != path for named in models.lora_requests.values()):
         await models.engine_client.remove_lora(number_of(path))
 
 
 _REFUSED = re.compile(r"<reft>(.*)</reft>", re.DOTALL)
-"""Around what a worker says of an adapter; of an error, vLLM hands on only the text."""
+"""Marks a worker's message about an adapter, since vLLM passes on only the text of an error."""
 
-_PATIENCE = 0.5
+_INTERVAL = 0.5
 """Seconds between looks at whether an adapter is still needed."""
 
 _tasks: set[asyncio.Task[None]] = set()
@@ -152,7 +151,7 @@ _tasks: set[asyncio.Task[None]] = set()
 
 
 def _is_ours(path: str, config: VllmConfig) -> bool:
-    """Whether we answer for an adapter: with our option, vLLM serves none of its own."""
+    """Whether an adapter is for us: with our option, vLLM serves no LoRA."""
     return bool(components_of(config)) or find_adapter(path) is not None
 
 
@@ -160,7 +159,7 @@ def _is_ours(path: str, config: VllmConfig) -> bool:
 
 
 def _unsupported(original: Callable[..., Any], config: VllmConfig) -> Any:
-    """Have vLLM take the model runner whose batches we read."""
+    """Let vLLM choose the model runner whose batches we read."""
     return [*original(config), *(["reftnoise's adapters"] if components_of(config) else [])]
 
 

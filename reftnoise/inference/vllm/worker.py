@@ -1,7 +1,7 @@
 """Edits of vLLM's model, in each of its workers.
 
 A hook at each component that may be edited calls an operator of ours, which changes the component's
-output in place. vLLM compiles it with the model, as one node whose content it does not look into.
+output in place. vLLM compiles the operator as one opaque node of the model.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ PINNED = "#sha256:"
 _SERVED = [name for name in COMPONENTS if name != "block_input"]
 
 _KEPT = 4
-"""Sets of adapters that ran last, whose stacks are kept."""
+"""The number of sets of adapters whose stacks are kept, those that ran last."""
 
 _current: dict[int, list[FlatEdit]] = {}
-"""What the step that runs edits, by the number of the hook."""
+"""The edits of the step that runs, by the number of the hook."""
 
 
 def components_of(config: VllmConfig) -> list[str]:
-    """Where adapters may edit, as `--additional-config` says it; empty where it says nothing.
+    """The components that adapters may edit, by `--additional-config`; by default none.
 
     Raises:
         ValueError: a component that is not served, or a setting of vLLM that cannot be combined.
@@ -53,7 +53,7 @@ def components_of(config: VllmConfig) -> list[str]:
         if name not in _SERVED:
             raise ValueError(f"additional_config reft: {name!r}; {nearest(name, _SERVED)}")
     if named and config.lora_config is not None:
-        raise ValueError("reftnoise's adapters and --enable-lora: one of them")
+        raise ValueError("reftnoise's adapters and --enable-lora: expected only one of them")
     is_eager = config.compilation_config.mode in (None, CompilationMode.NONE)
     if named and not is_eager and torch.cuda.is_available():
         raise ValueError("reftnoise's adapters are served on GPUs with --enforce-eager")
@@ -61,17 +61,17 @@ def components_of(config: VllmConfig) -> list[str]:
 
 
 def find_adapter(path: str) -> Path | None:
-    """The adapter's directory: itself, or a run's `adapter`; None where there is none."""
-    found = [Path(path), Path(path) / ADAPTER]
-    return next((one for one in found if (one / CONFIG_NAME).is_file()), None)
+    """The adapter's directory, the path itself or a run's `adapter`; None if there is none."""
+    candidates = (Path(path), Path(path) / ADAPTER)
+    return next((place for place in candidates if (place / CONFIG_NAME).is_file()), None)
 
 
 def pinned(path: str, config: VllmConfig) -> str:
     """The directory of an adapter that is whole and fits the base, with its digest.
 
     Raises:
-        FileNotFoundError: no adapter there.
-        ValueError: it is damaged, for another base, or edits what is not served.
+        FileNotFoundError: there is no adapter.
+        ValueError: it is damaged, for another base, or edits a component that is not served.
     """
     if PINNED in path:
         return path
@@ -82,7 +82,7 @@ def pinned(path: str, config: VllmConfig) -> str:
         if not entry.is_noise and entry.component not in components:
             raise ValueError(
                 f"{adapter.config_path}: representations[{index}] edits {entry.component!r}, but "
-                f"vLLM was started for {components}: add it to --additional-config's 'reft'"
+                f"vLLM serves {components}: add it to 'reft' in --additional-config"
             )
     base = _Base(nn.Module(), config.model_config.hf_config)
     adapter.expect_base(base.fingerprint(), config.model_config.model)
@@ -98,17 +98,17 @@ def _read(path: str, _stamps: tuple[tuple[int, ...], ...]) -> tuple[AdapterFiles
 
 def _stamps_of(path: str) -> tuple[tuple[int, ...], ...]:
     files = [file for name in (CONFIG_NAME, WEIGHTS_NAME) if (file := Path(path) / name).is_file()]
-    found = [file.stat() for file in files]
-    return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
+    stats = [file.stat() for file in files]
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 def number_of(path: str) -> int:
-    """An adapter's number, one for equal ones."""
+    """The number of an adapter, which equal adapters share."""
     return int(path.partition(PINNED)[2][:15], 16) + 1
 
 
 def scale_of(params: Any) -> float:
-    """By what a request multiplies its edits; a ValueError for what is no finite number."""
+    """The factor of a request's edits; a ValueError if it is no finite number."""
     scale = (getattr(params, "extra_args", None) or {}).get(SCALE, 1.0)
     if not is_finite_number(scale):
         raise ValueError(f"{SCALE} {scale!r}: expected a finite number")
@@ -119,8 +119,8 @@ class ServedAdapters:
     """The adapters of one worker.
 
     Args:
-        runner: the worker's model runner.
-        components: where adapters may edit.
+        runner: model runner of the worker.
+        components: components that adapters may edit.
     """
 
     def __init__(self, runner: Any, components: Sequence[str]) -> None:
@@ -130,34 +130,34 @@ class ServedAdapters:
         self._batches = RecentlyUsed[tuple[int, ...], FlatBatch](_KEPT)
         self._hooks: dict[nn.Module, int] = {}
         for component in components:
-            is_one = component == "embeddings"
-            for layer in [None] if is_one else range(len(find_layers(self._base))):
+            layers = range(len(find_layers(self._base)))
+            for layer in [None] if component == "embeddings" else layers:
                 module = find_site(self._base, component, layer).module
                 number = self._hooks[module] = len(self._hooks)
                 module.register_forward_hook(_Hook(number))
 
     def load(self, path: str) -> None:
-        """Load an adapter, if it is not there yet."""
+        """Load an adapter that is not loaded yet."""
         path = pinned(path, self._runner.vllm_config)
         directory, _, digest = path.partition(PINNED)
         if number_of(path) in self._adapters:
             return
         adapter = AdapterFiles.read(directory)
         if adapter.identity() != digest:
-            raise ValueError(f"{directory}: another adapter has been saved there meanwhile")
+            raise ValueError(f"{directory}: another adapter has been saved there in the meantime")
         frozen = freeze(adapter, self._base)
         frozen.weights = frozen.weights.to(self._runner.device)
         self._adapters[number_of(path)] = frozen
 
     def remove(self, number: int) -> bool:
-        """Forget an adapter; False if it is not there, or a request of the batch needs it."""
+        """Drop an adapter; False if it is not loaded, or a request of the batch needs it."""
         if number in self._runner.input_batch.lora_id_to_lora_request:
             return False
         self._batches.forget(lambda chosen: number in chosen)
         return self._adapters.pop(number, None) is not None
 
     def numbers(self) -> set[int]:
-        """Of the adapters that are loaded."""
+        """The numbers of the loaded adapters."""
         return set(self._adapters)
 
     @contextlib.contextmanager
@@ -171,7 +171,7 @@ class ServedAdapters:
         decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
         if flat.edits_decode or not decodes.all():
             edits = flat.edits(self._requests(chosen))
-            _current.update({self._hooks[module]: found for module, found in edits.items()})
+            _current.update({self._hooks[module]: of_module for module, of_module in edits.items()})
         try:
             yield
         finally:
@@ -200,7 +200,7 @@ class ServedAdapters:
 
 
 class _Hook:
-    """Edits a module's output in place: a tensor, or one and the residual to be added to it."""
+    """Edits a module's output in place: a tensor, or a pair with the residual to be added."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -219,7 +219,7 @@ def _edit(hidden: Tensor, residual: Tensor | None, number: int) -> None:
 
 
 def _edit_fake(hidden: Tensor, residual: Tensor | None, number: int) -> None:
-    """Of shapes, nothing changes."""
+    """Shapes do not change."""
 
 
 if not hasattr(torch.ops.vllm, "reftnoise_edit"):
@@ -227,7 +227,7 @@ if not hasattr(torch.ops.vllm, "reftnoise_edit"):
 
 
 class _Base(nn.Module):
-    """vLLM's model, asked for its parts as one of transformers."""
+    """vLLM's model with the interface of one of transformers."""
 
     def __init__(self, model: nn.Module, config: Any) -> None:
         super().__init__()
