@@ -3,6 +3,9 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread a process, also in those that tests start: sums over other chunks round otherwise, and
+# the models are too small for more.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import jaxtyping
 

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import reftnoise as rn
 from reftnoise.engine.base.sites import find_site
 from support.models.architectures import neftune_post_forward_hook, tiny_model
+from support.tolerance import assert_close
 
 LOREFT: dict[str, Any] = {
     "layer": "all",
@@ -352,14 +353,14 @@ def test_symnoise_is_the_mean_over_the_pair() -> None:
         for sign in (1, -1)
     ]
     mean = sum(losses) / 2
-    torch.testing.assert_close(output.loss, mean, atol=1e-6, rtol=1e-6)
+    assert_close(output.loss, mean)
     expected = torch.autograd.grad(mean, list(plain.interventions.parameters()))
     for gradient, reference in zip(mine, expected, strict=True):
         torch.testing.assert_close(gradient, reference, atol=1e-6, rtol=1e-4)
     torch.manual_seed(7)
     tokens = torch.tensor(24)
     weighted = model(**inputs, num_items_in_batch=tokens).loss
-    torch.testing.assert_close(weighted, output.loss * 12 / 24)
+    assert_close(weighted, output.loss * 12 / 24)
 
 
 def test_symnoise_needs_labels_while_training() -> None:

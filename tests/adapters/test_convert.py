@@ -19,6 +19,7 @@ from reftnoise.cli.main import main
 from support.models import pyreft_formed
 from support.models.architectures import ARCHITECTURES, tiny_model
 from support.models.pyreft_formed import adapter, entry, intervention, pyvene_model, saved
+from support.tolerance import assert_close
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [15, 16, 17, 18, 19, 20, 21, 22]])
 LAST = [[7], [7]]
@@ -55,7 +56,7 @@ def entries(directory: Path) -> Any:
 
 
 def same(left: Tensor, right: Tensor) -> None:
-    torch.testing.assert_close(left, right, rtol=0, atol=1e-6)
+    assert_close(left, right)
 
 
 def different(left: Tensor, right: Tensor) -> None:

@@ -16,6 +16,7 @@ import reftnoise as rn
 from reftnoise.analysis.inspection import library_overlaps, subspace_cosine
 from support.adapters import ENTRIES, wrapped
 from support.models.architectures import tiny_model
+from support.tolerance import assert_close
 
 NAMES = ["last", None, "ends", "everywhere", "houlsby", "direft", None, "last"]
 
@@ -64,7 +65,7 @@ def test_each_row_is_what_its_adapter_makes_of_it(
             kept = batch["attention_mask"][row].bool()
             ids = batch["input_ids"][row][kept][None]
             expected = alone(name, directories)(input_ids=ids).logits[0]
-            torch.testing.assert_close(logits[row][kept], expected, rtol=0, atol=1e-5)
+            assert_close(logits[row][kept], expected)
 
 
 def test_generated_tokens_are_those_of_each_row_alone(
@@ -109,7 +110,7 @@ def test_an_adapter_of_all_rows_is_exactly_that_adapter(
         for name in ENTRIES:
             reft_model.set_adapter(name)
             expected = alone(name, directories)(**batch).logits
-            torch.testing.assert_close(reft_model(**batch).logits, expected, rtol=0, atol=1e-6)
+            assert_close(reft_model(**batch).logits, expected)
         reft_model.set_adapter(None)
         assert torch.equal(reft_model(**batch).logits, alone(None, directories)(**batch).logits)
 
@@ -174,10 +175,8 @@ def test_several_adapters_of_a_row_read_the_same_states_and_their_edits_are_adde
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])}
     with torch.no_grad():
         logits = reft_model(**batch, adapter_names=[choice, None]).logits
-    torch.testing.assert_close(
-        logits[0], written_out(parts, everywhere, batch)[0], rtol=0, atol=1e-5
-    )
-    torch.testing.assert_close(logits[1], written_out([], everywhere, batch)[1], rtol=0, atol=1e-5)
+    assert_close(logits[0], written_out(parts, everywhere, batch)[0])
+    assert_close(logits[1], written_out([], everywhere, batch)[1])
 
 
 def test_the_models_own_units_are_one_of_the_choices(directories: dict[str, Path]) -> None:
@@ -190,8 +189,8 @@ def test_the_models_own_units_are_one_of_the_choices(directories: dict[str, Path
         reft_model.scale = 0.5
         half = reft_model(**batch).logits
     kept = batch["attention_mask"].bool()
-    torch.testing.assert_close(routed[0][kept[0]], own[0][kept[0]], rtol=0, atol=1e-5)
-    torch.testing.assert_close(routed[2][kept[2]], half[2][kept[2]], rtol=0, atol=1e-5)
+    assert_close(routed[0][kept[0]], own[0][kept[0]])
+    assert_close(routed[2][kept[2]], half[2][kept[2]])
 
 
 def test_training_of_the_own_units_is_seen_by_name() -> None:
@@ -204,7 +203,7 @@ def test_training_of_the_own_units_is_seen_by_name() -> None:
         reft_model.eval()
         with torch.no_grad():
             by_name = reft_model(input_ids=ids, adapter_names=["default"]).logits
-            torch.testing.assert_close(by_name, reft_model(input_ids=ids).logits, rtol=0, atol=1e-5)
+            assert_close(by_name, reft_model(input_ids=ids).logits)
 
 
 # -- the library ---------------------------------------------------------------------------------
@@ -336,7 +335,7 @@ def test_where_peft_acts_in_all_rows_none_is_not_the_base(nothing: Any) -> None:
     with pytest.raises(ValueError, match=r"the peft section acts in all rows"):
         model(**batch, adapter_names=["default", nothing])
     own = model(**batch).logits
-    torch.testing.assert_close(model(**batch, adapter_names=["default"] * 2).logits, own)
+    assert_close(model(**batch, adapter_names=["default"] * 2).logits, own)
     model.set_adapter(nothing)
     with pytest.raises(ValueError, match=r"within disabled\(\)"):
         model.generate(**batch, max_new_tokens=1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import reftnoise as rn
+from support.tolerance import assert_close
 
 POSITIVE = ["I love this", "What a good and happy day it was", "Yes please"]
 NEGATIVE = ["I hate this", "What a bad day", "No"]
@@ -75,7 +76,7 @@ def test_a_vector_is_added_everywhere_saved_and_never_trained(tmp_path: Path) ->
     )
     with torch.no_grad():
         expected = base(input_ids=ids).logits
-        torch.testing.assert_close(reft_model.eval()(input_ids=ids).logits, expected)
+        assert_close(reft_model.eval()(input_ids=ids).logits, expected)
     reft_model.save_pretrained(tmp_path)
     loaded = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], tmp_path)
     with torch.no_grad():

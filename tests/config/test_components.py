@@ -24,6 +24,7 @@ from reftnoise.config.components import COMPONENTS
 from reftnoise.engine.base.sites import Site, find_layers, find_site, hidden_size, num_layers
 from support.models.architectures import tiny_model
 from support.models.tiny_models import examples_of, model_of
+from support.tolerance import assert_close
 
 WIDTH, LAYERS = 32, 3
 
@@ -98,7 +99,7 @@ def test_a_block_adds_its_attention_and_its_mlp(architecture: str) -> None:
     parts = ("block_input", "block_output", "attention_output", "mlp_output")
     at = {part: states_at(model, find_site(model, part, 1), ids) for part in parts}
     total = at["block_input"] + at["attention_output"] + at["mlp_output"]
-    torch.testing.assert_close(at["block_output"], total)
+    assert_close(at["block_output"], total)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from reftnoise.data.examples import as_examples
 from reftnoise.data.tasks.classifier import ClassifierTask
 from reftnoise.data.tasks.registry import get_task
 from reftnoise.data.tasks.text import TextTask
+from support.tolerance import assert_close
 
 QUESTIONS = ["Where does a bear live?", "What does a cow eat?", "Who are you?", "Can a bee fly?"]
 A, B = [0, 1], [2, 3]
@@ -215,7 +216,7 @@ def test_no_dimension_is_the_base(tiny: tuple[Any, Any]) -> None:
     with torch.no_grad():
         logits = reft_model(**batch).logits
         del batch["subspaces"]
-        torch.testing.assert_close(logits, tiny[0](**batch).logits, rtol=0, atol=1e-5)
+        assert_close(logits, tiny[0](**batch).logits)
 
 
 # -- mistakes --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from transformers import (
 import reftnoise as rn
 from reftnoise.engine.base.sites import find_layers
 from support.models.tiny_models import LAYERS, Example, examples_of, new_model, padded
+from support.tolerance import assert_close
 
 READ_LAST = ["llama", "gpt2"]  # the others read their first column, which may be padding
 CLASSIFIERS = ["bert", "roberta", "deberta-v2", "distilbert", *READ_LAST]
@@ -128,7 +129,7 @@ def edited_columns(model: rn.ReftModel, layer: nn.Module, inputs: Example) -> li
     plain, edited = seen
     (unit,) = model.interventions.values()
     changed = (edited != plain).any(-1)
-    torch.testing.assert_close(edited[changed], unit(plain)[changed])
+    assert_close(edited[changed], unit(plain)[changed])
     return [row.nonzero().flatten().tolist() for row in changed]
 
 
@@ -179,7 +180,7 @@ def test_a_padded_batch_of_a_classifier_equals_its_rows(architecture: str, side:
     rows = examples_of("bert")
     found = model(**padded(rows, side)).logits
     expected = torch.cat([model(**row).logits for row in rows])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_close(found, expected)
     with model.disabled():
         assert not torch.allclose(model(**padded(rows, side)).logits, expected, atol=1e-3)
 
@@ -203,7 +204,7 @@ def test_the_prompt_is_the_whole_input_although_labels_are_per_token(
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     trainer = rn.ReftTrainer(model, args)
     loss = trainer.compute_loss(model, inputs | {"labels": labels})
-    torch.testing.assert_close(loss, expected)
+    assert_close(loss, expected)
 
 
 # -- trainers --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 import reftnoise as rn
 from reftnoise.engine.base.tiny import DIRECTORY
+from support.tolerance import assert_close
 from support.trainer_runs import COMPLETIONS, PROMPTS, arguments, loreft, module, weights, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -47,8 +48,8 @@ def test_evaluation_has_the_loss_and_the_logits_of_the_model(
     batch = data["data_collator"](list(data["eval_dataset"]))
     with torch.no_grad():
         expected = model.eval()(**batch)
-    assert found["eval_loss"] == pytest.approx(float(expected.loss), rel=1e-5)
-    torch.testing.assert_close(torch.tensor(seen[-1].predictions), expected.logits)
+    assert_close(found["eval_loss"], float(expected.loss))
+    assert_close(torch.tensor(seen[-1].predictions), expected.logits)
     logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert logged[1] == pytest.approx(found["eval_loss"], rel=1e-5)
     assert logged[0] != logged[1]

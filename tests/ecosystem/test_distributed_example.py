@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import reftnoise as rn
 from support.programs import cpus_as_accelerators
+from support.waiting import PATIENCE
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed"
 SCRIPT = str(EXAMPLE / "train.py")
@@ -83,7 +84,7 @@ def test_two_processes_end_with_the_adapter_of_one(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -16,6 +16,7 @@ from reftnoise.engine.training_pass.symnoise import in_pairs
 from support.models import tiny_models
 from support.models.architectures import tiny_model
 from support.models.peft_bases import QV, classifier, seq2seq
+from support.tolerance import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -262,7 +263,7 @@ def test_a_frozen_peft_model_stays_out_of_the_adapter(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     merged = base.merge_and_unload()
     loaded = rn.ReftModel.from_pretrained(merged, tmp_path)
-    torch.testing.assert_close(logits(loaded), logits(model))
+    assert_close(logits(loaded), logits(model))
 
 
 def test_one_copy_of_a_head_is_trained_and_it_is_saved(tmp_path: Path) -> None:

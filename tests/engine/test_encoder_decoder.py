@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 import reftnoise as rn
 from support.models.architectures import tiny_model
 from support.models.tiny_models import LAYERS, Example, examples_of, model_of, padded
+from support.tolerance import assert_close
 
 ENCODER = LAYERS | {"positions": "f1+l1"}
 DECODER = LAYERS | {"component": "decoder.block_output"}
@@ -209,7 +210,7 @@ def test_transformers_trainer_trains_and_predicts(
     batch = collate(dataset)
     expected = LabelSmoother(epsilon=smoothing)(model(**batch), batch["labels"])
     found = trainer.compute_loss(model, with_decoder_input(dataset))
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -225,7 +226,7 @@ def test_our_trainer_takes_labels_as_wide_as_the_input(tmp_path: Path) -> None:
     args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     inputs = {"input_ids": ids, "labels": ids.flip(1)}
     found = rn.ReftTrainer(model, args).compute_loss(model, inputs)
-    torch.testing.assert_close(found, model(**inputs).loss)
+    assert_close(found, model(**inputs).loss)
 
 
 # -- wrong use -------------------------------------------------------------------------------------

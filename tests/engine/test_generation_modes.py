@@ -11,6 +11,7 @@ from transformers import QuantizedCache, TextIteratorStreamer, TextStreamer, pip
 import reftnoise as rn
 from support.models.architectures import tiny_model
 from support.padded_rows import generated, padded, reference, rows, wrapped
+from support.waiting import PATIENCE
 
 POSITIONS = ["l1", "f2+l3", "all", "all+decode"]
 NEW = 8
@@ -189,7 +190,7 @@ def test_streamers(capsys: pytest.CaptureFixture[str]) -> None:
     batch = tokenizer(TEXTS[0], return_tensors="pt")
     expected = text_of(model, tokenizer, TEXTS[0])
     streamer = TextIteratorStreamer(
-        tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True
+        tokenizer, skip_prompt=True, timeout=PATIENCE, skip_special_tokens=True
     )
     thread = Thread(target=model.generate, kwargs={**batch, **GREEDY, "streamer": streamer})
     thread.start()

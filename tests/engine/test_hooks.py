@@ -11,6 +11,7 @@ from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, set_se
 import reftnoise as rn
 from support.models.architectures import ARCHITECTURES, EOS, PAD, tiny_model
 from support.padded_rows import generated, padded, reference, rows, wrapped
+from support.tolerance import assert_close, assert_close_gradients
 
 POSITIONS: list[Any] = ["l1", "f2", "f2+l3", "f7+l7", "all", "decode", "all+decode", [0, -1]]
 
@@ -32,7 +33,7 @@ def test_a_padded_batch_equals_each_row_alone(architecture: str, side: str) -> N
         for index, row in enumerate(rows()):
             alone = model(input_ids=row[None]).logits[0]
             mine = logits[index, own_columns(side, len(row))]
-            torch.testing.assert_close(mine, alone, atol=1e-5, rtol=1e-5)
+            assert_close(mine, alone)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -44,7 +45,7 @@ def test_padding_that_equals_end_of_text(side: str) -> None:
     for index, row in enumerate(rows(EOS)):
         alone = model(input_ids=row[None]).logits[0]
         mine = logits[index, own_columns(side, len(row))]
-        torch.testing.assert_close(mine, alone, atol=1e-5, rtol=1e-5)
+        assert_close(mine, alone)
 
 
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
@@ -69,7 +70,7 @@ def test_only_the_selected_hidden_states_are_edited(positions: Any) -> None:
     model(input_ids=row, prompt_lengths=torch.tensor([prompt]))
     handle.remove()
     assert seen[0].shape[1] == n
-    torch.testing.assert_close(seen[0][0], expected)
+    assert_close(seen[0][0], expected)
 
 
 @torch.no_grad()
@@ -262,9 +263,9 @@ def test_gradient_checkpointing_of_both_kinds_gives_the_same_gradients(
     assert expected.abs().max() > 1e-4
     for use_reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        torch.testing.assert_close(gradients(model), expected, atol=1e-6, rtol=1e-5)
+        assert_close_gradients([gradients(model)], [expected])
     model.gradient_checkpointing_disable()
-    torch.testing.assert_close(gradients(model), expected)
+    assert_close_gradients([gradients(model)], [expected])
 
 
 def test_checkpointing_recomputes_each_pass_with_its_own_positions() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import reftnoise as rn
 from support.models.architectures import tiny_model
+from support.tolerance import assert_close
 
 LENGTHS, PROMPTS = (9, 3, 12, 5), (5, 1, 8, 4)
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
@@ -46,11 +47,11 @@ def test_documents_of_a_row_are_edited_as_each_alone(architecture: str, position
     found = model(**packed([first, other]))
     alone = [model(**document) for document in first]
     logits = torch.cat([output.logits for output in alone], 1)
-    torch.testing.assert_close(found.logits[:1], logits, rtol=1e-5, atol=2e-6)
+    assert_close(found.logits[:1], logits)
     counts = torch.tensor([(d["labels"][:, 1:] != -100).sum() for d in first])
     mean = (torch.stack([output.loss for output in alone]) * counts).sum() / counts.sum()
     # A document's first label, which the one before it would predict, is none: prompts hold it.
-    torch.testing.assert_close(found.loss, mean, rtol=1e-5, atol=1e-6)
+    assert_close(found.loss, mean)
 
 
 def test_without_labels_each_document_is_all_prompt() -> None:
@@ -58,7 +59,7 @@ def test_without_labels_each_document_is_all_prompt() -> None:
     batch = packed([documents()])
     del batch["labels"]
     alone = [model(input_ids=document["input_ids"]).logits for document in documents()]
-    torch.testing.assert_close(model(**batch).logits, torch.cat(alone, 1), rtol=1e-5, atol=2e-6)
+    assert_close(model(**batch).logits, torch.cat(alone, 1))
 
 
 @pytest.mark.parametrize("name", ["neftune", "gaussian", "symnoise"])
@@ -93,6 +94,6 @@ def test_position_ids_of_padded_rows_are_no_packing() -> None:
     (document, *_) = documents()
     plain = model(**document).logits
     counted = torch.arange(LENGTHS[0])[None]
-    torch.testing.assert_close(model(**document, position_ids=counted).logits, plain)
+    assert_close(model(**document, position_ids=counted).logits, plain)
     shifted = model(**document, position_ids=counted + 7).logits  # rotary: only distances count
-    torch.testing.assert_close(shifted, plain, rtol=1e-4, atol=1e-5)
+    assert_close(shifted, plain)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import reftnoise as rn
 from support.models.architectures import ARCHITECTURES, tiny_model
+from support.tolerance import assert_close
 
 LOREFT: dict[str, Any] = {"intervention": "loreft", "low_rank_dimension": 4, "positions": "f1+l1"}
 IDS = torch.arange(3, 13)[None]
@@ -42,7 +43,7 @@ def test_a_resized_vocabulary(architecture: str) -> None:
     model.resize_token_embeddings(110, mean_resizing=False)
     assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == 110
     after = logits(model)
-    torch.testing.assert_close(after[..., :101], before, atol=1e-5, rtol=1e-5)
+    assert_close(after[..., :101], before)
     assert torch.equal(after, logits(anew(model, component="embeddings")))
     ids = IDS.clone()
     ids[0, -1] = 109  # the edited last token is a new one

@@ -13,6 +13,7 @@ from torch import Tensor
 import reftnoise as rn
 from support.adapters import moved
 from support.models.architectures import tiny_model
+from support.tolerance import assert_close
 
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
 BIAS = {"layer": "all", "component": "mlp_output", "intervention": "bias", "positions": "all"}
@@ -70,7 +71,7 @@ def test_edits_are_multiplied(entries: Any, scale: float) -> None:
     reft_model = wrapped(entries)
     reft_model.scale = scale
     expected = by_hand(reft_model, scale)
-    assert torch.allclose(reft_model(IDS).logits, expected, atol=1e-5)
+    assert_close(reft_model(IDS).logits, expected)
     assert not torch.allclose(by_hand(reft_model, 0.0), expected, atol=1e-3)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 import reftnoise as rn
 from support.adapters import moved
 from support.models.architectures import tiny_model
+from support.tolerance import assert_close
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
 ROWS = [[0, 2], None, []]
@@ -48,7 +49,7 @@ def test_rows_have_the_dimensions_that_they_choose(act_fn: str | None) -> None:
     for subspaces in (ROWS, [ROWS], padded):
         with torch.no_grad():
             logits = reft_model(input_ids=IDS, subspaces=subspaces).logits
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        assert_close(logits, expected)
 
 
 def test_generation_has_them_too() -> None:

@@ -11,6 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import reftnoise as rn
 from support.models.architectures import tiny_model
+from support.tolerance import assert_close
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'reftnoise[lm-eval]'")
 
@@ -76,7 +77,7 @@ def accuracy(answers: list[Any]) -> float:
 def assert_same(answers: list[Any], expected: list[tuple[float, bool]]) -> None:
     assert [flag for _, flag in answers] == [flag for _, flag in expected]
     mine, theirs = (torch.tensor([value for value, _ in found]) for found in (answers, expected))
-    torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
+    assert_close(mine, theirs)
 
 
 def ask(lm: Any, kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
@@ -231,7 +232,7 @@ def test_rolling(limit: int, size: int | str) -> None:
         expected.append(sum(score(model, *make_disjoint_window(w))[0] for w in windows))
     lm = ReftLM(model, tokenizer, batch_size=size, max_batch_size=2, max_length=limit)
     answers = ask(lm, "loglikelihood_rolling", *[(text,) for text in texts])
-    torch.testing.assert_close(torch.tensor(answers), torch.tensor(expected), atol=5e-5, rtol=1e-5)
+    assert_close(answers, expected)
 
 
 def test_answers_are_kept_by_the_harness_cache(tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_virtual_tokens_before_the_prompt() -> None:
             loss = model(input_ids=torch.tensor([prompt + scored]), labels=labels).loss
         expected.append(-float(loss) * len(scored))
     answers = ask(ReftLM(model, tokenizer, batch_size=3), "loglikelihood", *PAIRS)
-    assert [value for value, _ in answers] == pytest.approx(expected, rel=1e-5)
+    assert_close([value for value, _ in answers], expected)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from reftnoise.evaluation.likelihood import choice_log_probs
 from support.data import rendered
 from support.models.architectures import tiny_model
 from support.models.tiny_models import new_model
+from support.tolerance import assert_close
 
 LABELS = ["in the forest", "in a big house", "no"]
 ROWS = [
@@ -93,7 +94,7 @@ def test_likelihood_is_that_of_each_row_alone(
     choices = [[f" {label}" for label in LABELS]] * len(PROMPTS)
     for size in (1, 4, 64):
         found = torch.stack(choice_log_probs(model, tokenizer, PROMPTS, choices, batch_size=size))
-        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+        assert_close(found, expected)
     assert tokenizer.padding_side == side
 
     answers = evaluate(model, tokenizer, task_of_labels(), ROWS, by="likelihood", batch_size=4)
@@ -133,7 +134,7 @@ def test_absolute_positions_count_no_padding() -> None:
         torch.stack(choice_log_probs(model, tokenizer, PROMPTS, choices, batch_size=size))
         for size in (1, 64)
     )
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    assert_close(together, alone)
     texts = [
         generated(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=size) for size in (1, 64)
     ]
@@ -325,7 +326,7 @@ def test_prompts_that_are_too_long_lose_their_beginning(caplog: pytest.LogCaptur
     found = choice_log_probs(model, tokenizer, [long, "Who?"], [[" no"]] * 2)
     rest = tokenizer(f"{long} no").input_ids[len(ids) :]
     kept = ids[:1] + ids[len(rest) - 19 :]
-    assert float(found[0]) == pytest.approx(log_prob(model, kept, rest), abs=1e-5)
+    assert_close(float(found[0]), log_prob(model, kept, rest))
 
 
 def test_a_task_gets_half_the_context(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,6 +20,7 @@ from reftnoise.evaluation.decoding import Decoding
 from reftnoise.inference.chat import Conversation
 from reftnoise.inference.loading import load_adapted, load_library
 from support.adapters import QUESTIONS, answer, save_adapter
+from support.waiting import PATIENCE
 
 SCRIPT = (
     "import sys; from reftnoise.inference.chat import Decoding, chat\n"
@@ -111,9 +112,9 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._file, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 30.0) -> None:
+    def wait_for(self, pattern: str) -> None:
         """Read what the program prints until a match, which is taken away."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < end, f"no {pattern!r} in {self.seen!r}"
             if select.select([self._file], [], [], 0.1)[0]:
@@ -126,7 +127,7 @@ class Terminal:
         self.seen = self.seen[found.end() :]
 
     def leave(self) -> int:
-        return self._program.wait(timeout=30)
+        return self._program.wait(timeout=PATIENCE)
 
     def __enter__(self) -> "Terminal":
         return self
@@ -139,15 +140,15 @@ class Terminal:
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a system with terminals")
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(adapter: Path) -> None:
-    # An answer that does not end by itself, slow enough to be interrupted.
+    # An answer that does not end by itself, slow enough to be interrupted; if it is not, it fails.
     slow = (
         "import signal, sys, time\n"
         "from reftnoise.evaluation import generation\n"
         "from reftnoise.inference import chat\n"
         # Tests that a shell runs in the background inherit that this signal is ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "put = chat._Printer.put\n"
-        "def slowly(*arguments): time.sleep(0.3); put(*arguments)\n"
+        "put, budget = chat._Printer.put, iter(range(100))\n"
+        "def slowly(*arguments): time.sleep(0.3); next(budget); put(*arguments)\n"
         "chat._Printer.put = slowly\n"
         "generation.ends_of = lambda *_: [0]\n"
         "chat.chat(sys.argv[1], decoding=chat.Decoding(max_new_tokens=120))\n"
@@ -163,7 +164,7 @@ def drive(terminal: Terminal) -> None:
     terminal.type(f"{QUESTIONS[0]}\r")
     terminal.wait_for(r"live\?\r\n.*\w+ ")  # the answer has begun
     terminal.interrupt()
-    terminal.wait_for("› ", seconds=20.0)  # 120 tokens would take 36 seconds
+    terminal.wait_for("› ")
     terminal.type("half a line")
     terminal.wait_for("half a line")
     time.sleep(0.5)  # a signal is seen while the program waits for keys

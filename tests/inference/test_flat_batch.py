@@ -12,6 +12,7 @@ from reftnoise.config.positions import Positions
 from reftnoise.engine.layout import PromptLayout
 from reftnoise.inference.vllm.flat_batch import FlatBatch, StepRequests, apply_
 from support.models.architectures import tiny_model
+from support.tolerance import assert_close
 
 POSITIONS = ["l1", "f7+l7", "f2+l3", "all", "all+decode", "decode", [0, 3, -1]]
 
@@ -95,4 +96,4 @@ def test_edits_are_added_to_the_sum_of_both_parts(has_residual: bool) -> None:
     with torch.no_grad():
         expected[2] += 0.5 * unit.edit(states[2])
     apply_(found[base.model.layers[1]], hidden, residual if has_residual else None)
-    torch.testing.assert_close(hidden, expected)
+    assert_close(hidden, expected)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -27,6 +27,8 @@ from reftnoise.inference.loading import BASE
 from reftnoise.inference.playground.asking import NO_NOISE, TOGETHER, AnswerRequest
 from reftnoise.inference.playground.local import LocalModel
 from support.adapters import moved
+from support.tolerance import assert_close
+from support.waiting import PATIENCE, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_a_browser = pytest.mark.skipif(
@@ -153,7 +155,7 @@ def test_norms_are_those_of_the_prompt_and_of_the_answer(
         width = min(len(expected.tokens), len(norms.tokens))
         assert prompt_length <= width
         assert norms.sites == expected.sites
-        torch.testing.assert_close(norms.norms[:, :width], expected.norms[:, :width])
+        assert_close(norms.norms[:, :width], expected.norms[:, :width])
         is_after = torch.arange(len(norms.tokens)) >= prompt_length
         assert norms.norms[:, is_after].any() == (name == "emoji")
 
@@ -226,6 +228,7 @@ def opened(*arguments: str) -> Iterator[Any]:
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1280, "height": 1000})
+            page.set_default_timeout(1000 * PATIENCE)
             page.on("request", lambda request: asked.append(request.url))
             page.goto(address)
             page.wait_for_selector("#prompt textarea")
@@ -236,17 +239,10 @@ def opened(*arguments: str) -> Iterator[Any]:
 
 def is_up(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             return answer.status == 200
     except OSError:
         return False
-
-
-def until(is_so: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def ask(page: Any) -> None:
@@ -276,37 +272,42 @@ def test_a_page_shows_answers_norms_and_mistakes(adapters: dict[str, Path], libr
         page.fill("#template input", "plain")
         page.press("#template input", "Enter")
         ask(page)
-        until(lambda: texts(page) == answers)
-        until(lambda: page.locator("#norms-2 tbody tr").count() == 3)
+        wait_until(lambda: texts(page) == answers)
+        wait_until(lambda: page.locator("#norms-2 tbody tr").count() == 3)
         assert page.locator("#norms-2 td.new[title]").count() > 0
         assert page.locator("#norms-0").inner_text().strip() == "No edits."
         fill(page, "#scale-2", "0.5")
         ask(page)
-        until(lambda: texts(page)[2] == half)
+        wait_until(lambda: texts(page)[2] == half)
         for box in page.locator("#layers input").all():
             box.uncheck()
         page.locator("#names input").last.uncheck()
         page.click("#ask")
-        until(lambda: texts(page) == answers[:1] * 3)
+        wait_until(lambda: texts(page) == answers[:1] * 3)
         page.fill("#prompt textarea", " ")
         page.click("#ask")
         page.wait_for_selector("text=the prompt is empty")
         for box in page.locator("#layers input").all():
             box.check()
-        stops_where_it_is(page)
+        stops_where_it_is(page, written(library, {"emoji": 2.0}, 240))
 
 
-def stops_where_it_is(page: Any) -> None:
+def stops_where_it_is(page: Any, whole: str) -> None:
     """With edits that are too strong for an end of text."""
     fill(page, "#scale-2", "2")
     fill(page, "#new-tokens", "240")
     ask(page)
-    until(lambda: len(texts(page)[2]) > 20)
+    wait_until(lambda: len(texts(page)[2]) > 20)
     page.click("#stop")
+    stopped = wait_until(lambda: has_stopped(page))
+    assert len(stopped) < len(whole)
+
+
+def has_stopped(page: Any) -> str | None:
+    """The answer, if it is the same a second later."""
+    before = texts(page)[2]
     time.sleep(1)
-    stopped = texts(page)
-    time.sleep(1)
-    assert texts(page) == stopped
+    return before if texts(page)[2] == before else None
 
 
 @needs_a_browser
@@ -315,7 +316,7 @@ def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
     pytest.importorskip("fastapi", reason="needs fastapi: pip install 'reftnoise[serve]'")
     address = f"http://127.0.0.1:{(port := free_port())}/v1"
     with command("serve", *chosen(adapters), "--host", "127.0.0.1", "--port", str(port)):
-        until(lambda: is_up(f"{address}/models"))
+        wait_until(lambda: is_up(f"{address}/models"))
         with opened(address) as page:
             names = page.locator("#names label").all_inner_texts()
             assert sorted(names) == [BASE, "emoji", "polite"]
@@ -325,7 +326,7 @@ def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
             page.press("#template input", "Enter")
             ask(page)
             expected = [written(library, None if name == BASE else name) for name in names]
-            until(lambda: texts(page, 3) == expected)
+            wait_until(lambda: texts(page, 3) == expected)
             assert page.locator("#layers").count() == page.locator("#noise").count() == 0
             page.fill("#template input", "<i>nothing</i>")
             page.press("#template input", "Enter")
@@ -353,7 +354,7 @@ def answering(parts: list[bytes], is_over: threading.Event) -> Iterator[Any]:
 
         def do_POST(self) -> None:
             self.reply("text/event-stream", [b"data: " + part + b"\n\n" for part in parts])
-            is_over.wait(60)
+            is_over.wait(PATIENCE)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

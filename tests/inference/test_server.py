@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 
 import reftnoise as rn
 from support.adapters import moved
+from support.waiting import PATIENCE, wait_until
 
 pytest.importorskip("fastapi", reason="needs fastapi: pip install 'reftnoise[serve]'")
 
@@ -44,10 +44,7 @@ def url(reft_model: tuple[rn.ReftModel, Any]) -> Iterator[str]:
         port = probe.getsockname()[1]
     server = start(*reft_model, host="127.0.0.1", port=port, waits=False)
     try:
-        deadline = time.monotonic() + 60
-        while not server.server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: server.server.started)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.kill_server()
@@ -56,7 +53,7 @@ def url(reft_model: tuple[rn.ReftModel, Any]) -> Iterator[str]:
 def ask(url: str, body: Any = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         return json.load(answer)
 
 

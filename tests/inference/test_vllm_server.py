@@ -25,6 +25,7 @@ import reftnoise as rn
 from reftnoise.evaluation.decoding import Decoding
 from reftnoise.inference.playground.asking import Question
 from support.adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
+from support.waiting import PATIENCE, wait_until
 
 pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
 openai = pytest.importorskip("openai")
@@ -79,11 +80,12 @@ def server(served: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         )
         try:
             url = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + 400
-            while not is_up(url):
+
+            def is_ready() -> bool:
                 assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(1)
+                return is_up(url)
+
+            wait_until(is_ready)
             yield process, f"{url}/v1"
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -205,7 +207,9 @@ class Traffic:
     """Clients of all kinds, up to a time."""
 
     def __init__(self, url: str, ours: dict[str, str], seconds: float) -> None:
-        self.client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+        self.client = openai.AsyncOpenAI(
+            base_url=url, api_key="none", max_retries=0, timeout=PATIENCE
+        )
         self.ours, self.end = ours, time.monotonic() + seconds
         self.read = self.left = self.loaded = 0
 
@@ -273,7 +277,7 @@ def loaded_in_the_worker(url: str) -> list[int]:
         json.dumps({"method": "list_loras"}).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         (numbers,) = json.load(answer)["results"]
     return numbers
 
@@ -292,10 +296,7 @@ def test_an_adapter_that_is_unloaded_is_forgotten_once_nobody_reads(
         client.post("/unload_lora_adapter", body={"lora_name": name}, cast_to=str)
     assert loaded_in_the_worker(server[1]) == before
     assert "".join(chunk.choices[0].text for chunk in stream)
-    deadline = time.monotonic() + 60
-    while set(before) <= set(loaded_in_the_worker(server[1])):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: not set(before) <= set(loaded_in_the_worker(server[1])))
     with pytest.raises(openai.NotFoundError, match="all"):
         complete(client, "all")
     load(client, "all", served["all"])

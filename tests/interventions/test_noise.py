@@ -19,6 +19,7 @@ from reftnoise.interventions import (
 )
 from reftnoise.interventions.noise import bernoulli_noise, gaussian_noise, uniform_noise
 from support.models.architectures import neftune_post_forward_hook
+from support.tolerance import assert_close
 
 ONE_SIDED = [NeftuneIntervention, GaussianNoiseIntervention, BernoulliNoiseIntervention]
 EVERY = [*ONE_SIDED, SymNoiseIntervention]
@@ -340,7 +341,7 @@ def test_pyvene_perturbs_in_training_mode_alone(
     assert (noisy.logits - clean).abs().max() > 1e-3
     unit.eval()
     _, quiet = model({"input_ids": tokens})
-    torch.testing.assert_close(quiet.logits, clean, rtol=0, atol=1e-6)
+    assert_close(quiet.logits, clean)
 
 
 @every_class
@@ -355,7 +356,7 @@ def test_pyvene_adds_the_units_own_noise(
     model = pyvene.IntervenableModel(entry, model=tiny_llama)
     torch.manual_seed(7)
     _, output = model({"input_ids": tokens})
-    torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-6)
+    assert_close(output.logits, expected)
 
 
 # -- what bad input gets -------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from reftnoise.interventions import (
     intervention_name,
     register_intervention,
 )
+from support.tolerance import assert_close
 
 REFT = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"]
 ADAPTERS = ["bias", "addition", "adapter"]
@@ -171,7 +172,7 @@ def test_an_intervention_of_ones_own_works_by_its_name(tiny_llama: LlamaForCausa
     handle.remove()
     reft_model = rn.get_reft_model(tiny_llama, config)
     logits = reft_model(input_ids=tokens).logits
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+    assert_close(logits, expected)
     logits.sum().backward()
     (unit,) = reft_model.interventions.values()
     assert unit.scale.grad.abs().max() > 0

@@ -25,6 +25,7 @@ from torch import Tensor
 import reftnoise as rn
 from reftnoise.engine.base.sites import takes_position_ids
 from support.models.tiny_models import LAYERS, MODELS, Example, examples_of, model_of, padded
+from support.tolerance import assert_close_gradients
 
 NEW_TOKENS = 6
 TOLERANCE = 1e-4
@@ -149,7 +150,7 @@ def split(architecture: str) -> str:
         model.split = "auto"
         found = gradients(model, batch)
     model.split = "never"
-    assert_close(found, gradients(model, batch, return_logits=True))
+    assert_close_gradients(found, gradients(model, batch, return_logits=True))
     return result
 
 
@@ -161,7 +162,7 @@ def checkpointing(architecture: str) -> str:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         with calls_in_backward() as calls:
             found = gradients(model, batch)
-        assert_close(found, expected)
+        assert_close_gradients(found, expected)
         assert calls
     return "ok"
 
@@ -207,11 +208,6 @@ def calls_in_backward() -> Iterator[list[torch.nn.Module]]:
         yield seen
     finally:
         handle.remove()
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert torch.linalg.vector_norm(one - other) <= 1e-5 * torch.linalg.vector_norm(other)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from reftnoise.training.recipe import Recipe
 from reftnoise.training.run_directory import RunDirectory
 from reftnoise.training.study.grid import Study, cells
 from support.command_line import LOREFT, command, quick
+from support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
@@ -210,9 +210,7 @@ def test_one_process_writes_in_a_directory(
     arguments = [str(one) for one in quick(run, *more, "--quiet")]
     other = subprocess.Popen([sys.executable, "-m", "reftnoise", *arguments])
     try:
-        deadline = time.monotonic() + 100
-        while not (run / "log.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until((run / "log.jsonl").exists)
         assert command(*quick(run, "--overwrite")) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert line == f"reftnoise: {run}: another process is writing there"

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from reftnoise._util.options import read
 from reftnoise.cli.main import main
 from reftnoise.training.study.grid import Study, cells, merged
 from reftnoise.training.study.results import read_results
+from support.waiting import PATIENCE, wait_until
 
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
 NEFTUNE = {"intervention": "neftune"}
@@ -162,17 +162,19 @@ def start(path: Path) -> subprocess.Popen[str]:
 
 def finish(path: Path) -> None:
     process = start(path)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said) == (0, "")
 
 
 def kill_after(path: Path, count: int) -> list[dict[str, Any]]:
     """Kill a study, and all its processes, when it has `count` results; what it had by then."""
     process = start(path)
-    deadline = time.monotonic() + 200
-    while len(results_of(path)) < count and time.monotonic() < deadline:
+
+    def has_enough() -> bool:
         assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
+        return len(results_of(path)) >= count
+
+    wait_until(has_enough)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     return results_of(path)
@@ -229,15 +231,11 @@ def test_a_study_that_is_terminated_leaves_no_cell_running(tmp_path: Path) -> No
     path = write(tmp_path, recipe=study(tmp_path)["recipe"] | {"training": training})
     process = start(path)
     cells_of = tmp_path / "out" / "cells"
-    deadline = time.monotonic() + 100
-    while not list(cells_of.glob("*/log.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: list(cells_of.glob("*/log.jsonl")))
     process.terminate()
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said) == (130, "reftnoise: interrupted\n")
-    while is_running(process.pid) and time.monotonic() < deadline + 60:
-        time.sleep(0.1)
-    assert not is_running(process.pid)
+    wait_until(lambda: not is_running(process.pid))
 
 
 def is_running(group: int) -> bool:

@@ -19,6 +19,7 @@ import reftnoise as rn
 from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.interventions import INTERVENTIONS
 from support.models.architectures import ARCHITECTURES
+from support.tolerance import assert_close
 from support.trainer_runs import (
     COMPLETIONS,
     PROMPTS,
@@ -138,7 +139,7 @@ def test_the_loss_weighs_tokens_alike_under_accumulation(
     start = weights(wrapped(tokenizer, *entries))
     for other in (1, 2):
         torch.testing.assert_close(stepped[other] - start, stepped[0] - start, atol=2e-7, rtol=1e-4)
-        assert losses[other] == pytest.approx(losses[0], rel=1e-5)
+        assert_close(losses[other], losses[0])
 
     # The mean over tokens, and over the pair, written out.
     model = wrapped(tokenizer, *entries).train()
@@ -159,7 +160,7 @@ def test_the_loss_weighs_tokens_alike_under_accumulation(
         total += torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
         ).item()
-    assert losses[0] == pytest.approx(total / 2, rel=1e-5)
+    assert_close(losses[0], total / 2)
 
 
 def test_evaluation_best_model_and_reporting(tokenizer: Any, tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_left_padding_trains_like_right_padding(architecture: str, tokenizer: An
         tokenizer.padding_side = side
         data = module(tokenizer, model)
         losses.append(model(**data["data_collator"](list(data["train_dataset"]))).loss)
-    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+    assert_close(*losses)
 
 
 def test_noise_alone_trains_nothing_on_a_frozen_base(tokenizer: Any, tmp_path: Path) -> None:

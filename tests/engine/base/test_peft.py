@@ -20,6 +20,7 @@ import reftnoise as rn
 from reftnoise.engine.training_pass.runner import ForwardPasses
 from support.models.architectures import tiny_model
 from support.models.peft_bases import QV, classifier, seq2seq
+from support.tolerance import assert_close
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # peft's calls
@@ -277,7 +278,7 @@ def test_the_cheap_loss_is_taken_over_lora(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ForwardPasses, "_unsplit", lambda *a: calls.append(a) or unsplit(*a))
     loss = model(**batch()).loss
     assert calls
-    torch.testing.assert_close(loss, model(**batch(), return_logits=True).loss)
+    assert_close(loss, model(**batch(), return_logits=True).loss)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +345,7 @@ def test_other_tasks(task: str, peft_section: dict[str, Any], tmp_path: Path) ->
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     with model.disabled():
         bare = model(**inputs).logits
-    torch.testing.assert_close(bare, build()(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert_close(bare, build()(**inputs).logits)
 
 
 GUIDE = Path(__file__).parents[3] / "examples" / "guides" / "methods.md"

@@ -20,6 +20,7 @@ from reftnoise.engine.base.running import is_watched
 from reftnoise.engine.training_pass.prefix_cache import PrefixCache
 from reftnoise.engine.training_pass.split import PromptStates
 from support.models.architectures import ARCHITECTURES, tiny_model
+from support.tolerance import assert_close, assert_close_gradients
 from support.training_steps import PROMPTS, assert_same, batch, plain, split, step, wrapped
 
 POSITIONS: list[Any] = ["l1", "l3", "l2+decode", [-2, -1]]
@@ -40,9 +41,7 @@ def test_a_split_pass_is_the_plain_pass(architecture: str, side: str, noise: str
     found = step(model, inputs)
     assert_same(found, expected)
     attended = inputs["attention_mask"].bool()
-    torch.testing.assert_close(
-        found[0].logits[attended], expected[0].logits[attended], rtol=1e-4, atol=1e-4
-    )
+    assert_close(found[0].logits[attended], expected[0].logits[attended])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -57,9 +56,7 @@ def test_prompts_from_an_earlier_epoch_change_nothing(architecture: str, side: s
         assert (model.prefix_cache.hits, model.prefix_cache.misses) == (hits, 4)
     found = step(model, inputs)  # logits of prompts, which are computed anew
     attended = inputs["attention_mask"].bool()
-    torch.testing.assert_close(
-        found[0].logits[attended], expected[0].logits[attended], rtol=1e-4, atol=1e-4
-    )
+    assert_close(found[0].logits[attended], expected[0].logits[attended])
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -286,7 +283,7 @@ def test_a_trained_base(caplog: Any) -> None:
     model.split = "never"
     (_, _), head_grad = plain(model, batch()), head.grad.clone()
     step(model, batch(), return_logits=False)
-    torch.testing.assert_close(head.grad, head_grad, rtol=1e-5, atol=1e-7)
+    assert_close_gradients([head.grad], [head_grad])
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -423,7 +420,7 @@ def test_labels_of_other_kinds_are_the_bases_own() -> None:
         for unit in model.interventions.values():
             unit.learned_source.weight.copy_(unit.rotate_layer())
             unit.learned_source.bias.zero_()
-        torch.testing.assert_close(model(**inputs).loss, expected)
+        assert_close(model(**inputs).loss, expected)
 
 
 def test_a_mode_that_does_not_exist() -> None:
@@ -465,7 +462,7 @@ def test_logits_are_there_for_whoever_reads_them() -> None:
     ]
     for read in readers:
         found = read(model(**inputs))[attended]
-        torch.testing.assert_close(found, expected.logits[attended], rtol=1e-4, atol=1e-4)
+        assert_close(found, expected.logits[attended])
         assert found.requires_grad
 
 
@@ -497,7 +494,7 @@ def test_logits_of_the_first_of_each_pair() -> None:
     found = step(model, inputs)[0].logits
     assert found.shape == expected.shape == (4, 25, 101)
     attended = inputs["attention_mask"].bool()
-    torch.testing.assert_close(found[attended], expected[attended], rtol=1e-4, atol=1e-4)
+    assert_close(found[attended], expected[attended])
 
 
 def test_an_output_made_from_another_is_plain() -> None:
@@ -508,7 +505,7 @@ def test_an_output_made_from_another_is_plain() -> None:
     assert type(again) is type(output)
     assert again.logits is output.logits
     copied = pickle.loads(pickle.dumps(model(**inputs)))
-    torch.testing.assert_close(copied.logits, output.logits)
+    assert_close(copied.logits, output.logits)
 
 
 def test_logits_that_are_set() -> None:
@@ -568,5 +565,5 @@ def test_evaluation_computes_logits_on_demand() -> None:
     with torch.no_grad():
         expected = model(**inputs, return_logits=True)
         found = model(**inputs)
-        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
-        torch.testing.assert_close(found.logits, expected.logits)
+        assert_close(found.loss, expected.loss)
+        assert_close(found.logits, expected.logits)

@@ -17,6 +17,7 @@ from transformers import CompileConfig
 import reftnoise as rn
 from reftnoise.engine.training_pass.prefix_cache import PrefixCache
 from support.models.architectures import tiny_model
+from support.tolerance import assert_close, assert_close_gradients
 from support.training_steps import batch
 
 pytestmark = [
@@ -112,9 +113,8 @@ def step(model: rn.ReftModel, called: Any = None, **options: Any) -> tuple[Tenso
 
 
 def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
-    error = torch.linalg.vector_norm(found[1] - expected[1])
-    assert error <= 1e-5 * torch.linalg.vector_norm(expected[1])
+    assert_close(found[0], expected[0])
+    assert_close_gradients([found[1]], [expected[1]])
 
 
 CASES = [(way, "block_output") for way in WAYS]
@@ -216,7 +216,7 @@ def test_prefill_and_decode_are_graphs(positions: str) -> None:
     prompt, lengths = batch()["input_ids"][:, :9], torch.full((4,), 9)
     expected, found = (one(input_ids=prompt, use_cache=True) for one in (model, compiled))
     for width in (10, 11):
-        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+        assert_close(found.logits, expected.logits)
         more = {"input_ids": torch.full((4, 1), 7), "attention_mask": torch.ones(4, width).long()}
         expected, found = (
             one(**more, past_key_values=before.past_key_values, prompt_lengths=lengths)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import reftnoise as rn
+from support.tolerance import assert_close, assert_close_gradients
 from support.training_steps import batch, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -29,9 +30,8 @@ def gradients(model: Any, called: Any, **inputs: Any) -> tuple[Tensor, list[Tens
 
 
 def assert_same(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> None:
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
-    for one, other in zip(found[1], expected[1], strict=True):
-        assert torch.linalg.vector_norm(one - other) <= 1e-5 * torch.linalg.vector_norm(other)
+    assert_close(found[0], expected[0])
+    assert_close_gradients(found[1], expected[1])
 
 
 @pytest.mark.parametrize("noise", [[], [{"intervention": "symnoise"}]])
@@ -58,7 +58,7 @@ def test_evaluation_and_another_model_on_the_same_base() -> None:
     inputs["use_cache"] = False
     for model in (first, second, first):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+        assert_close(compiled(**inputs).logits, model(**inputs).logits)
 
 
 def test_a_copy_is_on_its_own() -> None:
@@ -78,7 +78,7 @@ def test_what_others_hook_sees_edited_states() -> None:
     model.model.model.layers[0].register_forward_hook(lambda _, __, hidden: hidden * 2)
     expected = model(**inputs, return_logits=True).loss
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs).loss, expected, rtol=1e-6, atol=0)
+    assert_close(compiled(**inputs).loss, expected)
 
 
 def test_eager_passes_after_a_compiled_one_are_split_again() -> None:

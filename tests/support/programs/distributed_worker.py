@@ -33,6 +33,7 @@ from reftnoise.adapters.directory import AdapterFiles
 from reftnoise.engine.base.tiny import DIRECTORY
 from support.models.architectures import tiny_model
 from support.programs import cpus_as_accelerators
+from support.waiting import PATIENCE
 
 PROMPTS = ["Where does a fish live?", "What is it?", "What colour is the big banana?", "Who?"] * 2
 COMPLETIONS = ["🐟", "🌊🌊", "🍌🟡 and more words", "🤖💬🌐🧠"] * 2
@@ -359,7 +360,7 @@ def main(launch: str, folder: Path) -> None:
     # Of a layer's output, in-place operations would go wrong. Nobody changes units' or logits.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     warnings.filterwarnings("error", message=".*FSDPLlama.*returned a view tensor")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
     written: list[str] = []
 
     def note_what_is_written(event: str, args: tuple[Any, ...]) -> None:
