@@ -21,7 +21,7 @@ Hidden-state edits (ReFT) for `{base}`; `reft_config.json` says everything about
 |---|---|---|---|---|
 {units}
 
-{parameters:,} parameters are trained, {share:.4%} of the base's.{beside}
+{parameters:,} parameters are trained, {share:.4%} of the base's.{peft_note}
 
 ```python
 import reftnoise as rn
@@ -37,16 +37,16 @@ def card(config: ReftConfig, *, base: Any, name: str, trained: int, total: int) 
     Args:
         config: the units.
         base: the base, without PEFT's wrapper.
-        name: its name on the hub, or another; empty for none.
+        name: name of the base, on the hub or elsewhere; empty for none.
         trained: number of trained parameters.
         total: number of parameters of the base.
     """
     rows = [entry.to_dict() for entry in config.representations]
     columns = ("intervention", "layer", "component", "positions", "low_rank_dimension")
-    beside = ""
+    peft_note = ""
     if config.peft is not None:
-        beside = (
-            f" Beside the units, it holds a method of PEFT ({config.peft['peft_type']}): "
+        peft_note = (
+            f" With the units, it holds a method of PEFT ({config.peft['peft_type']}): "
             "`pip install 'reftnoise[peft]'`."
         )
     return _CARD.format(
@@ -55,7 +55,7 @@ def card(config: ReftConfig, *, base: Any, name: str, trained: int, total: int) 
         units="\n".join(f"| {' | '.join(str(row.get(c, '')) for c in columns)} |" for row in rows),
         parameters=trained,
         share=trained / total,
-        beside=beside,
+        peft_note=peft_note,
         load=_loading(base, name),
     )
 

@@ -1,9 +1,8 @@
-"""Adapter directories as they lie on disk: read without a base."""
+"""Adapter directories, read without a base."""
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,20 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .._util.errors import nearest
 from ..config.representations import ReftConfig
-from .location import CONFIG_NAME, WEIGHTS_NAME
-
-CARD_NAME = "README.md"
-SCHEMA_VERSION = 1
-_KEYS = ("schema_version", "base_model", "base_parameters", "weights_sha256")
-"""Of the config, beside those of `ReftConfig`."""
+from .location import CONFIG_NAME, SECTIONS, WEIGHTS_NAME, read_description
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter directory, of which the config has been read.
+    """An adapter directory whose config has been read.
 
     Args:
-        directory: where it is.
+        directory: its path.
         config: the units.
         base: `name_or_path`, the fingerprint of the base's shape, and a `sample` of its weights.
         base_parameters: names of the base's parameters that are among the weights.
-        sha256: of the weights; None for an adapter that was saved without.
+        sha256: digest of the weights; None for an adapter that was saved without one.
     """
 
     directory: Path
@@ -44,52 +37,39 @@ class AdapterFiles:
         """Read a directory's config.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged, or of another schema.
+            FileNotFoundError: the directory has none.
+            ValueError: the config is damaged, wrong, or of another schema.
         """
-        path = Path(directory) / CONFIG_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{directory}: no {CONFIG_NAME} in it, so it is not an adapter directory"
-            )
+        description = read_description(directory)
+        sections = {name: description[name] for name in SECTIONS if name in description}
         try:
-            description = json.loads(path.read_text(encoding="utf-8"))
-            schema, base = description["schema_version"], dict(description["base_model"])
-            units = {"representations": list(description["representations"])}
-            names = [field.name for field in fields(ReftConfig)]
-            units |= {name: description[name] for name in names if name in description}
-            of_base = [str(name) for name in description.get("base_parameters", ())]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
-        if schema != SCHEMA_VERSION:
-            raise ValueError(
-                f"{path}: schema version {schema}, but this reftnoise reads version "
-                f"{SCHEMA_VERSION}"
-            )
-        known = [*_KEYS, *names]
-        if unknown := [key for key in description if key not in known]:
-            raise ValueError(f"{path}: unknown key {unknown[0]!r}; {nearest(unknown[0], known)}")
-        try:
-            config = ReftConfig.from_dict(units)
+            config = ReftConfig.from_dict(sections)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        digest = description.get("weights_sha256")
-        return cls(Path(directory), config, base, of_base, digest)
+            raise ValueError(f"{Path(directory) / CONFIG_NAME}: {error}") from None
+        return cls(
+            directory=Path(directory),
+            config=config,
+            base=description["base_model"],
+            base_parameters=description["base_parameters"],
+            sha256=description.get("weights_sha256"),
+        )
 
     @property
     def config_path(self) -> Path:
+        """The file of the config."""
         return self.directory / CONFIG_NAME
 
     @property
     def weights_path(self) -> Path:
+        """The file of the weights."""
         return self.directory / WEIGHTS_NAME
 
     def weights(self) -> dict[str, Tensor]:
         """All tensors by name.
 
         Raises:
-            FileNotFoundError: there is no file of weights.
-            ValueError: it is damaged.
+            FileNotFoundError: the directory has no file of weights.
+            ValueError: the file is damaged.
         """
         if not self.weights_path.is_file():
             raise FileNotFoundError(f"{self.directory}: no {WEIGHTS_NAME} in it")
@@ -102,19 +82,19 @@ class AdapterFiles:
         """The SHA-256 of the weights; a ValueError where the config was saved with others."""
         if not self.weights_path.is_file():
             raise FileNotFoundError(f"{self.directory}: no {WEIGHTS_NAME} in it")
-        found = hashlib.sha256(self.weights_path.read_bytes()).hexdigest()
-        if self.sha256 not in (None, found):
+        digest = hashlib.sha256(self.weights_path.read_bytes()).hexdigest()
+        if self.sha256 not in (None, digest):
             raise ValueError(
                 f"{self.weights_path}: not the weights that {CONFIG_NAME} was saved with, as after "
                 "an interrupted save"
             )
-        return found
+        return digest
 
     def identity(self) -> str:
-        """A digest of weights and config: equal ones edit alike."""
-        found = hashlib.sha256(self.config_path.read_bytes())
-        found.update(self.digest().encode())
-        return found.hexdigest()
+        """A digest of weights and config: adapters with the same digest edit alike."""
+        digest = hashlib.sha256(self.config_path.read_bytes())
+        digest.update(self.digest().encode())
+        return digest.hexdigest()
 
     def expect_base(
         self, shape: Mapping[str, Any], name: object, whose: str = "the given model"
@@ -122,9 +102,9 @@ class AdapterFiles:
         """Raise a ValueError for a base of another shape.
 
         Args:
-            shape: the base's fingerprint.
-            name: the base's, for the message.
-            whose: base it is, likewise.
+            shape: fingerprint of the base.
+            name: name of the base, for the message.
+            whose: words for the base in the message.
         """
         for key, mine in shape.items():
             if self.base.get(key) != mine:
@@ -135,19 +115,19 @@ class AdapterFiles:
 
     @property
     def base_name(self) -> object:
-        """For messages."""
+        """The base's name, for messages."""
         return called(self.base.get("name_or_path"))
 
 
 def by_unit(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of each unit, by its key and their names in the unit."""
-    found: dict[str, dict[str, Tensor]] = {}
+    units: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
         owner, _, rest = name.partition(".")
         if owner == "interventions":
             key, _, parameter = rest.partition(".")
-            found.setdefault(key, {})[parameter] = tensor
-    return found
+            units.setdefault(key, {})[parameter] = tensor
+    return units
 
 
 def called(name: object) -> object:

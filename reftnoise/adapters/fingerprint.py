@@ -1,7 +1,7 @@
-"""A few weights of a base, by which an adapter tells other weights of the same shape.
+"""A few weights of a base, by which an adapter recognises other weights of the same shape.
 
-Casts between dtypes round weights, so values are compared and not digests: those of one base agree
-to the precision of bfloat16.
+Casts between dtypes round weights, so values are compared, not digests: those of one base agree to
+the precision of bfloat16.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,11 +15,11 @@ from ..engine.base.peft import inner_model
 from ..engine.base.sharding import is_part
 
 TENSORS, VALUES = 6, 4
-"""How many tensors are read, and how many values of each."""
+"""The number of tensors that are read, and of values of each."""
 TOLERANCE = 2**-7
-"""Relative: a cast to bfloat16 rounds by at most 2⁻⁹, and either side may have been cast."""
+"""Relative: a cast to bfloat16 rounds by at most 2⁻⁹, and both values may have been cast."""
 SMALLEST = 1e-6
-"""Absolute, for what float16 rounds to zero."""
+"""Absolute, for values that float16 rounds to zero."""
 
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -27,38 +27,38 @@ _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def sample_weights(model: PreTrainedModel, trained: Collection[str]) -> dict[str, list[float]]:
     """Values of a base's frozen matrices, by name, spread evenly over the model and each matrix.
 
-    Embeddings and heads, which are resized with a vocabulary, are left out, and weights that PEFT
-    changes, or that are quantised, sharded or not in memory.
+    The sample leaves out embeddings and heads, which are resized with a vocabulary, and weights
+    that PEFT changes, or that are quantised, sharded or not in memory.
 
     Args:
         model: a base, in PEFT's wrapper or not.
-        trained: names, or their ends, of what is saved of the base.
+        trained: names, or ends of names, of the parameters of the base that an adapter holds.
     """
     base = inner_model(model)
     resized = {id(t) for part in _vocabulary(base) for t in part.parameters()}
-    found = {
+    matrices = {
         name: tensor
         for name, tensor in _matrices(base)
         if not (tensor.requires_grad or id(tensor) in resized or ".base_layer." in name)
-        and not any(one.endswith(name) for one in trained)
+        and not any(saved.endswith(name) for saved in trained)
     }
-    names = list(found)
-    return {name: _values(found[name]) for name in names[:: max(1, -(-len(names) // TENSORS))]}
+    step = max(1, -(-len(matrices) // TENSORS))
+    return {name: _values(matrices[name]) for name in list(matrices)[::step]}
 
 
 def other_weights(sample: Mapping[str, Sequence[float]], model: PreTrainedModel) -> str | None:
-    """The first sampled matrix of which `model` has other values; None where there is none.
+    """The name of the first sampled matrix that differs in `model`; None where none does.
 
-    One that the model does not have, or that cannot be read, tells nothing.
+    Matrices that the model does not have, or that cannot be read, are passed over.
     """
-    found = dict(_matrices(inner_model(model)))
-    return other_values(sample, {name: _values(found[name]) for name in sample if name in found})
+    own = dict(_matrices(inner_model(model)))
+    return other_values(sample, {name: _values(own[name]) for name in sample if name in own})
 
 
 def other_values(
     sample: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
 ) -> str | None:
-    """The first matrix of two samples of which they have other values; None where there is none."""
+    """The name of the first matrix that differs between two samples; None where none does."""
     for name, values in sample.items():
         if name in other:
             mine, theirs = torch.tensor(other[name]), torch.tensor(values)

@@ -1,7 +1,8 @@
-"""Adapters for inference: small at rest, side by side when they act."""
+"""Adapters for inference: small at rest, and one edit when several of them act."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ from .directory import AdapterFiles
 from .saving import load_weights
 
 
-class Place(NamedTuple):
-    """Where a unit edits. Units of several adapters at one place act as one."""
+@dataclass(frozen=True)
+class EditedSite:
+    """A site and its edited positions. Units of several adapters with an equal one act as one."""
 
     site: Site
     positions: Positions
@@ -27,10 +29,10 @@ class Place(NamedTuple):
     suffix: int
 
 
-class Slot(NamedTuple):
+class UnitShape(NamedTuple):
     """A unit of an adapter without its weights."""
 
-    place: Place
+    place: EditedSite
     rank: int
     """k, the rows of its factors."""
     width: int
@@ -40,17 +42,17 @@ class Slot(NamedTuple):
 class FrozenAdapter:
     """The units of an adapter in one tensor, without noise and dropout.
 
-    Thousands may stand ready: each holds a tensor, and the slots, which equal adapters share.
+    Thousands may be loaded: each holds a tensor, and the shapes, which equal adapters share.
 
     Args:
-        slots: its units.
+        shapes: the units without their weights.
         weights: D, b and U of each unit, one after the other.
     """
 
-    __slots__ = ("slots", "weights")
+    __slots__ = ("shapes", "weights")
 
-    def __init__(self, slots: tuple[Slot, ...], weights: Float[Tensor, " n"]) -> None:
-        self.slots, self.weights = slots, weights
+    def __init__(self, shapes: tuple[UnitShape, ...], weights: Float[Tensor, " n"]) -> None:
+        self.shapes, self.weights = shapes, weights
 
     @classmethod
     def of(cls, units: Iterable[PlacedUnit]) -> "FrozenAdapter":
@@ -59,43 +61,44 @@ class FrozenAdapter:
         Raises:
             ValueError: a unit of a class without `factors`.
         """
-        parts: list[tuple[Place, Factors]] = []
-        for one in units:
-            if isinstance(one.unit, NoiseIntervention):
+        parts: list[tuple[EditedSite, Factors]] = []
+        for placed in units:
+            unit = placed.unit
+            if isinstance(unit, NoiseIntervention):
                 continue
-            if not isinstance(one.unit, LowRankIntervention):
+            if not isinstance(unit, LowRankIntervention):
                 raise ValueError(
-                    f"{type(one.unit).__name__} has no factors, so it cannot stand beside other "
+                    f"{type(unit).__name__} has no factors, so it cannot act next to other "
                     "adapters: derive it from LowRankIntervention"
                 )
-            assert one.positions is not None
-            place = Place(one.site, one.positions, one.prefix, one.suffix)
+            assert placed.positions is not None
+            place = EditedSite(placed.site, placed.positions, placed.prefix, placed.suffix)
             with torch.no_grad():
-                parts.append((place, one.unit.factors()))
+                parts.append((place, unit.factors()))
         return cls._joined(parts)
 
     @classmethod
-    def _joined(cls, parts: Iterable[tuple[Place, Factors]]) -> "FrozenAdapter":
-        slots: list[Slot] = []
+    def _joined(cls, parts: Iterable[tuple[EditedSite, Factors]]) -> "FrozenAdapter":
+        shapes: list[UnitShape] = []
         tensors: list[Tensor] = []
         for place, (down, bias, up, acts) in parts:
             rank, width = down.shape
-            slots.append(Slot(place, rank, width, acts))
+            shapes.append(UnitShape(place, rank, width, acts))
             tensors += [down.flatten(), bias, up.flatten()]
-        one_device = [tensor.to(tensors[0].device) for tensor in tensors]
-        return cls(tuple(slots), torch.cat(one_device) if tensors else torch.empty(0))
+        on_one_device = [tensor.to(tensors[0].device) for tensor in tensors]
+        return cls(tuple(shapes), torch.cat(on_one_device) if tensors else torch.empty(0))
 
-    def factors(self) -> Iterable[tuple[Place, Factors]]:
+    def factors(self) -> Iterable[tuple[EditedSite, Factors]]:
         """The units, as views of the weights."""
-        sizes = [n for s in self.slots for n in (s.rank * s.width, s.rank, s.rank * s.width)]
+        sizes = [n for s in self.shapes for n in (s.rank * s.width, s.rank, s.rank * s.width)]
         parts = iter(self.weights.split_with_sizes(sizes))
-        for slot in self.slots:
+        for unit in self.shapes:
             down, bias, up = next(parts), next(parts), next(parts)
-            shape = slot.rank, slot.width
-            yield slot.place, Factors(down.view(shape), bias, up.view(shape), slot.acts)
+            shape = unit.rank, unit.width
+            yield unit.place, Factors(down.view(shape), bias, up.view(shape), unit.acts)
 
-    def part(self, keep: Callable[[Place], Place | None]) -> "FrozenAdapter":
-        """Its units at the places that `keep` makes of theirs, without those that have none."""
+    def part(self, keep: Callable[[EditedSite], EditedSite | None]) -> "FrozenAdapter":
+        """The adapter's units where `keep` says, without those for which it returns None."""
         kept = ((keep(place), factors) for place, factors in self.factors())
         return self._joined((place, factors) for place, factors in kept if place is not None)
 
@@ -113,29 +116,35 @@ def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
             "adapters are loaded by name if they edit hidden states alone"
         )
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
-        placed = place_units(adapter.config, base)  # draws weights
+        placed_units = place_units(adapter.config, base)  # draws weights
         units = nn.Module()
-        units.interventions = nn.ModuleDict({one.key: one.unit for one in placed})
+        units.interventions = nn.ModuleDict({placed.key: placed.unit for placed in placed_units})
         load_weights(units, adapter)
-        frozen = FrozenAdapter.of(placed)
-    # Beside others in one product, it would make NaN of rows that are not its own.
+        frozen = FrozenAdapter.of(placed_units)
+    # In one product with others, they would make NaN of rows that have another adapter.
     if not frozen.weights.isfinite().all():
         raise ValueError(f"{adapter.weights_path}: holds numbers that are not finite")
     return frozen
 
 
-def stack(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:
+def stacked_units(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:
     """Adapters as units of an engine; an adapter's number in the sequence is its gates' column."""
-    found: dict[Place, list[tuple[int, Factors]]] = defaultdict(list)
+    by_place: dict[EditedSite, list[tuple[int, Factors]]] = defaultdict(list)
     for number, adapter in enumerate(adapters):
         for place, factors in adapter.factors():
-            found[place].append((number, factors))
+            by_place[place].append((number, factors))
     units = []
-    for index, (place, parts) in enumerate(found.items()):
+    for index, (place, parts) in enumerate(by_place.items()):
         owners, edits = zip(*parts, strict=True)
-        key = f"{place.site}#{index}"
-        stacked = StackedEdit(edits, owners).to(device_of(place.site.module) or edits[0].up.device)
+        device = device_of(place.site.module) or edits[0].up.device
         units.append(
-            PlacedUnit(key, stacked, place.site, place.positions, place.prefix, place.suffix)
+            PlacedUnit(
+                key=f"{place.site}#{index}",
+                unit=StackedEdit(edits, owners).to(device),
+                site=place.site,
+                positions=place.positions,
+                prefix=place.prefix,
+                suffix=place.suffix,
+            )
         )
     return units

@@ -1,6 +1,7 @@
 """Adapters by name on one base, and which of them the rows of a batch get."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from ..engine.base.running import exclusive
 from ..engine.base.sites import is_encoder_decoder, layer_of, num_layers
 from ..engine.hooks import Engine
 from ..engine.planning import Planner
-from .frozen import FrozenAdapter, Place, Slot, stack
+from .frozen import EditedSite, FrozenAdapter, UnitShape, stacked_units
 
 AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 """An adapter, the sum of several, or of several each times a scale; None for the bare base."""
@@ -23,26 +24,26 @@ OWN = "default"
 """The name by which rows choose the units that a model was built or loaded with."""
 
 _LISTED = 20
-"""Names in an error, at most."""
+"""The most names that an error lists."""
 
 _KEPT = 2
-"""Sets of adapters that acted last, whose stacks need memory beside the adapters' own."""
+"""How many sets of adapters stay stacked after they acted, in memory of their own."""
 
 
 class AdapterLibrary(Mapping[str, FrozenAdapter]):
     """Adapters by name, for inference on one base.
 
     Args:
-        own: the base with the units that it was wrapped with; by name, `default`.
+        own: the base with the units that it was wrapped with, whose name is `default`.
     """
 
     active: AdapterChoice = OWN
-    """What acts where a call does not choose."""
+    """The choice for calls that make none."""
 
     def __init__(self, own: Engine) -> None:
         self._own, self._base = own, own.base
         self._adapters: dict[str, FrozenAdapter] = {}
-        self._slots: dict[tuple[Slot, ...], tuple[Slot, ...]] = {}
+        self._shapes: dict[tuple[UnitShape, ...], tuple[UnitShape, ...]] = {}
         self._engines = RecentlyUsed[tuple[FrozenAdapter, ...], Engine](_KEPT)
         self._frozen_own: FrozenAdapter | None = None
 
@@ -63,7 +64,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         """
         self.expect_free(name)
         adapter.weights = adapter.weights.to(self._base.device)
-        adapter.slots = self._slots.setdefault(adapter.slots, adapter.slots)
+        adapter.shapes = self._shapes.setdefault(adapter.shapes, adapter.shapes)
         self._forget(self._adapters.get(name))
         self._adapters[name] = adapter
 
@@ -78,11 +79,11 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         """Add a part of an adapter as one of its own, to see what the part does.
 
         Args:
-            name: of the part. An adapter of that name is replaced.
-            source: of the whole; `default` for the model's own units.
-            layers: whose edits it keeps, beside those outside of layers; None for all.
-            positions: of the fields `first`, `last`, `all`, `decode` and `indices` of `Positions`,
-                those where it goes on editing; None for all.
+            name: name of the part. An adapter of that name is replaced.
+            source: name of the whole adapter; `default` for the model's own units.
+            layers: layers whose edits it keeps, with those outside of layers; None for all.
+            positions: fields of `Positions` (`first`, `last`, `all`, `decode`, `indices`) where
+                it keeps editing; None for all.
 
         Raises:
             ValueError: the source is not loaded, the name is taken for the model's own units, the
@@ -99,12 +100,12 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         if beyond := [layer for layer in layers or () if layer not in range(count)]:
             raise ValueError(f"layers {beyond}: the model has layers 0 to {count - 1}")
 
-        def keep(place: Place) -> Place | None:
+        def keep(place: EditedSite) -> EditedSite | None:
             layer = layer_of(self._base, place.site)
             if layers is not None and layer is not None and layer not in layers:
                 return None
             kept = place.positions if positions is None else place.positions.only(positions)
-            return place._replace(positions=kept) if kept.edits_prompt or kept.decode else None
+            return replace(place, positions=kept) if kept.edits_prompt or kept.decode else None
 
         _, (whole,) = self._chosen([{source: 1.0}])
         self.put(name, whole.part(keep))
@@ -113,7 +114,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         """Forget an adapter.
 
         Raises:
-            ValueError: it is not loaded, or it is active.
+            ValueError: the adapter is not loaded, or it is active.
         """
         if name in _scales(self.active):
             raise ValueError(f"adapter {name!r} is active: set_adapter another first")
@@ -127,7 +128,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
 
     def _find(self, name: str) -> FrozenAdapter:
         if name not in self._adapters:
-            many = f"{len(self)} are, see reft_model.adapters" if len(self) > _LISTED else None
+            many = f"reft_model.adapters lists {len(self)}" if len(self) > _LISTED else None
             hint = nearest(name, [*self._adapters, OWN], many)
             raise ValueError(f"adapter {name!r} is not loaded; {hint}")
         return self._adapters[name]
@@ -137,7 +138,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
             self._engines.forget(lambda adapters: adapter in adapters)
 
     def activate(self, choice: AdapterChoice) -> None:
-        """Have an adapter, several, or none act where a call does not choose."""
+        """Set the choice for calls that make none."""
         self._chosen([_scales(choice)])
         self.active = choice
 
@@ -146,11 +147,11 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
 
         Args:
             rows: a choice for each row of the batch; None for the active one.
-            batch: how many rows there are.
+            batch: number of rows.
 
         Raises:
-            ValueError: another number of choices, a name that is not loaded, or a scale that is no
-                finite number.
+            ValueError: another number of choices, a name that is not loaded, or a scale that is
+                not a finite number.
         """
         if rows is None:
             rows = [self.active] * batch
@@ -180,7 +181,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         now, before = FrozenAdapter.of(self._own.units), self._frozen_own
         if (
             before is None
-            or before.slots != now.slots
+            or before.shapes != now.shapes
             or before.weights.device != now.weights.device
             or not torch.equal(before.weights, now.weights)
         ):
@@ -191,14 +192,14 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
     def _engine(self, adapters: tuple[FrozenAdapter, ...]) -> Engine:
         def stacked() -> Engine:
             with torch.inference_mode(False), torch.no_grad():
-                return Engine(self._base, stack(adapters), self._own.settings)
+                return Engine(self._base, stacked_units(adapters), self._own.settings)
 
         with exclusive(inner_model(self._base)):  # a server may run a thread for each adapter
             return self._engines.get(adapters, stacked)
 
 
 def _scales(choice: AdapterChoice) -> dict[str, float]:
-    """What a row gets, by adapter."""
+    """The scales of the adapters that edit a row, by name."""
     match choice:
         case None:
             return {}

@@ -1,9 +1,48 @@
-"""Where an adapter lies: in a directory, or on the hub; nothing heavy is imported here."""
+"""The files of an adapter directory, found and checked without torch."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+from .._util.errors import nearest
 
 CONFIG_NAME = "reft_config.json"
 WEIGHTS_NAME = "reft_model.safetensors"
+CARD_NAME = "README.md"
+SCHEMA_VERSION = 1
+SECTIONS = ("representations", "peft", "modules_to_save")
+"""The keys of the file that are a `ReftConfig`'s."""
+_KEYS = ("schema_version", "base_model", "base_parameters", "weights_sha256", *SECTIONS)
+
+
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """The mapping in a directory's `reft_config.json`, whose sections are not checked yet.
+
+    Raises:
+        FileNotFoundError: the directory has no such file.
+        ValueError: the file is damaged, has an unknown key, or is of another schema.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory}: no {CONFIG_NAME} in it, so it is not an adapter directory"
+        )
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = description["schema_version"]
+        description["base_model"] = dict(description["base_model"])
+        description["representations"] = list(description["representations"])
+        names = description.get("base_parameters", ())
+        description["base_parameters"] = [str(name) for name in names]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
+    if schema != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: schema version {schema}, but this reftnoise reads version {SCHEMA_VERSION}"
+        )
+    if unknown := [key for key in description if key not in _KEYS]:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}; {nearest(unknown[0], _KEYS)}")
+    return description
 
 
 def expect_place(directory: str | Path) -> None:
@@ -24,7 +63,18 @@ def local_directory(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Path:
-    """A directory, or those files of a hub repository, downloaded."""
+    """A directory on this machine, or one with files of a hub repository, which are downloaded.
+
+    Args:
+        directory: path of a directory, or name of a hub repository.
+        files: patterns of the files that are downloaded.
+        revision: branch, tag or commit of a hub repository.
+        token: token for a private one, as `huggingface_hub` takes it.
+
+    Raises:
+        FileNotFoundError: there is neither such a directory nor such a repository.
+        ValueError: the path is that of a file.
+    """
     expect_place(directory)
     if Path(directory).is_dir():
         return Path(directory)
@@ -37,5 +87,5 @@ def local_directory(
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{directory}: no such directory, and not to be had from the hub ({error})"
+            f"{directory}: no such directory here, and none on the hub ({error})"
         ) from None

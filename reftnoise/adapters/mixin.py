@@ -1,4 +1,4 @@
-"""What Trainers, devices and the hub ask a model for, beside running it."""
+"""What Trainers, devices and the hub need of a model, apart from running it."""
 
 import inspect
 from pathlib import Path
@@ -59,7 +59,7 @@ class AdapterMixin(nn.Module):
             module.requires_grad_(True)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Of the base, as transformers counts them, and of the units."""
+        """The number of parameters of the base, as transformers counts them, and of the units."""
         units = self.interventions.parameters()
         own = sum(p.numel() for p in units if p.requires_grad or not only_trainable)
         return own + int(self.model.num_parameters(only_trainable, exclude_embeddings))
@@ -69,7 +69,7 @@ class AdapterMixin(nn.Module):
         return saving.count_parameters(self.interventions, self.model)
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, and their share of the base's."""
+        """Print the number of trained parameters, and their share of the base's."""
         units, base, total = self.count_parameters()
         print(
             f"trainable intervention params: {units:,d} || trainable model params: {base:,d}\n"
@@ -87,10 +87,10 @@ class AdapterMixin(nn.Module):
         """Write the adapter: the units and what is trained of the base (see `saving`).
 
         Args:
-            save_directory: created if needed.
+            save_directory: path of the directory, created if needed.
             state_dict: tensors to write instead of the model's own, when these are sharded. What
                 is frozen of the base is left out.
-            is_main_process: whether this process is the one that writes.
+            is_main_process: whether this process writes.
         """
         if is_main_process:
             state = None if state_dict is None else saving.without_frozen(self, state_dict)
@@ -173,14 +173,14 @@ class AdapterMixin(nn.Module):
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> None:
-        """Load a saved adapter beside the model's own units, for inference.
+        """Load a saved adapter next to the model's own units, for inference.
 
         Args:
-            directory: of an adapter, or the name of a hub repository that is one.
-            adapter_name: by which `set_adapter` and `adapter_names` choose it. An adapter of that
-                name is replaced.
+            directory: an adapter directory, or the name of a hub repository that is one.
+            adapter_name: the name by which `set_adapter` and `adapter_names` choose it. An adapter
+                of that name is replaced.
             revision: branch, tag or commit of a hub repository.
-            token: for a private one, as `huggingface_hub` takes it.
+            token: token for a private one, as `huggingface_hub` takes it.
 
         Raises:
             FileNotFoundError: the directory or one of its files is missing.
@@ -197,7 +197,7 @@ class AdapterMixin(nn.Module):
         self.adapters.put(adapter_name, freeze(adapter, self.model))
 
     def set_adapter(self, choice: AdapterChoice) -> None:
-        """Choose what acts where a call does not: values as in `forward`'s `adapter_names`."""
+        """Choose what acts in calls that do not choose; values as in their `adapter_names`."""
         self.adapters.activate(choice)
 
     def delete_adapter(self, adapter_name: str) -> None:

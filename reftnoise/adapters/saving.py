@@ -23,9 +23,15 @@ from ..engine.base.peft import inner_model, own_state
 from ..engine.base.sharding import is_part, part_like, size, takes_weights_of_one_process
 from ..engine.base.sites import hidden_size, num_layers, trained_modules
 from .card import card
-from .directory import CARD_NAME, SCHEMA_VERSION, AdapterFiles, called
+from .directory import AdapterFiles, called
 from .fingerprint import other_weights, sample_weights
-from .location import CONFIG_NAME, WEIGHTS_NAME, local_directory
+from .location import (
+    CARD_NAME,
+    CONFIG_NAME,
+    SCHEMA_VERSION,
+    WEIGHTS_NAME,
+    local_directory,
+)
 
 
 class ModelWithUnits(Protocol):
@@ -51,9 +57,10 @@ def save_adapter(
 
     Args:
         reft_model: the model whose units, and whose trained base parameters, are written.
-        directory: created if needed. An adapter in it is replaced; a model card is kept.
-        state_dict: what to write instead of `reft_model.state_dict()`, when a sharded model's
-            owner gathered it.
+        directory: path of the directory, created if needed. An adapter in it is replaced; a model
+            card is kept.
+        state_dict: tensors that are written instead of `reft_model.state_dict()`, for a sharded
+            model whose owner gathered them.
 
     Raises:
         ValueError: the directory is a file, or the weights are not whole.
@@ -181,11 +188,12 @@ def load_trained(reft_model: ModelWithUnits, adapter: AdapterFiles) -> None:
 
 
 def load_weights(reft_model: Any, adapter: AdapterFiles) -> set[str]:
-    """Load an adapter's weights into a model, or a mere module, with the same `interventions`.
+    """Load an adapter's weights into a model, or another module with the same `interventions`.
 
-    Returns the weights' names.
+    Everything is checked before anything changes.
 
-    Everything is checked before anything is changed.
+    Returns:
+        The names of the weights.
     """
     path, state = adapter.weights_path, adapter.weights()
     expected = [name for name in reft_model.state_dict() if name.startswith("interventions.")]
@@ -205,14 +213,14 @@ def load_weights(reft_model: Any, adapter: AdapterFiles) -> set[str]:
         if own[name].dtype != tensor.dtype:  # as it was when it was saved
             own[name].data = own[name].data.to(tensor.dtype)
     parts = {name: part_like(own[name], tensor) for name, tensor in state.items()}
-    reft_model.load_state_dict(parts, strict=False)  # checked above, with better words
-    for unit in reft_model.interventions.values():  # which may keep R, and FSDP2 tells of no change
+    reft_model.load_state_dict(parts, strict=False)  # checked above, with clearer errors
+    for unit in reft_model.interventions.values():  # which may keep R: FSDP2 marks no change
         unit.train(unit.training)
     return set(state)
 
 
 def keep_trained(module: ModelWithUnits, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Leave what is frozen of the base out of the state: checkpoints hold adapters only."""
+    """Remove frozen tensors of the base from a state: checkpoints hold adapters only."""
     if not takes_weights_of_one_process(module.model):
         for name in set(state) - set(without_frozen(module, state, prefix)):
             del state[name]
@@ -227,7 +235,7 @@ def without_frozen(
 
 
 def expect_trained(module: ModelWithUnits, keys: Any) -> None:
-    """Do not miss what `keep_trained` leaves out."""
+    """Take the tensors that `keep_trained` removes off the list of missing keys."""
     trained = {f"model.{name}" for name in _kept(module)}
     frozen = {f"model.{n}" for n in module.model.state_dict()} - trained
 
@@ -239,7 +247,7 @@ def expect_trained(module: ModelWithUnits, keys: Any) -> None:
 
 
 def _kept(module: ModelWithUnits) -> set[str]:
-    """Names of what is saved of a base: what is trained or named to be, and what PEFT adds."""
+    """The tensors of a base that are saved: trained ones, named ones, and those that PEFT adds."""
     base = module.model
     once = dict(base.named_parameters()) | dict(base.named_buffers())  # tied ones under one name
     named = trained_modules(base, module.reft_config.modules_to_save).values()
@@ -249,11 +257,11 @@ def _kept(module: ModelWithUnits) -> set[str]:
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What an adapter needs its base to be. The vocabulary may be resized, so it is not in it."""
+    """The shape that an adapter needs of its base, without the vocabulary, which may be resized."""
     layers: int | None
     try:
         layers = num_layers(model)
-    except ValueError:  # of no use to units at dotted paths
+    except ValueError:  # units at dotted paths do not need it
         layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     return {
         "model_type": model.config.model_type,
@@ -263,12 +271,12 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _base_name(model: PreTrainedModel) -> str:
-    """A hub name, or the last part of a path: where things lie on a machine stays there."""
+    """A hub name, or the last part of a path: the rest of it stays on the machine."""
     name = str(model.config.name_or_path)
     return Path(name).name if Path(name).exists() else name
 
 
 def shown(value: object) -> str:
-    """A value in one line of an error: models and the like by their class."""
+    """A value for one line of an error; models and other long ones by their class."""
     text = repr(value)
     return text if len(text) < 100 and "\n" not in text else type(value).__name__

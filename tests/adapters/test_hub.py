@@ -131,4 +131,4 @@ def test_refusals(session: Any) -> None:
     assert "401" in text
     kind, text = session.found["no such repository"]
     assert kind == "FileNotFoundError"
-    assert text.startswith("me/nothing: no such directory, and not to be had from the hub")
+    assert text.startswith("me/nothing: no such directory here, and none on the hub")

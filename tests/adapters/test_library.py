@@ -231,7 +231,7 @@ def test_threads_may_choose_more_adapters_than_are_kept_side_by_side(
 ) -> None:
     names = list(directories)
     adapters = reft_model.adapters
-    sites = {n: {str(slot.place.site) for slot in adapters[n].slots} for n in names}
+    sites = {n: {str(shape.place.site) for shape in adapters[n].shapes} for n in names}
 
     def choose(first: int) -> None:
         for turn in range(200):
@@ -269,7 +269,7 @@ def test_a_thousand_adapters_need_the_memory_of_their_weights(
     objects, _ = tracemalloc.get_traced_memory()  # of Python; tensors have theirs elsewhere
     tracemalloc.stop()
     assert objects < 100 * 3000
-    assert len({id(adapter.slots) for adapter in reft_model.adapters.values()}) == 1
+    assert len({id(adapter.shapes) for adapter in reft_model.adapters.values()}) == 1
 
 
 # -- mistakes ------------------------------------------------------------------------------------

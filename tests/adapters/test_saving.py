@@ -686,7 +686,7 @@ def test_a_directory_that_does_not_exist(kind: Callable[[Path], Any], tmp_path: 
 
 
 def test_a_repository_that_is_not_to_be_had() -> None:
-    start = "^someone/nothing: no such directory, and not to be had from the hub"
+    start = "^someone/nothing: no such directory here, and none on the hub"
     with pytest.raises(FileNotFoundError, match=start):
         rn.ReftModel.from_pretrained(tiny_model(), "someone/nothing")
 

@@ -50,7 +50,7 @@ class LocalModel(Answerer):
         adapters = list(reft_model.adapters)
         self.scaled = adapters
         self.names = [BASE, *adapters, *([TOGETHER] if len(adapters) > 1 else [])]
-        places = [slot.place for frozen in reft_model.adapters.values() for slot in frozen.slots]
+        places = [shape.place for frozen in reft_model.adapters.values() for shape in frozen.shapes]
         layers = {layer_of(reft_model.model, place.site) for place in places}
         self.layers = sorted(layer for layer in layers if layer is not None)
         self.positions = [

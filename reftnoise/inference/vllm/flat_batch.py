@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ...adapters.frozen import FrozenAdapter, stack
+from ...adapters.frozen import FrozenAdapter, stacked_units
 from ...engine.layout import named_tokens
 from ...interventions import StackedEdit
 
@@ -53,7 +53,7 @@ class FlatBatch:
 
     def __init__(self, adapters: Sequence[FrozenAdapter], device: torch.device) -> None:
         self._count, self._device = len(adapters), device
-        self._units = stack(adapters)
+        self._units = stacked_units(adapters)
         self.edits_decode = any(u.positions and u.positions.decode for u in self._units)
 
     def edits(self, requests: StepRequests) -> dict[nn.Module, list[FlatEdit]]:
