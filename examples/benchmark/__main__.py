@@ -1,4 +1,4 @@
-"""Training steps and generation, each workload in one interleaved run, beside other methods.
+"""Training steps and generation, each workload in one interleaved run with other methods.
 
 pip install --requirement examples/benchmark/requirements.txt
 pip install --no-deps pyreft==0.1.0

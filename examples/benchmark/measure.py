@@ -49,7 +49,7 @@ def interleaved(
     """Times of the steps, one after the other in every round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
-    gc.disable()  # a collection would fall on some method at random
+    gc.disable()  # a collection would slow a method at random
     try:
         for round_ in range(warmup + rounds):
             for name, step in steps.items():
@@ -59,7 +59,7 @@ def interleaved(
             gc.collect()
     finally:
         gc.enable()
-    return {name: Times(tuple(found)) for name, found in times.items()}
+    return {name: Times(tuple(seconds)) for name, seconds in times.items()}
 
 
 def _seconds(step: Step, device: str) -> float:
@@ -80,7 +80,7 @@ def _seconds(step: Step, device: str) -> float:
 def peak_bytes(work: Workload, method: str) -> int:
     """The most memory that a step holds at once, weights included, in a process of its own.
 
-    Of the device where there is one, else of the process, without what importing took.
+    On a GPU it is the device's memory, else that of the process, without its imports.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (work, method))

@@ -1,4 +1,4 @@
-"""What is compared: each method makes a training step of its method on one workload."""
+"""The methods that are compared: each makes a training step on a workload."""
 
 import functools
 from collections.abc import Callable

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from reftnoise._util.hardware import machine
 
-Row = dict[str, Any]
+Measurement = dict[str, Any]
 """One method on one workload: `case`, `method`, `seconds`, `spread`, `tokens_per_second`, and where
 they were measured `peak_bytes` and `own_share`."""
 
 
-def print_table(rows: Sequence[Row], title: str, console: Console) -> None:
+def print_table(rows: Sequence[Measurement], title: str, console: Console) -> None:
     """One workload's methods, relative to the floor, or else to the first of them."""
     first = next((row for row in rows if row["method"] == "floor"), rows[0])
     has_memory = any("peak_bytes" in row for row in rows)
@@ -46,7 +46,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.1f} ms"
 
 
-def write(folder: Path, rows: Sequence[Row], device: str) -> None:
+def write(folder: Path, rows: Sequence[Measurement], device: str) -> None:
     """`results.json` with everything and `results.md`, each under a temporary name first."""
     where = machine(device)
     everything = {"machine": where, "rows": list(rows)}
@@ -60,9 +60,9 @@ def write(folder: Path, rows: Sequence[Row], device: str) -> None:
         temporary.replace(folder / name)
 
 
-def markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
+def markdown(rows: Sequence[Measurement], where: dict[str, Any]) -> str:
     """Steps and generation as a table each: a workload a line, a method a column."""
-    groups: dict[bool, list[Row]] = {False: [], True: []}
+    groups: dict[bool, list[Measurement]] = {False: [], True: []}
     for row in rows:
         groups[row["method"] in ("base", "reftnoise")].append(row)
     about = [f"{key} {value}" for key, value in where.items() if key not in ("date", "python")]
@@ -70,7 +70,7 @@ def markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
     return "\n\n".join([_pivot(group) for group in groups.values() if group] + [last]) + "\n"
 
 
-def _pivot(rows: Sequence[Row]) -> str:
+def _pivot(rows: Sequence[Measurement]) -> str:
     """Times relative to the first method, and peak memory where it was measured."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = ["| | " + " | ".join(methods) + " |", "|---" * (1 + len(methods)) + "|"]
@@ -98,7 +98,7 @@ def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
     return above / sum((a - mean_x) ** 2 for a in x)
 
 
-def draw_bars(path: Path, rows: Sequence[Row]) -> None:
+def draw_bars(path: Path, rows: Sequence[Measurement]) -> None:
     """Every workload's methods, relative to its floor."""
     import matplotlib.pyplot as plt
 
@@ -123,7 +123,7 @@ def draw_bars(path: Path, rows: Sequence[Row]) -> None:
     _save(figure, path)
 
 
-def draw_lines(path: Path, rows: Sequence[Row], vary: str) -> None:
+def draw_lines(path: Path, rows: Sequence[Measurement], vary: str) -> None:
     """Time of each method over what was varied, both logarithmic."""
     import matplotlib.pyplot as plt
 

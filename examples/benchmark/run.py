@@ -33,7 +33,7 @@ def benchmark(
     device: str = "cpu",
     output_dir: str = "reftnoise-bench",
 ) -> None:
-    """Measure training steps and generation beside the floor, LoRA, NEFTune and pyreft.
+    """Measure training steps and generation, and the floor, LoRA, NEFTune and pyreft as well.
 
     The floor is the frozen base's forward pass, with logits everywhere, and the backward pass down
     to the first edited layer's output. Without work, vary and methods, the whole table is measured,
@@ -64,19 +64,19 @@ def benchmark(
     console, folder = Console(), Path(output_dir)
     console.width = max(console.width, 100)
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[report.Row] = []
+    rows: list[report.Measurement] = []
     for case in cases:
-        found = _steps(case, rounds, console)
-        report.print_table(found, str(case.work), console)
-        rows += found
+        measured = _steps(case, rounds, console)
+        report.print_table(measured, str(case.work), console)
+        rows += measured
         report.write(folder, rows, device)
     if generation:
         for batch_size in (1, 8):
             chosen = replace(work or Workload(device=device), batch_size=batch_size)
-            found = _generation(chosen, rounds)
-            for pair in (found[:2], found[2:]):
+            measured = _generation(chosen, rounds)
+            for pair in (measured[:2], measured[2:]):
                 report.print_table(pair, pair[0]["case"], console)
-            rows += found
+            rows += measured
         report.write(folder, rows, device)
     if importlib.util.find_spec("matplotlib") is None:
         console.print("no picture: pip install matplotlib")
@@ -122,7 +122,7 @@ def _cases(
     return [Case(each, chosen, memory) for each in varied]
 
 
-def _steps(case: Case, rounds: int, console: Console) -> list[report.Row]:
+def _steps(case: Case, rounds: int, console: Console) -> list[report.Measurement]:
     available = []
     for method in case.methods:
         package = NEEDS.get(method)
@@ -136,15 +136,15 @@ def _steps(case: Case, rounds: int, console: Console) -> list[report.Row]:
     steps = {method: METHODS[method](bench) for method in available}
     times = interleaved(steps, case.rounds or rounds, case.work.device)
     rows = []
-    for method, found in times.items():
+    for method, measured in times.items():
         row = {
             **asdict(case.work),
             "case": str(case.work),
             "method": method,
             "is_ours": method in OURS,
-            "seconds": found.median,
-            "spread": found.spread,
-            "tokens_per_second": case.work.tokens / found.median,
+            "seconds": measured.median,
+            "spread": measured.spread,
+            "tokens_per_second": case.work.tokens / measured.median,
         }
         if method in _PROFILED and case.rounds is None and case.work.device == "cpu":
             row["own_share"] = own_share(steps[method])
@@ -157,7 +157,7 @@ def _steps(case: Case, rounds: int, console: Console) -> list[report.Row]:
     return rows
 
 
-def _generation(work: Workload, rounds: int) -> list[report.Row]:
+def _generation(work: Workload, rounds: int) -> list[report.Measurement]:
     """Greedy generation: the prompt, and each token after it, by the base and by the ReftModel."""
     bench = Bench(work)
     model = bench.reft().eval()
@@ -182,20 +182,20 @@ def _generation(work: Workload, rounds: int) -> list[report.Row]:
     rows = []
     for phase in ("prefill", "decode"):
         for name in ("base", "reftnoise"):
-            found, tokens = times[f"{name}, 1"], work.batch_size * work.prompt
+            measured, tokens = times[f"{name}, 1"], work.batch_size * work.prompt
             if phase == "decode":
                 whole = times[f"{name}, {1 + NEW_TOKENS}"].seconds
-                rest = [a - b for a, b in zip(whole, found.seconds, strict=True)]
-                found, tokens = Times(tuple(rest)), work.batch_size * NEW_TOKENS
+                rest = [a - b for a, b in zip(whole, measured.seconds, strict=True)]
+                measured, tokens = Times(tuple(rest)), work.batch_size * NEW_TOKENS
             rows.append(
                 {
                     **asdict(work),
                     "case": f"{phase} of {tokens // work.batch_size} tokens, {work}",
                     "method": name,
                     "is_ours": name == "reftnoise",
-                    "seconds": found.median,
-                    "spread": found.spread,
-                    "tokens_per_second": tokens / found.median,
+                    "seconds": measured.median,
+                    "spread": measured.spread,
+                    "tokens_per_second": tokens / measured.median,
                 }
             )
     return rows

@@ -91,11 +91,15 @@ def built(config: type[Config], parser: ArgumentParser, parsed: Namespace) -> Co
     return config(**{name: values[name] for name in names})
 
 
+def option_values(parser: ArgumentParser) -> dict[str, Any]:
+    """The defaults of a parser's options by their names, such as `training.learning_rate`."""
+    return dict(parser.get_defaults(skip_validation=True).items())
+
+
 def explained(error: Exception, parser: ArgumentParser) -> str:
     """A parser's error in one line, with the nearest of the names that it knows."""
     message = one_line(error)
-    others = ("help", "config", "print_config", "print_shtab")
-    known = [action.dest for action in parser._actions if action.dest not in others]
+    known = [name for name in option_values(parser) if name != "config"]
     for pattern in _UNKNOWN:
         if (match := pattern.search(message)) is None:
             continue

@@ -30,8 +30,8 @@ SIDE_BY_SIDE = 8
 
 
 @dataclass
-class Result:
-    """What a model answers to the held-out prompts, and how many of its answers are right."""
+class Score:
+    """A model's answers to the held-out prompts, and the share that is right."""
 
     answers: list[str]
     accuracy: float
@@ -42,13 +42,13 @@ def run_demo(output_dir: str | Path, seed: int = 0, console: Console | None = No
     """Train the variants, show base and adapted answers side by side, save the adapter.
 
     Args:
-        output_dir: where the adapter of `SHOWN` goes.
-        seed: of all random draws.
-        console: where to print.
+        output_dir: directory for the adapter of `SHOWN`.
+        seed: seed of all random draws.
+        console: console that is printed to.
     """
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise ValueError(f"{output_dir}: expected a directory, found a file")
-    Path(output_dir).mkdir(parents=True, exist_ok=True)  # or say now that it cannot be written
+    Path(output_dir).mkdir(parents=True, exist_ok=True)  # or fail now, where it cannot be written
     console = console or Console(highlight=False)
     torch.set_num_threads(1)  # for so small a model, more threads cost more than they bring
     transformers_logging.set_verbosity_error()
@@ -98,7 +98,7 @@ def fit(
     description: str,
     console: Console,
 ) -> None:
-    """Train on the examples' emoji, as any other supervised data."""
+    """Train on the emoji of the examples, as on other supervised data."""
     data_module = make_last_position_supervised_data_module(
         tokenizer,
         reft_model,
@@ -137,8 +137,8 @@ def fit(
             progress.stop()
 
 
-def score(model: Any, tokenizer: Any, examples: list[TinyExample]) -> Result:
-    """Greedy answers to all prompts in one batch; right is what equals the emoji exactly."""
+def score(model: Any, tokenizer: Any, examples: list[TinyExample]) -> Score:
+    """Greedy answers to all prompts in one batch; an answer is right if it equals the emoji."""
     chats = [[{"role": "user", "content": example.prompt}] for example in examples]
     prompts = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -149,10 +149,10 @@ def score(model: Any, tokenizer: Any, examples: list[TinyExample]) -> Result:
         a.strip() for a in tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
     ]
     right = sum(a == e.completion for a, e in zip(answers, examples, strict=True))
-    return Result(answers, right / len(examples))
+    return Score(answers, right / len(examples))
 
 
-def side_by_side(examples: list[TinyExample], base: Result, adapted: Result) -> Table:
+def side_by_side(examples: list[TinyExample], base: Score, adapted: Score) -> Table:
     """Held-out prompts with the answers of base and adapted model."""
     table = Table(title=f"Prompts that the adapter never saw ({SHOWN})", title_justify="left")
     for heading in ("prompt", "base", "adapted"):
@@ -164,7 +164,7 @@ def side_by_side(examples: list[TinyExample], base: Result, adapted: Result) -> 
     return table
 
 
-def accuracies(results: dict[str, Result], prompts: int) -> Table:
+def accuracies(results: dict[str, Score], prompts: int) -> Table:
     """One row per model: right emoji answers on all held-out prompts, and training time."""
     table = Table(title=f"Emoji answers to {prompts} held-out prompts", title_justify="left")
     table.add_column("model")

@@ -1,6 +1,6 @@
 """The command line: arguments → a call of the command's function, and mistakes → one line.
 
-Options are made by jsonargparse of the functions' arguments and of the library's own dataclasses.
+jsonargparse makes options of the functions' arguments and of the library's dataclasses.
 """
 
 import inspect
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 _FILES = (Recipe, Study)
-"""What a file may hold, which then stands first."""
+"""What a file can hold, which then comes first."""
 _CONFIGS = (*_FILES, Decoding)
 """Arguments whose fields are options of their own."""
 _MOVED = {
@@ -34,7 +34,7 @@ _MOVED = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; what the user got wrong is one line on stderr and exit code 2."""
+    """Run a command; a user's mistake is one line on stderr and exit code 2."""
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(_overview())
@@ -106,12 +106,12 @@ def _parsed(function: Callable[..., None], arguments: Sequence[str], prog: str) 
 
 
 def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
-    """Options for what may stand first without one: a recipe's or study's file, or a run."""
+    """The arguments, with an option for what comes first: a recipe, a study, or a run."""
     from .._util.options import read_yaml
 
     commented = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
     if not commented or commented[0].startswith("-"):
-        if "--config" in commented[:-1]:  # what stands before it would be replaced by it
+        if "--config" in commented[:-1]:  # a file replaces what comes before it
             i = commented.index("--config")
             commented = [*commented[i : i + 2], *commented[:i], *commented[i + 2 :]]
         return commented
@@ -119,9 +119,9 @@ def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
     path = Path(first)
     if name != "eval":
         if not path.is_file():
-            found = "found a directory" if path.is_dir() else "no such file"
-            raise FileNotFoundError(f"{name}: {first}: expected a YAML file, {found}")
-        read_yaml(path)  # with clearer errors than the parser's
+            problem = "found a directory" if path.is_dir() else "no such file"
+            raise FileNotFoundError(f"{name}: {first}: expected a YAML file, {problem}")
+        read_yaml(path)  # its errors are clearer than the parser's
         return ("--config", first, *rest)
     place = ("--output_dir", first)
     if (path / RECIPE).is_file():
@@ -134,8 +134,11 @@ def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _flags(parser: "ArgumentParser", arguments: Sequence[str]) -> Iterator[str]:
-    """`--quiet` for `--quiet true`."""
-    flags = {f"--{action.dest}" for action in parser._actions if action.metavar == "{true,false}"}
+    """The arguments, in which `--quiet` alone is `--quiet=true`."""
+    from .._util.options import option_values
+
+    values = option_values(parser)
+    flags = {f"--{name}" for name, default in values.items() if isinstance(default, bool)}
     for argument, after in zip_longest(arguments, arguments[1:]):
         is_alone = argument in flags and after not in ("true", "false")
         yield f"{argument}=true" if is_alone else argument
@@ -145,4 +148,4 @@ def _overview() -> str:
     lines = ["usage: reftnoise COMMAND [OPTIONS]", ""]
     for name, function in COMMANDS.items():
         lines.append(f"  {name:<9} {(inspect.getdoc(function) or '').splitlines()[0]}")
-    return "\n".join([*lines, "", "reftnoise COMMAND --help tells more; reftnoise --version."])
+    return "\n".join([*lines, "", "See also reftnoise COMMAND --help, and reftnoise --version."])

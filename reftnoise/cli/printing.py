@@ -10,7 +10,7 @@ from ..training.run_scores import Entry, print_scores
 
 
 def print_run(recipe: Recipe, summary: dict[str, Any], entries: Sequence[Entry]) -> None:
-    """What was trained, how well it scores, and what to do next."""
+    """Print what was trained, its scores, and what to do next."""
     console, parameters = Console(highlight=False), summary["parameters"]
     trained = parameters["units"] + parameters["base"]
     console.print(

@@ -9,7 +9,7 @@ from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.registry import get_task
 from ..engine.base.loading import load_base
 from ..model import ReftModel, get_reft_model
-from ..training.run_adapter import adapter_directory, base_of, recipe_beside
+from ..training.run_adapter import adapter_directory, base_of, recipe_of
 from ..training.run_files import ADAPTER
 
 BASE = "base"
@@ -116,7 +116,7 @@ def _load_base(
 
 
 def _expect_no_classifier(directory: Path) -> None:
-    task = recipe_beside(directory).get("task")
+    task = recipe_of(directory).get("task")
     if task is not None and isinstance(get_task(task), ClassifierTask):
         raise ValueError(
             f"{directory.parent}: the run is a classifier, which writes no text; to score it, run "

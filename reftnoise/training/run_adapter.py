@@ -8,11 +8,11 @@ from ..adapters.location import CONFIG_NAME, WEIGHTS_NAME, local_directory, read
 from .run_files import ADAPTER, RECIPE
 
 _OF_BASE = ("model", "revision", "dtype", "quantization")
-"""What a recipe says of its base."""
+"""A recipe's fields about its base."""
 
 
 def adapter_directory(adapter: str | Path) -> Path:
-    """The adapter's own directory: a run has it as `adapter`; of a hub name, what is downloaded."""
+    """The adapter's own directory: `adapter` in a run's, or what is downloaded from the hub."""
     inside = Path(adapter) / ADAPTER
     if (inside / CONFIG_NAME).is_file():
         return inside
@@ -25,24 +25,24 @@ def adapter_directory(adapter: str | Path) -> Path:
 
 
 def base_of(directory: Path) -> dict[str, Any]:
-    """`model`, and what else of `load_base`'s arguments is known, of an adapter directory's base.
+    """Arguments of `load_base` for the base of an adapter directory: `model`, and others if known.
 
-    A recipe beside the directory knows more than the adapter, which keeps no paths.
+    The recipe of its run has more of them than the adapter, which keeps no paths.
     """
-    values = recipe_beside(directory)
+    values = recipe_of(directory)
     if isinstance(values.get("model"), str):
         return {name: values[name] for name in _OF_BASE if values.get(name) is not None}
     return {"model": str(read_description(directory)["base_model"].get("name_or_path") or "")}
 
 
 def template_of(adapter: str | Path) -> str | None:
-    """What a run's recipe puts around its prompts; None for an adapter without a recipe."""
-    data = recipe_beside(Path(adapter) / ADAPTER).get("data")
+    """The template of a run's recipe; None for an adapter without a recipe."""
+    data = recipe_of(Path(adapter) / ADAPTER).get("data")
     return data.get("template") if isinstance(data, dict) else None
 
 
-def recipe_beside(directory: Path) -> dict[str, Any]:
-    """The recipe of a run whose adapter a directory is; empty if it is another's."""
+def recipe_of(directory: Path) -> dict[str, Any]:
+    """The recipe of the run that an adapter directory belongs to; empty if there is none."""
     recipe = directory.parent / RECIPE
     if directory.name != ADAPTER or not recipe.is_file():
         return {}

@@ -16,21 +16,25 @@ from .._util.options import read_file
 from .recipe import Recipe
 from .run_files import ADAPTER, CHECKPOINTS, LOCK, LOG, PREDICTIONS, RECIPE, SCORES, SUMMARY
 
-_FILES = (ADAPTER, LOG, SUMMARY, SCORES, PREDICTIONS)  # what is written, beside the recipe
+_FILES = (ADAPTER, LOG, SUMMARY, SCORES, PREDICTIONS)  # what is written, but for the recipe
 _SECTIONS = ("data", "training")
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process of those that a launcher started, or the only one."""
+    """Whether this is the first process that a launcher started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def alone(directory: Path, *, seconds: float = 0) -> Iterator[None]:
-    """Keep other processes from writing in a directory, also where this one does so already.
+    """Keep other processes from writing in a directory; the same process may do so twice.
+
+    Args:
+        directory: directory of a run or study.
+        seconds: time to wait for another process.
 
     Raises:
-        ValueError: another process still writes there after so many seconds.
+        ValueError: another process still writes there after that time.
     """
     lock = FileLock(directory / LOCK, is_singleton=True)
     try:
@@ -44,17 +48,17 @@ def alone(directory: Path, *, seconds: float = 0) -> Iterator[None]:
 
 
 class RunDirectory:
-    """Where a run is written, by one process at a time, from `begin` to the context's end.
+    """A run's directory, which one process at a time writes, from `begin` to the context's end.
 
     Nothing is written, and nothing of an earlier run removed, before `begin`.
 
     Args:
-        recipe: of the run.
-        resume: go on from the last checkpoint that is there.
-        overwrite: replace a run that is there.
+        recipe: recipe of the run.
+        resume: whether the run continues from the last checkpoint in the directory.
+        overwrite: whether a run in the directory is replaced.
 
     Raises:
-        ValueError: what is there is not to be replaced, cannot be resumed, or is being written.
+        ValueError: the directory holds another run, none to resume, or another process writes it.
     """
 
     def __init__(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -62,7 +66,7 @@ class RunDirectory:
         self._recipe, self._resume, self._overwrite = recipe, resume, overwrite
         self._held = ExitStack()
         if is_main_process() and (self.path / LOCK).exists():
-            with alone(self.path):  # known before the base is loaded
+            with alone(self.path):  # found out before the base is loaded
                 pass
         self.checkpoint = self._find_checkpoint()
 
@@ -76,7 +80,7 @@ class RunDirectory:
         """Make the directory, without what an earlier run left; a resumed one keeps its recipe.
 
         Args:
-            step: up to which lines of the log are kept.
+            step: step up to which lines of the log are kept.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(alone(self.path))
@@ -112,10 +116,10 @@ class RunDirectory:
             return None
         # The Trainer makes an empty folder of checkpoints before anything is trained.
         is_begun = any((path / CHECKPOINTS).glob("checkpoint-*"))
-        found = next((name for name in (RECIPE, *_FILES) if (path / name).exists()), None)
-        if found is None and not is_begun:
+        file = next((name for name in (RECIPE, *_FILES) if (path / name).exists()), None)
+        if file is None and not is_begun:
             return None
-        held, instead = f"{found} already", "choose another --output_dir"
+        held, instead = f"{file} already", "choose another --output_dir"
         if (path / SUMMARY).exists():
             held = "a finished run"
         elif is_begun:
@@ -132,7 +136,7 @@ class RunDirectory:
 
 
 def _expect_same(recipe: Recipe, path: Path) -> None:
-    """A run goes on as it began, but for where it runs and what is scored afterwards."""
+    """Raise a ValueError if a recipe would train differently than that of the resumed run."""
     if not path.exists():
         raise ValueError(f"{path.parent}: no {RECIPE} in it, so there is no run to resume")
     before, now = asdict(read_file(Recipe, path)), asdict(recipe)

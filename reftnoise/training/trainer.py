@@ -33,13 +33,13 @@ class ReftTrainer(Trainer):
         model: a `ReftModel`.
         args: `transformers.TrainingArguments`.
         tokenizer: the older name of `processing_class`.
-        split: whether what comes before the first edit runs without gradients (see
-            `ReftModel.split`); None leaves it as the model has it.
-        prefix_cache: keep the prompts' keys and values for the next epochs, in `"memory"` or on
-            `"disk"`; a step then costs the completion alone. It needs prompts without noise and a
-            base without dropout, and computes them anew otherwise. Or a `PrefixCache`.
-        prefix_cache_bytes: size of that cache, at most.
-        trainer_arguments: as the Trainer takes them.
+        split: whether what comes before the first edit runs without gradients, as in
+            `ReftModel.split`; None keeps the model's own setting.
+        prefix_cache: place where the prompts' keys and values are kept for the next epochs,
+            `"memory"` or `"disk"`, or a `PrefixCache`. A step then costs the completion alone. With
+            noise on prompts or dropout in the base, they are computed in each epoch.
+        prefix_cache_bytes: greatest size of that cache.
+        trainer_arguments: further arguments of the Trainer.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class ReftTrainer(Trainer):
     ) -> None:
         if tokenizer is not None:
             if trainer_arguments.get("processing_class") is not None:
-                raise ValueError("tokenizer and processing_class are one argument: give one")
+                raise ValueError(
+                    "tokenizer and processing_class are the same argument: expected one of them"
+                )
             trainer_arguments["processing_class"] = tokenizer
         self._prefix_cache: PrefixCache | None = None
         if isinstance(prefix_cache, PrefixCache):
@@ -109,7 +111,7 @@ class ReftTrainer(Trainer):
             self._signature_columns += [n for n in taken if n not in self._signature_columns]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # Label smoothing and compute_loss_func take the labels away, which tell the prompt's end.
+        # Label smoothing and compute_loss_func remove the labels, which show the prompt's end.
         labels, tokens = inputs.get("labels"), inputs.get("input_ids")
         mask = inputs.get("attention_mask")
         adapter = self.accelerator.unwrap_model(model)
@@ -132,7 +134,7 @@ class ReftTrainer(Trainer):
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter. All processes must call it, and one writes."""
+        """Save the adapter. All processes must call this, and the first one writes."""
         if not (self.accelerator.is_fsdp2 or self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)
             return
@@ -157,7 +159,7 @@ class ReftTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save = self.model_wrapped.save_checkpoint  # with the frozen base, unless it is told
+        save = self.model_wrapped.save_checkpoint  # saves the frozen base, too, by default
         self.model_wrapped.save_checkpoint = partial(save, exclude_frozen_parameters=True)
         try:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -182,7 +184,7 @@ class ReftTrainer(Trainer):
 
 
 ReftTrainerForCausalLM = ReftTrainerForSequenceClassification = ReftTrainer
-"""pyreft's names for the trainer, which is one for all tasks."""
+"""pyreft's names for the trainer, which is the same for all tasks."""
 
 
 def last_complete_checkpoint(output_dir: str) -> str:

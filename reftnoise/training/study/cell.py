@@ -22,14 +22,14 @@ from .results import Outcome
 
 
 def check_cell(cell: Cell) -> None:
-    """Raise what the cell's run would, as far as can be known before any model is loaded."""
+    """Raise what the cell's run would, as far as that is known before a model is loaded."""
     with cell.named():
         run = ResolvedRun(cell.recipe)
         _ = run.config, run.arguments, run.scored_rows
 
 
 def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> Outcome:
-    """Train and score; what the results file says of it."""
+    """Train and score; the cell's line of the results file, without its name."""
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
@@ -52,19 +52,19 @@ def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) 
 def run_in_process(
     end: Connection, recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool
 ) -> None:
-    """Send what `run_cell` returns, or as a text what it raises, through a pipe."""
+    """Send the result of `run_cell`, or the text of its error, through a pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the study, too
     # Terminated, a process would leave its semaphores behind; Python's own way out cleans up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         end.send(run_cell(recipe, threads, gpu, keep_adapter))
-    except Exception as error:  # told by the parent, which runs the other cells
+    except Exception as error:  # the parent reports it, and runs the other cells
         end.send(f"{type(error).__name__}: {error}")
 
 
 def _leave_with_parent(parent: int) -> None:
-    """End this process when the study's was killed: nobody would take its result."""
+    """End this process when the study was killed: nobody would read its result."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -113,7 +113,7 @@ def cells(study: Study) -> list[Cell]:
             level make no recipe.
     """
     _check(study)
-    unseeded = {tuple(one.items()): _recipe(study, one) for one in _combinations(study)}
+    unseeded = {tuple(c.items()): _recipe(study, c) for c in _combinations(study)}
     return [
         Cell({**dict(levels), SEED: seed}, replace(recipe, seed=seed))
         for seed in study.seeds
@@ -158,16 +158,16 @@ def _recipe(study: Study, combination: Mapping[str, str]) -> Recipe:
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Mappings merged, `representations` joined, anything else replaced."""
-    found = dict(values)
+    result = dict(values)
     for name, change in changes.items():
-        before = found.get(name)
+        before = result.get(name)
         if isinstance(before, Mapping) and isinstance(change, Mapping):
-            found[name] = merged(before, change)
+            result[name] = merged(before, change)
         elif name == "representations":
-            found[name] = [*(before or ()), *(change or ())]
+            result[name] = [*(before or ()), *(change or ())]
         else:
-            found[name] = change
-    return found
+            result[name] = change
+    return result
 
 
 def _levels(chosen: str | list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from ..run_files import RESULTS
 
 
 class Outcome(TypedDict):
-    """What a cell's run found."""
+    """What a cell's run measured."""
 
     scores: dict[str, float]
     right: str
@@ -29,13 +29,13 @@ class Result(Outcome):
 
 
 def read_results(directory: str | Path) -> list[Result]:
-    """The finished cells of a study's directory; a line that was cut off counts for none."""
+    """The finished cells of a study's directory; lines that were cut off are ignored."""
     lines = read_lines(Path(directory) / RESULTS)
     return [cast(Result, line) for line in lines if line.keys() >= {"cell", "key"}]
 
 
 def append_result(directory: Path, result: Result) -> None:
-    """Add a finished cell, on a line of its own also where the one before was cut off."""
+    """Add a finished cell, on a new line even where the last line was cut off."""
     with (directory / RESULTS).open("a+b") as file:
         text = json_text(result) + "\n"
         if file.tell():

@@ -26,16 +26,16 @@ from .results import Outcome, Result, append_result, read_results
 def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
     """Run what is missing, and return all results in the order of the grid.
 
-    A cell's result is one line of `results.jsonl`, written when it is finished; a study that was
-    killed goes on with the others. A cell whose recipe was changed is run anew.
+    A cell's result is one line of `results.jsonl`, written when it is finished. A study that was
+    killed continues with the other cells. A cell whose recipe has changed runs again.
 
     Args:
-        study: the grid.
-        console: where progress is shown.
+        study: grid to run.
+        console: where progress is shown; None for nowhere.
 
     Raises:
-        ValueError: the study does not fit together, another process runs it, or cells failed:
-            the message names the first, when all others have been run.
+        ValueError: the study is contradictory, another process runs it, or cells failed: the
+            message names the first, after all others have run.
     """
     grid = checked_cells(study)
     for cell in {cell.key: cell for cell in grid if cell.levels["seed"] == study.seeds[0]}.values():
@@ -52,12 +52,12 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
     if failed:
         cell, error = failed[0]
         raise ValueError(f"{len(failed)} of {len(grid)} cells failed; {cell.name}: {error}")
-    found = {result["key"]: result for result in read_results(directory)}
-    return [{**found[cell.key], "cell": cell.levels} for cell in grid]
+    done = {result["key"]: result for result in read_results(directory)}
+    return [{**done[cell.key], "cell": cell.levels} for cell in grid]
 
 
 def _is_written(study: Study, path: Path) -> bool:
-    """Whether a file says the same, perhaps in its author's own words and with comments."""
+    """Whether a file holds the same study, perhaps with comments and in another order."""
     try:
         return read_file(Study, path) == study
     except (OSError, ValueError):
@@ -67,7 +67,7 @@ def _is_written(study: Study, path: Path) -> bool:
 def _run(
     study: Study, todo: list[Cell], directory: Path, console: Console | None
 ) -> list[tuple[Cell, str]]:
-    """Each cell in a process of its own: so are its draws, and the memory that it holds at most."""
+    """Run each cell in its own process, which has its own draws and peak memory."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -107,7 +107,7 @@ def _run(
 
 
 def _stop(processes: list[Any]) -> None:
-    """Have processes end by themselves, if they do so within seconds."""
+    """Let processes end by themselves, and kill them after some seconds."""
     for process in processes:
         process.terminate()
     for process in processes:
