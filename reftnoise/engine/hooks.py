@@ -116,10 +116,10 @@ class Engine:
         a unit edits generated tokens.
 
         Args:
-            plans: what is edited in each stack.
             is_generation: whether the block generates: it has no noise.
             is_assisted: whether the base drafts for itself, so that it reads the prompt more than
                 once.
+            plans: what is edited in each stack.
         """
         base = inner_model(self.base)
         checkpointed = checkpointed_modules(self.base)
