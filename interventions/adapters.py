@@ -1,4 +1,4 @@
-r"""Adapters of the field that are edits of hidden states, too.
+r"""Adapters of the literature that are edits of hidden states.
 
 | class | formula | paper |
 |---|---|---|
@@ -7,7 +7,7 @@ r"""Adapters of the field that are edits of hidden states, too.
 | `AdapterIntervention` | $h + W_2\sigma(W_1h + b_1) + b_2$ | Houlsby et al. (arXiv:1902.00751) |
 
 $b, b_2 \in \mathbb{R}^d$, $W_1 \in \mathbb{R}^{r \times d}$, $W_2 \in \mathbb{R}^{d \times r}$.
-All start as the identity and, unless told otherwise, edit every token, generated ones too.
+All start as the identity and edit every token by default, generated ones too.
 """
 
 from typing import ClassVar
@@ -23,8 +23,8 @@ from .factors import Factors
 class BiasIntervention(LowRankIntervention):
     r"""BitFit's trained bias, where a module's output is edited: $h + b$.
 
-    Arguments as in `ReftIntervention`, without rank and `act_fn`. Parameters: $d$. A model's own
-    bias of a linear layer is trained by giving the layer as component, such as
+    Arguments as in `ReftIntervention`, without rank and `act_fn`. Parameters: $d$. To train the own
+    bias of a linear layer, give the layer as component, such as
     `"model.layers[3].mlp.down_proj.output"`.
     """
 

@@ -59,7 +59,7 @@ class NoiseFields(PyveneFields, total=False):
 
 
 class ReftArguments(PyveneFields, total=False):
-    """What `ReftIntervention` takes beside width and rank, for classes that pass it on."""
+    """The arguments of `ReftIntervention` but width and rank, for classes that pass them on."""
 
     dropout: float
     act_fn: str | None
@@ -88,16 +88,16 @@ def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
 
     A constructor that passes `**arguments` on has those of its parents too.
     """
-    found: dict[str, inspect.Parameter] = {}
+    arguments: dict[str, inspect.Parameter] = {}
     for owner in cls.__mro__:
         if "__init__" not in vars(owner):
             continue
         _, *parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
         variadic = [p.name for p in parameters if p.kind is p.VAR_KEYWORD]
-        found = {p.name: p for p in parameters if p.name not in variadic} | found
+        arguments = {p.name: p for p in parameters if p.name not in variadic} | arguments
         if not variadic or variadic == ["pyvene"]:
             break
-    return found
+    return arguments
 
 
 def _drop_pyvene_buffers_from_state(module: nn.Module) -> None:
@@ -134,7 +134,7 @@ class ReftIntervention(
     """
 
     default_positions: ClassVar[str] = "l1"
-    """What configurations edit that do not say it."""
+    """The positions of configurations that say none."""
 
     def __init__(
         self,
@@ -184,8 +184,8 @@ class ReftIntervention(
         """`edit` as it acts: in the wider dtype, outside autocast, with dropout.
 
         Args:
-            hidden: the states.
-            gates: how much of each dimension of the subspace is edited; all of each, if None.
+            hidden: hidden states.
+            gates: share of each dimension of the subspace that is edited; 1 if None.
         """
         own = itertools.chain(self.parameters(), self.buffers())
         dtypes = {tensor.dtype for tensor in own if tensor.is_floating_point()}
@@ -221,19 +221,19 @@ class ReftIntervention(
         return {name: values[name] if name in values else getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        given = ", ".join(f"{k}={v!r}" for k, v in self.arguments().items())
-        return f"embed_dim={self.hidden_size}, {given}"
+        values = ", ".join(f"{k}={v!r}" for k, v in self.arguments().items())
+        return f"embed_dim={self.hidden_size}, {values}"
 
 
 class LowRankIntervention(ReftIntervention):
-    """An edit that has `Factors`, so that adapters with it can share a batch and be served."""
+    """An edit that has `Factors`, so that its adapters can share a batch and be served."""
 
     has_subspaces: ClassVar[bool] = True
     """Whether dimensions of its subspace can be edited without the others."""
 
     @abstractmethod
     def factors(self) -> Factors:
-        """The edit in one form with all others, differentiable, without dropout."""
+        """The edit in the form that all low-rank edits share, differentiable, without dropout."""
 
     def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         return self.factors().to(hidden).edit(hidden)
@@ -268,10 +268,10 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
         """Draw the noise for `hidden`, of which only shape, dtype and device count.
 
         Args:
-            hidden: the states to be perturbed.
-            attended: which of them are tokens and not padding; all, if None.
-            prompt: which belong to the prompt.
-            lengths: tokens in each token's document, where a row holds several.
+            hidden: hidden states that are perturbed.
+            attended: mask of tokens that are not padding; all, if None.
+            prompt: mask of the prompt.
+            lengths: number of tokens in each token's document, where a row holds several.
         """
 
     def forward(
@@ -301,10 +301,10 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A floating-point `torch.dtype` from itself or its name (`"bfloat16"`)."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    result = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if result not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"dtype {dtype!r}: expected 'float16', 'bfloat16', 'float32' or 'float64'")
-    return found
+    return result
 
 
 def dtype_name(dtype: torch.dtype) -> str:

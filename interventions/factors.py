@@ -2,8 +2,8 @@ r"""One form for every low-rank edit: $h \mapsto U^\top(g \odot \phi(Dh + b))$.
 
 $D, U \in \mathbb{R}^{k \times d}$, $b, g \in \mathbb{R}^k$. $\phi$ applies an activation to some
 of the k rows alone: LoReFT with one is $D = [W; R]$, $U = [R; -R]$ with σ on the first half, and
-without one $D = W - R$, $U = R$. In this form the edits of several adapters stand side by side as a
-single one, and the gates g say which of them a hidden state gets, and how much of each.
+without one $D = W - R$, $U = R$. In this form the edits of several adapters are rows of a single
+one, and the gates g say which of them a hidden state gets, and how much of each.
 """
 
 import functools
@@ -24,10 +24,10 @@ class Factors(NamedTuple):
     bias: Float[Tensor, " k"]
     up: Float[Tensor, "k hidden"]
     acts: tuple[tuple[str | None, int], ...]
-    """Of each run of rows, the activation's name, or None, and how many rows it is."""
+    """Of each run of rows, the activation's name, or None, and the number of rows."""
 
     def to(self, like: Tensor) -> "Factors":
-        """The same in the dtype and on the device of a tensor."""
+        """The factors in the dtype and on the device of a tensor."""
         return Factors(self.down.to(like), self.bias.to(like), self.up.to(like), self.acts)
 
     def edit(
@@ -38,9 +38,9 @@ class Factors(NamedTuple):
         """The change to hidden states.
 
         Args:
-            hidden: the states.
-            gates: g, all ones if None. Fewer than k are for the dimensions of a subspace, each of
-                which has one row in every block of as many rows.
+            hidden: hidden states.
+            gates: g, all ones if None. Fewer than k gates are for the dimensions of a subspace,
+                each of which has a row in every block of as many rows.
         """
         inner = F.linear(hidden, self.down, self.bias)
         if any(name for name, _ in self.acts):
@@ -57,9 +57,9 @@ class Factors(NamedTuple):
 
 
 def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " k"]]:
-    """Several edits as one, and which of them each of its rows is of.
+    """Several edits as one, and for each of its rows the number of the edit that it is from.
 
-    Rows of one activation are put together, so that it is called once.
+    Rows with the same activation are put together, so that it is called once.
     """
     runs = []
     for owner, part in enumerate(parts):
@@ -79,11 +79,11 @@ def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " k"]]:
 
 
 class StackedEdit(nn.Module):
-    """The edits of several adapters at one place as one: the gates say which a row gets.
+    """The edits of several adapters at a site as one: the gates say which of them a row gets.
 
     Args:
         parts: the edits.
-        owners: for each, the number of its adapter, which is the column of its gate.
+        owners: for each edit, the number of its adapter, which is the column of its gate.
     """
 
     down: Tensor

@@ -185,7 +185,7 @@ class SymNoiseIntervention(_ScaledNoise):
                 f"SymNoise got {hidden.shape[0]} rows: expected every example twice, all +δ rows "
                 "first, then all -δ rows"
             )
-        given = (attended, prompt, lengths)
-        half = [None if values is None else values[:pairs] for values in given]
+        masks = (attended, prompt, lengths)
+        half = [None if mask is None else mask[:pairs] for mask in masks]
         noise = super().delta(hidden[:pairs], *half)
         return torch.cat([noise, -noise])

@@ -27,7 +27,7 @@ INTERVENTIONS: dict[str, type[Unit]] = {
 
 
 def register_intervention(name: str) -> Callable[[UnitClass], UnitClass]:
-    """Class decorator that makes an intervention available to configurations under `name`.
+    """Class decorator: configurations can name the intervention `name`.
 
     Raises:
         ValueError: `name` belongs to another class already.
@@ -48,7 +48,7 @@ def register_intervention(name: str) -> Callable[[UnitClass], UnitClass]:
 
 
 def intervention_class(name: str) -> type[Unit]:
-    """The class registered under `name`; a ValueError lists what there is."""
+    """The class registered under `name`; a ValueError lists all names."""
     if name not in INTERVENTIONS:
         raise ValueError(
             f"intervention {name!r} is not registered; {did_you_mean(name, INTERVENTIONS)}"

@@ -131,5 +131,5 @@ def by_unit(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def called(name: object) -> object:
-    """A base's name for a message; one that was made from a config has none."""
+    """A base's name for a message; a base that was made from a config has none."""
     return name or "which has no name"

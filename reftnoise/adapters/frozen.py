@@ -21,7 +21,7 @@ from .saving import load_weights
 
 @dataclass(frozen=True)
 class EditedSite:
-    """A site and its edited positions. Units of several adapters with an equal one act as one."""
+    """A site and its edited positions; units of several adapters there act as one edit."""
 
     site: Site
     positions: Positions

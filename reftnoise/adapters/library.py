@@ -76,7 +76,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         layers: Collection[int] | None = None,
         positions: Collection[str] | None = None,
     ) -> None:
-        """Add a part of an adapter as one of its own, to see what the part does.
+        """Add a part of an adapter as an adapter of its own, to see what the part does.
 
         Args:
             name: name of the part. An adapter of that name is replaced.

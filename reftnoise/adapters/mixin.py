@@ -45,8 +45,8 @@ class AdapterMixin(nn.Module):
             (self if set_model else self.interventions).to(device)
             return
         for placed in self.engine.units:
-            found = device_of(placed.site.module) or device_of(self.model)
-            placed.unit.to(found or "cpu")
+            its_device = device_of(placed.site.module) or device_of(self.model)
+            placed.unit.to(its_device or "cpu")
 
     def disable_model_gradients(self) -> None:
         """Freeze the base, but for PEFT's parameters and the config's `modules_to_save`.
@@ -160,7 +160,7 @@ class AdapterMixin(nn.Module):
         cls,
         load_directory: str | Path,
         model: PreTrainedModel,
-        from_huggingface_hub: bool = False,  # noqa: ARG003  # found out from the name
+        from_huggingface_hub: bool = False,  # noqa: ARG003  # the name shows it
     ) -> Self:
         """pyreft's name and order of arguments for `from_pretrained`."""
         return cls.from_pretrained(model, load_directory)

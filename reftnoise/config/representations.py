@@ -53,7 +53,7 @@ class RepresentationConfig:
 
     @property
     def source(self) -> EntryIntervention:
-        """The intervention as one of the two things that it can be."""
+        """The intervention: a registered name, or a module that is ready."""
         return entry_intervention(self.intervention)
 
     @property
@@ -314,7 +314,7 @@ def _layer(layer: Any, component: Any) -> int | list[int] | str | None:
             raise ValueError(f"layer {layer!r}: {component!r} has no layers, leave it out")
         return None
     if is_dotted(component) and layer is not None and type(layer) is not int:
-        raise ValueError(f"layer {layer!r}: {component!r} is one place, leave the layer out")
+        raise ValueError(f"layer {layer!r}: {component!r} is one site, leave the layer out")
     if isinstance(layer, Sequence) and not isinstance(layer, str):
         layers = list(layer)
         if layers and all(type(i) is int and i >= 0 for i in layers):

@@ -303,7 +303,7 @@ def test_the_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["convert", source, str(tmp_path / "ours"), *options]) == 0
     assert capsys.readouterr().out == (
         f"{tmp_path / 'ours'}: 2 units, with positions [0, -1], act_fn None, dropout 0.1, which "
-        "pyreft's files do not tell\n"
+        "pyreft's files do not hold\n"
     )
     same(ours(tmp_path / "ours"), theirs(model, *[[[0, 7]] * 2] * 2))
 

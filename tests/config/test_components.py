@@ -217,8 +217,8 @@ def test_layers_that_stand_in_no_list_are_named_by_their_path(tmp_path: Path) ->
 def test_an_embedding_that_the_model_does_not_tell_is_named_by_its_path() -> None:
     base = model_of("wav2vec2")
     message = (
-        "representations[0]: component 'embeddings': Wav2Vec2ForSequenceClassification does not "
-        "tell its embedding; name it by its dotted path, such as 'model.embed_tokens.output'"
+        "representations[0]: component 'embeddings': Wav2Vec2ForSequenceClassification has no "
+        "get_input_embeddings; name it by its dotted path, such as 'model.embed_tokens.output'"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         rn.get_reft_model(base, rn.ReftConfig({"intervention": "neftune"}))

@@ -1,7 +1,7 @@
-"""Adapters of pyreft and pyvene written as ours, and ours as theirs.
+"""Adapters of pyreft and pyvene → ours, and ours → theirs.
 
-Of the base its config is enough: its layers are built on torch's meta device, where they have
-shapes and no weights. What one format cannot hold of the other is told by the logger.
+The base's config is enough: its layers are built on torch's meta device, where they have shapes and
+no weights. What one format cannot hold of the other is logged.
 """
 
 import logging
@@ -48,16 +48,17 @@ def convert(
     dropout: float = 0.0,
     act_fn: str | None = None,
 ) -> str:
-    """Write an adapter of pyreft or pyvene as one of reftnoise, or one of reftnoise as pyreft's.
+    """Write an adapter of pyreft or pyvene for reftnoise, or an adapter of reftnoise for pyreft.
 
     Args:
-        source: the directory of either, or the name of a hub repository that is one.
-        output: directory for the other: new, empty, or with an adapter of its kind to be replaced.
+        source: directory of the adapter, or name of a hub repository that is one.
+        output: directory for the result: new, empty, or with an adapter of its kind, which is
+            replaced.
         base: name or path of the base model, of which only the config is read.
-        positions: where a pyreft adapter edits. Of two units at one place the first gets the
-            prefix and the second the suffix of such as `"f5+l5"`.
-        dropout: of a pyreft adapter, for training it further.
-        act_fn: of a pyreft adapter.
+        positions: positions that a pyreft adapter edits. Of two units at one site the first gets
+            the prefix and the second the suffix, as of `"f5+l5"`.
+        dropout: dropout of a pyreft adapter, for training it further.
+        act_fn: activation of a pyreft adapter.
 
     Returns:
         One line on what was written.
@@ -65,7 +66,7 @@ def convert(
     Raises:
         FileNotFoundError: the source or one of its files is missing.
         ValueError: the source is damaged, for another base, pickles more than tensors or has a
-            class that the other side does not; the output holds something else.
+            class that the other library does not; the output holds something else.
     """
     source, output = local_directory(source, [CONFIG_NAME, WEIGHTS_NAME, *_THEIRS]), Path(output)
     kinds = _kinds(source)
@@ -93,17 +94,17 @@ def convert(
 
 
 def _kinds(directory: Path) -> set[str]:
-    found = {"reftnoise"} if (directory / CONFIG_NAME).is_file() else set()
-    return found | ({"pyreft"} if any(directory.glob(pyreft_directory.UNITS)) else set())
+    ours = {"reftnoise"} if (directory / CONFIG_NAME).is_file() else set()
+    return ours | ({"pyreft"} if any(directory.glob(pyreft_directory.UNITS)) else set())
 
 
 def _structure(name: str, trained: Iterable[str], class_name: str | None = None) -> PreTrainedModel:
     """The base without weights.
 
     Args:
-        name: or path of the base.
+        name: name or path of the base.
         trained: parameters that it must have.
-        class_name: what it must be; if None, it is what its config says or can be.
+        class_name: class that it must be of; None for what its config says, or one that fits.
 
     Raises:
         ValueError: there is no such config, or none of its models is such a base.
@@ -159,11 +160,11 @@ def _to_reftnoise(
         own.load_state_dict(unit.state)
     state: dict[str, Tensor] = adapted.interventions.state_dict(prefix="interventions.")
     save_adapter(adapted, output, state | {f"model.{n}": t for n, t in trained.items()})
-    given = {"positions": positions.spec(), "act_fn": None, **arguments}
+    chosen = {"positions": positions.spec(), "act_fn": None, **arguments}
     return (
         f"{output}: {len(units)} units, with "
-        + ", ".join(f"{key} {value}" for key, value in given.items())
-        + ", which pyreft's files do not tell"
+        + ", ".join(f"{key} {value}" for key, value in chosen.items())
+        + ", which pyreft's files do not hold"
     )
 
 
@@ -173,7 +174,7 @@ def _entries(
     positions: Positions,
     arguments: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """A config's entries in the order of the units, those of several layers in one."""
+    """A config's entries in the order of the units; units that differ by layer share an entry."""
     sites = [_site(unit, base) for unit in units]
     parts, times, seen = positions.split(), Counter(sites), Counter[Site]()
     entries: list[dict[str, Any]] = []
@@ -262,7 +263,7 @@ def _to_pyreft(source: Path, output: Path, name: str) -> str:
         if component == "embeddings":  # for which pyvene has no name
             component = str(find_site(base, component))
         units += [(layer, component, cast(ReftIntervention, unit)) for layer, unit in placed]
-        _tell_what_is_lost(where, entry, component)
+        _warn_of_losses(where, entry, component)
     if not units:
         raise ValueError(f"{source}: nothing but noise in it, which pyreft does not have")
     try:
@@ -276,16 +277,16 @@ def _to_pyreft(source: Path, output: Path, name: str) -> str:
 
 def _give_memory(base: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
     """Parameters of the base, made to be loaded into, by name."""
-    given: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
     for name in names:
         owner, _, own = name.rpartition(".")
         memory = torch.empty_like(base.get_parameter(name), device="cpu")
-        given[name] = nn.Parameter(memory, requires_grad=False)
-        setattr(base.get_submodule(owner), own, given[name])
-    return given
+        parameters[name] = nn.Parameter(memory, requires_grad=False)
+        setattr(base.get_submodule(owner), own, parameters[name])
+    return parameters
 
 
-def _tell_what_is_lost(where: str, entry: RepresentationConfig, component: str) -> None:
+def _warn_of_losses(where: str, entry: RepresentationConfig, component: str) -> None:
     values = {"positions": entry.positions, **entry.arguments}
     lost = [f"{n} {values[n]!r}" for n in ("positions", "dropout", "act_fn") if values.get(n)]
     logger.warning("%s: pyreft's format does not hold %s", where, ", ".join(lost))

@@ -25,7 +25,7 @@ CONFIG = "config.json"
 UNITS = "intkey_*.bin"
 BASE = "pytorch_model.bin"
 
-# Of a representation, which pyvene saves as a list; the last ones are not in every version.
+# Fields of a representation, which pyvene saves as a list; some versions lack the last ones.
 _FIELDS = (
     *("layer", "component", "unit", "max_number_of_units", "low_rank_dimension"),
     *("intervention_type", "intervention", "subspace_partition", "group_key"),
@@ -36,13 +36,13 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class StoredUnit:
-    """A unit of a directory, as one of ours."""
+    """A unit of a directory, converted to ours."""
 
     file: Path
     layer: int
     component: str
     arguments: dict[str, Any]
-    """Of an entry of our config: the intervention's name, its rank, dtype and `add_bias`."""
+    """The intervention's name, its rank, dtype and `add_bias`, as an entry of our config."""
     state: dict[str, Tensor]
     width: int
 
@@ -50,7 +50,7 @@ class StoredUnit:
 def read_pyreft(directory: Path) -> tuple[list[StoredUnit], dict[str, Tensor], str | None]:
     """The units of a directory in its order, what was trained of the base, and the base's class.
 
-    The class is None where the directory does not tell, as none does that transformers 5 wrote.
+    The class is None where the config lacks it, as all do that were written with transformers 5.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -72,7 +72,7 @@ def read_pyreft(directory: Path) -> tuple[list[StoredUnit], dict[str, Tensor], s
         base_class = description.get("model_type")
         base_class = None if base_class is None else _class_name(base_class)
         listed = zip(description["representations"], description["intervention_types"], strict=True)
-        entries = [(_fields(given), _class_name(name)) for given, name in listed]
+        entries = [(_fields(values), _class_name(name)) for values, name in listed]
         keys = [_key(fields, seen) for fields, _ in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
@@ -107,13 +107,13 @@ def write_pyreft(
     trained: Mapping[str, Tensor],
     base_class: type,
 ) -> None:
-    """Write a directory that pyreft and pyvene read; one that is there is replaced.
+    """Write a directory that pyreft and pyvene read, in place of an adapter in it.
 
     Args:
-        directory: created if needed; other files in it are left alone.
+        directory: path of the directory, created if needed; other files in it are left alone.
         units: layer, component in pyvene's terms, and intervention.
         trained: parameters of the base by name.
-        base_class: of the base.
+        base_class: class of the base.
 
     Raises:
         ValueError: a unit has no R (see `to_pyreft_state`).
@@ -151,8 +151,8 @@ def write_pyreft(
             file.unlink(missing_ok=True)
 
 
-def _fields(given: Any) -> dict[str, Any]:
-    fields = given if isinstance(given, dict) else dict(zip(_FIELDS, given, strict=False))
+def _fields(values: Any) -> dict[str, Any]:
+    fields = values if isinstance(values, dict) else dict(zip(_FIELDS, values, strict=False))
     if type(fields["layer"]) is not int or not isinstance(fields["component"], str):
         raise ValueError(f"layer {fields['layer']!r}, component {fields['component']!r}")
     return fields
@@ -178,7 +178,7 @@ def _key(fields: Mapping[str, Any], seen: Counter[str]) -> str:
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is damaged an error tells
+            warnings.simplefilter("ignore")  # an error says what is damaged
             state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise

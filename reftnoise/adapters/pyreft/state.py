@@ -69,9 +69,9 @@ def from_pyreft_state(
     An R that is not orthonormal is kept as the unconstrained class that computes the same.
 
     Args:
-        unit_class: which of `CLASSES` it is of.
+        unit_class: class of the unit, among `CLASSES`.
         pickled: the state.
-        where: what warnings begin with.
+        where: beginning of warnings.
 
     Returns:
         The entry of a config: name, rank, dtype and `add_bias`; the state of our class; the width.

@@ -27,11 +27,11 @@ def load_base(
         name: directory or hub name, or tiny-chat.
         revision: branch, tag or commit on the hub.
         dtype: one of `config.base_model.DTYPES`; auto is the dtype in which the weights are stored.
-        device: where the model goes; auto is a GPU where there is one.
+        device: device that the model is put on; auto is a GPU where there is one.
         quantization: transformers' quantization_config as a mapping.
         auto_class: the class of transformers that loads the model.
         padding_side: of the tokenizer.
-        arguments: further ones of its `from_pretrained`, such as num_labels.
+        arguments: further arguments of its `from_pretrained`, such as num_labels.
 
     Raises:
         ValueError: an unknown dtype or device.

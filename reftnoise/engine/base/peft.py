@@ -70,23 +70,23 @@ def with_peft(model: PreTrainedModel, section: Mapping[str, Any]) -> Any:
         raise ValueError(f"peft {section['peft_type']}: {error}") from None
 
 
-def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The section for a config: `given`, or that of a `PeftModel` which is to be trained.
+def section_of(base: nn.Module, section: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The section for a config: `section`, or that of a `PeftModel` which is to be trained.
 
     Raises:
-        ValueError: the given section differs from the model's.
+        ValueError: the section differs from the model's.
     """
-    given = None if given is None else dict(given)
+    section = None if section is None else dict(section)
     if not is_peft_model(base):
         if hasattr(base, "peft_config"):
             raise ValueError(
                 "the model has an adapter of PEFT inside already, from another ReftModel or from "
                 "add_adapter: give a fresh one, or the PeftModel"
             )
-        return given
+        return section
     active: Any = base.active_peft_config
     own = as_section(active)
-    if given is None and not any(parameter.requires_grad for parameter in base.parameters()):
+    if section is None and not any(parameter.requires_grad for parameter in base.parameters()):
         return None
     names = list(base.peft_config)  # type: ignore[arg-type]  # PEFT's dictionary of adapters
     if names != ["default"]:
@@ -94,13 +94,13 @@ def section_of(base: nn.Module, given: Mapping[str, Any] | None) -> dict[str, An
             f"the PeftModel has the adapters {', '.join(names)}: to be trained and saved with "
             "units, it must have one, named 'default'"
         )
-    given = own if given is None else given
-    for key in (*given, *own):
-        if key == "task_type" or (key in _FROM_MODEL and key not in given):
+    section = own if section is None else section
+    for key in (*section, *own):
+        if key == "task_type" or (key in _FROM_MODEL and key not in section):
             continue
-        if own.get(key) != given.get(key):
+        if own.get(key) != section.get(key):
             raise ValueError(
-                f"peft: the config has {key} {given.get(key)!r}, the given PeftModel "
+                f"peft: the config has {key} {section.get(key)!r}, the given PeftModel "
                 f"{own.get(key)!r}"
             )
     return own
@@ -140,7 +140,7 @@ def without_peft(base: Any) -> Iterator[None]:
             yield
         finally:
             stack.close()
-            for parameter, is_trained in flags:  # which PEFT sets anew
+            for parameter, is_trained in flags:  # which PEFT has set
                 parameter.requires_grad_(is_trained)
 
 

@@ -1,4 +1,4 @@
-"""Bases with quantised weights: units before a layer train on the gradients that it lets through.
+"""Bases with quantised weights: units before a layer train on the gradients that pass through it.
 
 Quantised kernels are made for inference. Some have no backward pass and raise no error: the
 gradient then takes the residual stream alone.
@@ -45,8 +45,8 @@ def check_gradients(base: PreTrainedModel) -> None:
                 change = (outputs - module.forward(-inputs.detach())).detach() / 2
             gradient = torch.zeros_like(inputs)
             if outputs.requires_grad:
-                (found,) = torch.autograd.grad(outputs, inputs, change, allow_unused=True)
-                gradient = gradient if found is None else found
+                (flowing,) = torch.autograd.grad(outputs, inputs, change, allow_unused=True)
+                gradient = gradient if flowing is None else flowing
         except Exception:
             continue  # a pass of the base raises it, too
         backward = (inputs.detach().float() * gradient.float()).sum()
@@ -86,5 +86,4 @@ def _is_quantised(module: nn.Module) -> bool:
 
 def _device(module: nn.Module, base: PreTrainedModel) -> torch.device:
     tensors = (*module.parameters(), *module.buffers())
-    found = next((t.device for t in tensors if t.device.type != "meta"), None)
-    return base.device if found is None else found
+    return next((t.device for t in tensors if t.device.type != "meta"), base.device)

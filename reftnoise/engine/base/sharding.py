@@ -1,4 +1,4 @@
-"""Parameters that are not whole, or not here: spread over processes, or offloaded.
+"""Parameters that are spread over processes, or offloaded.
 
 FSDP2 (`fully_shard`) and ZeRO-3 of DeepSpeed gather a module's parameters while its forward runs.
 At other times those of FSDP2 are DTensors, and those of ZeRO-3 are empty, with attributes whose
@@ -17,20 +17,20 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Where a module computes; None if it does not tell."""
+    """The device that a module computes on; None where neither weights nor hooks show it."""
     parameter = next(module.parameters(), None)
     if parameter is None or not parameter.is_meta:
         return None if parameter is None else parameter.device
     for child in module.modules():
         hook = getattr(child, "_hf_hook", None)
-        for one in getattr(hook, "hooks", [hook]):
-            if (device := getattr(one, "execution_device", None)) is not None:
+        for part in getattr(hook, "hooks", [hook]):
+            if (device := getattr(part, "execution_device", None)) is not None:
                 return torch.device(device)
     return None
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Whether this process holds a part of a parameter that others hold the rest of."""
+    """Whether other processes hold parts of a parameter."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
@@ -42,7 +42,7 @@ def is_spread(module: nn.Module) -> bool:
 
 
 def size(parameter: Tensor) -> int:
-    """Elements of the whole parameter."""
+    """The number of elements of the whole parameter."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -66,17 +66,17 @@ def whole_state(module: nn.Module, is_kept: bool = True) -> dict[str, Tensor]:
     """`module.state_dict()` with whole tensors. All processes must call it: each gives its parts.
 
     Args:
-        module: parameters in parts, or not.
-        is_kept: whether this process needs the result; it is empty otherwise.
+        module: module whose parameters may be in parts.
+        is_kept: whether this process needs the result, which is empty otherwise.
     """
     state = module.state_dict()  # before parameters are looked at: it has FSDP2 shard them again
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    found: dict[str, Tensor] = {}
+    whole_tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         whole = _whole(parameters.get(name, tensor))
         if is_kept:
-            found[name] = whole
-    return found
+            whole_tensors[name] = whole
+    return whole_tensors
 
 
 def part_like(own: Tensor, whole: Tensor) -> Tensor:

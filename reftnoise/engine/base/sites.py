@@ -1,7 +1,7 @@
-"""Find the places of a base model that units can edit, by structure and not by architecture.
+"""Find the sites of a base model that units can edit, by structure and not by architecture.
 
 An encoder-decoder model has two stacks of layers, each with a sequence of its own. A component is
-one of the encoder's, which reads the prompt, unless it says `decoder.`.
+the encoder's, which reads the prompt, unless it begins with `decoder.`.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from ...config.components import COMPONENTS, Stack, is_dotted, split_component
 from .peft import inner_model
 from .running import path_parts, uncompiled
 
-# Children of a decoder layer, by what the models of transformers call them.
+# Children of a layer, by their names in the models of transformers.
 _CHILDREN = {
     "attention_output": re.compile(r"attn|attention"),
     "mlp_output": re.compile(r"mlp|feed_forward|ffn|moe"),
@@ -28,15 +28,15 @@ _NORM = re.compile(r"norm|ln_|dropout")
 
 @dataclass(frozen=True)
 class Site:
-    """One place of a model: the input or output of one of its modules."""
+    """The input or the output of a module, where hidden states can be edited."""
 
     module: nn.Module
-    name: str = field(compare=False)  # a component and a dotted path may name one site
+    name: str = field(compare=False)  # a component and a dotted path may name the same site
     is_input: bool
     width: int | None = field(compare=False)
-    """Of its hidden states; None where only a forward pass can tell."""
+    """The width of its hidden states; None where only a forward pass shows it."""
     stack: Stack | None = None
-    """Of an encoder-decoder model."""
+    """The stack of an encoder-decoder model; None in other models."""
     is_embeddings: bool = field(default=False, compare=False)
     """Whether the module makes hidden states of token ids."""
 
@@ -92,14 +92,14 @@ def is_encoder_decoder(model: PreTrainedModel) -> bool:
 
 def find_stack(model: PreTrainedModel, stack: Stack) -> nn.Module:
     """The encoder or the decoder of an encoder-decoder model."""
-    found: nn.Module = model.get_encoder() if stack == "encoder" else model.get_decoder()
-    return found
+    part: nn.Module = model.get_encoder() if stack == "encoder" else model.get_decoder()
+    return part
 
 
 def find_layers(model: PreTrainedModel, stack: Stack | None = None) -> nn.ModuleList:
     """The stack of layers: the first list of as many modules as the config counts hidden layers.
 
-    It is looked for in the decoder first, since a vision tower may have as many layers.
+    The decoder comes first, since a vision tower may have as many layers.
     """
     config = _text_config(model)
     if stack is None:
@@ -120,14 +120,14 @@ def find_layers(model: PreTrainedModel, stack: Stack | None = None) -> nn.Module
 
 
 def num_layers(model: PreTrainedModel, stack: Stack | None = None) -> int:
-    """How many layers `find_layers` finds."""
+    """The number of layers that `find_layers` finds."""
     if stack is None and is_encoder_decoder(model):
         stack = "encoder"
     return len(find_layers(model, stack))
 
 
 def layer_of(model: PreTrainedModel, site: Site) -> int | None:
-    """The number of the layer that a site is of or in; None for one outside of the layers."""
+    """The number of the layer that has a site; None for a site outside of the layers."""
     layers = find_layers(model, site.stack)
     return next((n for n, layer in enumerate(layers) if site.module in layer.modules()), None)
 
@@ -147,7 +147,7 @@ def input_embeddings(model: PreTrainedModel, stack: Stack | None = None) -> nn.M
         embeddings: nn.Module = part.get_input_embeddings()
     except NotImplementedError:
         raise ValueError(
-            f"component 'embeddings': {type(part).__name__} does not tell its embedding; name it "
+            f"component 'embeddings': {type(part).__name__} has no get_input_embeddings; name it "
             "by its dotted path, such as 'model.embed_tokens.output'"
         ) from None
     return embeddings
@@ -174,12 +174,12 @@ def trained_modules(model: Any, names: Sequence[str] | None) -> dict[str, nn.Mod
         if has_none or hasattr(model, "peft_config"):
             return {}
         return {n: part for n, part in model.named_children() if part is not model.base_model}
-    found = {n: m for n, m in model.named_modules() if n}
+    modules = {n: m for n, m in model.named_modules() if n}
     chosen: dict[str, nn.Module] = {}
     for name in names:
-        fitting = {n: m for n, m in found.items() if n == name or n.endswith(f".{name}")}
+        fitting = {n: m for n, m in modules.items() if n == name or n.endswith(f".{name}")}
         if not fitting:
-            ends = {n.rpartition(".")[2] for n in found}
+            ends = {n.rpartition(".")[2] for n in modules}
             hint = nearest(name, ends, "its named_modules() are all that there are")
             raise ValueError(f"modules_to_save {name!r}: the model has no such module; {hint}")
         # PEFT's wrapper of a module trains a copy of it, and keeps the original.
@@ -192,8 +192,8 @@ def _text_config(model: PreTrainedModel) -> Any:
 
 
 def _lists(model: nn.Module) -> str:
-    found = [f"{n}[0-{len(m) - 1}]" for n, m in model.named_modules() if _is_list(m)]
-    return ", ".join(found[:8]) or "none"
+    lists = [f"{n}[0-{len(m) - 1}]" for n, m in model.named_modules() if _is_list(m)]
+    return ", ".join(lists[:8]) or "none"
 
 
 def _is_list(module: nn.Module) -> bool:
@@ -237,12 +237,12 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 
 
 def _width(module: nn.Module, is_input: bool = False) -> int | None:
-    """The last dimension of a module's input or output, if its attributes tell."""
+    """The last dimension of a module's input or output, if its attributes show it."""
     if isinstance(module, nn.Linear):
         return module.in_features if is_input else module.out_features
     return module.embedding_dim if isinstance(module, nn.Embedding) else None
 
 
 def takes_position_ids(model: nn.Module) -> bool:
-    """Whether a model's forward can be told which token of its row each column holds."""
+    """Whether a model's forward takes the position of each column in its row."""
     return "position_ids" in inspect.signature(model.forward).parameters
