@@ -102,7 +102,9 @@ def _controls(answerer: Answerer, template: str, max_new_tokens: int) -> dict[st
         controls["max_new_tokens"] = gr.Slider(
             1, 1024, max_new_tokens, step=1, label="New tokens", elem_id="new-tokens"
         )
-        controls["temperature"] = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
+        controls["temperature"] = gr.Slider(
+            0, 2, 0, step=0.05, label="Temperature", info="0 is greedy."
+        )
         controls["seed"] = gr.Number(0, label="Seed", precision=0)
     if answerer.layers:
         with gr.Accordion("Where adapters edit", open=True, elem_id="where"), gr.Row():
