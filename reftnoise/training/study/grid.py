@@ -131,10 +131,9 @@ def checked_cells(study: Study) -> list[Cell]:
     for cell in grid:
         if cell.levels[SEED] == study.seeds[0]:
             with cell.named():
-                run = ResolvedRun(cell.recipe)
-                run.expect_trainable()
                 if cell.recipe.evaluation.data is None:
                     raise ValueError("evaluation.data: a study needs rows to score")
+                ResolvedRun(cell.recipe).expect_trainable()
     return grid
 
 
