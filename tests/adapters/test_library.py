@@ -206,6 +206,22 @@ def test_training_of_the_own_units_is_seen_by_name() -> None:
             assert_close(by_name, reft_model(input_ids=ids).logits)
 
 
+def test_the_own_units_are_put_side_by_side_anew_only_when_they_change() -> None:
+    reft_model = wrapped(ENTRIES["last"], tiny_model().eval(), seed=9)
+
+    def engine() -> Any:
+        return reft_model.adapters.planner(["default"], batch=1).engine
+
+    first = engine()
+    assert engine() is first
+    with torch.no_grad():
+        next(reft_model.interventions.parameters()).add_(0.5)
+    second = engine()
+    assert second is not first
+    assert engine() is second
+    assert second.settings is reft_model.engine.settings
+
+
 # -- the library ---------------------------------------------------------------------------------
 
 

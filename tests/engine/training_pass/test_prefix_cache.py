@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reftnoise.engine.training_pass.prefix_cache import BLOCK, PrefixCache
+from reftnoise.engine.training_pass.probe import is_random
 from support.models.architectures import tiny_model
 from support.training_steps import assert_same, batch, plain, split, step, wrapped
 
@@ -244,3 +245,15 @@ def test_prompts_are_not_kept_under_dropout(rate: str) -> None:
     model.model.eval()
     step(model, batch())
     assert len(model.prefix_cache) == 4
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01])
+def test_a_base_is_asked_twice_whether_it_is_random(rate: float) -> None:
+    base = tiny_model(attention_dropout=rate).train()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    assert is_random(base) is (rate > 0)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(module.training for module in base.modules())
+    assert not is_random(base.eval())
