@@ -269,8 +269,8 @@ class ReftModel(AdapterMixin):
         planner = self.adapters.planner(adapter_names, batch.rows)
         if self.reft_config.peft and not all(adapter_names or [self.adapters.active]):
             raise ValueError(
-                "None: a row without units would not be the bare base, since the peft section acts "
-                "in all rows: call the model within disabled()"
+                "adapter_names has None, but the peft section acts on every row, so none is the "
+                "bare base: use `with model.disabled():`"
             )
         return planner
 

@@ -192,7 +192,7 @@ class PackedLayout(PromptLayout):
 
     Args:
         attended: True at tokens.
-        position_ids: which begin anew with each document.
+        position_ids: position ids, which start again with each document.
         labels: each document's prompt ends before its first label that is not -100; without
             labels, all of it is prompt.
     """
@@ -335,7 +335,7 @@ def read_layout(batch: Batch, *, continues: bool) -> PromptLayout:
     if position_ids is not None and position_ids.shape == attended[:1].shape:
         position_ids = position_ids.expand_as(attended)  # one row for all
     if batch.inputs.get("attention_mask") is None and not past and position_ids is not None:
-        # Without a mask, transformers attends within documents whose position ids begin anew.
+        # Without a mask, transformers attends within documents whose position ids start again.
         is_packed = position_ids.shape == attended.shape and (
             torch.compiler.is_compiling()
             or bool((document_starts(attended, position_ids).sum(1) > 1).any())

@@ -348,7 +348,7 @@ def test_where_peft_acts_in_all_rows_none_is_not_the_base(nothing: Any) -> None:
     lora = {"peft_type": "lora", "target_modules": ["q_proj"], "init_lora_weights": False}
     model = rn.get_reft_model(tiny_model(), rn.ReftConfig(ENTRIES["last"], peft=lora)).eval()
     batch = prompts(2)
-    with pytest.raises(ValueError, match=r"the peft section acts in all rows"):
+    with pytest.raises(ValueError, match=r"the peft section acts on every row"):
         model(**batch, adapter_names=["default", nothing])
     own = model(**batch).logits
     assert_close(model(**batch, adapter_names=["default"] * 2).logits, own)

@@ -32,7 +32,7 @@ TOLERANCE = 1e-4
 
 # What a cell says instead of "ok", and what it read in a message of ours or of transformers.
 REASONS = {
-    "state": r"keeps states \(\w+\) beside keys and values",
+    "state": r"keeps states \(\w+\) next to keys and values",
     "structure": r"does not call its '\w+' once|has no decoder apart from its head",
     "loss": r"labels are not one per token|has a loss_function of its own",
     "length": r"tells the length of its sequences only when it runs",

@@ -216,7 +216,7 @@ def has_foreign_hooks(module: nn.Module, but: tuple[str, ...] = ()) -> bool:
 
     Args:
         module: any module.
-        but: packages whose hooks do not count, beside our own.
+        but: packages whose hooks do not count, as our own do not.
     """
     if not module._forward_hooks and not module._forward_pre_hooks:
         return False

@@ -93,7 +93,7 @@ def _no_prefill(
     for layer in getattr(cache, "layers", ()):
         if not isinstance(layer, DynamicLayer):
             kind = type(layer).__name__
-            return f"{type(base).__name__} keeps states ({kind}) beside keys and values"
+            return f"{type(base).__name__} keeps states ({kind}) next to keys and values"
     return problem
 
 

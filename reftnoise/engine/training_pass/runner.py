@@ -317,7 +317,7 @@ class ForwardPasses:
             yield "the base drops out, or jitters"
 
     def _is_random(self) -> bool:
-        """Whether the base is random; it is asked anew when the mode of a module has changed."""
+        """Whether the base is random; it is asked again when the mode of a module has changed."""
         base = self._engine.base
         modes = tuple(module.training for module in base.modules())
         if self._randomness is None or self._randomness[0] != modes:

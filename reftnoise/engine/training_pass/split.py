@@ -31,7 +31,7 @@ from .loss import without_logits
 from .prefix_cache import PrefixCache
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids")
-"""Inputs of a base that have a column per token, beside the attention mask."""
+"""Inputs of a base that have a column per token, apart from the attention mask."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class SplitPass:
         return type(outputs)(**kept)
 
     def all_hidden(self) -> Float[Tensor, "batch width hidden"]:
-        """The hidden states of all columns as given. Those before the cut may be computed anew.
+        """The hidden states of all columns as given. Those before the cut may be computed again.
 
         Raises:
             RuntimeError: they have to be, but the base has changed.
@@ -325,7 +325,7 @@ class SplitPass:
 
 
 def stamp_of(base: Any) -> tuple[object, ...]:
-    """What keys and values depend on, beside tokens."""
+    """What keys and values depend on, apart from tokens."""
     device = base.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return (*weights_stamp(base), cast)
