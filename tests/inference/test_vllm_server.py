@@ -23,7 +23,7 @@ import torch
 
 import reftnoise as rn
 from reftnoise.evaluation.decoding import Decoding
-from reftnoise.inference.playground.asking import Question
+from reftnoise.inference.playground.asking import AnswerRequest
 from support.adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
 from support.waiting import PATIENCE, wait_until
 
@@ -150,7 +150,7 @@ def test_a_playground_asks_it(server: Any, served: dict[str, Path]) -> None:
     assert "l1" in answerer.scaled
     assert "base" not in answerer.scaled
     decoding = Decoding(template="plain", max_new_tokens=12)
-    question = Question(PROMPT, ["base", "l1"], {"l1": 0.5}, decoding)
+    question = AnswerRequest(PROMPT, ["base", "l1"], {"l1": 0.5}, decoding)
     *_, answers = answerer.answers(question)
     assert answers["base"].text == written_by_us(served, "base")
     assert answers["l1"].text == written_by_us(served, "l1", 0.5)
