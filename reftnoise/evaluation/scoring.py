@@ -94,7 +94,17 @@ def evaluate(
         else:
             prompts = _prompts(settings, template, parsed)
             if by == "generation":
-                texts = _by_generation(settings, task, parsed, prompts, max_new_tokens)
+                if max_new_tokens is None:
+                    max_new_tokens = _needed_tokens(settings, task, parsed, prompts)
+                texts = generated(
+                    model,
+                    tokenizer,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    generation=task.generation,
+                    progress=progress,
+                )
                 predictions = [task.extract(text) for text in texts]
             else:
                 texts, predictions, normalised = _by_likelihood(settings, task, parsed, prompts)
@@ -162,37 +172,14 @@ def _prompts(
 # -- by generation ---------------------------------------------------------------------------------
 
 
-def _by_generation(
+def _needed_tokens(
     settings: _Settings,
     task: Task,
     parsed: Sequence[ParsedRow],
     prompts: Sequence[str | Messages],
-    max_new_tokens: int | None,
-) -> list[str]:
-    """The texts that a model writes."""
-    model, tokenizer, batch_size, progress = settings
-    if max_new_tokens is None:
-        max_new_tokens = _needed_tokens(model, tokenizer, task, prompts, parsed)
-    return generated(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        generation=task.generation,
-        progress=progress,
-    )
-
-
-def _needed_tokens(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    prompts: Sequence[str | Messages],
-    parsed: Sequence[ParsedRow],
 ) -> int:
     """New tokens that the task needs: its own number, or those of the longest choice and an end."""
-    needed = task.max_new_tokens
+    model, tokenizer, needed = settings.model, settings.tokenizer, task.max_new_tokens
     if needed is None:
         pairs = zip(prompts, parsed, strict=True)
         after = {c: prompt for prompt, (_, question) in pairs for c in question.choices}

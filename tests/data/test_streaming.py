@@ -92,7 +92,7 @@ def test_workers_share_out_the_rows(tokenizer: Any, shards: int) -> None:
     assert len(list(islice(loaded, 50))) == 50
 
 
-# -- what is told ----------------------------------------------------------------------------------
+# -- what is logged --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("taken", [20, 45, 70])

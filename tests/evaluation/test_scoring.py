@@ -295,7 +295,7 @@ def test_a_model_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("by", ["generation", "likelihood"])
 def test_progress(by: Any) -> None:
     model, tokenizer = loaded()
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     evaluate(
         model,
         tokenizer,
@@ -303,10 +303,10 @@ def test_progress(by: Any) -> None:
         iter(ROWS),
         by=by,
         batch_size=2,
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: calls.append((done, total)),
     )
-    assert told == sorted(told)
-    assert told[-1] == (len(ROWS), len(ROWS))
+    assert calls == sorted(calls)
+    assert calls[-1] == (len(ROWS), len(ROWS))
 
 
 def test_prompts_that_are_too_long_lose_their_beginning(caplog: pytest.LogCaptureFixture) -> None:
