@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._util.errors import is_finite_number
+from ._util.errors import brief, is_finite_number
 from .adapters import saving
 from .adapters.library import OWN, AdapterChoice, AdapterLibrary
 from .adapters.mixin import AdapterMixin
@@ -359,9 +359,9 @@ def get_reft_model(
     if reft_config is None:
         reft_config = ReftConfig([])
     if not isinstance(reft_config, ReftConfig):
-        raise ValueError(f"reft_config: expected a ReftConfig, got {saving.shown(reft_config)}")
+        raise ValueError(f"reft_config: expected a ReftConfig, got {brief(reft_config)}")
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a model of transformers, got {saving.shown(model)}")
+        raise ValueError(f"model: expected a model of transformers, got {brief(model)}")
     reft_model = ReftModel(reft_config, model)
     if set_device:
         reft_model.set_device(None)

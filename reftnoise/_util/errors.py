@@ -32,3 +32,9 @@ def one_line(error: BaseException) -> str:
 def is_finite_number(value: object) -> TypeIs[int | float]:
     """Whether a setting is an integer or a float, but neither a bool, an infinity nor NaN."""
     return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def brief(value: object) -> str:
+    """A value for one line of an error; models and other long values by their class."""
+    text = repr(value)
+    return text if len(text) < 100 and "\n" not in text else type(value).__name__

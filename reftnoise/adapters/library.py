@@ -219,6 +219,6 @@ def _scales(choice: AdapterChoice) -> dict[str, float]:
 
 def _no_choice(choice: object) -> ValueError:
     return ValueError(
-        f"adapter_names: {choice!r}: expected a name, a list of names, a mapping from names to "
+        f"adapter_names {choice!r}: expected a name, a list of names, a mapping from names to "
         "finite scales, or None for the bare base"
     )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
+from .._util.errors import brief
 from ..config.representations import ReftConfig
 from ..engine.base.peft import inner_model, is_peft_model
 from ..engine.base.sharding import device_of
@@ -148,7 +149,7 @@ class AdapterMixin(nn.Module):
                 "the arguments are swapped: ReftModel.from_pretrained(model, directory)"
             )
         if not isinstance(model, nn.Module):
-            raise ValueError(f"model: expected a model of transformers, got {saving.shown(model)}")
+            raise ValueError(f"model: expected a model of transformers, got {brief(model)}")
         adapter = saving.read_adapter(directory, model, revision=revision, token=token)
         reft_model = cls(adapter.config, model)
         saving.load_trained(reft_model, adapter)

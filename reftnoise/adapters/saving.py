@@ -274,9 +274,3 @@ def _base_name(model: PreTrainedModel) -> str:
     """A hub name, or the last part of a path: the rest of it stays on the machine."""
     name = str(model.config.name_or_path)
     return Path(name).name if Path(name).exists() else name
-
-
-def shown(value: object) -> str:
-    """A value for one line of an error; models and other long ones by their class."""
-    text = repr(value)
-    return text if len(text) < 100 and "\n" not in text else type(value).__name__
