@@ -38,13 +38,13 @@ class ConsistencyTrainer(rn.ReftTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        noises = [one for one in model.modules() if isinstance(one, NoiseIntervention)]
+        noises = [part for part in model.modules() if isinstance(part, NoiseIntervention)]
         noisy = model(**inputs, return_logits=True)
-        for one in noises:
-            one.eval()
+        for noise in noises:
+            noise.eval()
         clean = model(**inputs, return_logits=True)
-        for one in noises:
-            one.train()
+        for noise in noises:
+            noise.train()
         counted = inputs["labels"][:, 1:] != -100
         p, q = (out.logits[:, :-1][counted].float().log_softmax(-1) for out in (clean, noisy))
         apart = ((p.exp() - q.exp()) * (p - q)).sum() / counted.sum()
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="name or directory of the base")
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--labels", required=True, nargs="+")
-    parser.add_argument("--alpha", type=float, default=1.0, help="of NEFTune's noise")
+    parser.add_argument("--alpha", type=float, default=1.0, help="scale of NEFTune's noise")
     parser.add_argument("--weight", type=float, default=1.0, help="λ")
     parser.add_argument("--learning_rate", type=float, default=1e-2)
     parser.add_argument("--steps", type=int, default=300)

@@ -122,11 +122,11 @@ def main(
         model: directory or hub name of the base.
         data: folder with train.jsonl, lines of {"prompt", "output"}.
         output: PNG to write.
-        steps: of the optimizer.
-        batch_size: examples per step.
-        learning_rate: of AdamW, falling linearly to 0.
-        rank: of the edits.
-        seed: of start and batches.
+        steps: number of training steps.
+        batch_size: number of examples per step.
+        learning_rate: learning rate of AdamW, which falls linearly to 0.
+        rank: rank of the edits.
+        seed: seed of the start and the batches.
     """
     file = str(Path(data) / "train.jsonl")
     examples = datasets.load_dataset("json", data_files=file, split="train")

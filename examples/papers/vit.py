@@ -1,4 +1,4 @@
-"""Adapt an image classifier: LoReFT beside training the classification head alone.
+"""Adapt an image classifier: LoReFT compared with its classification head alone.
 
 The images are drawn on the spot: a square, disc, triangle or cross of some colour on noise. A small
 ViT first learns filled shapes, all of it trained. Frozen, it is adapted to outlines.
@@ -130,13 +130,13 @@ def main(
 
     Args:
         model: directory or hub name of an image classifier; by default a small one, trained here.
-        base_steps: of the small one's training.
-        steps: of the optimizer, of 32 images each.
-        rank: of the edits.
+        base_steps: number of training steps of the small one.
+        steps: number of training steps, with 32 images each.
+        rank: rank of the edits.
         positions: patches that are edited: `f1` is the class token, `all` are all.
-        learning_rate: of AdamW, falling linearly to 0.
-        images: to train on; half as many are for the test.
-        seed: of all random numbers.
+        learning_rate: learning rate of AdamW, which falls linearly to 0.
+        images: number of images to train on; the test has half as many.
+        seed: seed of all random numbers.
     """
     set_seed(seed)
     if model is None:
@@ -155,7 +155,7 @@ def main(
         "positions": positions,
     }
     table = Table("trained", "parameters", "accuracy", title="outlines of shapes")
-    found = {}
+    accuracies = {}
     for name in ("head", "head and LoReFT"):
         set_seed(seed)
         adapted: Any = copy.deepcopy(base)
@@ -164,11 +164,11 @@ def main(
         if name != "head":
             adapted = rn.get_reft_model(adapted, rn.ReftConfig(representations=loreft))
         train(adapted, training, steps=steps, learning_rate=learning_rate, name=name)
-        found[name] = accuracy(adapted, test)
+        accuracies[name] = accuracy(adapted, test)
         count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        table.add_row(name, f"{count:,}", f"{found[name]:.3f}")
+        table.add_row(name, f"{count:,}", f"{accuracies[name]:.3f}")
     CONSOLE.print(table)
-    return found
+    return accuracies
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def interleaved(sides: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """The median seconds of each, taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+def interleaved(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+    """The median seconds of each way, measured by turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 2):
-        for name, run in sides.items():
+        for name, run in ways.items():
             start = time.perf_counter()
             run()
             if turn >= 2:
@@ -94,7 +94,7 @@ def main() -> None:
         options.turns,
     )
     ratio = alone["one of all"] / alone["one of 2"]
-    print(f"a prefill with one of {len(all_of_them)} against one of 2, chosen anew: {ratio:.3f}")
+    print(f"a prefill with one of {len(all_of_them)} against one of 2, newly chosen: {ratio:.3f}")
     eight = [str(row % 8) for row in range(32)]
     routed = interleaved(
         {

@@ -13,7 +13,7 @@ from ..training.run_adapter import adapter_directory, base_of, recipe_of
 from ..training.run_files import ADAPTER
 
 BASE = "base"
-"""The name of a model without an adapter, beside those of its adapters."""
+"""The name of the model without an adapter, next to those of its adapters."""
 
 
 def load_adapted(

@@ -1,4 +1,4 @@
-"""Answers to prompts, of an adapted model alone or beside its base."""
+"""Answers to prompts, by an adapted model alone or next to its base."""
 
 import json
 from collections.abc import Mapping, Sequence

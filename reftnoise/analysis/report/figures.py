@@ -150,7 +150,7 @@ def draw_heat(norms: Any, sites: Sequence[str], tokens: Sequence[str]) -> Figure
 
 
 def _add_scale(figure: Figure, axes: Axes, image: Any, label: str) -> None:
-    """Put the scale of an image's colours beside it, and take lines away."""
+    """Put the scale of an image's colours next to it, and remove the lines around it."""
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, label=label, pad=0.02, aspect=30)
@@ -158,7 +158,7 @@ def _add_scale(figure: Figure, axes: Axes, image: Any, label: str) -> None:
 
 
 def draw_cosines(cosines: Mapping[str, float], chance: float) -> Figure:
-    """The mean squared cosine of each site, beside that of random subspaces."""
+    """The mean squared cosine of each site, and a line for random subspaces."""
     label, names = common_label(list(cosines))
     is_long = max(map(len, names)) > 3
     figure, axes = new_axes(3.6 if is_long else 2.7, max(WIDTH, 1.2 + 0.16 * len(names)))

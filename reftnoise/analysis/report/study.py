@@ -42,9 +42,9 @@ def study_page(study: StudyResults) -> tuple[list[Section], Table, str]:
     table, text = _table(study, compared), _explanation(study)
     sections = [Section("Results", [Paragraph(text), table])]
     differences = {
-        one.combination.key: (one.difference.mean, (one.difference.low, one.difference.high))
-        for one in compared
-        if one.difference is not None
+        row.combination.key: (row.difference.mean, (row.difference.low, row.difference.high))
+        for row in compared
+        if row.difference is not None
     }
     if differences:
         about = (
@@ -92,7 +92,7 @@ def _table(study: StudyResults, compared: Sequence[Comparison]) -> Table:
     if study.baseline:
         columns += ["difference", "95 % interval", "p"]
     columns += [*names, "parameters", "time", "peak memory"]
-    return Table(columns, [_row(study, one, names) for one in compared])
+    return Table(columns, [_row(study, row, names) for row in compared])
 
 
 def _row(study: StudyResults, compared: Comparison, names: Sequence[str]) -> list[TableCell]:
