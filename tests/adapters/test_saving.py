@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable
+from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 import reftnoise as rn
 from reftnoise.adapters.fingerprint import other_weights, sample_weights
+from reftnoise.adapters.location import SECTIONS
 from reftnoise.interventions import INTERVENTIONS, NoiseIntervention
 from reftnoise.interventions.base import constructor_arguments
 from support.models.architectures import tiny_model
@@ -801,3 +803,7 @@ def test_a_copy_is_independent() -> None:
             parameter.zero_()
     assert not logits(twin).any()
     assert torch.equal(logits(reft_model), before)
+
+
+def test_the_file_has_every_section_of_a_config() -> None:
+    assert tuple(field.name for field in fields(rn.ReftConfig)) == SECTIONS

@@ -90,6 +90,10 @@ def test_yaml_reads_exponents_as_numbers() -> None:
     assert yaml.load("{a: 1e-3, b: 2.0E+4, c: e3}") == {"a": 0.001, "b": 2e4, "c": "e3"}
 
 
+def test_yaml_keeps_labels_of_one_letter() -> None:
+    assert yaml.load("[y, n, yes, no]") == ["y", "n", True, False]
+
+
 # -- runs ----------------------------------------------------------------------------------------
 
 
