@@ -179,7 +179,7 @@ def test_inspect_with_others(
     assert command("inspect", elsewhere, "--others.run", known["half"]) == 2
     assert "has that name already" in capsys.readouterr().err
     assert command("inspect", elsewhere, "--output", tmp_path / "x.png") == 2
-    assert "name some, as --others.polite" in capsys.readouterr().err
+    assert "name some, such as --others.polite" in capsys.readouterr().err
 
 
 def test_a_picture(
