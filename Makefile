@@ -2,14 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+IN_TWO := -n 2 --dist worksteal
 
-.PHONY: demo test test-quantised test-vllm test-oldest test-newest lint docs build clean
+.PHONY: demo test test-slow test-quantised test-vllm test-oldest test-newest lint docs build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reftnoise demo
 
+# Slow tests take minutes, or only add rows to a matrix that the others test in part.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_TWO)
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest $(IN_TWO) -m slow
 
 # Apart from the rest, since torchao prints when transformers is imported.
 test-quantised: $(VENV)-quantised/.test
@@ -34,7 +39,7 @@ $(VENV)-vllm/.test: pyproject.toml constraints.txt tests/inference/requirements-
 
 # With the lower bounds of pyproject.toml.
 test-oldest: $(VENV)-oldest/.test
-	$(<D)/bin/python -m pytest
+	$(<D)/bin/python -m pytest $(IN_TWO)
 
 $(VENV)-oldest/.test: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -48,7 +53,7 @@ test-newest:
 	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
 		--editable '.[test]' '$(shell grep ^torch== constraints.txt)'
-	$(VENV)-newest/bin/python -m pytest
+	$(VENV)-newest/bin/python -m pytest $(IN_TWO)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check

@@ -66,7 +66,11 @@ def alone(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 @pytest.mark.parametrize(
     "launcher",
-    [pytest.param(n, marks=needs_deepspeed if "zero" in n else ()) for n in LAUNCHERS],
+    [
+        pytest.param("ddp", marks=pytest.mark.slow),  # as test_sharding's DDP
+        "fsdp2",
+        *(pytest.param(name, marks=needs_deepspeed) for name in LAUNCHERS if "zero" in name),
+    ],
 )
 def test_two_processes_end_with_the_adapter_of_one(
     launcher: str, data: str, alone: Path, tmp_path: Path

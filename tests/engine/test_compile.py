@@ -14,11 +14,12 @@ HAS_TRACED_PASSES = torch.__version__ >= "2.8"
 
 
 @pytest.mark.skipif(not HAS_TRACED_PASSES, reason="needs torch 2.8")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["compiled_passes.py", "compiled_bases.py"])
-def test_in_a_process_of_its_own(name: str) -> None:
+def test_in_a_process_of_its_own(name: str, which: str) -> None:
     cases = Path(__file__).parents[1] / "support" / "programs" / name
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        [sys.executable, "-m", "pytest", "-q", "-m", which, "-p", "no:cacheprovider", str(cases)],
         env=os.environ | {"REFTNOISE_TEST_UNCHECKED": "1"},
         capture_output=True,
         text=True,

@@ -13,6 +13,12 @@ from support.padded_rows import generated, padded, rows, wrapped
 SCALE = 1.7
 NEW = 8
 POSITIONS = ["l1", "f2+l3", "all", "decode", "all+decode", [0, -1]]
+CASES: list[Any] = [(positions, True) for positions in POSITIONS] + [("f2+l3", False)]
+CASES += [
+    pytest.param(positions, False, marks=pytest.mark.slow)
+    for positions in POSITIONS
+    if positions != "f2+l3"
+]
 NEGATIVE = [[7, 8, 9, 10, 11], [12, 13], [14, 15, 16]]
 
 
@@ -37,8 +43,7 @@ def reference(
     return new
 
 
-@pytest.mark.parametrize("positions", POSITIONS, ids=str)
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("positions", "use_cache"), CASES, ids=str)
 @torch.no_grad()
 def test_guidance_away_from_the_last_token(positions: Any, use_cache: bool) -> None:
     base = tiny_model()
@@ -51,8 +56,7 @@ def test_guidance_away_from_the_last_token(positions: Any, use_cache: bool) -> N
     assert torch.equal(generated(model, padded("left"), **settings), expected)
 
 
-@pytest.mark.parametrize("positions", POSITIONS, ids=str)
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("positions", "use_cache"), CASES, ids=str)
 @torch.no_grad()
 def test_guidance_away_from_a_negative_prompt(positions: Any, use_cache: bool) -> None:
     model = wrapped(tiny_model(), positions)

@@ -236,6 +236,13 @@ def test_a_run_that_another_finished_meanwhile_is_not_replaced(tmp_path: Path) -
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"steps": 1}
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert command(*quick(run), "--quiet") == 0
+    return run
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -253,12 +260,11 @@ def test_a_run_that_another_finished_meanwhile_is_not_replaced(tmp_path: Path) -
     ],
     ids=lambda value: str(value)[-24:],
 )
-def test_a_mistake_costs_no_finished_run(mistake: tuple[Any, ...], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert command(*quick(run), "--quiet") == 0
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert command(*quick(run, *mistake), "--overwrite", "--quiet") == 2
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+def test_a_mistake_costs_no_finished_run(mistake: tuple[Any, ...], finished: Path) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert command(*quick(finished, *mistake), "--overwrite", "--quiet") == 2
+    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_the_base_itself_is_trained_where_a_recipe_says_so(tmp_path: Path) -> None:

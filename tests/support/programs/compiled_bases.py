@@ -92,8 +92,11 @@ WAYS = [
     whole_forward,
     layer_forwards,
 ]
+slow = pytest.mark.slow
 some_ways = pytest.mark.parametrize(
-    "way", [whole_in_place, layers_in_place, regions], ids=lambda way: way.__name__
+    "way",
+    [layers_in_place, pytest.param(whole_in_place, marks=slow), pytest.param(regions, marks=slow)],
+    ids=lambda way: way.__name__,
 )
 Way = Callable[[Any], Any]
 
@@ -117,8 +120,11 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
     assert_close_gradients([found[1]], [expected[1]])
 
 
-CASES = [(way, "block_output") for way in WAYS]
-CASES += [(way, "mlp_output") for way in (layers_in_place, layers_replaced, mlps_in_place)]
+CASES: list[Any] = [(way, "block_output") for way in (whole_in_place, layers_replaced, regions)]
+CASES += [(mlps_in_place, "mlp_output"), (whole_forward, "block_output")]
+OTHERS = [(way, "block_output") for way in WAYS]
+OTHERS += [(way, "mlp_output") for way in (layers_in_place, layers_replaced)]
+CASES += [pytest.param(*case, marks=slow) for case in OTHERS if case not in CASES]
 
 
 @pytest.mark.parametrize(("way", "component"), CASES, ids=lambda one: getattr(one, "__name__", one))
@@ -137,7 +143,10 @@ def test_a_compiled_base_is_edited(way: Way, component: str) -> None:
         assert torch.equal(model(**batch()).loss, bare)
 
 
-@pytest.mark.parametrize("way", [whole_in_place, layers_in_place, layers_replaced])
+@pytest.mark.parametrize(
+    "way",
+    [layers_in_place, *(pytest.param(w, marks=slow) for w in (whole_in_place, layers_replaced))],
+)
 def test_compiled_after_it_was_wrapped(way: Way) -> None:
     expected = step(wrapped(small_model()), return_logits=True)
     model = wrapped(small_model())
@@ -191,8 +200,18 @@ def generated(model: Any, **settings: Any) -> Tensor:
     return tokens
 
 
-@pytest.mark.parametrize("chunks", [{}, {"prefill_chunk_size": 5}], ids=["whole", "chunks"])
-@pytest.mark.parametrize("positions", ["l1", "all+decode"])
+CHUNKS = {"prefill_chunk_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("positions", "chunks"),
+    [
+        ("l1", CHUNKS),
+        ("all+decode", {}),
+        pytest.param("l1", {}, marks=slow),
+        pytest.param("all+decode", CHUNKS, marks=slow),
+    ],
+)
 def test_generation_that_compiles_the_base(positions: str, chunks: dict[str, int]) -> None:
     expected = generated(wrapped(small_model(), positions).eval())
     bare = generated(small_model())

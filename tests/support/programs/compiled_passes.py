@@ -34,8 +34,17 @@ def assert_same(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list
     assert_close_gradients(found[1], expected[1])
 
 
-@pytest.mark.parametrize("noise", [[], [{"intervention": "symnoise"}]])
-@pytest.mark.parametrize("positions", ["l1", "f1+l1", "f7+l7", "all"])
+SYMNOISE = [{"intervention": "symnoise"}]
+STEPS: list[Any] = [("l1", SYMNOISE), ("f1+l1", []), ("all", SYMNOISE)]
+STEPS += [
+    pytest.param(positions, noise, marks=pytest.mark.slow)
+    for positions in ("l1", "f1+l1", "f7+l7", "all")
+    for noise in ([], SYMNOISE)
+    if (positions, noise) not in STEPS
+]
+
+
+@pytest.mark.parametrize(("positions", "noise"), STEPS)
 def test_a_training_step_is_one_graph(positions: str, noise: list[dict[str, Any]]) -> None:
     model, inputs = wrapped(positions, *noise), batch() | {"use_cache": False}
     expected = gradients(model, model, **inputs, return_logits=True)

@@ -1,6 +1,6 @@
-"""Train a tiny model on a stream of many rows, and print this process's peak memory in bytes.
+"""Train a tiny model on each file, as a stream of its rows, and print the peak memory so far.
 
-python streaming_worker.py FILE CACHE
+python streaming_worker.py CACHE FILE ...
 """
 
 import resource
@@ -19,9 +19,7 @@ from reftnoise.engine.base.tiny import DIRECTORY
 BATCH = 1000
 
 
-def main(path: str, cache: str) -> None:
-    datasets.config.HF_DATASETS_CACHE = cache
-    torch.set_num_threads(1)
+def train(path: str, cache: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
     rows = load_rows(path, streaming=True)
     with open(path, "rb") as file:
@@ -56,7 +54,14 @@ def main(path: str, cache: str) -> None:
         dataloader_pin_memory=False,
     )
     rn.ReftTrainerForCausalLM(reft_model, args, processing_class=tokenizer, **module).train()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def main(cache: str, *paths: str) -> None:
+    datasets.config.HF_DATASETS_CACHE = cache
+    torch.set_num_threads(1)
+    for path in paths:
+        train(path, cache)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 if __name__ == "__main__":
