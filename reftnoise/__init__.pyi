@@ -1,0 +1,39 @@
+"""The public names and the modules that they come from, for type checkers and `__init__.py`."""
+
+from .analysis.steering import fit_steering_vectors as fit_steering_vectors
+from .config.positions import Positions as Positions
+from .config.representations import ReftConfig as ReftConfig
+from .config.representations import RepresentationConfig as RepresentationConfig
+from .data.collation import ReftDataCollator as ReftDataCollator
+from .data.collation import (
+    make_last_position_supervised_data_module as make_last_position_supervised_data_module,
+)
+from .engine.base.tiny import load_tiny_examples as load_tiny_examples
+from .engine.base.tiny import load_tiny_model as load_tiny_model
+from .engine.training_pass.prefix_cache import PrefixCache as PrefixCache
+from .interventions import AdapterIntervention as AdapterIntervention
+from .interventions import AdditionIntervention as AdditionIntervention
+from .interventions import BernoulliNoiseIntervention as BernoulliNoiseIntervention
+from .interventions import BiasIntervention as BiasIntervention
+from .interventions import ConsreftIntervention as ConsreftIntervention
+from .interventions import DireftIntervention as DireftIntervention
+from .interventions import GaussianNoiseIntervention as GaussianNoiseIntervention
+from .interventions import LobireftIntervention as LobireftIntervention
+from .interventions import LoreftIntervention as LoreftIntervention
+from .interventions import LowRankRotation as LowRankRotation
+from .interventions import NeftuneIntervention as NeftuneIntervention
+from .interventions import NodireftIntervention as NodireftIntervention
+from .interventions import NoiseIntervention as NoiseIntervention
+from .interventions import NoreftIntervention as NoreftIntervention
+from .interventions import ReftIntervention as ReftIntervention
+from .interventions import SymNoiseIntervention as SymNoiseIntervention
+from .interventions import register_intervention as register_intervention
+from .model import ReftModel as ReftModel
+from .model import get_reft_model as get_reft_model
+from .training.trainer import ReftTrainer as ReftTrainer
+from .training.trainer import ReftTrainerForCausalLM as ReftTrainerForCausalLM
+from .training.trainer import (
+    ReftTrainerForSequenceClassification as ReftTrainerForSequenceClassification,
+)
+
+__version__: str
