@@ -106,11 +106,6 @@ class Positions:
         """Whether there are positions in the prompt."""
         return bool(self.first or self.last or self.all or self.indices)
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether the number of positions grows with the sequence."""
-        return self.all or self.decode
-
 
 POSITION_FIELDS = tuple(field.name for field in fields(Positions))
 

@@ -45,12 +45,12 @@ class EditSettings:
     """Settings of edits, which engines on one base may share."""
 
     scale: float = 1.0
-    """By which edits are multiplied."""
+    """Factor of all edits."""
     observer: Observer | None = None
     """Called with the units of a site, and the hidden states before and after them."""
 
     def __reduce__(self) -> Any:
-        return EditSettings, (self.scale,)  # a copy is observed by nobody
+        return EditSettings, (self.scale,)  # a copy has no observer
 
 
 class Engine:
@@ -161,14 +161,32 @@ class Engine:
         leaves_early: bool,
     ) -> None:
         entry = self._entry(reader.plan)
-        begin = partial(self._begin_call, reader, is_ours)
-        end = partial(self._end_call, is_ours)
+
+        def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            if not is_ours():
+                return args, kwargs
+            self._is_inside = True
+            virtual = virtual_tokens(self.base, reader.plan.stack)
+            self._call = reader.read(module, args, kwargs, virtual)
+            return args, self.with_edited_embeddings(self._call, kwargs)
+
+        def end(*_: Any) -> None:
+            if is_ours():
+                self._is_inside = False
+
+        def leave(_: nn.Module, __: Any, kwargs: dict[str, Any], ___: Any) -> None:
+            """Remove our hooks once the whole prompt is in the cache."""
+            if reader.width is None or not is_ours():
+                return
+            width = reader.width + virtual_tokens(self.base)
+            if cached_length(kwargs.get("past_key_values")) >= width:
+                hooks.close()
+
         handles = [
             entry.register_forward_pre_hook(begin, with_kwargs=True),
             entry.register_forward_hook(end, always_call=True),
         ]
         if leaves_early and reader.plan.stack is None:
-            leave = partial(self._leave_base, reader, is_ours, hooks)
             handles.append(entry.register_forward_hook(leave, with_kwargs=True))
         for handle in handles:
             hooks.callback(handle.remove)
@@ -182,44 +200,8 @@ class Engine:
         calls_parts = virtual_tokens(self.base) or may_add_to_loss(self.base)
         return base.get_decoder() if calls_parts else base
 
-    def _begin_call(
-        self,
-        reader: CallReader,
-        is_ours: Callable[[], bool],
-        entry: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not is_ours():
-            return args, kwargs
-        self._is_inside = True
-        virtual = virtual_tokens(self.base, reader.plan.stack)
-        self._call = reader.read(entry, args, kwargs, virtual)
-        return args, self.with_edited_embeddings(self._call, kwargs)
-
-    def _end_call(self, is_ours: Callable[[], bool], *_: Any) -> None:
-        if is_ours():
-            self._is_inside = False
-
-    def _leave_base(
-        self,
-        reader: CallReader,
-        is_ours: Callable[[], bool],
-        hooks: contextlib.ExitStack,
-        entry: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> None:
-        """Remove our hooks once the whole prompt is in the cache."""
-        if reader.width is None or not is_ours():
-            return
-        width = reader.width + virtual_tokens(self.base)
-        if cached_length(kwargs.get("past_key_values")) >= width:
-            hooks.close()
-
     def _repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, which edits the call of now also when our hooks have left the base."""
+        """`function`, which edits the current call also when our hooks have left the base."""
         call = self._call
 
         def run(*inputs: Any, **named: Any) -> Any:
@@ -241,7 +223,7 @@ class Engine:
         with innermost(base) as is_ours, contextlib.ExitStack() as stack:
 
             def call_at(site: Site) -> Call | TokenlessCall | None:
-                # Whoever calls the embedding first will give the base `inputs_embeds`.
+                # A call of the embedding before the base's own makes its `inputs_embeds`.
                 if site.is_embeddings and not self._is_inside:
                     return None
                 if not is_ours():
@@ -261,7 +243,7 @@ class Engine:
         return [base, *(site.module for site in self.sites)]
 
     def edits(self, call_at: CallAt) -> Iterator[tuple[Site, Callable[..., Any]]]:
-        """The hook for each site, by which its units edit the call that `call_at` tells."""
+        """The hook for each site, which edits the call that `call_at` returns."""
         for site, units in self._by_site.items():
             edit = self._edit_input if site.is_input else self._edit_output
             yield site, partial(edit, units, call_at)
