@@ -13,7 +13,6 @@ Whether a base allows them is found out on the base itself, once, with eight tok
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -69,6 +68,7 @@ class ForwardPasses:
         self._randomness: tuple[tuple[bool, ...], bool] | None = None
         """Whether the base is random, and the modes of its modules when this was found out."""
         self._is_checked = False
+        self._takes_position_ids = takes_position_ids(inner_model(engine.base))
 
     def run(
         self,
@@ -218,10 +218,6 @@ class ForwardPasses:
             for reason in {abilities.no_head, abilities.no_prefill} - {None}:
                 logger.warning("training runs plain passes: %s", reason)
         return self._known[key]
-
-    @cached_property
-    def _takes_position_ids(self) -> bool:
-        return takes_position_ids(inner_model(self._engine.base))
 
     def _against_label_loss(  # noqa: PLR0912  # a list of reasons
         self, plan: Plan, batch: Batch, return_logits: bool | None
