@@ -7,7 +7,6 @@ whose variance is, if anything, too large). With one seed only items vary, and n
 other seeds; few seeds (below five) show little of how seeds vary.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +17,12 @@ Answers = npt.NDArray[Any]
 
 BLOCK = 2**22
 """Numbers that are drawn at once."""
+LEVEL, SEED = 0.95, 0
+"""Share of the draws within an interval, and the seed of the draws."""
 
 
 class Interval(NamedTuple):
-    """A mean with the percentiles between which the share `level` of its draws lies."""
+    """A mean with the percentiles between which the share `LEVEL` of its draws lies."""
 
     mean: float
     low: float
@@ -37,41 +38,24 @@ class Difference(NamedTuple):
     p: float
 
 
-def mean_interval(
-    right: Answers, *, draws: int = 10_000, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """The mean over seeds and items, with its bootstrap interval.
-
-    Args:
-        right: [seeds, items].
-        draws: of the bootstrap.
-        level: share of the draws within the interval.
-        seed: of the draws.
+def mean_interval(right: Answers, *, draws: int = 10_000) -> Interval:
+    """The mean over seeds and items, with the interval of so many draws of the bootstrap.
 
     Raises:
-        ValueError: `right` is not a matrix with at least one seed and one item, or a number of
-            draws or level is out of range.
+        ValueError: `right` is not a matrix with at least one seed and one item, or there are no
+            draws.
     """
-    means = _draws(right, draws, level, seed)
-    return Interval(float(np.mean(right)), *_percentiles(means, level))
+    means = _draws(right, draws)
+    return Interval(float(np.mean(right)), *_percentiles(means))
 
 
-def paired_difference(
-    a: Answers, b: Answers, *, draws: int = 10_000, level: float = 0.95, seed: int = 0
-) -> Difference:
+def paired_difference(a: Answers, b: Answers, *, draws: int = 10_000) -> Difference:
     r"""The mean of a − b, paired over seeds and items, with its bootstrap interval and p-value.
 
     The p-value belongs to the interval: $p = 2\,(1 + \min(n_{\le 0}, n_{\ge 0})) / (1 + n)$, at
     most 1, where n draws hold $n_{\le 0}$ differences of at most 0. Unlike a permutation of signs,
     which would take a seed's answers for independent of each other, it allows for differences that
-    only some seeds have.
-
-    Args:
-        a: [seeds, items].
-        b: the same seeds' answers to the same items, in the same order.
-        draws: of the bootstrap.
-        level: share of the draws within the interval.
-        seed: of the draws.
+    only some seeds have. Rows and columns of a and b are the same seeds and items.
 
     Raises:
         ValueError: as of `mean_interval`, or the shapes differ.
@@ -80,23 +64,25 @@ def paired_difference(
     if a.shape != b.shape:
         raise ValueError(f"paired answers: expected equal shapes, got {a.shape} and {b.shape}")
     differences = a.astype(float) - b.astype(float)
-    means = _draws(differences, draws, level, seed)
+    means = _draws(differences, draws)
     extreme = min(int(np.sum(means <= 0)), int(np.sum(means >= 0)))
     p = min(1.0, 2 * (1 + extreme) / (1 + draws))
-    return Difference(float(np.mean(differences)), *_percentiles(means, level), p)
+    return Difference(float(np.mean(differences)), *_percentiles(means), p)
 
 
-def _draws(right: Answers, draws: int, level: float, seed: int) -> npt.NDArray[np.float64]:
+def _draws(right: Answers, draws: int) -> npt.NDArray[np.float64]:
     """Means of resampled answers: for each draw the drawn seeds' mean, then of drawn items."""
     right = np.asarray(right, dtype=float)
     if right.ndim != 2 or 0 in right.shape:
         raise ValueError(f"answers: expected [seeds, items], at least one each, got {right.shape}")
-    if draws < 1 or not 0 < level < 1:
-        raise ValueError(f"draws {draws}, level {level}: expected at least 1, and between 0 and 1")
-    generator = np.random.default_rng(seed)
+    if draws < 1:
+        raise ValueError(f"draws {draws}: expected at least 1")
+    generator = np.random.default_rng(SEED)
     seeds, items = right.shape
     means = []
-    for size in _blocks(draws, items):
+    block = max(1, BLOCK // items)
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
         times_drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size)
         drawn_items = generator.integers(items, size=(size, items))
         means.append(np.take_along_axis(times_drawn @ right / seeds, drawn_items, 1).mean(1))
@@ -104,12 +90,6 @@ def _draws(right: Answers, draws: int, level: float, seed: int) -> npt.NDArray[n
     return np.round(joined, 12)  # so that an exact 0 is one
 
 
-def _blocks(draws: int, items: int) -> Iterator[int]:
-    size = max(1, BLOCK // items)
-    for start in range(0, draws, size):
-        yield min(size, draws - start)
-
-
-def _percentiles(means: npt.NDArray[np.float64], level: float) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+def _percentiles(means: npt.NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
