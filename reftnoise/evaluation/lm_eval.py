@@ -6,6 +6,7 @@ lengths of the contexts.
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,60 +42,23 @@ class ReftLM(HFLM):
     Args:
         reft_model: adapted model, which is put into evaluation mode.
         tokenizer: tokenizer of the base.
-        batch_size: number of rows per pass; "auto" tries what fits, once, and "auto:N" N times on
-            the way from long to short requests.
-        max_batch_size: number of rows at which "auto" begins.
-        max_length: greatest number of tokens; longer requests lose the beginning of their context.
-            By default that of the base.
-        truncation: whether the tokenizer truncates the contexts of `generate_until`.
-        softmax_dtype: dtype of the log-probabilities; by default that of the logits.
-        mixed_precision_dtype: dtype of autocast.
-        add_bos_token: whether contexts begin with the beginning-of-text token; by default as the
-            tokenizer does.
-        prefix_token_id: token that is the context of requests without one; by default the
-            tokenizer's beginning of text, or else its end of text.
-        enable_thinking: argument of the chat template.
-        think_end_token: token before which nothing counts as generated.
-        chat_template_args: further arguments of the chat template.
+        settings: further arguments of `HFLM`, such as `batch_size` (a number, or "auto"),
+            `max_length` and `think_end_token`.
 
     Raises:
-        ValueError: the model is not a `ReftModel`.
+        ValueError: the model is not a `ReftModel`, or `HFLM` has no such argument.
     """
 
     def __init__(
-        self,
-        reft_model: ReftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int | str = 1,
-        max_batch_size: int = 64,
-        max_length: int | None = None,
-        truncation: bool = False,
-        softmax_dtype: str | torch.dtype | None = None,
-        mixed_precision_dtype: str | torch.dtype | None = None,
-        add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
-        enable_thinking: bool | None = None,
-        think_end_token: str | int | None = None,
-        chat_template_args: dict[str, Any] | None = None,
+        self, reft_model: ReftModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
     ) -> None:
         if not isinstance(reft_model, ReftModel):
             raise ValueError(f"reft_model: expected a ReftModel, got {type(reft_model).__name__}")
-        super().__init__(
-            pretrained=reft_model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_batch_size=max_batch_size,
-            max_length=max_length,
-            truncation=truncation,
-            softmax_dtype=softmax_dtype,
-            mixed_precision_dtype=mixed_precision_dtype,
-            add_bos_token=add_bos_token,
-            prefix_token_id=prefix_token_id,
-            enable_thinking=enable_thinking,
-            think_end_token=think_end_token,
-            chat_template_args=chat_template_args,
-        )
+        known = inspect.signature(HFLM).parameters
+        for name in settings:  # HFLM ignores names that it does not know
+            if name not in known:
+                raise ValueError(f"ReftLM has no argument {name!r}; {nearest(name, known)}")
+        super().__init__(pretrained=reft_model, tokenizer=tokenizer, **settings)
 
     def _loglikelihood_tokens(
         self,
@@ -172,13 +136,8 @@ def evaluate_with_harness(
 ) -> dict[str, dict[str, float]]:
     """Scores of lm-evaluation-harness: those of each task and group, under the harness' names.
 
-    Args:
-        model: a `ReftModel`, or a causal language model of transformers.
-        tokenizer: tokenizer of the base.
-        tasks: names of tasks or groups, such as `ifeval`.
-        limit: number of rows of each task; all by default.
-        batch_size: number of rows per forward pass, or "auto".
-        include_path: folder of tasks, which replace those of the harness.
+    Each task has all its rows, or as many as the limit. Tasks in the folder `include_path` replace
+    those of the harness.
 
     Raises:
         ValueError: the harness has no such task.
