@@ -19,13 +19,16 @@ from ..training.run_adapter import adapter_directory
 from ..training.run_files import ADAPTER, LOCK, SCORES
 from ..training.run_scores import print_scores
 
+SHORT = {"learned_source.weight": "W", "learned_source.bias": "b"}
+"""Tensors' names in formulas."""
+
 
 @dataclass(frozen=True)
 class UnitDescription:
     """One set of weights of an adapter.
 
     Args:
-        key: pyvene's key, by which the weights are stored.
+        key: pyvene's key, under which the weights are stored.
         intervention: registered name.
         site: layer and component.
         positions: tokens that it edits.
@@ -150,7 +153,7 @@ def show(description: Description, console: Console) -> None:
             unit.positions,
             "" if unit.rank is None else str(unit.rank),
             f"{unit.parameters:,}",
-            ", ".join(f"{_short(name)} {norm:.3g}" for name, norm in unit.norms.items()),
+            ", ".join(f"{SHORT.get(n, n)} {norm:.3g}" for n, norm in unit.norms.items()),
             "" if unit.orthonormality_error is None else f"{unit.orthonormality_error:.0e}",
         )
     for noise in description.noises:
@@ -179,8 +182,3 @@ def _facts(description: Description) -> list[tuple[str, str]]:
     if description.peft_parameters:
         facts.insert(3, ("not of units", f"{description.peft_parameters:,} parameters"))
     return facts
-
-
-def _short(name: str) -> str:
-    """A tensor's name in formulas."""
-    return {"learned_source.weight": "W", "learned_source.bias": "b"}.get(name, name)

@@ -20,7 +20,7 @@ from ..engine.units import PlacedUnit
 from ..evaluation.scoring import evaluating
 from ..interventions import LowRankRotation, NoiseIntervention
 from ..model import ReftModel
-from .overlaps import overlap_matrix, row_space, row_spaces
+from .overlaps import Spaces, overlap_matrix, row_space, row_spaces
 
 Prompt: TypeAlias = str | Messages
 """A text, or a conversation for the tokenizer's chat template."""
@@ -66,11 +66,6 @@ def edit_norms(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> EditNor
     site's units make of it. Sites are in the order in which the base runs them; units that share a
     site are one row.
 
-    Args:
-        reft_model: the model.
-        tokenizer: tokenizer of its base.
-        prompt: text, or conversation for the chat template.
-
     Raises:
         ValueError: an encoder-decoder model, whose sites have two sequences.
     """
@@ -92,10 +87,8 @@ def observed(
 ) -> Iterator[None]:
     r"""Within the block, call `see` with $\|h' - h\| / \|h\|$ of each edited site as calls run.
 
-    Args:
-        reft_model: model whose calls are observed, whichever adapters they choose.
-        see: function of the site's name and of a number for each row and token of the call, such as
-            a step of a generation. It is not called where nothing is edited any more.
+    `see` gets the site's name and a number for each row and token of the call, such as a step of a
+    generation. It is not called where nothing is edited any more.
     """
 
     def observer(placed: Sequence[PlacedUnit], before: Tensor, after: Tensor) -> None:
@@ -127,23 +120,11 @@ def subspaces(reft_model: ReftModel) -> dict[str, Float[Tensor, "rank hidden"]]:
     return by_site
 
 
-def principal_cosines(
-    a: Float[Tensor, "rank hidden"], b: Float[Tensor, "other_rank hidden"]
-) -> Float[Tensor, " angles"]:
-    """Cosines of the principal angles between two row spaces: the singular values of A Bᵀ.
-
-    Args:
-        a: orthonormal rows.
-        b: orthonormal rows of the same width.
-    """
-    cosines: Tensor = torch.linalg.svdvals(a.double() @ b.double().mT)
-    return cosines.clamp(max=1.0)
-
-
-def subspace_cosine(a: ReftModel, b: ReftModel) -> dict[str, float]:
+def subspace_cosine(a: Spaces, b: Spaces) -> dict[str, float]:
     r"""How alike the subspaces are that two adapters edit, at each site that both edit.
 
-    The mean squared cosine of the principal angles θ between the row spaces of $R_a$ and $R_b$:
+    With the adapters' `subspaces`, the mean squared cosine of the principal angles θ between the
+    row spaces of $R_a$ and $R_b$:
     $\frac1k \sum_{i=1}^k \cos^2\theta_i = \|R_a R_b^\top\|_F^2 / k$ with $k = \min(r_a, r_b)$. It
     is 1 where one space holds the other, 0 where they are orthogonal, and $\max(r_a, r_b)/d$ on
     average for random ones.
@@ -151,19 +132,14 @@ def subspace_cosine(a: ReftModel, b: ReftModel) -> dict[str, float]:
     Raises:
         ValueError: there is no site that both edit in a subspace of the same width.
     """
-    return compare_subspaces(subspaces(a), subspaces(b))
-
-
-def compare_subspaces(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, float]:
-    """`subspace_cosine`, given the `subspaces` of both adapters."""
     common = [site for site in a if site in b and a[site].shape[1] == b[site].shape[1]]
     if not common:
         raise ValueError(
             f"no common site: one adapter edits subspaces at {', '.join(a) or 'none'}, the other "
             f"at {', '.join(b) or 'none'}"
         )
-    squares = {site: principal_cosines(a[site], b[site].to(a[site].device)) ** 2 for site in common}
-    return {site: float(values.mean()) for site, values in squares.items()}
+    products = {site: a[site].double() @ b[site].to(a[site]).double().mT for site in common}
+    return {site: float(p.square().sum() / min(p.shape)) for site, p in products.items()}
 
 
 def library_overlaps(library: AdapterLibrary) -> tuple[list[str], Float[Tensor, "n n"]]:
@@ -181,11 +157,7 @@ def library_overlaps(library: AdapterLibrary) -> tuple[list[str], Float[Tensor, 
 
 
 def logit_lens(
-    reft_model: ReftModel,
-    tokenizer: Any,
-    prompt: Prompt,
-    *,
-    top: int = 5,
+    reft_model: ReftModel, tokenizer: Any, prompt: Prompt, *, top: int = 5
 ) -> list[LensRow]:
     """The likeliest next tokens that each layer's hidden state gives, without and with the edit.
 
@@ -193,12 +165,6 @@ def logit_lens(
     and its head (the final norm, where there is one) and through the head. The scaling or capping
     of logits in some bases, which keeps their order, is left out. The last layer's row is the
     model's own prediction.
-
-    Args:
-        reft_model: the model.
-        tokenizer: tokenizer of its base.
-        prompt: text, or conversation for the chat template.
-        top: number of tokens per layer.
 
     Raises:
         ValueError: the base is an encoder-decoder or has no language model's head.
@@ -234,13 +200,8 @@ def noise_losses(
     """The loss on the same rows without noise, and with the config's noise as in training.
 
     Dropout stays off, so that the noise is all that differs; SymNoise's loss is the pair's mean.
-    torch's random state comes back as it was.
-
-    Args:
-        reft_model: the model.
-        batches: collated rows with labels, for a causal language model or a classifier.
-        draws: number of draws of the noise, each over all rows.
-        seed: seed of the draws.
+    torch's random state comes back as it was. Batches are collated rows with labels, for a causal
+    language model or a classifier; each draw is over all rows.
 
     Raises:
         ValueError: the config has no noise.
@@ -260,7 +221,10 @@ def _mean_loss(reft_model: ReftModel, batches: Sequence[Mapping[str, Any]]) -> f
     """The mean over all labels, those of tokens or of a classifier's rows."""
     total = count = 0.0
     for batch in batches:
-        inputs = {name: _on_device(values, reft_model) for name, values in batch.items()}
+        inputs = {
+            name: values.to(reft_model.device) if isinstance(values, Tensor) else values
+            for name, values in batch.items()
+        }
         labels = inputs["labels"]
         weight = int((labels[:, 1:] != -100).sum()) if labels.dim() == 2 else len(labels)
         total += float(reft_model(**inputs, return_logits=False).loss) * weight
@@ -286,11 +250,7 @@ def _encode(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> dict[str, 
     encoded = tokenizer(prompt, add_special_tokens=is_text, return_tensors="pt")
     if encoded["input_ids"].shape[1] == 0:
         raise ValueError(f"prompt {prompt!r}: it has no tokens")
-    return {n: _on_device(encoded[n], reft_model) for n in ("input_ids", "attention_mask")}
-
-
-def _on_device(values: Any, reft_model: ReftModel) -> Any:
-    return values.to(reft_model.device) if isinstance(values, Tensor) else values
+    return {n: encoded[n].to(reft_model.device) for n in ("input_ids", "attention_mask")}
 
 
 @contextlib.contextmanager
@@ -308,14 +268,13 @@ def _outputs(base: Any) -> Iterator[tuple[list[Tensor], list[nn.Module]]]:
         if len(outputs) == len(layers):
             final.append(module)
 
-    def hooks() -> Iterator[Callable[[], None]]:
-        for layer in layers:
-            yield layer.register_forward_hook(keep).remove
-        for child in around.children():
-            if child is not layers:
-                yield child.register_forward_hook(follow).remove
-
-    with contextlib.ExitStack() as stack:
-        for remove in hooks():
-            stack.callback(remove)
+    others = [child for child in around.children() if child is not layers]
+    hooks = [
+        *(layer.register_forward_hook(keep) for layer in layers),
+        *(child.register_forward_hook(follow) for child in others),
+    ]
+    try:
         yield outputs, final
+    finally:
+        for hook in hooks:
+            hook.remove()

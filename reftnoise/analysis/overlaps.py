@@ -36,7 +36,7 @@ def row_space(matrix: Float[Tensor, "k hidden"]) -> Float[Tensor, "rank hidden"]
 
 
 def row_spaces(rows: Iterable[tuple[str, Float[Tensor, "k hidden"]]]) -> Spaces:
-    """What an adapter's edits span at each site, given the site's name and U of each unit."""
+    """What an adapter's edits span at each site, from the site's name and U of each unit."""
     at_site: dict[str, list[Tensor]] = defaultdict(list)
     for site, up in rows:
         at_site[site].append(up.double())
@@ -67,17 +67,11 @@ def overlap_matrix(adapters: Sequence[Spaces]) -> Float[Tensor, "n n"]:
     return (total / sites).float()
 
 
-# -- of files --------------------------------------------------------------------------------------
-
-
 def saved_overlaps(adapters: Mapping[str, str | Path]) -> tuple[list[str], Float[Tensor, "n n"]]:
     """`inspection.library_overlaps`, but from files alone, without the base.
 
     Sites are compared by their names in the config: only the base could tell that a component and a
     dotted path are one module. A PEFT method and trained weights of the base do not count.
-
-    Args:
-        adapters: directories of runs or adapters, or hub names, by name.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -122,9 +116,6 @@ def _rows(files: AdapterFiles) -> Iterator[tuple[str, Tensor]]:
                 yield place_name(entry, layer), up
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{files.weights_path}: {key}: {one_line(error)}") from None
-
-
-# -- display ---------------------------------------------------------------------------------------
 
 
 def overlaps_by_name(

@@ -1,4 +1,4 @@
-"""Mistakes that are found before torch is imported, which takes seconds."""
+"""Mistakes that are reported before torch is imported, which takes seconds."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,9 +41,5 @@ def expect_prompts(prompt: str | None, input_: str | None, output: str | None) -
 
 def expect_run_or_study(directory: str, against: str | None, prompts: object) -> None:
     """Raise an error where there is nothing to report, or for a study what only runs have."""
-    if is_study(Path(directory)):
-        for name, value in (("against", against), ("prompts", prompts)):
-            if value is not None:
-                raise ValueError(f"{name}: {directory} is a study; expected a run's directory")
-    elif against is not None:
+    if not is_study(Path(directory), against=against, prompts=prompts) and against is not None:
         adapter_directory(against)

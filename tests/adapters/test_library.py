@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import reftnoise as rn
-from reftnoise.analysis.inspection import library_overlaps, subspace_cosine
+from reftnoise.analysis.inspection import library_overlaps, subspace_cosine, subspaces
 from support.adapters import ENTRIES, wrapped
 from support.models.architectures import tiny_model
 from support.tolerance import assert_close
@@ -375,7 +375,7 @@ def test_overlaps_are_those_of_the_adapters_two_by_two(tmp_path: Path) -> None:
         library.load_adapter(tmp_path / name, name)
     names, overlaps = library_overlaps(library.adapters)
     assert names == list(entries)
-    expected = subspace_cosine(models["a"], models["b"])
+    expected = subspace_cosine(subspaces(models["a"]), subspaces(models["b"]))
     assert float(overlaps[0, 1]) == pytest.approx(sum(expected.values()) / 2, abs=1e-5)
     torch.testing.assert_close(overlaps, overlaps.T, equal_nan=True)
     torch.testing.assert_close(overlaps.diagonal(), torch.ones(3))

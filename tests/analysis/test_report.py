@@ -26,7 +26,7 @@ PICTURES = {"loss", "learning_rate", "speed", "noise", "edits"}
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's directory with its report."""
     directory = make_run(tmp_path_factory.mktemp("runs") / "a run")
-    assert write_report(directory, rows=8, draws=3) == directory / "report.html"
+    assert write_report(directory) == directory / "report.html"
     return directory
 
 
@@ -94,7 +94,7 @@ def test_noise_is_measured_on_training_rows(run: Path) -> None:
     page = (run / "report.html").read_text(encoding="utf-8")
     found = {row[0]: row[1:] for row in rows(page, "model")}
     model, tokenizer = rn.load_tiny_model()
-    examples = rn.load_tiny_examples("train")[:8]
+    examples = rn.load_tiny_examples("train")[:32]
     module = rn.make_last_position_supervised_data_module(
         tokenizer, model, [e.prompt for e in examples], [e.completion for e in examples],
         chat_template=True,
@@ -135,8 +135,7 @@ def test_the_lens_ends_with_the_models_own_prediction(run: Path) -> None:
 def test_prompts_another_adapter_and_another_folder(run: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", [LOREFT])
     prompts = ["Where does a bear live?", "What is 1 < 2?"]
-    path = write_report(run, against=other, prompts=prompts, output_dir=tmp_path / "out",
-                        max_new_tokens=4, rows=2, draws=1)  # fmt: skip
+    path = write_report(run, against=other, prompts=prompts, output_dir=tmp_path / "out")
     assert path == tmp_path / "out" / "report.html"
     assert {found.stem for found in path.parent.glob("*.png")} == PICTURES | {"subspaces"}
     page = path.read_text(encoding="utf-8")
@@ -147,7 +146,7 @@ def test_prompts_another_adapter_and_another_folder(run: Path, tmp_path: Path) -
     prompt = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    tokens = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    tokens = model.generate(**prompt, max_new_tokens=64, do_sample=False)
     width = prompt["input_ids"].shape[1]
     expected = tokenizer.decode(tokens[0, width:], skip_special_tokens=True)
     assert rows(page, "prompt")[0][1] == expected.strip()
@@ -159,7 +158,7 @@ def test_what_a_run_does_not_have_is_left_out(tmp_path: Path) -> None:
         (directory / name).unlink()
     assert headings(write_report(directory).read_text(encoding="utf-8")) == ["Recipe"]
     prompts = ["A"]
-    page = write_report(directory, prompts=prompts, max_new_tokens=1).read_text(encoding="utf-8")
+    page = write_report(directory, prompts=prompts).read_text(encoding="utf-8")
     assert headings(page) == ["Edits", "Logit lens", "Generations", "Recipe"]
 
 
@@ -178,7 +177,7 @@ def test_rows_of_a_stream_end(run: Path, tmp_path: Path) -> None:
     recipe = directory / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8").replace("streaming: false", "streaming: true")
     recipe.write_text(text, encoding="utf-8")
-    page = write_report(directory, rows=8, draws=3).read_text(encoding="utf-8")
+    page = write_report(directory).read_text(encoding="utf-8")
     assert rows(page, "model") == rows((run / "report.html").read_text(encoding="utf-8"), "model")
 
 
@@ -208,7 +207,7 @@ def test_a_run_whose_adapter_was_not_kept(tmp_path: Path) -> None:
 def test_adapters_without_a_common_site(run: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", [LOREFT | {"component": "mlp_output"}])
     with pytest.raises(ValueError, match="no common site"):
-        write_report(run, against=other, output_dir=tmp_path / "out", rows=1, draws=1)
+        write_report(run, against=other, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -68,7 +68,7 @@ def test_everything_fits_a_phone_and_uses_a_large_screen(tmp_path: Path, kind: s
     if kind == "run":
         prompts = ["A question with a very long word in it, " + "and" * 60 + "?"]
         directory = make_run(tmp_path / kind)
-        write_report(directory, prompts=prompts, rows=2, draws=2, max_new_tokens=3)
+        write_report(directory, prompts=prompts)
     else:
         directory = make_study(tmp_path / kind, axes=("noise", "data"))
         write_report(directory)

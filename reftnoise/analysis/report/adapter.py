@@ -21,14 +21,19 @@ from ..inspection import (
     LensRow,
     NoiseLosses,
     Prompt,
-    compare_subspaces,
     edit_norms,
     logit_lens,
     noise_losses,
+    subspace_cosine,
     subspaces,
 )
 from .figures import draw_cosines, draw_heat, draw_noise, picture
 from .page import Paragraph, Section, Table, TableCell, number, signed
+
+ROWS, DRAWS = 32, 8
+"""Training rows whose loss is measured, and draws of the noise on them."""
+MAX_NEW_TOKENS = 64
+"""Longest text that is generated for a report."""
 
 
 class Texts(NamedTuple):
@@ -40,21 +45,19 @@ class Texts(NamedTuple):
     answer: str = ""
 
 
-def noise(
-    recipe: Recipe, reft_model: ReftModel, tokenizer: Any, *, rows: int, draws: int
-) -> Section:
+def noise(recipe: Recipe, reft_model: ReftModel, tokenizer: Any) -> Section:
     """The loss on training rows with and without noise, of the adapted model and of the base."""
     noises = [entry for entry in reft_model.reft_config.representations if entry.is_noise]
     if not noises:
         return Section("Noise")
-    batches = _training_batches(recipe, reft_model, tokenizer, rows)
-    losses = {"adapted": noise_losses(reft_model, batches, draws=draws)}
+    batches = _training_batches(recipe, reft_model, tokenizer)
+    losses = {"adapted": noise_losses(reft_model, batches, draws=DRAWS)}
     if reft_model.reft_config.peft is None:
         bare = get_reft_model(reft_model.model, ReftConfig(noises), set_device=False)
-        losses = {"base": noise_losses(bare, batches, draws=draws)} | losses
+        losses = {"base": noise_losses(bare, batches, draws=DRAWS)} | losses
     count = sum(len(batch["labels"]) for batch in batches)
     about = (
-        f"Loss on {count} training rows, without noise and with {draws} draws of the "
+        f"Loss on {count} training rows, without noise and with {DRAWS} draws of the "
         "noise that the adapter was trained with; dropout is off. The base has the same noise, but "
         "no edits."
     )
@@ -114,14 +117,12 @@ def generate(
     reft_model: ReftModel,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
 ) -> list[Texts]:
     """What base and adapted model write."""
     rendered = _rendered(recipe, prompts)
     with reft_model.disabled():
-        base = generated(reft_model, tokenizer, rendered, max_new_tokens=max_new_tokens)
-    adapted = generated(reft_model, tokenizer, rendered, max_new_tokens=max_new_tokens)
+        base = generated(reft_model, tokenizer, rendered, max_new_tokens=MAX_NEW_TOKENS)
+    adapted = generated(reft_model, tokenizer, rendered, max_new_tokens=MAX_NEW_TOKENS)
     return [Texts(*texts) for texts in zip(prompts, base, adapted, strict=True)]
 
 
@@ -141,7 +142,7 @@ def generations(texts: Sequence[Texts], about: str) -> Section:
 def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section:
     """How alike the subspaces are that this adapter and another edit."""
     theirs = subspaces(load_trained(ResolvedRun(replace(recipe, output_dir=str(against))))[0])
-    cosines = compare_subspaces(own, theirs)
+    cosines = subspace_cosine(own, theirs)
     chances = [max(len(own[s]), len(theirs[s])) / own[s].shape[1] for s in cosines]
     about = (
         "Mean squared cosine of the principal angles θ between the subspaces that this adapter "
@@ -152,11 +153,8 @@ def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section
     return Section("Subspaces", [Paragraph(about), drawn])
 
 
-# -- the recipe's rows and prompts -----------------------------------------------------------------
-
-
 def _training_batches(
-    recipe: Recipe, reft_model: ReftModel, tokenizer: Any, rows: int
+    recipe: Recipe, reft_model: ReftModel, tokenizer: Any
 ) -> list[dict[str, Any]]:
     """The first rows that the adapter was trained on, collated as in training.
 
@@ -169,7 +167,7 @@ def _training_batches(
     source = load_rows(
         data.train, split=data.train_split, subset=data.subset, streaming=data.streaming
     )
-    first = source.take(rows if data.streaming else min(rows, len(source)))
+    first = source.take(ROWS if data.streaming else min(ROWS, len(source)))
     if isinstance(first, datasets.IterableDataset):  # training repeats a stream without end
         first = datasets.Dataset.from_list(list(first))
     first = rename_columns(first, data.columns)

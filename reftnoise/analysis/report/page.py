@@ -13,18 +13,10 @@ Style: TypeAlias = Literal["", "number", "changed", "up", "down", "text"]
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture for light and for dark pages.
+    """A picture for light and for dark pages: PNGs, `width` CSS pixels wide."""
 
-    Args:
-        name: name of its file, without the ending.
-        about: what it shows, for readers who cannot see it.
-        light: PNG on white.
-        dark: PNG on black.
-        width: width in CSS pixels.
-    """
-
-    name: str
-    about: str
+    name: str  # of its file, without the ending
+    about: str  # for readers who cannot see it
     light: bytes
     dark: bytes
     width: int
@@ -134,9 +126,6 @@ def markdown(table: Table) -> str:
     rule = "|".join("---:" if cell.is_number else "---" for cell in table.rows[0])
     head, *rows = [f"| {line} |" for line in escaped]
     return "\n".join([head, f"|{rule}|", *rows]) + "\n"
-
-
-# -- numbers as readers want them ----------------------------------------------------------------
 
 
 def score(value: float | None) -> str:

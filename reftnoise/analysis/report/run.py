@@ -31,21 +31,11 @@ PROMPTS = 8
 EVALUATED = "The first rows of the last evaluation."
 
 
-def run_sections(
-    run: Run,
-    *,
-    against: Path | None,
-    prompts: Sequence[str] | None,
-    rows: int,
-    draws: int,
-    max_new_tokens: int,
-) -> list[Section]:
+def run_sections(run: Run, *, against: Path | None, prompts: Sequence[str] | None) -> list[Section]:
     """Read and measure all that the page of a run shows; arguments as in `write_report`."""
     sections = [overview(run), scores(run), training(run)]
     if run.has_adapter:
-        measured, own = _measured(
-            run, prompts=prompts, rows=rows, draws=draws, max_new_tokens=max_new_tokens
-        )
+        measured, own = _measured(run, prompts)
         sections += measured
         if against is not None:  # when the run's own model is gone
             sections.append(overlap(run.recipe, own, against))
@@ -59,13 +49,13 @@ def run_sections(
 
 
 def _measured(
-    run: Run, *, prompts: Sequence[str] | None, rows: int, draws: int, max_new_tokens: int
+    run: Run, prompts: Sequence[str] | None
 ) -> tuple[list[Section], Mapping[str, Tensor]]:
     """The sections that need the model, and the subspaces that it edits."""
     reft_model, tokenizer = load_trained(ResolvedRun(run.recipe))
     loaded = (run.recipe, reft_model, tokenizer)
     asked = list(prompts or _prompts(run))
-    sections = [_or_reason("Noise", lambda: noise(*loaded, rows=rows, draws=draws))]
+    sections = [_or_reason("Noise", lambda: noise(*loaded))]
     if asked:
         sections += [
             _or_reason("Edits", lambda: edits(*loaded, asked[0])),
@@ -77,8 +67,7 @@ def _measured(
     else:
 
         def written() -> Section:
-            texts = generate(*loaded, asked, max_new_tokens=max_new_tokens)
-            return generations(texts, "Greedy decoding.")
+            return generations(generate(*loaded, asked), "Greedy decoding.")
 
         sections.append(_or_reason("Generations", written))
     return sections, subspaces(reft_model)

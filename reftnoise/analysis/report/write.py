@@ -22,10 +22,6 @@ def write_report(
     against: str | Path | None = None,
     prompts: Sequence[str] | None = None,
     output_dir: str | Path | None = None,
-    device: str | None = None,
-    rows: int = 32,
-    draws: int = 8,
-    max_new_tokens: int = 64,
 ) -> Path:
     """Write `report.html` and its pictures as PNG files; of a study, also `results.md`.
 
@@ -37,10 +33,6 @@ def write_report(
         prompts: texts that base and adapted model continue side by side; edits and logit lens are
             those of the first. By default rows of the run's last evaluation.
         output_dir: directory for the files, by default `directory`.
-        device: device of the model, instead of the recipe's.
-        rows: number of training rows for the loss with and without noise.
-        draws: number of draws of that noise.
-        max_new_tokens: longest text that is generated for the report.
 
     Returns:
         The path of the page.
@@ -50,22 +42,11 @@ def write_report(
         ValueError: a file cannot be read, or an adapter does not fit its base.
     """
     directory = Path(directory)
-    if is_study(directory):
-        for name, value in (("against", against), ("prompts", prompts)):
-            if value is not None:
-                raise ValueError(f"{name}: {directory} is a study; expected a run's directory")
+    if is_study(directory, against=against, prompts=prompts):
         return write_study_report(directory, output_dir=output_dir)[0]
     run = read_run(directory)
-    if device is not None:
-        run.recipe.device = device
-    sections = run_sections(
-        run,
-        against=None if against is None else Path(against),
-        prompts=prompts,
-        rows=rows,
-        draws=draws,
-        max_new_tokens=max_new_tokens,
-    )
+    other = None if against is None else Path(against)
+    sections = run_sections(run, against=other, prompts=prompts)
     title = f"Run {directory.resolve().name}"
     return _write(output_dir or directory, title, _units(run.recipe), sections, {})
 
