@@ -37,13 +37,8 @@ def chat(
 ) -> None:
     """Read messages from stdin until its end, and stream an answer to each.
 
-    Args:
-        adapter: adapter, as in `load_adapted`.
-        model: base, as in `load_adapted`.
-        device: device of both, as in `load_adapted`.
-        decoding: template, by default that of the run, and sampling. In any template but chat, each
-            line is a prompt of its own.
-        console: where to print.
+    Adapter, model and device are as in `load_adapted`; the template is by default that of the run.
+    In any template but chat, each line is a prompt of its own.
 
     Raises:
         OSError: there is no such adapter or base.
@@ -71,7 +66,7 @@ def _lines(console: Console) -> Iterator[str]:
         yield from sys.stdin
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # by which input() edits lines and remembers them
+        import readline  # noqa: F401  # with it, input() edits lines and remembers them
     while True:
         try:
             yield input(SIGN)
@@ -85,13 +80,7 @@ def _lines(console: Console) -> Iterator[str]:
 class Conversation:
     """The messages so far, and what answers the next one.
 
-    Args:
-        reft_model: model in evaluation mode.
-        tokenizer: tokenizer of the base. Without a chat template, the conversation is one text that
-            each line and each answer continue.
-        console: where to print.
-        decoding: template, by default chat, and sampling. In any template but chat, each line is a
-            prompt of its own.
+    Without a chat template, the conversation is one text that each line and each answer continue.
     """
 
     def __init__(

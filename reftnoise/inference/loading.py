@@ -20,7 +20,6 @@ def load_adapted(
     adapter: str | Path,
     model: str | None = None,
     *,
-    revision: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
 ) -> tuple[ReftModel, Any]:
@@ -31,7 +30,6 @@ def load_adapted(
     Args:
         adapter: directory of a run or of an adapter, or hub name of an adapter.
         model: name or directory of the base, or tiny-chat.
-        revision: branch, tag or commit of a base on the hub.
         dtype: dtype of the base, as in `load_base`.
         device: device for both, as in `load_base`.
 
@@ -40,9 +38,8 @@ def load_adapted(
         ValueError: the adapter is damaged, does not name its base, is for another base, or is that
             of a classifier.
     """
-    directory = adapter_directory(adapter)
-    _expect_no_classifier(directory)
-    base, tokenizer = _load_base(directory, model, revision=revision, dtype=dtype, device=device)
+    directory = _of_text_model(adapter)
+    base, tokenizer = _load_base(directory, model, dtype, device)
     return ReftModel.from_pretrained(base, directory), tokenizer
 
 
@@ -55,22 +52,11 @@ def load_library(
 ) -> tuple[ReftModel, Any]:
     """A base with several adapters by name, in evaluation mode, and its tokenizer.
 
-    Args:
-        adapters: directories of runs or adapters, or hub names, by the name that each gets.
-        model: name or directory of the base; by default the base of the first adapter.
-        dtype: dtype of the base, as in `load_base`.
-        device: device for both, as in `load_base`.
-
-    Raises:
-        OSError: there is no such adapter or base.
-        ValueError: an adapter is damaged, for another base, or that of a classifier; or the first
-            one does not name its base.
+    Arguments and errors are as in `load_adapted`; the base is by default the first adapter's.
     """
-    directories = {name: adapter_directory(path) for name, path in adapters.items()}
-    for directory in directories.values():
-        _expect_no_classifier(directory)
+    directories = {name: _of_text_model(path) for name, path in adapters.items()}
     first = next(iter(directories.values()))
-    base, tokenizer = _load_base(first, model, dtype=dtype, device=device)
+    base, tokenizer = _load_base(first, model, dtype, device)
     reft_model = get_reft_model(base)
     for name, directory in directories.items():
         reft_model.load_adapter(directory, name)
@@ -91,17 +77,12 @@ def by_name(adapter: str | Path, others: Mapping[str, str | Path]) -> dict[str, 
 
 
 def _load_base(
-    directory: Path,
-    model: str | None,
-    *,
-    revision: str | None = None,
-    dtype: str | None = None,
-    device: str,
+    directory: Path, model: str | None, dtype: str | None, device: str
 ) -> tuple[Any, Any]:
     """The base of an adapter directory, and its tokenizer; arguments as in `load_adapted`."""
     known = base_of(directory) if model is None else {"model": model}
-    options = {"revision": revision, "dtype": dtype}
-    known |= {name: value for name, value in options.items() if value is not None}
+    if dtype is not None:
+        known["dtype"] = dtype
     name = known.pop("model")
     if not name:
         raise ValueError(
@@ -115,10 +96,13 @@ def _load_base(
         raise kind(f"{name}, the adapter's base: {reason}") from None
 
 
-def _expect_no_classifier(directory: Path) -> None:
+def _of_text_model(adapter: str | Path) -> Path:
+    """The adapter's own directory; a ValueError for the run of a classifier."""
+    directory = adapter_directory(adapter)
     task = recipe_of(directory).get("task")
     if task is not None and isinstance(get_task(task), ClassifierTask):
         raise ValueError(
             f"{directory.parent}: the run is a classifier, which writes no text; to score it, run "
             f"'reftnoise eval {directory.parent}'"
         )
+    return directory

@@ -1,4 +1,4 @@
-"""Answers to prompts, by an adapted model alone or next to its base."""
+"""Answers to prompts, by an adapted model alone or with those of its base."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ from ..data.templates import fill
 from ..data.tokenization import smallest_limit
 from ..evaluation.decoding import GREEDY, Decoding
 from ..evaluation.generation import ending_arguments, generated
-from ..evaluation.likelihood import Progress
 from ..evaluation.scoring import evaluating
 from ..model import ReftModel
 from ..training.run_adapter import template_of
@@ -33,18 +32,11 @@ def generate_texts(
     decoding: Decoding = GREEDY,
     rows: Sequence[Mapping[str, Any]] = (),
     batch_size: int = 16,
-    progress: Progress | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, in the prompts' order.
 
-    Args:
-        reft_model: the model; within `reft_model.disabled()` its base alone answers.
-        tokenizer: tokenizer of the base.
-        prompts: texts.
-        decoding: template, by default that of `default_template`, and sampling.
-        rows: rows for the template's columns, one for each prompt.
-        batch_size: number of prompts per forward pass.
-        progress: function that is called with the number of finished prompts and of all prompts.
+    `rows`, one for each prompt, have the template's columns. The template is by default that of
+    `default_template`. Within `reft_model.disabled()`, the base alone answers.
 
     Raises:
         ValueError: an empty prompt, a template that does not fit, or more new tokens than the
@@ -71,7 +63,6 @@ def generate_texts(
             max_new_tokens=new_tokens(decoding, tokenizer, reft_model),
             batch_size=batch_size,
             generation=decoding.arguments(),
-            progress=progress,
         )
 
 
@@ -109,20 +100,8 @@ def answer_prompts(
     """Load an adapter, answer prompts, and print the answers or write them to a file.
 
     Each row is one of `input`, or `{"prompt": …}`, with the answer as `text`, and with `compare`
-    that of the base alone as `base`.
-
-    Args:
-        adapter: adapter, as in `load_adapted`.
-        prompts: texts.
-        input: file of JSON lines with further prompts.
-        output: file for the rows as JSON lines.
-        column: key of the prompts in `input`.
-        compare: whether the base answers, too.
-        model: base, as in `load_adapted`.
-        device: device of both, as in `load_adapted`.
-        decoding: template, by default that of the run, and sampling, as in `generate_texts`.
-        batch_size: number of prompts per forward pass.
-        console: where answers that go to no file are printed; None for nowhere.
+    that of the base alone as `base`. Adapter, model and device are as in `load_adapted`; the
+    template is by default that of the run.
 
     Raises:
         OSError: there is no such adapter, base or file.
@@ -136,8 +115,6 @@ def answer_prompts(
     for name in ("text", "base") if compare else ("text",):
         if any(name in row for row in rows):
             raise ValueError(f"column {name!r}: the answer goes there; rename it in the input")
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"output {output}: no such directory")
     if output is not None and Path(output).is_dir():
         raise ValueError(f"output {output}: expected a file, found a directory")
     decoding = replace(decoding, template=decoding.template or template_of(adapter))
@@ -157,7 +134,8 @@ def answer_prompts(
         rows = [row | {"base": text} for row, text in zip(rows, bases, strict=True)]
     rows = [row | {"text": text} for row, text in zip(rows, answer(), strict=True)]
     if output is not None:
-        write_jsonl(output, rows)
+        path = Path(output).absolute()
+        replace_all(path.parent, {path.name: json_lines(rows)})
     elif console is not None:
         show(rows, texts, console)
     return rows
@@ -196,8 +174,3 @@ def read_jsonl(path: str | Path, column: str) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: {column} {row[column]!r}, expected a text")
         rows.append(row)
     return rows
-
-
-def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, under a temporary name that is then the file's."""
-    replace_all(Path(path).absolute().parent, {Path(path).name: json_lines(rows)})

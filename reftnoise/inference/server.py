@@ -13,7 +13,6 @@ import torch
 from .._util.errors import nearest
 from ..model import ReftModel
 from .loading import BASE, load_library
-from .ports import expect_free
 
 try:
     from fastapi import HTTPException
@@ -70,13 +69,8 @@ def start(
 ) -> Serve:
     """Run transformers' server, with the base and each loaded adapter as a model.
 
-    Args:
-        reft_model: model with the loaded adapters.
-        tokenizer: tokenizer of its base.
-        host: address that the server listens on.
-        port: port that the server listens on.
-        waits: whether to return only when the server is interrupted; otherwise it runs in a thread
-            of its own until `kill_server()`.
+    It returns when it is interrupted; with `waits=False`, it runs in a thread of its own until
+    `kill_server()`.
     """
     manager = _LoadedModels(reft_model.eval(), tokenizer)
     original = model_manager.ModelManager
@@ -89,29 +83,18 @@ def start(
 
 def serve(
     adapters: Mapping[str, str | Path],
-    model: str | None = None,
+    model: str | None,
     *,
-    host: str = "localhost",
-    port: int = 8000,
-    dtype: str | None = None,
-    device: str = "auto",
+    host: str,
+    port: int,
+    dtype: str | None,
+    device: str,
 ) -> None:
-    """Serve adapters of one base until interrupted.
-
-    Args:
-        adapters: directories of runs or adapters, or hub names, by the name that requests use.
-        model: name or directory of the base; by default the base of the first adapter.
-        host: address that the server listens on.
-        port: port that the server listens on.
-        dtype: dtype of the base, as in `load_base`.
-        device: device for both, as in `load_base`.
+    """Serve adapters of one base, by the names that requests use, until interrupted.
 
     Raises:
-        OSError: there is no such adapter or base, or the port is taken.
-        ValueError: an adapter is damaged or for another base, a name is taken, or no such port
-            exists.
+        OSError, ValueError: as in `load_library`, or an adapter has the base's name.
     """
-    expect_free(host, port)
     if BASE in adapters:
         raise ValueError(f"adapter name {BASE!r}: this is the name of the model without adapters")
     reft_model, tokenizer = load_library(adapters, model, dtype=dtype, device=device)

@@ -182,12 +182,9 @@ def test_a_damaged_input_file(line: str, problem: str, adapter: Path, tmp_path: 
         answer_prompts(adapter, input=path)
 
 
-def test_nothing_to_answer(adapter: Path, tmp_path: Path) -> None:
+def test_nothing_to_answer(adapter: Path) -> None:
     with pytest.raises(ValueError, match=r"^no prompts: expected a prompt, or an input file$"):
         answer_prompts(adapter)
-    nowhere = tmp_path / "nowhere" / "answers.jsonl"
-    with pytest.raises(FileNotFoundError, match="no such directory"):
-        answer_prompts(adapter, prompts=QUESTIONS, output=nowhere)
 
 
 def test_prompts_of_a_run_stand_in_its_template(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ...training.run_adapter import template_of
 from ..loading import BASE, by_name, load_library
-from ..ports import expect_free
 from ..prompts import default_template
 from .asking import TOGETHER, Answerer
 from .page import build, launch
@@ -16,28 +15,18 @@ _ADDRESSES = ("http://", "https://")
 def run_playground(
     source: str,
     others: Mapping[str, str | Path],
-    model: str | None = None,
+    model: str | None,
     *,
-    host: str = "localhost",
-    port: int = 7860,
-    device: str = "auto",
+    host: str,
+    port: int,
+    device: str,
 ) -> None:
-    """Serve the page until interrupted.
-
-    Args:
-        source: directory or hub name of an adapter, or address of a server.
-        others: further adapters of its base, by name.
-        model: name or directory of the base; by default the base of the first adapter.
-        host: address that the page is served on.
-        port: port that the page is served on.
-        device: device of the model, as in `load_base`.
+    """Serve the page of an adapter, or of a server with an address, until interrupted.
 
     Raises:
-        OSError: there is no such adapter, base or server, or the port is taken.
-        ValueError: an adapter is damaged or for another base, a name is taken, adapters or a base
-            are given together with a server, or there is no such port.
+        OSError, ValueError: as in `load_library`, there is no such server, or a server is to have
+            adapters or a base.
     """
-    expect_free(host, port)
     answerer: Answerer
     if source.startswith(_ADDRESSES):
         if others or model is not None:

@@ -22,8 +22,8 @@ class AnswerRequest:
         names: names of the models that answer.
         scales: factors of the adapters' edits by name; 1 for those that have none.
         decoding: template and sampling.
-        layers: layers where adapters edit; None for all of theirs.
-        positions: fields of `Positions` where adapters edit; None for all of theirs.
+        layers: layers where adapters edit; None for all that they edit.
+        positions: fields of `Positions` where adapters edit; None for all that they edit.
         noise: registered name of the noise on the prompt's embeddings, or `off`.
         alpha: α of the noise.
     """

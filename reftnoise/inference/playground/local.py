@@ -33,13 +33,7 @@ _PART = "part of "
 
 
 class LocalModel(Answerer):
-    """A base with adapters that are loaded by name.
-
-    Args:
-        reft_model: the model.
-        tokenizer: tokenizer of its base.
-        title: name of the model on the page.
-    """
+    """A base with adapters that are loaded by name."""
 
     noises = tuple(
         name for name, unit in INTERVENTIONS.items() if issubclass(unit, NoiseIntervention)

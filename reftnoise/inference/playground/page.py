@@ -27,13 +27,7 @@ POSITIONS = {
 
 
 def build(answerer: Answerer, *, template: str, max_new_tokens: int = 64) -> gr.Blocks:
-    """A page that asks a model or a server.
-
-    Args:
-        answerer: model or server.
-        template: template that is chosen at first, by name or as a text with {prompt}.
-        max_new_tokens: number of new tokens that is chosen at first.
-    """
+    """A page that asks a model or a server; template and number of tokens are chosen at first."""
     with gr.Blocks(title="reftnoise", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"## reftnoise · {answerer.title}")
         with gr.Row(equal_height=True):

@@ -59,7 +59,7 @@ class Server(Answerer):
             thread.start()
         try:
             is_running = True
-            while is_running:  # whoever reads this can stop it, even if the server is silent
+            while is_running:  # the reader can stop this, even if the server is silent
                 sleep(_INTERVAL)
                 is_running = any(thread.is_alive() for thread in threads)
                 if errors:

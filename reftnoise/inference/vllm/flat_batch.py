@@ -44,12 +44,7 @@ class FlatEdit(NamedTuple):
 
 
 class FlatBatch:
-    """Adapters side by side, for batches whose requests choose among them.
-
-    Args:
-        adapters: adapters by column.
-        device: device of the hidden states.
-    """
+    """Adapters side by side, for batches whose requests choose among them by column."""
 
     def __init__(self, adapters: Sequence[FrozenAdapter], device: torch.device) -> None:
         self._count, self._device = len(adapters), device

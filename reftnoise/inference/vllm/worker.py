@@ -116,12 +116,7 @@ def scale_of(params: Any) -> float:
 
 
 class ServedAdapters:
-    """The adapters of one worker.
-
-    Args:
-        runner: model runner of the worker.
-        components: components that adapters may edit.
-    """
+    """The adapters of one worker, which may edit some components of its runner's model."""
 
     def __init__(self, runner: Any, components: Sequence[str]) -> None:
         self._runner = runner
