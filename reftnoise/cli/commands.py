@@ -1,6 +1,6 @@
 """What each command of the command line does, as a function of its options.
 
-Heavy imports stand inside the functions: `--help` and mistakes do not wait for torch.
+Heavy imports are inside the functions: `--help` and mistakes do not wait for torch.
 """
 
 from collections.abc import Callable

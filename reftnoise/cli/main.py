@@ -52,10 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(function: Callable[..., None], arguments: Sequence[str], *, prog: str) -> int:
     """Call a function with options of a command line for its parameters; the exit code.
 
-    Args:
-        function: what is called; its docstring becomes the help.
-        arguments: options, perhaps after a file.
-        prog: name of the program, as in `reftnoise train`.
+    Its docstring becomes the help. A file may come before the options.
     """
     logger = logging.getLogger("reftnoise")
     if not logger.handlers:

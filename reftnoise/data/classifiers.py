@@ -21,12 +21,7 @@ def make_classifier_data_module(
 ) -> dict[str, Any]:
     """Datasets, collator and the task's metrics: arguments of a trainer.
 
-    Args:
-        tokenizer: tokenizer of the base.
-        task: reads the texts and the label of a row.
-        rows: rows to train on.
-        eval_rows: rows whose loss and metrics are measured while training.
-        max_length: greatest number of tokens; longer texts lose their end.
+    Texts longer than `max_length` tokens lose their end.
 
     Raises:
         RowError: a row that the task cannot read.

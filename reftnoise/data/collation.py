@@ -46,7 +46,7 @@ def make_last_position_supervised_data_module(
 ) -> dict[str, Any]:
     """Datasets and collator for supervised training: arguments of a trainer.
 
-    Each example has `input_ids`, `labels`, `prompt_lengths`, `length` (by which a Trainer groups
+    Each example has `input_ids`, `labels`, `prompt_lengths`, `length` (for a Trainer that groups
     batches, `train_sampling_strategy="group_by_length"`) and, where rows have them, `subspaces`.
 
     Args:

@@ -49,16 +49,7 @@ class Example(NamedTuple):
 class Encoder:
     """Makes examples of rows.
 
-    Args:
-        tokenizer: tokenizer of the base.
-        prompt_column: column of prompts.
-        completion_column: column of completions.
-        messages_column: column of conversations, used where there are no prompts.
-        subspaces_column: column of each row's dimensions, which rows need not have.
-        chat_template: whether each prompt becomes a user's turn.
-        nonstop: whether the end-of-text token is left out.
-        max_length: greatest number of tokens of an example.
-        name: name of the dataset, for messages.
+    Fields are as in `make_last_position_supervised_data_module`; messages have the dataset's name.
     """
 
     tokenizer: Any
@@ -89,17 +80,17 @@ class Encoder:
     ) -> Iterator[list[Example]]:
         """Batches of examples: one for each row, or for each assistant's turn of its conversation.
 
-        Args:
-            rows: rows with the columns that are read.
-            batch_size: least number of examples that are tokenised at once.
-            first: index of the first row, for errors.
+        At least `batch_size` examples are tokenised at once. The first row's index is for errors.
 
         Raises:
             RowError: a row that is no example.
         """
         batch: list[_TextPair] = []
         for index, row in enumerate(rows, start=first):
-            batch += self._pairs(index, row)
+            try:
+                batch += self._pairs(index, row)
+            except ValueError as error:
+                raise RowError(error, name=self.name, index=index) from None
             if len(batch) >= batch_size:
                 yield self._encode(batch)
                 batch = []
@@ -110,7 +101,7 @@ class Encoder:
         columns = self.columns(list(row))
         subspaces = None
         if self.subspaces_column in columns:
-            subspaces = self._subspaces(index, row[self.subspaces_column])
+            subspaces = self._subspaces(row[self.subspaces_column])
         if self.messages_column in columns:
             yield from self._assistant_turns(index, row[self.messages_column], subspaces)
             return
@@ -118,13 +109,11 @@ class Encoder:
         rendered = [{"role": "user", "content": prompt}] if self.chat_template else prompt
         yield _TextPair(index, rendered, completion, subspaces)
 
-    def _subspaces(self, index: int, value: Any) -> list[int]:
+    def _subspaces(self, value: Any) -> list[int]:
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
         if not is_list or not all(type(i) is int and i >= 0 for i in value):
-            raise RowError(
-                f"{self.subspaces_column} {value!r}: expected a list of dimensions, such as [0, 1]",
-                name=self.name,
-                index=index,
+            raise ValueError(
+                f"{self.subspaces_column} {value!r}: expected a list of dimensions, such as [0, 1]"
             )
         return list(value)
 
@@ -134,10 +123,8 @@ class Encoder:
         """Each assistant's message, with all messages before it."""
         for turn, message in enumerate(conversation):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise RowError(
-                    f"message {turn} is {message!r}, expected a mapping with 'role' and 'content'",
-                    name=self.name,
-                    index=index,
+                raise ValueError(
+                    f"message {turn} is {message!r}, expected a mapping with 'role' and 'content'"
                 )
             if message["role"] == "assistant":
                 yield _TextPair(index, conversation[:turn], message["content"], subspaces)

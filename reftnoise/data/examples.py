@@ -20,14 +20,7 @@ def as_examples(
     """Rows of `prompt` and `completion`, which `make_last_position_supervised_data_module` reads.
 
     With the template `chat` they are rows of `messages`, as are conversations, which the task
-    `text` leaves as they are.
-
-    Args:
-        rows: rows with the columns that the task reads.
-        task: makes prompts and completions of the rows.
-        template: template, as in `fill`.
-        tokenizer: tokenizer of the base.
-        name: name of the dataset, for errors.
+    `text` leaves as they are. Errors have the dataset's name.
 
     Raises:
         RowError: a row that the task or the template cannot read.

@@ -132,13 +132,7 @@ def temporary_file() -> Path:
 
 
 def place_of(source: str | Path, split: str, index: int) -> str:
-    """Where a row is: `rows.jsonl, line 3`, or `rows.parquet, row 3` where there are no lines.
-
-    Args:
-        source: source, as in `load_rows`.
-        split: split, as in `load_rows`.
-        index: index of the row in the split.
-    """
+    """Where a row is: `rows.jsonl, line 3`, or `rows.parquet, row 3` where there are no lines."""
     path, name = Path(source).expanduser(), re.match(r"\w+", split)
     read = {".jsonl": _lines_of_json, ".csv": _lines_of_csv}.get(path.suffix)
     if read is not None and name is not None and path.is_file():

@@ -24,11 +24,8 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     The first example that is too long is warned of at once. How many there are is logged after the
     first pass, or where training stops before its end.
 
-    Args:
-        rows: rows with the columns that the encoder reads.
-        encoder: makes examples of the rows.
-        repeats: whether to begin again after the last row, in another order if the rows are
-            shuffled. A Trainer that resumes skips steps within one pass, so all passes are one.
+    A stream that repeats begins again after the last row, in another order if the rows are
+    shuffled. A Trainer that resumes skips steps within one pass, so all passes are one.
     """
 
     def __init__(self, rows: datasets.IterableDataset, encoder: Encoder, repeats: bool) -> None:

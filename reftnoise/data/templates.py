@@ -21,12 +21,9 @@ ALPACA_WITH_INPUT = (
 def fill(template: str, prompt: str, row: Mapping[str, Any]) -> "str | Messages":
     """A prompt in its template: a text, or for `chat` a conversation for the tokenizer's own.
 
-    Args:
-        template: `plain` (the prompt alone), `chat` (a user's turn of the tokenizer's chat
-            template), `alpaca` (which has a place for a row's `input`), or a text with `{prompt}`
-            and columns of the row in braces.
-        prompt: prompt of the task.
-        row: row with the columns that the template names.
+    The template is `plain` (the prompt alone), `chat` (a user's turn of the tokenizer's chat
+    template), `alpaca` (which has a place for a row's `input`), or a text with `{prompt}` and
+    columns of the row in braces.
 
     Raises:
         ValueError: no such template, or no such column.

@@ -40,7 +40,7 @@ _FEATURES = {
 def tokenize_once(rows: datasets.Dataset, encoder: Encoder) -> datasets.Dataset:
     """Tokenised examples of rows: in memory if the rows are few, else in a file.
 
-    The file is kept from run to run, and found by the content of rows and tokenizer.
+    The file is kept from run to run, under a name from the content of rows and tokenizer.
 
     Raises:
         ValueError: a row that is no example, or no examples.
@@ -56,9 +56,6 @@ def tokenize_once(rows: datasets.Dataset, encoder: Encoder) -> datasets.Dataset:
         raise ValueError(f"no {encoder.name} examples: no conversation has an assistant's turn")
     _counts(examples.data).log(encoder.name, encoder.max_length)
     return examples.remove_columns(["is_cut", "is_cut_short"])
-
-
-# -- files that are kept ---------------------------------------------------------------------------
 
 
 def _kept_file(rows: datasets.Dataset, encoder: Encoder) -> Path:
@@ -97,9 +94,6 @@ def _key(rows: datasets.Dataset, encoder: Encoder) -> str:
     for batch in rows.iter(_BATCH):
         digest.update(json.dumps(list(batch.values()), default=str).encode())
     return digest.hexdigest()
-
-
-# -- tables ----------------------------------------------------------------------------------------
 
 
 def _tokenized(

@@ -22,15 +22,9 @@ def generated(
 ) -> list[str]:
     """What a model writes after each prompt: the new tokens' text, up to an end of text.
 
-    Args:
-        model: a `ReftModel`, or a causal language model of transformers.
-        tokenizer: tokenizer of the base; prompts are padded on the left, whatever its padding side.
-        prompts: texts, or conversations for the tokenizer's chat template.
-        max_new_tokens: greatest number of new tokens. A prompt that leaves no room for them loses
-            its beginning.
-        batch_size: number of prompts per forward pass; prompts of about equal length share one.
-        generation: further arguments of `generate`; greedy by default.
-        progress: function that is called with the numbers of prompts done and of all prompts.
+    Prompts of about equal length share a batch. They are padded on the left, whatever the
+    tokenizer's padding side. A prompt that leaves no room for the new tokens loses its beginning.
+    `generation` holds further arguments of `generate`, which is greedy by default.
 
     Raises:
         ValueError: `max_new_tokens` is below 1 or as long as the model's context.

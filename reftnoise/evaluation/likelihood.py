@@ -41,11 +41,8 @@ def next_token_log_probs(
 ) -> list[Tensor]:
     """log p of all tokens before each one that follows a prompt, [tokens, vocabulary] per pair.
 
-    Args:
-        model: a `ReftModel`, which gets the prompts' lengths, or any causal language model.
-        pairs: pairs of one forward pass.
-        limit: greatest number of tokens that are read; longer prompts lose their beginning.
-        dtype: dtype of the softmax; by default that of the logits.
+    The pairs share a forward pass, in which a `ReftModel` gets the prompts' lengths. Prompts longer
+    than `limit` lose their beginning. The softmax has the dtype of the logits by default.
     """
     first = None if limit is None else -limit - 1
     tokens = [torch.tensor((prompt + rest)[first:-1]) for prompt, rest in pairs]
@@ -77,15 +74,8 @@ def choice_log_probs(
 ) -> list[Tensor]:
     """Σᵢ log p(cᵢ | prompt, c₁…cᵢ₋₁) of each prompt's choices c, [choices] per prompt.
 
-    Args:
-        model: a `ReftModel`, or a causal language model of transformers.
-        tokenizer: tokenizer of the base.
-        prompts: texts, or conversations for the tokenizer's chat template, which may end choices
-            with a token of its own.
-        choices: choices of each prompt. A prompt without room for a choice loses its beginning.
-        batch_size: number of prompts with a choice per forward pass; those that differ in the last
-            token alone count once.
-        progress: function that is called with the numbers of prompts done and of all prompts.
+    A chat template may end choices with a token of its own. A prompt without room for a choice
+    loses its beginning. In a batch, choices that differ in the last token alone count once.
     """
     texts = [(p, text) for p, of_prompt in zip(prompts, choices, strict=True) for text in of_prompt]
     pairs = tokenize_all(tokenizer, texts, nonstop=True)

@@ -39,6 +39,12 @@ class Evaluation:
     prompts: list[str]
     answers: list[str]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Each row's prompt, text, prediction, answer, and whether it is right."""
+        names = ("prompt", "text", "prediction", "answer", "right")
+        columns = (self.prompts, self.texts, self.predictions, self.answers, self.right)
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
 
 def evaluate(
     model: Any,
@@ -169,9 +175,6 @@ def _prompts(
     return [fill(template, question.prompt, row) for row, question in parsed]
 
 
-# -- by generation ---------------------------------------------------------------------------------
-
-
 def _needed_tokens(
     settings: _Settings,
     task: Task,
@@ -197,9 +200,6 @@ def _needed_tokens(
     return needed
 
 
-# -- by likelihood ---------------------------------------------------------------------------------
-
-
 def _by_likelihood(
     settings: _Settings,
     task: Task,
@@ -223,9 +223,6 @@ def _by_likelihood(
         [q.choice_answers[index] for q, index in zip(questions, best, strict=True)],
         [q.choice_answers[index] for q, index in zip(questions, of_normalised, strict=True)],
     )
-
-
-# -- by a head -------------------------------------------------------------------------------------
 
 
 def _by_head(settings: _Settings, task: ClassifierTask, parsed: Sequence[ParsedRow]) -> list[str]:

@@ -13,10 +13,6 @@ class RichProgressCallback(TrainerCallback):
 
     Tokens per second are shown where the trainer counts tokens
     (`include_num_input_tokens_seen="non_padding"`).
-
-    Args:
-        console: console that the bar is drawn on.
-        description: name of the run.
     """
 
     def __init__(self, console: Console, description: str) -> None:

@@ -1,7 +1,7 @@
 """A recipe with what it names: task, config, arguments and rows are each read once.
 
-What is wrong with a recipe is found before torch is imported, as far as that is possible: heavy
-imports stand inside the properties.
+Mistakes in a recipe are raised before torch is imported, as far as that is possible: heavy imports
+are inside the properties.
 """
 
 import sys
@@ -42,9 +42,6 @@ _POSITIVE = (
 
 class ResolvedRun:
     """A recipe, and what it names.
-
-    Args:
-        recipe: recipe of the run.
 
     Raises:
         ValueError: the task, the base's dtype, the template or a number of the evaluation is wrong.

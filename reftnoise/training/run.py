@@ -52,13 +52,8 @@ def run_recipe(
     """Train what a recipe says and score what it names; the summary, and the evaluations.
 
     Nothing is written, and nothing of an earlier run removed, before the Trainer's first step. One
-    process of several scores; the others return no evaluations.
-
-    Args:
-        run: recipe of the run.
-        resume: whether the run continues from the last checkpoint in `output_dir`.
-        overwrite: whether a run in `output_dir` is replaced.
-        console: where progress is shown; None for nowhere.
+    process of several scores; the others return no evaluations. Progress is shown on the console,
+    if there is one. A run in `output_dir` is continued by `resume`, and replaced by `overwrite`.
 
     Raises:
         ValueError, OSError: what in the recipe cannot be done, and why.
@@ -83,12 +78,15 @@ def _train(
     base, tokenizer = _load_base(run)
     reft_model = get_reft_model(base, config)
     _check_room(run, tokenizer, reft_model)
+    rows = run.training_rows
+    with run.places():
+        data = data_module_of(run, tokenizer, reft_model, rows["train"], rows.get("eval"))
     trainer = ReftTrainer(
         model=reft_model,
         args=arguments,
         processing_class=tokenizer,
         prefix_cache=run.recipe.training.prefix_cache,
-        **_data_module(run, tokenizer, reft_model),
+        **data,
     )
     trainer.remove_callback(PrinterCallback)
     is_main = is_main_process()
@@ -151,12 +149,6 @@ def _load_base(run: ResolvedRun) -> tuple[Any, Any]:
         quantization=recipe.quantization,
         **settings,
     )
-
-
-def _data_module(run: ResolvedRun, tokenizer: Any, reft_model: ReftModel) -> dict[str, Any]:
-    rows = run.training_rows
-    with run.places():
-        return data_module_of(run, tokenizer, reft_model, rows["train"], rows.get("eval"))
 
 
 def data_module_of(

@@ -29,12 +29,8 @@ def is_main_process() -> bool:
 def alone(directory: Path, *, seconds: float = 0) -> Iterator[None]:
     """Keep other processes from writing in a directory; the same process may do so twice.
 
-    Args:
-        directory: directory of a run or study.
-        seconds: time to wait for another process.
-
     Raises:
-        ValueError: another process still writes there after that time.
+        ValueError: another process still writes there after so many seconds.
     """
     lock = FileLock(directory / LOCK, is_singleton=True)
     try:
@@ -50,12 +46,8 @@ def alone(directory: Path, *, seconds: float = 0) -> Iterator[None]:
 class RunDirectory:
     """A run's directory, which one process at a time writes, from `begin` to the context's end.
 
-    Nothing is written, and nothing of an earlier run removed, before `begin`.
-
-    Args:
-        recipe: recipe of the run.
-        resume: whether the run continues from the last checkpoint in the directory.
-        overwrite: whether a run in the directory is replaced.
+    Nothing is written, and nothing of an earlier run removed, before `begin`. Arguments are as in
+    `run_recipe`.
 
     Raises:
         ValueError: the directory holds another run, none to resume, or another process writes it.
@@ -66,7 +58,7 @@ class RunDirectory:
         self._recipe, self._resume, self._overwrite = recipe, resume, overwrite
         self._held = ExitStack()
         if is_main_process() and (self.path / LOCK).exists():
-            with alone(self.path):  # found out before the base is loaded
+            with alone(self.path):  # raises before the base is loaded
                 pass
         self.checkpoint = self._find_checkpoint()
 
@@ -77,10 +69,9 @@ class RunDirectory:
         self._held.close()
 
     def begin(self, step: int) -> None:
-        """Make the directory, without what an earlier run left; a resumed one keeps its recipe.
+        """Make the directory, without what an earlier run left.
 
-        Args:
-            step: step up to which lines of the log are kept.
+        A resumed one keeps its recipe, and the log's lines up to the step.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(alone(self.path))

@@ -47,12 +47,7 @@ def score(
 ) -> list[tuple[Entry, Evaluation | None]]:
     """Score a model on what its recipe names: its task's rows, and tasks of the harness.
 
-    Args:
-        run: recipe with its task and evaluation.
-        reft_model: adapted model.
-        tokenizer: tokenizer of the base.
-        base: whether the base without its units is scored, too.
-        console: where progress is shown; None for nowhere.
+    With `base`, the base without its units is scored, too.
 
     Raises:
         ValueError: the recipe names nothing to score, or rows that its task cannot read.
@@ -72,10 +67,10 @@ def score(
 def save_scores(directory: Path, evaluations: list[tuple[Entry, Evaluation | None]]) -> None:
     """Write evaluations to a run's directory; they replace earlier ones of the same rows."""
     lines = [
-        {"adapter": entry["adapter"], **_row(evaluation, index)}
+        {"adapter": entry["adapter"], **row}
         for entry, evaluation in evaluations
         if evaluation is not None
-        for index in range(entry["rows"])
+        for row in evaluation.rows()
     ]
     files = {PREDICTIONS: json_lines(lines)} if lines else {}
     path = directory / SCORES
@@ -89,12 +84,6 @@ def save_scores(directory: Path, evaluations: list[tuple[Entry, Evaluation | Non
 def _of_what(entry: Entry) -> tuple[Any, ...]:
     names = ("task", "arguments", "data", "subset", "split", "limit", "by", "adapter")
     return tuple(json.dumps(entry.get(name)) for name in names)
-
-
-def _row(evaluation: Evaluation, index: int) -> dict[str, Any]:
-    columns = ("prompts", "texts", "predictions", "answers")
-    row = {name.removesuffix("s"): getattr(evaluation, name)[index] for name in columns}
-    return row | {"right": evaluation.right[index]}
 
 
 def _of_task(

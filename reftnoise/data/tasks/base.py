@@ -73,13 +73,7 @@ class Task(ABC):
 
 
 class RowError(ValueError):
-    """A row that cannot be used.
-
-    Args:
-        reason: what is wrong with the row.
-        name: name of the dataset, such as training or evaluation.
-        index: index of the row in the dataset.
-    """
+    """A row, with an index in the dataset of a name, that cannot be used for a reason."""
 
     def __init__(self, reason: object, *, name: str = "training", index: int | None = None) -> None:
         super().__init__(str(reason) if index is None else f"{name} example {index}: {reason}")
@@ -98,10 +92,7 @@ def parse_rows(
 ) -> list[ParsedRow]:
     """The rows with their questions; rows that are parsed already stay as they are.
 
-    Args:
-        task: the task that reads the rows.
-        rows: mappings with the task's columns, or parsed rows.
-        name: name of the dataset, for errors.
+    Errors have the dataset's name.
 
     Raises:
         RowError: a row that the task cannot read.

@@ -36,11 +36,7 @@ CHOICES = {
 
 
 class CommonsenseTask(Task):
-    """Rows of `instruction` and `answer`; greedy decoding.
-
-    Args:
-        name: key of `CHOICES`.
-    """
+    """Rows of `instruction` and `answer`; greedy decoding. The name is a key of `CHOICES`."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -39,10 +39,7 @@ SUBSETS = {
 def score(metric: Metric, predicted: Any, labels: Any) -> float:
     """Accuracy, Matthews' correlation of two classes, or Pearson's of numbers; 0 if undefined.
 
-    Args:
-        metric: name of the metric.
-        predicted: predicted indices of classes, or numbers, [rows].
-        labels: right ones, [rows].
+    Predictions and labels are indices of classes, or numbers, [rows].
     """
     predicted, labels = np.asarray(predicted, float), np.asarray(labels, float)
     if metric == "accuracy":

@@ -1,6 +1,6 @@
 """Name → task: the names that recipes use. A task's module is imported when it is needed.
 
-A new task is one class, in a module of its own or beside its like, and one line here. A class that
+A new task is one class, in a module of its own or with its like, and one line here. A class that
 serves several names takes the name as its argument.
 """
 

@@ -64,7 +64,7 @@ def run_in_process(
 
 
 def _leave_with_parent(parent: int) -> None:
-    """End this process when the study was killed: nobody would read its result."""
+    """End this process when the study was killed: its result would not be read."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

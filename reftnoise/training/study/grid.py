@@ -73,12 +73,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study.
-
-    Args:
-        levels: level by axis, and the seed.
-        recipe: recipe of the run.
-    """
+    """One run of a study: its level by axis, its seed, and its recipe."""
 
     levels: dict[str, str | int]
     recipe: Recipe

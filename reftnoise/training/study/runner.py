@@ -27,11 +27,8 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
     """Run what is missing, and return all results in the order of the grid.
 
     A cell's result is one line of `results.jsonl`, written when it is finished. A study that was
-    killed continues with the other cells. A cell whose recipe has changed runs again.
-
-    Args:
-        study: grid to run.
-        console: where progress is shown; None for nowhere.
+    killed continues with the other cells. A cell whose recipe has changed runs again. Progress is
+    shown on the console, if there is one.
 
     Raises:
         ValueError: the study is contradictory, another process runs it, or cells failed: the
