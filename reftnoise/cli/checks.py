@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..config.base_model import expect_base
+from ..config.decoding import Decoding
 from ..data.templates import check_template
-from ..evaluation.decoding import Decoding
 from ..training.run_adapter import adapter_directory
 from ..training.run_files import is_study
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .._util.files import json_text
 from ..adapters.location import expect_place
 from ..config.base_model import expect_base
+from ..config.decoding import Decoding
 from ..config.positions import Positions
-from ..evaluation.decoding import Decoding
 from ..training.recipe import Recipe
 from ..training.resolved_run import ResolvedRun
 from ..training.study.grid import Study, checked_cells

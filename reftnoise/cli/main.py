@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._util.errors import nearest, one_line
-from ..evaluation.decoding import Decoding
+from ..config.decoding import Decoding
 from ..training.recipe import Recipe
 from ..training.run_files import RECIPE
 from ..training.study.grid import Study

@@ -7,7 +7,6 @@ import numpy as np
 from transformers import DataCollatorWithPadding
 
 from .sources import Rows, expect_no_subspaces, map_rows
-from .tasks.base import RowError
 from .tasks.classifier import ClassifierTask
 
 
@@ -33,19 +32,15 @@ def make_classifier_data_module(
     def encoded(source: Rows, name: str) -> Rows:
         expect_no_subspaces(source)
 
-        def encode(row: Any, index: int) -> dict[str, Any]:
-            try:
-                texts, label = task.texts(row), task.label(row)
-            except ValueError as error:
-                raise RowError(error, name=name, index=index) from None
-            tokens = tokenizer(*texts, truncation=True, max_length=max_length)
-            return {**tokens, "labels": label, "length": len(tokens["input_ids"])}
+        def encode(row: Any) -> dict[str, Any]:
+            tokens = tokenizer(*task.texts(row), truncation=True, max_length=max_length)
+            return {**tokens, "labels": task.label(row), "length": len(tokens["input_ids"])}
 
         value = datasets.Value("int64" if task.classes else "float32")
         numbers = datasets.List(datasets.Value("int64"))
         features = dict.fromkeys(tokenizer("a"), numbers)
         features |= {"labels": value, "length": datasets.Value("int64")}
-        return map_rows(source, encode, datasets.Features(features))
+        return map_rows(source, encode, datasets.Features(features), name)
 
     def metrics(predicted: Any) -> dict[str, float]:
         labels = np.asarray(predicted.label_ids)

@@ -142,11 +142,12 @@ class Encoder:
     def _fit(
         self, prompt_ids: list[int], target_ids: list[int], subspaces: list[int] | None
     ) -> Example:
-        limit, whole = self.max_length, len(target_ids)
-        is_cut = limit is not None and len(prompt_ids) + whole > limit
-        if limit is not None and is_cut:
-            prompt_ids, target_ids = truncate(self.tokenizer, prompt_ids, target_ids, limit)
-        return Example(prompt_ids, target_ids, is_cut, len(target_ids) < whole, subspaces)
+        if self.max_length is None:
+            return Example(prompt_ids, target_ids, False, False, subspaces)
+        prompt, target = truncate(self.tokenizer, prompt_ids, target_ids, self.max_length)
+        is_cut_short = len(target) < len(target_ids)
+        is_cut = is_cut_short or len(prompt) < len(prompt_ids)
+        return Example(prompt, target, is_cut, is_cut_short, subspaces)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 
 from .sources import Rows, column_names, expect_no_subspaces, map_rows
-from .tasks.base import RowError, Task
+from .tasks.base import Task
 from .templates import check_template, fill
 
 _TEXT = datasets.Value("string")
@@ -34,17 +34,14 @@ def as_examples(
     if task.name == "text" and "messages" in columns and "prompt" not in columns:
         return rows.select_columns("messages")
 
-    def example(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        try:
-            question = task.question(row)
-            for part, text in (("prompt", question.prompt), ("completion", question.completion)):
-                if not isinstance(text, str):
-                    raise ValueError(f"{part} {text!r}: expected a text")
-            filled = fill(template, question.prompt, row)
-        except ValueError as error:
-            raise RowError(error, name=name, index=index) from None
+    def example(row: Mapping[str, Any]) -> dict[str, Any]:
+        question = task.question(row)
+        for part, text in (("prompt", question.prompt), ("completion", question.completion)):
+            if not isinstance(text, str):
+                raise ValueError(f"{part} {text!r}: expected a text")
+        filled = fill(template, question.prompt, row)
         if isinstance(filled, str):
             return {"prompt": filled, "completion": question.completion}
         return {"messages": [*filled, {"role": "assistant", "content": question.completion}]}
 
-    return map_rows(rows, example, _CHAT if template == "chat" else _PROMPTS)
+    return map_rows(rows, example, _CHAT if template == "chat" else _PROMPTS, name)

@@ -19,6 +19,7 @@ from datasets.fingerprint import get_temporary_cache_files_directory
 from .._util.errors import one_line
 from ..engine.base import tiny
 from .files import LOADERS, expect_file, is_path
+from .tasks.base import RowError
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -105,19 +106,30 @@ def expect_no_subspaces(rows: Rows) -> None:
 
 def map_rows(
     rows: Rows,
-    function: Callable[[Mapping[str, Any], int], dict[str, Any]],
+    function: Callable[[Mapping[str, Any]], dict[str, Any]],
     features: datasets.Features,
+    name: str,
 ) -> Rows:
-    """What a function makes of each row and its index: streamed, in memory or on disk, like `rows`.
+    """What a function makes of each row: streamed, in memory or on disk, like `rows`.
 
     Nothing is kept for later runs, since a function's name does not say what it computes.
+
+    Raises:
+        RowError: the function raises a ValueError; the message has the dataset's name.
     """
+
+    def indexed(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return function(row)
+        except ValueError as error:
+            raise RowError(error, name=name, index=index) from None
+
     removed = column_names(rows)
     if isinstance(rows, datasets.IterableDataset):
-        return rows.map(function, with_indices=True, remove_columns=removed, features=features)
+        return rows.map(indexed, with_indices=True, remove_columns=removed, features=features)
     with quiet():
         return rows.map(
-            function,
+            indexed,
             with_indices=True,
             remove_columns=removed,
             features=features,

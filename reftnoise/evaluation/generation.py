@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from ..config.decoding import greedy_by_default
 from ..data.tokenization import Messages, padding_token, smallest_limit, tokenize
-from .decoding import greedy_by_default
 from .likelihood import Progress, TokenPair, without_beginnings
 
 

@@ -111,9 +111,4 @@ def without_beginnings(
             len(pairs),
             limit,
         )
-    return [
-        truncate(tokenizer, prompt, rest, limit)
-        if len(prompt) + len(rest) > limit
-        else (prompt, rest)
-        for prompt, rest in pairs
-    ]
+    return [truncate(tokenizer, prompt, rest, limit) for prompt, rest in pairs]

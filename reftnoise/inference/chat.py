@@ -15,9 +15,9 @@ from transformers import TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .._util.errors import nearest
+from ..config.decoding import GREEDY, Decoding
 from ..data.templates import check_template, fill
 from ..data.tokenization import smallest_limit
-from ..evaluation.decoding import GREEDY, Decoding
 from ..evaluation.generation import prompt_tokens
 from ..model import ReftModel
 from ..training.run_adapter import template_of

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from .._util.errors import nearest
 from .._util.files import json_lines, replace_all
+from ..config.decoding import GREEDY, Decoding
 from ..data.templates import fill
 from ..data.tokenization import smallest_limit
-from ..evaluation.decoding import GREEDY, Decoding
 from ..evaluation.generation import ending_arguments, generated
 from ..evaluation.scoring import evaluating
 from ..model import ReftModel

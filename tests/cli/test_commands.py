@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import reftnoise as rn
-from reftnoise.evaluation.decoding import Decoding
+from reftnoise.config.decoding import Decoding
 from reftnoise.inference.prompts import generate_texts
 from support.command_line import command, quick
 

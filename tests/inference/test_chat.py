@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import reftnoise as rn
-from reftnoise.evaluation.decoding import Decoding
+from reftnoise.config.decoding import Decoding
 from reftnoise.inference.chat import Conversation
 from reftnoise.inference.loading import load_adapted, load_library
 from support.adapters import QUESTIONS, answer, save_adapter

@@ -22,7 +22,7 @@ import torch
 
 import reftnoise as rn
 from reftnoise.analysis.inspection import edit_norms
-from reftnoise.evaluation.decoding import Decoding
+from reftnoise.config.decoding import Decoding
 from reftnoise.inference.loading import BASE
 from reftnoise.inference.playground.asking import NO_NOISE, TOGETHER, AnswerRequest
 from reftnoise.inference.playground.local import LocalModel

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import reftnoise as rn
-from reftnoise.evaluation.decoding import Decoding
+from reftnoise.config.decoding import Decoding
 from reftnoise.inference.chat import chat
 from reftnoise.inference.loading import load_adapted
 from reftnoise.inference.prompts import answer_prompts, generate_texts

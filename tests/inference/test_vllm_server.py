@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import reftnoise as rn
-from reftnoise.evaluation.decoding import Decoding
+from reftnoise.config.decoding import Decoding
 from reftnoise.inference.playground.asking import AnswerRequest
 from support.adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
 from support.waiting import PATIENCE, wait_until

@@ -86,13 +86,10 @@ def draw_lines(
 ) -> Figure:
     """Lines of (step, value), on a logarithmic scale if it may be and values differ 20-fold."""
     figure, axes = new_axes(2.9)
-    values = [value for line in lines.values() for _, value in line]
-    markers = ("o", "s")
-    for (name, line), marker in zip(lines.items(), markers, strict=False):
+    for (name, line), style in zip(lines.items(), ("o-", "s--"), strict=False):
         size = 4 if len(line) <= 40 else 0
-        style = "-" if marker == "o" else "--"
-        axes.plot(*zip(*line, strict=True), style, marker=marker, markersize=size, label=name)
-    finite = [value for value in values if math.isfinite(value)]
+        axes.plot(*zip(*line, strict=True), style, markersize=size, label=name)
+    finite = [value for line in lines.values() for _, value in line if math.isfinite(value)]
     if may_be_log and finite and min(finite) > 0 and max(finite) > 20 * min(finite):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -20,7 +20,6 @@ class Picture:
     light: bytes
     dark: bytes
     width: int
-    kind: Literal["picture"] = "picture"
 
     @property
     def is_wide(self) -> bool:
@@ -47,7 +46,6 @@ class Table:
 
     columns: list[str]
     rows: list[list[TableCell]]
-    kind: Literal["table"] = "table"
 
     @property
     def is_texts(self) -> bool:
@@ -60,7 +58,6 @@ class Paragraph:
     """A text of its own."""
 
     text: str
-    kind: Literal["paragraph"] = "paragraph"
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,6 @@ class Facts:
     """Names with values, shown large."""
 
     facts: dict[str, str]
-    kind: Literal["facts"] = "facts"
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,6 @@ class Folded:
 
     title: str
     text: str
-    kind: Literal["folded"] = "folded"
 
 
 Block = Picture | Table | Paragraph | Facts | Folded
@@ -105,6 +100,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["kind"] = lambda block: type(block).__name__
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment.get_template("page.html").render(
         title=title,

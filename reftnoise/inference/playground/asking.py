@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...analysis.inspection import EditNorms
-from ...evaluation.decoding import GREEDY, Decoding
+from ...config.decoding import GREEDY, Decoding
 
 TOGETHER = "together"
 """The name of the answer with all adapters, whose edits are added."""

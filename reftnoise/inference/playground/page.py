@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import Any
 
-from ...evaluation.decoding import Decoding
+from ...config.decoding import Decoding
 from .asking import NO_NOISE, Answer, Answerer, AnswerRequest
 from .norms import ABOUT, STYLE, draw
 

@@ -1,11 +1,8 @@
 """Adapters in vLLM, served as vLLM serves LoRA: per request, on one base, with its own flags.
 
 Each process of vLLM calls `register`, through the entry point `vllm.general_plugins`. vLLM then
-takes an adapter's directory wherever it takes that of a LoRA:
-
-- `vllm serve BASE --lora-modules emoji=runs/emoji/adapter`, where each adapter is a model's name;
-- `POST /v1/load_lora_adapter`, with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`;
-- `llm.generate(prompts, lora_request=LoRARequest("emoji", 1, "runs/emoji/adapter"))`.
+takes an adapter's directory wherever it takes that of a LoRA: in `--lora-modules`, in
+`POST /v1/load_lora_adapter`, and in a `LoRARequest`.
 
 The server is started with `--additional-config '{"reft": ["block_output"]}'`, which names the
 components that adapters may edit; without it, the plugin does nothing. `--enable-lora` is not

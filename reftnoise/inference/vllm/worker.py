@@ -162,7 +162,10 @@ class ServedAdapters:
         for request in batch.lora_id_to_lora_request.values():
             self.load(request.lora_path)
         chosen = tuple(sorted(batch.lora_id_to_lora_request))
-        flat, count = self._batch(chosen), batch.num_reqs
+        flat = self._batches.get(
+            chosen, lambda: FlatBatch([self._adapters[n] for n in chosen], self._runner.device)
+        )
+        count = batch.num_reqs
         decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
         if flat.edits_decode or not decodes.all():
             edits = flat.edits(self._requests(chosen))
@@ -186,12 +189,6 @@ class ServedAdapters:
             torch.from_numpy(batch.num_computed_tokens_cpu[:count]).long(),
             torch.from_numpy(batch.num_prompt_tokens[:count]).long(),
         )
-
-    def _batch(self, chosen: tuple[int, ...]) -> FlatBatch:
-        def flat() -> FlatBatch:
-            return FlatBatch([self._adapters[number] for number in chosen], self._runner.device)
-
-        return self._batches.get(chosen, flat)
 
 
 class _Hook:
