@@ -7,7 +7,7 @@ Cholesky-QR, batched over all interventions of one shape; in evaluation it is co
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -161,13 +161,10 @@ def shared_bases(rotations: Iterable[LowRankRotation]) -> Iterator[None]:
         groups[weight.shape, weight.dtype, weight.device].append(rotation)
     try:
         for group in groups.values():
-            for rotation, basis in zip(group, _bases(group), strict=True):
+            bases = orthonormal_rows(torch.stack([rotation.weight for rotation in group]))
+            for rotation, basis in zip(group, bases.unbind(), strict=True):
                 rotation._shared = basis
         yield
     finally:
         for rotation in trained:
             rotation._shared = None
-
-
-def _bases(rotations: Sequence[LowRankRotation]) -> tuple[Tensor, ...]:
-    return orthonormal_rows(torch.stack([rotation.weight for rotation in rotations])).unbind()

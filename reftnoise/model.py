@@ -50,7 +50,7 @@ class ReftModel(AdapterMixin):
     """
 
     _hf_peft_config_loaded = True
-    """By which transformers' Trainer knows that units are trained, not the quantised base."""
+    """Tells transformers' Trainer that units are trained, not the quantised base."""
 
     def __init__(self, config: ReftConfig, model: PreTrainedModel) -> None:
         super().__init__()

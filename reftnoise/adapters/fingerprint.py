@@ -1,4 +1,4 @@
-"""A few weights of a base, by which an adapter recognises other weights of the same shape.
+"""A few weights of a base: they show an adapter other weights of the same shape.
 
 Casts between dtypes round weights, so values are compared, not digests: those of one base agree to
 the precision of bfloat16.

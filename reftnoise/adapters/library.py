@@ -21,7 +21,7 @@ AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 """An adapter, the sum of several, or of several each times a scale; None for the bare base."""
 
 OWN = "default"
-"""The name by which rows choose the units that a model was built or loaded with."""
+"""The name of the units that a model was built or loaded with, for `adapter_names`."""
 
 _LISTED = 20
 """The most names that an error lists."""

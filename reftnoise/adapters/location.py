@@ -1,4 +1,4 @@
-"""The files of an adapter directory, found and checked without torch."""
+"""The files of an adapter directory: where they are, and checks of them without torch."""
 
 import json
 from pathlib import Path

@@ -1,9 +1,11 @@
 """What Trainers, devices and the hub need of a model, apart from running it."""
 
 import inspect
+import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
@@ -108,15 +110,18 @@ class AdapterMixin(nn.Module):
         create_pr: bool = False,
     ) -> str:
         """Upload the adapter directory; arguments as in `huggingface_hub`. Returns its address."""
-        return saving.upload_adapter(
-            self,
-            repo_id,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=directory,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return str(commit)
 
     def save(
         self,
@@ -176,17 +181,11 @@ class AdapterMixin(nn.Module):
     ) -> None:
         """Load a saved adapter next to the model's own units, for inference.
 
-        Args:
-            directory: an adapter directory, or the name of a hub repository that is one.
-            adapter_name: the name by which `set_adapter` and `adapter_names` choose it. An adapter
-                of that name is replaced.
-            revision: branch, tag or commit of a hub repository.
-            token: token for a private one, as `huggingface_hub` takes it.
+        `set_adapter` and `adapter_names` choose it by its name; an adapter of that name is
+        replaced. Other arguments, and errors, as of `from_pretrained`.
 
         Raises:
-            FileNotFoundError: the directory or one of its files is missing.
-            ValueError: the adapter is damaged, for another base, or has weights of the base; or
-                this model itself changes the base's weights.
+            ValueError: the adapter has weights of the base, or this model changes them itself.
         """
         if self.reft_config.peft or self.reft_config.modules_to_save:
             raise ValueError(

@@ -6,14 +6,12 @@ temporary name and renamed, so an interrupted save leaves what was there before.
 
 import hashlib
 import json
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import safetensors.torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -109,31 +107,6 @@ def save_adapter(
         ).encode()
     directory.mkdir(parents=True, exist_ok=True)
     replace_all(directory, files)
-
-
-def upload_adapter(
-    reft_model: ModelWithUnits,
-    repo_id: str,
-    *,
-    commit_message: str,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    create_pr: bool,
-) -> str:
-    """Upload an adapter directory to the hub, into a repository that is made if needed."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as directory:
-        save_adapter(reft_model, directory)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=directory,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return str(commit)
 
 
 def count_parameters(units: nn.Module, base: nn.Module) -> tuple[int, int, int]:

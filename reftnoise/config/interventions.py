@@ -35,17 +35,17 @@ class NamedIntervention:
         """The registered class."""
         return intervention_class(self.name)
 
-    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments as plain values, defaults filled in."""
-        filled = {**argument_defaults(self.unit_class), **given}
+        filled = {**argument_defaults(self.unit_class), **values}
         for key, value in filled.items():
             if value is inspect.Parameter.empty:
                 raise ValueError(f"{self.unit_class.__name__} needs {key!r}")
         return {key: plain(value) for key, value in filled.items()}
 
-    def embed_dim(self, given: int | None, *, is_dotted: bool) -> int | None:
+    def embed_dim(self, width: int | None, *, is_dotted: bool) -> int | None:
         """The width that an entry has to say."""
-        return given
+        return width
 
     def expect_fit(self, layer: object, parts: int) -> None:
         """Raise a ValueError where the units of an entry cannot serve its layers and parts."""
@@ -80,20 +80,20 @@ class ReadyIntervention:
         """The module's class."""
         return type(self.module)
 
-    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The module's arguments as plain values; those of the entry must say the same."""
         own = {key: plain(value) for key, value in self.module.arguments().items()}
-        for key, value in given.items():
+        for key, value in values.items():
             self._expect_same(key, own[key], value)
         return own
 
-    def embed_dim(self, given: int | None, *, is_dotted: bool) -> int | None:
+    def embed_dim(self, width: int | None, *, is_dotted: bool) -> int | None:
         """The width that an entry has to say: at a dotted path, loading asks the entry for it."""
         if isinstance(self.module, NoiseIntervention):
-            return given
-        if given is not None:
-            self._expect_same("embed_dim", self.module.hidden_size, given)
-        return self.module.hidden_size if is_dotted else given
+            return width
+        if width is not None:
+            self._expect_same("embed_dim", self.module.hidden_size, width)
+        return self.module.hidden_size if is_dotted else width
 
     def expect_fit(self, layer: object, parts: int) -> None:
         """Raise a ValueError where the module would have to serve several sites."""
@@ -113,10 +113,10 @@ class ReadyIntervention:
         """The module itself."""
         return self.module
 
-    def _expect_same(self, key: str, own: Any, given: Any) -> None:
-        if own != given:
+    def _expect_same(self, key: str, own: Any, value: Any) -> None:
+        if own != value:
             raise ValueError(
-                f"{key} {given!r} with a ready {self.unit_class.__name__} whose {key} is "
+                f"{key} {value!r} with a ready {self.unit_class.__name__} whose {key} is "
                 f"{own!r}: set it in the module"
             )
 

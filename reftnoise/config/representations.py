@@ -91,8 +91,7 @@ class RepresentationConfig:
                 layers = [layer]
             case _:
                 layers = list(self.layer or ())
-        beyond = [layer for layer in layers if layer >= count]
-        if beyond:
+        if beyond := [layer for layer in layers if layer >= count]:
             raise ValueError(
                 f"layer {self.layer!r}: the model has layers 0 to {count - 1}, not {beyond[0]}"
             )
@@ -150,9 +149,8 @@ class RepresentationConfig:
         unit_class = source.unit_class
         is_noise = issubclass(unit_class, NoiseIntervention)
         known = argument_defaults(unit_class)
-        _expect_known(entry, unit_class, known, is_noise=is_noise)
-        given = {key: plain(entry.pop(key)) for key in known if key in entry}
-        arguments = source.arguments(given)
+        _expect_known(entry, unit_class, known)
+        arguments = source.arguments({key: plain(entry.pop(key)) for key in known if key in entry})
         component = entry.pop("component", "embeddings" if is_noise else "block_output")
         embed_dim = entry.pop("embed_dim", None)
         if embed_dim is not None and (type(embed_dim) is not int or embed_dim < 1):
@@ -204,8 +202,7 @@ class ReftConfig:
     ) -> None:
         if isinstance(representations, Mapping | RepresentationConfig):
             representations = [representations]
-        is_list = isinstance(representations, Sequence) and not isinstance(representations, str)
-        if not is_list:
+        if isinstance(representations, str) or not isinstance(representations, Sequence):
             raise ValueError(
                 f"representations {representations!r}: expected an entry or a list of entries"
             )
@@ -279,15 +276,11 @@ def _expect_text(text: Any, name: str) -> str:
 
 
 def _expect_known(
-    entry: Mapping[str, Any],
-    unit_class: type[Unit],
-    arguments: Mapping[str, Any],
-    *,
-    is_noise: bool,
+    entry: Mapping[str, Any], unit_class: type[Unit], arguments: Mapping[str, Any]
 ) -> None:
     """Raise a ValueError for a key that an entry of a class cannot have."""
     allowed = ["layer", "component", "embed_dim"]
-    if not is_noise:
+    if not issubclass(unit_class, NoiseIntervention):
         allowed += ["positions", "tied"]
     if unknown := [key for key in entry if key not in (*arguments, *allowed)]:
         possible = [*allowed, "intervention", *arguments]

@@ -86,7 +86,7 @@ def _guidance(
 
 
 def _setting(name: str, planner: Planner, kwargs: dict[str, Any]) -> Any:
-    """A setting of `generate`: transformers fills what a given config leaves open."""
+    """A setting of `generate`: transformers fills what such a config leaves open."""
     config, own = kwargs.get("generation_config"), planner.engine.base.generation_config
     values = (kwargs.get(name), getattr(config, name, None), getattr(own, name, None))
     return next((value for value in values if value is not None), None)

@@ -246,7 +246,7 @@ def named_tokens(
             token follows the prompt.
         lengths: attended tokens in each token's prompt.
         first: the largest prefix of any unit at the same site, if larger than this one's.
-        last: likewise the largest suffix. The rule for short prompts then keeps them disjoint.
+        last: the largest suffix. The rule for short prompts then keeps them disjoint.
     """
     in_prompt = rank < lengths
     if positions.all:

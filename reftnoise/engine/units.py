@@ -40,7 +40,7 @@ class PlacedUnit:
     prefix: int = 0
     """The largest prefix of any unit at this site, for the rule for short prompts."""
     suffix: int = 0
-    """Likewise the largest suffix."""
+    """The largest suffix of any unit at this site."""
 
 
 def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:

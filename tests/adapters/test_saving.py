@@ -488,7 +488,7 @@ def test_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             calls.append(("upload", options))
             return "address"
 
-    monkeypatch.setattr("reftnoise.adapters.saving.HfApi", Hub)
+    monkeypatch.setattr("reftnoise.adapters.mixin.HfApi", Hub)
     reft_model = train(wrapped(LOREFT))
     assert reft_model.push_to_hub("adapter", private=True, token="secret") == "address"
     assert calls[0] == ("adapter", {"private": True, "exist_ok": True})

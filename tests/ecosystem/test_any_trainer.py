@@ -94,7 +94,7 @@ def test_transformers_neftune_is_a_noise_of_ours(
     ended = []
     for alpha, noise in ((50.0, []), (None, [neftune(50.0)]), (None, [])):
         model = wrapped(tokenizer, loreft(), *noise)
-        model.split = "never"  # as it trains where a hook of others reads the embeddings
+        model.split = "never"  # as it trains where a foreign hook reads the embeddings
         args = arguments(tmp_path, max_steps=3, neftune_noise_alpha=alpha)
         trainer_class(model=model, args=args, **module(tokenizer, model)).train()
         ended.append(weights(model))

@@ -1,1 +1,1 @@
-"""What is known of somebody else's model: its sites, wrappers, devices and locks."""
+"""What is known of a base: its sites, wrappers, devices and locks."""

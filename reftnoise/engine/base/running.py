@@ -100,7 +100,7 @@ def calls_as_written(base: nn.Module) -> Iterator[None]:
 
 
 def can_edit_outside(module: nn.Module) -> bool:
-    """Whether a module was compiled in place, and no hooks of others see its hidden states."""
+    """Whether a module was compiled in place, and no foreign hooks see its hidden states."""
     is_compiled = module._compiled_call_impl is not None
     return is_compiled and not (module._forward_hooks or module._forward_pre_hooks)
 
@@ -195,7 +195,7 @@ def checkpointing(
 def hook_first(
     module: nn.Module, edit: Callable[..., Any], *, is_input: bool
 ) -> Callable[[], None]:
-    """Register a hook; first, so that whoever reads hidden states by one reads edited ones."""
+    """Register a hook; first, so that later hooks read edited hidden states."""
     if is_input:
         handle = module.register_forward_pre_hook(edit, prepend=True, with_kwargs=True)
     else:
@@ -212,7 +212,7 @@ def put_in_order(module: nn.Module) -> None:
 
 
 def has_foreign_hooks(module: nn.Module, but: tuple[str, ...] = ()) -> bool:
-    """Whether hooks of others are on a module.
+    """Whether foreign hooks are on a module.
 
     Args:
         module: any module.
@@ -226,7 +226,7 @@ def has_foreign_hooks(module: nn.Module, but: tuple[str, ...] = ()) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether others count on a module's calls: by hooks, or by sharding it across processes.
+    """Whether other libraries count a module's calls: by hooks, or by sharding it.
 
     Shards are gathered at each call, so all processes must make equally many.
     """
@@ -242,7 +242,7 @@ def is_awaited(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def alone(base: nn.Module) -> Iterator[None]:
-    """Within the block, the base is uncompiled, no hook of others runs, and modes may change."""
+    """Within the block, the base is uncompiled, no foreign hook runs, and modes may change."""
     modes = [(module, module.training) for module in base.modules()]
     watched = [module for module in base.modules() if is_watched(module)]
     hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in watched]

@@ -101,7 +101,7 @@ def find_layers(model: PreTrainedModel, stack: Stack | None = None) -> nn.Module
 
     The decoder comes first, since a vision tower may have as many layers.
     """
-    config = _text_config(model)
+    config = model.config.get_text_config()
     if stack is None:
         parts = [model.get_decoder() if hasattr(model, "get_decoder") else None, model]
         names = ["num_hidden_layers"]
@@ -134,7 +134,7 @@ def layer_of(model: PreTrainedModel, site: Site) -> int | None:
 
 def hidden_size(model: PreTrainedModel) -> int:
     """The width of the residual stream, d."""
-    width = getattr(_text_config(model), "hidden_size", None)
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
     if width is None:
         raise ValueError(f"{type(model).__name__}: its config has no hidden_size")
     return int(width)
@@ -187,24 +187,16 @@ def trained_modules(model: Any, names: Sequence[str] | None) -> dict[str, nn.Mod
     return chosen
 
 
-def _text_config(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config()
-
-
 def _lists(model: nn.Module) -> str:
-    lists = [f"{n}[0-{len(m) - 1}]" for n, m in model.named_modules() if _is_list(m)]
-    return ", ".join(lists[:8]) or "none"
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) > 0
+    modules = model.named_modules()
+    lists = [(n, len(m)) for n, m in modules if isinstance(m, nn.ModuleList) and len(m)]
+    return ", ".join(f"{name}[0-{length - 1}]" for name, length in lists[:8]) or "none"
 
 
 def _stack_around(model: PreTrainedModel, module: nn.Module) -> Stack | None:
     if not is_encoder_decoder(model):
         return None
-    is_decoder = any(part is module for part in find_stack(model, "decoder").modules())
-    return "decoder" if is_decoder else "encoder"
+    return "decoder" if module in find_stack(model, "decoder").modules() else "encoder"
 
 
 def _child(layer: nn.Module, component: str, path: str) -> nn.Module:

@@ -79,7 +79,7 @@ class PrefixCache:
         """Forget every prompt, and give the memory back."""
         self._pool: Tensor | None = None
         self.shapes: Shapes = []
-        """Of the layers, by which `unpack` reads what `pack` made."""
+        """Shapes of the layers, which `unpack` needs to read what `pack` made."""
         self._prompts: dict[bytes, list[int]] = {}
         self._order: list[bytes] = []  # of the keys of _prompts, to draw from
         self._slots: dict[bytes, int] = {}  # of a block, by a digest of all tokens up to its end
@@ -152,13 +152,13 @@ class PrefixCache:
     ) -> Float[Tensor, "batch tokens width"]:
         """Keys and values of stored prompts, padded on the left; zeros for others."""
         assert self._pool is not None
-        found = self._pool.new_zeros(len(names), width, self._pool.shape[2])
+        stacked = self._pool.new_zeros(len(names), width, self._pool.shape[2])
         for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
             for index, slot in enumerate(self._prompts.get(_digest(name), [])):
                 start = width - length + index * BLOCK
-                part = found[row, start : min(start + BLOCK, width)]
+                part = stacked[row, start : min(start + BLOCK, width)]
                 part.copy_(self._pool[slot, : len(part)])
-        return found
+        return stacked
 
     def write(self, tokens: bytes, values: Float[Tensor, "tokens width"]) -> None:
         """Store a prompt, evicting others if needed; a prompt larger than the pool is left out.
@@ -208,27 +208,20 @@ class PrefixCache:
 
     def _allocate(self, values: Tensor) -> bool:
         """Whether there is a pool for such values; it is made for the first ones."""
-        width, size = values.shape[1], values.element_size()
-        if self._pool is not None and (self._pool.shape[2], self._pool.dtype) != (
-            width,
-            values.dtype,
-        ):
+        pool, width = self._pool, values.shape[1]
+        if pool is not None and (pool.shape[2], pool.dtype) != (width, values.dtype):
             self.clear()
-        slots = self.max_bytes // (BLOCK * width * size)
-        if self._pool is None and not slots:
-            needed = BLOCK * width * size
-            logger.warning(
-                "a prefix cache of %d bytes holds nothing: %d tokens take %d bytes",
-                self.max_bytes,
-                BLOCK,
-                needed,
-            )
-        if self._pool is None and slots:
-            shape = (slots, BLOCK, width)
-            if self.place == "memory":
-                self._pool = torch.empty(shape, dtype=values.dtype)  # pages come when written
-            else:
-                self._pool = self._mapped(shape, values.dtype)
+        if self._pool is not None:
+            return True
+        needed = BLOCK * width * values.element_size()
+        shape = (self.max_bytes // needed, BLOCK, width)
+        if shape[0] == 0:
+            message = "a prefix cache of %d bytes holds nothing: %d tokens take %d bytes"
+            logger.warning(message, self.max_bytes, BLOCK, needed)
+        elif self.place == "memory":
+            self._pool = torch.empty(shape, dtype=values.dtype)  # pages come when written
+        else:
+            self._pool = self._mapped(shape, values.dtype)
         return self._pool is not None
 
     def _mapped(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:

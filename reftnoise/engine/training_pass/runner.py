@@ -8,7 +8,7 @@ traces: shapes that depend on labels would break its graph |
 | split | besides, the base is frozen and much of the batch comes before the first edit |
 | split, prompts from a cache | besides, prompts meet neither noise nor dropout |
 
-Whether a base allows them is found out on the base itself, once, with eight tokens.
+A test with eight tokens, once, shows on the base itself whether it allows them.
 """
 
 import logging
@@ -23,13 +23,7 @@ from transformers.modeling_outputs import ModelOutput
 from ...interventions import NoiseIntervention
 from ..base.peft import has_switched_adapters, inner_model, may_add_to_loss, virtual_tokens
 from ..base.quantization import check_gradients
-from ..base.running import (
-    checkpointed_modules,
-    exclusive,
-    innermost,
-    is_awaited,
-    is_watched,
-)
+from ..base.running import checkpointed_modules, exclusive, innermost, is_awaited, is_watched
 from ..base.sharding import is_spread
 from ..base.sites import takes_position_ids
 from ..calls import EditPlan, Plan
@@ -66,7 +60,7 @@ class ForwardPasses:
         self._logged: set[tuple[str, str]] = set()
         self._known: dict[tuple[object, ...], Abilities] = {}
         self._randomness: tuple[tuple[bool, ...], bool] | None = None
-        """Whether the base is random, and the modes of its modules when this was found out."""
+        """Whether the base is random, and the modes of its modules at that test."""
         self._is_checked = False
         self._takes_position_ids = takes_position_ids(inner_model(engine.base))
 
@@ -86,7 +80,7 @@ class ForwardPasses:
             batch: inputs of the base. Of one that holds each example twice, the outputs are those
                 of the first half.
             return_logits: True has the base compute all; False leaves them out where they are not
-                needed for the loss; None computes them when somebody reads them.
+                needed for the loss; None computes them when they are read.
             split: whether to run what comes before the first edit without gradients; `"auto"`
                 where it is possible and saves time.
             prefix_cache: cache that keeps keys and values of prompts from epoch to epoch.
@@ -177,13 +171,11 @@ class ForwardPasses:
         split = SplitPass(
             self._engine, plan, alignment, inputs, position_ids=self._takes_position_ids
         )
-        last = None if to_end or not self._may_stop() else self._abilities.last_cached
+        # Hooks may wait for the end of a layer's forward pass.
+        to_end = to_end or any(is_awaited(module) for module in self._engine.base.modules())
+        last = None if to_end else self._abilities.last_cached
         outputs = split.run(last, prefix_cache)
         return outputs, split.hidden, split.all_hidden
-
-    def _may_stop(self) -> bool:
-        """Whether nobody waits for the end of a layer's forward pass."""
-        return not any(is_awaited(module) for module in self._engine.base.modules())
 
     # -- which of them -------------------------------------------------------------------------
 
@@ -251,7 +243,7 @@ class ForwardPasses:
         if is_spread(base):
             yield "the base is spread over processes"
         if any(is_watched(module) for module in [inner, *after]):
-            yield "a hook of others reads the head"
+            yield "a foreign hook reads the head"
         if any(site.module in {inner, decoder, *after} for site in self._engine.sites):
             yield "a unit edits the head"
         if self._abilities.no_head is not None:
@@ -294,7 +286,7 @@ class ForwardPasses:
         if checkpointed_modules(base):
             yield "gradient checkpointing takes no cache"
         if any(is_watched(module) for module in base.modules()):
-            yield "a hook of others reads the base"
+            yield "a foreign hook reads the base"
         if self._abilities.no_prefill is not None:
             yield self._abilities.no_prefill
 

@@ -64,8 +64,8 @@ class Alignment:
         columns = torch.arange(self.given_width, device=values.device) + self.shift[:, None]
         inside = (columns >= 0) & (columns < values.shape[1])
         rows = torch.arange(len(columns), device=values.device)[:, None]
-        given = values[rows, columns.clamp(0, values.shape[1] - 1)]
-        return given.masked_fill(~inside[..., None], 0)
+        taken = values[rows, columns.clamp(0, values.shape[1] - 1)]
+        return taken.masked_fill(~inside[..., None], 0)
 
     def select(self, selection: Selection) -> Selection:
         """A selection of the given columns as one of the aligned columns."""

@@ -316,7 +316,7 @@ def test_hooks_of_others_see_the_batch_as_it_is(caplog: Any) -> None:
     handle = model.model.model.layers[1].register_forward_hook(
         lambda _, __, output: seen.append(output.shape)
     )
-    assert_plain(model, batch(), "a hook of others reads the base", caplog)
+    assert_plain(model, batch(), "a foreign hook reads the base", caplog)
     assert seen == [(4, 25, 32)] * 2
     assert len(model.model.model.layers[1]._forward_hooks) == 1
     handle.remove()
@@ -325,7 +325,7 @@ def test_hooks_of_others_see_the_batch_as_it_is(caplog: Any) -> None:
 def test_hooks_of_others_on_the_head_see_all_logits(caplog: Any) -> None:
     model, seen = wrapped(), []
     model.model.lm_head.register_forward_hook(lambda _, __, output: seen.append(output.shape))
-    assert_plain(model, batch(), "a hook of others reads the head", caplog)
+    assert_plain(model, batch(), "a foreign hook reads the head", caplog)
     assert seen == [(4, 25, 101)] * 2
 
 
