@@ -12,14 +12,15 @@ from typing import Any
 
 from .._util import yaml
 from .._util.errors import nearest
-from ..interventions import NoiseIntervention, Unit
+from ..interventions import NoiseIntervention, Unit, intervention_name
 from .components import COMPONENTS, is_dotted, split_component
 from .interventions import (
-    EntryIntervention,
     argument_defaults,
-    entry_intervention,
+    entry_arguments,
+    expect_one_site,
     plain,
     pop_intervention,
+    unit_class_of,
 )
 from .peft import read_peft
 from .positions import Positions
@@ -52,14 +53,9 @@ class RepresentationConfig:
     """Arguments of the intervention class, defaults filled in."""
 
     @property
-    def source(self) -> EntryIntervention:
-        """The intervention: a registered name, or a module that is ready."""
-        return entry_intervention(self.intervention)
-
-    @property
     def unit_class(self) -> type[Unit]:
         """The class of the entry's units."""
-        return self.source.unit_class
+        return unit_class_of(self.intervention)
 
     @property
     def is_noise(self) -> bool:
@@ -104,17 +100,20 @@ class RepresentationConfig:
             width: width at the site; None where only a pass of the model shows it.
             default: width that is assumed then, if neither the entry nor the module has one.
         """
-        source = self.source
-        own = source.width(self.embed_dim)
+        own = getattr(self.intervention, "hidden_size", self.embed_dim)
         if width is not None and own not in (None, width):
             raise ValueError(
                 f"embed_dim {own!r}: the hidden states at {self.component!r} have width {width}"
             )
-        return source.build(own or width or default, self.arguments)
+        if isinstance(self.intervention, Unit):
+            return self.intervention
+        return self.unit_class(embed_dim=own or width or default, **self.arguments)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain JSON values; a ready module becomes its name and arguments."""
-        return self._entry() | {"intervention": self.source.name}
+        is_name = isinstance(self.intervention, str)
+        name = self.intervention if is_name else intervention_name(self.unit_class)
+        return self._entry() | {"intervention": name}
 
     def _entry(self) -> dict[str, Any]:
         """The mapping that `from_dict` reads."""
@@ -145,23 +144,23 @@ class RepresentationConfig:
 
     @classmethod
     def _from_dict(cls, entry: dict[str, Any]) -> "RepresentationConfig":
-        source = pop_intervention(entry)
-        unit_class = source.unit_class
+        intervention = pop_intervention(entry)
+        unit_class = unit_class_of(intervention)
         is_noise = issubclass(unit_class, NoiseIntervention)
         known = argument_defaults(unit_class)
         _expect_known(entry, unit_class, known)
-        arguments = source.arguments({key: plain(entry.pop(key)) for key in known if key in entry})
+        values = {key: plain(entry.pop(key)) for key in known if key in entry}
+        arguments = entry_arguments(intervention, values)
         component = entry.pop("component", "embeddings" if is_noise else "block_output")
         embed_dim = entry.pop("embed_dim", None)
         if embed_dim is not None and (type(embed_dim) is not int or embed_dim < 1):
             raise ValueError(f"embed_dim {embed_dim!r}: expected a positive integer")
-        embed_dim = source.embed_dim(embed_dim, is_dotted=is_dotted(str(component)))
         default = getattr(unit_class, "default_positions", "l1")
         tied = entry.pop("tied", True)
         if not isinstance(tied, bool):
             raise ValueError(f"tied {tied!r}: expected true or false")
         config = cls(
-            intervention=source.value,
+            intervention=intervention,
             layer=_layer(entry.pop("layer", None), component),
             component=component,
             positions=Positions.parse(entry.pop("positions", default)).spec(),
@@ -169,7 +168,11 @@ class RepresentationConfig:
             embed_dim=embed_dim,
             arguments=arguments,
         )
-        source.expect_fit(config.layer, len(config.parts()))
+        if isinstance(intervention, Unit):
+            parts = len(config.parts())
+            expect_one_site(intervention, layer=config.layer, parts=parts, width=embed_dim)
+            if is_dotted(component):  # a saved entry has to say the width there
+                config.embed_dim = getattr(intervention, "hidden_size", embed_dim)
         return config
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config.components import split_component
-from ..config.interventions import ReadyIntervention
 from ..config.positions import Positions
 from ..config.representations import ReftConfig, RepresentationConfig
 from ..interventions import LowRankIntervention, StackedEdit, Unit
@@ -67,12 +66,8 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
                 placed.append(PlacedUnit(key, unit, site, positions))
         except ValueError as error:
             raise ValueError(f"representations[{index}]: {error}") from None
-    modules = [
-        entry.source.module
-        for entry in config.representations
-        if isinstance(entry.source, ReadyIntervention)
-    ]
-    if len({id(module) for module in modules}) < len(modules):
+    # A name gives each site a new unit, a module is one itself.
+    if len({id(unit.unit) for unit in placed}) < len(placed):
         raise ValueError("one module serves two entries: give each entry a module of its own")
     return _disjoint(placed)
 
