@@ -1,57 +1,29 @@
 """The mathematics: interventions on hidden states, free of any model, config or file."""
 
-from .adapters import AdapterIntervention, AdditionIntervention, BiasIntervention
-from .base import LowRankIntervention, NoiseIntervention, ReftIntervention
-from .factors import Factors, StackedEdit, side_by_side
-from .noise import (
-    BernoulliNoiseIntervention,
-    GaussianNoiseIntervention,
-    NeftuneIntervention,
-    SymNoiseIntervention,
-)
-from .reft import (
-    ConsreftIntervention,
-    DireftIntervention,
-    LobireftIntervention,
-    LoreftIntervention,
-    NodireftIntervention,
-    NoreftIntervention,
-)
-from .registry import (
-    INTERVENTIONS,
-    Unit,
-    intervention_class,
-    intervention_name,
-    register_intervention,
-)
-from .rotation import LowRankRotation, orthonormal_rows, shared_bases
-
-__all__ = [
-    "INTERVENTIONS",
-    "AdapterIntervention",
-    "AdditionIntervention",
-    "BernoulliNoiseIntervention",
-    "BiasIntervention",
-    "ConsreftIntervention",
-    "DireftIntervention",
-    "Factors",
-    "GaussianNoiseIntervention",
-    "LobireftIntervention",
-    "LoreftIntervention",
-    "LowRankIntervention",
-    "LowRankRotation",
-    "NeftuneIntervention",
-    "NodireftIntervention",
-    "NoiseIntervention",
-    "NoreftIntervention",
-    "ReftIntervention",
-    "StackedEdit",
-    "SymNoiseIntervention",
-    "Unit",
-    "intervention_class",
-    "intervention_name",
-    "orthonormal_rows",
-    "register_intervention",
-    "shared_bases",
-    "side_by_side",
-]
+from .adapters import AdapterIntervention as AdapterIntervention
+from .adapters import AdditionIntervention as AdditionIntervention
+from .adapters import BiasIntervention as BiasIntervention
+from .base import LowRankIntervention as LowRankIntervention
+from .base import NoiseIntervention as NoiseIntervention
+from .base import ReftIntervention as ReftIntervention
+from .factors import Factors as Factors
+from .factors import StackedEdit as StackedEdit
+from .factors import side_by_side as side_by_side
+from .noise import BernoulliNoiseIntervention as BernoulliNoiseIntervention
+from .noise import GaussianNoiseIntervention as GaussianNoiseIntervention
+from .noise import NeftuneIntervention as NeftuneIntervention
+from .noise import SymNoiseIntervention as SymNoiseIntervention
+from .reft import ConsreftIntervention as ConsreftIntervention
+from .reft import DireftIntervention as DireftIntervention
+from .reft import LobireftIntervention as LobireftIntervention
+from .reft import LoreftIntervention as LoreftIntervention
+from .reft import NodireftIntervention as NodireftIntervention
+from .reft import NoreftIntervention as NoreftIntervention
+from .registry import INTERVENTIONS as INTERVENTIONS
+from .registry import Unit as Unit
+from .registry import intervention_class as intervention_class
+from .registry import intervention_name as intervention_name
+from .registry import register_intervention as register_intervention
+from .rotation import LowRankRotation as LowRankRotation
+from .rotation import orthonormal_rows as orthonormal_rows
+from .rotation import shared_bases as shared_bases

@@ -99,13 +99,7 @@ class AdapterFiles:
     def expect_base(
         self, shape: Mapping[str, Any], name: object, whose: str = "the given model"
     ) -> None:
-        """Raise a ValueError for a base of another shape.
-
-        Args:
-            shape: fingerprint of the base.
-            name: name of the base, for the message.
-            whose: words for the base in the message.
-        """
+        """Raise a ValueError for a base of another shape, which the message names."""
         for key, mine in shape.items():
             if self.base.get(key) != mine:
                 raise ValueError(

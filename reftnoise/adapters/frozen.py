@@ -139,12 +139,7 @@ def stacked_units(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:
         device = device_of(place.site.module) or edits[0].up.device
         units.append(
             PlacedUnit(
-                key=f"{place.site}#{index}",
-                unit=StackedEdit(edits, owners).to(device),
-                site=place.site,
-                positions=place.positions,
-                prefix=place.prefix,
-                suffix=place.suffix,
+                f"{place.site}#{index}", StackedEdit(edits, owners).to(device), **vars(place)
             )
         )
     return units

@@ -193,14 +193,7 @@ class CallReader:
     def read(
         self, entry: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], virtual_tokens: int
     ) -> Call | TokenlessCall:
-        """The next call.
-
-        Args:
-            entry: the module where it enters the base.
-            args: positional arguments of the call.
-            kwargs: its keyword arguments.
-            virtual_tokens: tokens that PEFT puts before the user's.
-        """
+        """The next call: of the module `entry` in the base, after PEFT's virtual tokens."""
         tokens: Any = kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = kwargs.get("input_ids", args[0] if args else None)

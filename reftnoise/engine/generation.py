@@ -14,12 +14,7 @@ from .planning import Planner
 def generate_edited(
     planner: Planner, kwargs: dict[str, Any], unit_locations: UnitLocations | None
 ) -> Any:
-    """Generate with the base of `planner`, and the units that it has.
-
-    Args:
-        planner: plans what the prompts' positions are.
-        kwargs: arguments of the base's `generate`.
-        unit_locations: columns to edit, as `ReftModel.generate` takes them.
+    """Generate with the base of `planner` and its units; `kwargs` are the base's own arguments.
 
     Raises:
         ValueError: as of `Planner.plans`; guidance with `unit_locations` or virtual tokens.

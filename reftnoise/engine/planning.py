@@ -169,11 +169,7 @@ def parse_unit_locations(
 
 
 class TrainingChecks:
-    """Warns where training hardly does what was meant.
-
-    Args:
-        planner: of the units that are trained.
-    """
+    """Warns where training hardly does what was meant."""
 
     def __init__(self, planner: Planner) -> None:
         self._planner = planner

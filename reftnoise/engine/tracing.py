@@ -25,11 +25,7 @@ _NUMBERS = itertools.count()
 
 
 class Tracer:
-    """Runs traced passes of an engine.
-
-    Args:
-        engine: the base with its units.
-    """
+    """Runs traced passes of an engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

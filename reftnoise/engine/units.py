@@ -101,13 +101,7 @@ def place_name(entry: RepresentationConfig, layer: int | None) -> str:
 def _units_of(
     entry: RepresentationConfig, layers: int, counts: Counter[str]
 ) -> Iterator[tuple[str, int | None, Positions | None]]:
-    """pyvene's key, layer and positions of each of an entry's units.
-
-    Args:
-        entry: entry of a config.
-        layers: number of the model's layers.
-        counts: numbers of units that earlier entries have, by the first part of their keys.
-    """
+    """pyvene's key, layer and positions of each of an entry's units; `counts` numbers the keys."""
     numbers: Sequence[int | None] = entry.layers(layers) if entry.is_per_layer else [None]
     for positions in entry.parts():
         for layer in numbers:
@@ -150,17 +144,21 @@ def subspace_gates(
         ValueError: another nesting, or a dimension that a unit does not have.
     """
     edits = [placed for placed in units if placed.positions is not None]
+    wrong = ValueError(
+        f"subspaces {subspaces!r}: expected the dimensions of each of {batch} rows, or None for "
+        f"all; or a list of such for each of {len(edits)} units"
+    )
     nested: Any = subspaces.tolist() if isinstance(subspaces, Tensor) else subspaces
     if _depth(nested) < 3:
         nested = [nested] * len(edits)
     if not _is_list(nested) or len(nested) != len(edits):
-        raise _wrong(subspaces, len(edits), batch)
+        raise wrong
     by_key = {}
     for placed, rows in zip(edits, nested, strict=True):
         if rows is None:
             continue
         if not _is_list(rows) or len(rows) != batch:
-            raise _wrong(subspaces, len(edits), batch)
+            raise wrong
         unit = placed.unit
         if not isinstance(unit, LowRankIntervention) or not unit.has_subspaces:
             raise ValueError(f"subspaces: {type(unit).__name__} has no subspace to edit a part of")
@@ -168,7 +166,7 @@ def subspace_gates(
         gates = torch.zeros(batch, rank)
         for gate, dimensions in zip(gates, rows, strict=True):
             if dimensions is not None and not _is_list(dimensions):
-                raise _wrong(subspaces, len(edits), batch)
+                raise wrong
             chosen = range(rank) if dimensions is None else [i for i in dimensions if i != -1]
             if not all(type(i) is int and 0 <= i < rank for i in chosen):
                 raise ValueError(
@@ -187,10 +185,3 @@ def _depth(nested: Any) -> int:
     if not _is_list(nested):
         return 0
     return 1 + max((_depth(part) for part in nested), default=0)
-
-
-def _wrong(subspaces: Any, units: int, batch: int) -> ValueError:
-    return ValueError(
-        f"subspaces {subspaces!r}: expected the dimensions of each of {batch} rows, or None for "
-        f"all; or a list of such for each of {units} units"
-    )

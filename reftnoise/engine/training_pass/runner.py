@@ -49,11 +49,7 @@ _LABEL_INPUTS |= {"token_type_ids", "return_dict"}
 
 
 class ForwardPasses:
-    """Runs forward passes of an engine, each in the cheapest way.
-
-    Args:
-        engine: the base with its units.
-    """
+    """Runs forward passes of an engine, each in the cheapest way."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._tracer = engine, Tracer(engine)

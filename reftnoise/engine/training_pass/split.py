@@ -53,7 +53,7 @@ class Alignment:
         return self.cut + 2 * (self.columns.shape[1] - self.cut) <= 0.95 * plain
 
     def take(self, values: Tensor, fill: int = 0) -> Tensor:
-        """A per-token tensor [batch, given width, ...] in this alignment."""
+        """A tensor of the batch [batch, columns, ...] in this alignment."""
         rows = torch.arange(len(self.columns), device=values.device)[:, None]
         inside = self.inside.to(values.device)
         inside = inside.view(*inside.shape, *[1] * (values.dim() - 2))
@@ -68,7 +68,7 @@ class Alignment:
         return taken.masked_fill(~inside[..., None], 0)
 
     def select(self, selection: Selection) -> Selection:
-        """A selection of the given columns as one of the aligned columns."""
+        """A selection of the batch's columns as one of the aligned columns."""
         if selection.columns is None:
             mask = selection.mask.gather(1, self.columns) & self.inside
             return Selection(None, mask, selection.decode)
@@ -78,7 +78,7 @@ class Alignment:
         return Selection(columns, mask & self.inside.gather(1, columns))
 
     def shifted(self, plan: EditPlan) -> EditPlan:
-        """A plan of the given columns as one of the aligned columns."""
+        """A plan of the batch's columns as one of the aligned columns."""
         moved = {s: self.select(s) for s in unique_selections(plan)}
         selections = {key: s and moved[s] for key, s in plan.selections.items()}
         noise = AlignedNoise(self, plan.layout)
@@ -106,7 +106,7 @@ def align(
     Args:
         plan: what is edited.
         labels: -100 where nothing is predicted.
-        position_ids: as given to the base; None where it counts columns itself.
+        position_ids: position ids of the base; None where it counts columns itself.
         keep_end: whether to keep tokens after the one that predicts the last label.
     """
     attended = plan.layout.attended
@@ -141,14 +141,7 @@ def align(
 def aligned_inputs(
     alignment: Alignment, inputs: Mapping[str, Any], layout: PromptLayout, *, position_ids: bool
 ) -> dict[str, Tensor]:
-    """The base's per-token inputs in the alignment.
-
-    Args:
-        alignment: of the batch.
-        inputs: as given.
-        layout: of the batch.
-        position_ids: whether to add those that the base would count itself.
-    """
+    """The base's per-token inputs in the alignment; with `position_ids`, those are among them."""
     aligned = {name: alignment.take(inputs[name]) for name in PER_TOKEN if name in inputs}
     aligned["attention_mask"] = alignment.take(layout.attended.long())
     if position_ids and "position_ids" not in aligned:
@@ -196,12 +189,7 @@ class _PromptLayer(DynamicLayer):
 
 
 class AlignedNoise:
-    """The noise of the plain pass, for the calls of a split one: drawn once for the whole batch.
-
-    Args:
-        alignment: of the batch.
-        layout: of the batch as given.
-    """
+    """The noise of the plain pass, for the calls of a split one: drawn once for the whole batch."""
 
     def __init__(self, alignment: Alignment, layout: PromptLayout) -> None:
         self._alignment, self._layout = alignment, layout
@@ -224,10 +212,10 @@ class SplitPass:
 
     Args:
         engine: the base with its units.
-        plan: what the pass edits, of the columns as given.
-        alignment: of these columns.
-        inputs: of the base, but for labels.
-        position_ids: whether the base takes them.
+        plan: edits of the columns before they are aligned.
+        alignment: alignment of these columns.
+        inputs: inputs of the base without labels.
+        position_ids: whether the base takes position ids.
     """
 
     hidden: Tensor
@@ -277,7 +265,7 @@ class SplitPass:
         return type(outputs)(**kept)
 
     def all_hidden(self) -> Float[Tensor, "batch width hidden"]:
-        """The hidden states of all columns as given. Those before the cut may be computed again.
+        """The hidden states of all the batch's columns. Those before the cut may be computed again.
 
         Raises:
             RuntimeError: they have to be, but the base has changed.
