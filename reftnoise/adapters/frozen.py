@@ -79,8 +79,7 @@ class FrozenAdapter:
 
     @classmethod
     def _joined(cls, parts: Iterable[tuple[EditedSite, Factors]]) -> "FrozenAdapter":
-        shapes: list[UnitShape] = []
-        tensors: list[Tensor] = []
+        shapes, tensors = list[UnitShape](), list[Tensor]()
         for place, (down, bias, up, acts) in parts:
             rank, width = down.shape
             shapes.append(UnitShape(place, rank, width, acts))
@@ -137,9 +136,6 @@ def stacked_units(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:
     for index, (place, parts) in enumerate(by_place.items()):
         owners, edits = zip(*parts, strict=True)
         device = device_of(place.site.module) or edits[0].up.device
-        units.append(
-            PlacedUnit(
-                f"{place.site}#{index}", StackedEdit(edits, owners).to(device), **vars(place)
-            )
-        )
+        unit = StackedEdit(edits, owners).to(device)
+        units.append(PlacedUnit(f"{place.site}#{index}", unit, **vars(place)))
     return units

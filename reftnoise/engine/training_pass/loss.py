@@ -165,9 +165,7 @@ def targets_of(labels: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length
 
 
 @contextlib.contextmanager
-def without_logits(
-    decoder: nn.Module, is_ours: Callable[[], bool] = lambda: True
-) -> Iterator[list[Tensor]]:
+def without_logits(decoder: nn.Module, is_ours: Callable[[], bool]) -> Iterator[list[Tensor]]:
     """Within the block, the base's head sees one token; the decoder's last states are collected."""
     seen: list[Tensor] = []
 
