@@ -16,6 +16,8 @@ Paper: ReFT (arXiv:2404.03592), section 3.2 and appendix. What the paper calls D
 `NodireftIntervention`.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -63,6 +65,9 @@ class DireftIntervention(_Rotated):
 class _Projected(LowRankIntervention):
     """Edits in the span of a free projection W₂ with the learned source $W_1h + b$."""
 
+    reads_bias: ClassVar[bool] = True
+    """Whether the formula has a place for a bias of W₂h."""
+
     def __init__(
         self,
         *,
@@ -74,6 +79,8 @@ class _Projected(LowRankIntervention):
         super().__init__(embed_dim=embed_dim, low_rank_dimension=low_rank_dimension, **arguments)
         if not isinstance(add_bias, bool):
             raise ValueError(f"add_bias {add_bias!r}: expected true or false")
+        if add_bias and not self.reads_bias:
+            raise ValueError("add_bias True: NoDiReFT never reads W2's bias; leave it False")
         self.add_bias = add_bias
         self.proj_layer = nn.Linear(embed_dim, low_rank_dimension, bias=add_bias, dtype=self.dtype)
         self.learned_source = nn.Linear(embed_dim, low_rank_dimension, dtype=self.dtype)
@@ -97,17 +104,7 @@ class NodireftIntervention(_Projected):
     the formula has no place for a second bias. Parameters: $2rd + r$.
     """
 
-    def __init__(
-        self,
-        *,
-        embed_dim: int,
-        low_rank_dimension: int,
-        add_bias: bool = False,
-        **arguments: Unpack[ReftArguments],
-    ) -> None:
-        if add_bias:
-            raise ValueError("add_bias True: NoDiReFT never reads W2's bias; leave it False")
-        super().__init__(embed_dim=embed_dim, low_rank_dimension=low_rank_dimension, **arguments)
+    reads_bias: ClassVar[bool] = False
 
     def factors(self) -> Factors:
         return _source(self, self.proj_layer.weight)

@@ -69,11 +69,11 @@ def as_written(base: nn.Module, hooked: Iterable[nn.Module]) -> Iterator[None]:
                 m for m in module.modules() if m is not module
             )
             if original is not None and has_hooks_inside:
-                stack.callback(_replace(module, "forward", original))
+                stack.callback(replace_own(module, "forward", original))
             if module._compiled_call_impl is not None and (
                 has_hooks_inside or (module in modules and not can_edit_outside(module))
             ):
-                stack.callback(_replace(module, "_compiled_call_impl", None))
+                stack.callback(replace_own(module, "_compiled_call_impl", None))
         yield
 
 
@@ -91,7 +91,7 @@ def calls_as_written(base: nn.Module) -> Iterator[None]:
 
         return call
 
-    undo = _replace(base, "get_compiled_call", get_call)
+    undo = replace_own(base, "get_compiled_call", get_call)
     try:
         yield
     finally:
@@ -117,7 +117,7 @@ def edit_outside(
             return compiled(*args, **kwargs)
         return edit(module, args, compiled(*args, **kwargs))
 
-    return _replace(module, "_compiled_call_impl", call)
+    return replace_own(module, "_compiled_call_impl", call)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -135,7 +135,7 @@ def _written_forward(module: nn.Module) -> Callable[..., Any] | None:
     return MethodType(original, module) if isinstance(forward, MethodType) else original
 
 
-def _replace(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
+def replace_own(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
     """Set an attribute of a module itself, not of its class; returns what sets it back."""
     own = module.__dict__
     had, before = name in own, own.get(name)
@@ -182,11 +182,11 @@ def checkpointing(
     def checkpoint_repeatable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return checkpoint(repeatable(function), *args, **kwargs)
 
-    setattr(module, name, checkpoint_repeatable)
+    undo = replace_own(module, name, checkpoint_repeatable)
     try:
         yield
     finally:
-        setattr(module, name, checkpoint)
+        undo()
 
 
 # -- hooks ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..base.peft import inner_model
+from ..base.running import replace_own
 from ..base.sites import Site
 
 
@@ -56,18 +57,15 @@ def call_fused(
             "TRL was given the PEFT model under the units, perhaps as ref_model: its adapter is in "
             "training. Leave ref_model out, and TRL loads the base"
         )
-    before, own = vars(inner).get("forward"), inner.forward
+    own = inner.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("fused_lm_head"):
             return function(inner, *args, **kwargs)
         return own(*args, **kwargs)  # for a pass within this one
 
-    inner.forward = forward
+    undo = replace_own(inner, "forward", forward)
     try:
         return base(**inputs)
     finally:
-        if before is None:
-            del inner.forward
-        else:
-            inner.forward = before
+        undo()
