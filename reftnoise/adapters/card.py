@@ -32,15 +32,7 @@ reft_model = rn.ReftModel.from_pretrained(model, "path/to/this/directory")
 
 
 def card(config: ReftConfig, *, base: Any, name: str, trained: int, total: int) -> str:
-    """The model card in Markdown.
-
-    Args:
-        config: the units.
-        base: the base, without PEFT's wrapper.
-        name: name of the base, on the hub or elsewhere; empty for none.
-        trained: number of trained parameters.
-        total: number of parameters of the base.
-    """
+    """The model card in Markdown, with numbers of parameters; the base's name may be empty."""
     rows = [entry.to_dict() for entry in config.representations]
     columns = ("intervention", "layer", "component", "positions", "low_rank_dimension")
     peft_note = ""

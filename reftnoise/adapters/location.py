@@ -65,11 +65,7 @@ def local_directory(
 ) -> Path:
     """A directory on this machine, or one with files of a hub repository, which are downloaded.
 
-    Args:
-        directory: path of a directory, or name of a hub repository.
-        files: patterns of the files that are downloaded.
-        revision: branch, tag or commit of a hub repository.
-        token: token for a private one, as `huggingface_hub` takes it.
+    Revision and token are those of `huggingface_hub`.
 
     Raises:
         FileNotFoundError: there is neither such a directory nor such a repository.

@@ -59,7 +59,7 @@ class Engine:
     Args:
         base: the model whose sites the units edit.
         units: in the order in which they act where several share a site.
-        settings: of the edits.
+        settings: settings of the edits.
     """
 
     def __init__(

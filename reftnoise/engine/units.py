@@ -66,7 +66,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
                 placed.append(PlacedUnit(key, unit, site, positions))
         except ValueError as error:
             raise ValueError(f"representations[{index}]: {error}") from None
-    # A name gives each site a new unit, a module is one itself.
+    # A name gives each site a new unit; a module stays the same unit.
     if len({id(unit.unit) for unit in placed}) < len(placed):
         raise ValueError("one module serves two entries: give each entry a module of its own")
     return _disjoint(placed)

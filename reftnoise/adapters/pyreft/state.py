@@ -66,12 +66,8 @@ def from_pyreft_state(
 ) -> tuple[dict[str, Any], dict[str, Tensor], int]:
     """Read a state of pyreft, or of one of our classes that pyvene saved.
 
-    An R that is not orthonormal is kept as the unconstrained class that computes the same.
-
-    Args:
-        unit_class: class of the unit, among `CLASSES`.
-        pickled: the state.
-        where: beginning of warnings.
+    An R that is not orthonormal is kept as the unconstrained class that computes the same, with a
+    warning that begins with `where`.
 
     Returns:
         The entry of a config: name, rank, dtype and `add_bias`; the state of our class; the width.

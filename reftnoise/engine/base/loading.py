@@ -30,7 +30,7 @@ def load_base(
         device: device that the model is put on; auto is a GPU where there is one.
         quantization: transformers' quantization_config as a mapping.
         auto_class: the class of transformers that loads the model.
-        padding_side: of the tokenizer.
+        padding_side: padding side of the tokenizer.
         arguments: further arguments of its `from_pretrained`, such as num_labels.
 
     Raises:

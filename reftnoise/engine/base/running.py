@@ -212,12 +212,7 @@ def put_in_order(module: nn.Module) -> None:
 
 
 def has_foreign_hooks(module: nn.Module, but: tuple[str, ...] = ()) -> bool:
-    """Whether foreign hooks are on a module.
-
-    Args:
-        module: any module.
-        but: packages whose hooks do not count, as our own do not.
-    """
+    """Whether foreign hooks are on a module; ours, and those of the packages `but`, are not."""
     if not module._forward_hooks and not module._forward_pre_hooks:
         return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

@@ -125,12 +125,12 @@ class PrefixCache:
         """Keys and values of prompts, padded on the left; those that are not stored are computed.
 
         Args:
-            names: of each prompt what identifies it, as in `write`.
+            names: identities of the prompts, as in `write`.
             lengths: tokens of each prompt.
             width: columns of the result.
             compute: from the rows that are missing to their keys and values.
             empty: cache that takes what was stored.
-            device: of the result.
+            device: device of the result.
         """
         missing = [row for row, name in enumerate(names) if name not in self]
         self.hits += len(names) - len(missing)

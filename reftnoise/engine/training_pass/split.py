@@ -208,15 +208,7 @@ class AlignedNoise:
 
 
 class SplitPass:
-    """A pass whose prompts run without gradients.
-
-    Args:
-        engine: the base with its units.
-        plan: edits of the columns before they are aligned.
-        alignment: alignment of these columns.
-        inputs: inputs of the base without labels.
-        position_ids: whether the base takes position ids.
-    """
+    """A pass whose prompts run without gradients; `plan` and `inputs` are not aligned yet."""
 
     hidden: Tensor
     """The hidden states from the cut on, once the pass has run."""
