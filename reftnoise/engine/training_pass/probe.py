@@ -113,7 +113,7 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 
 def is_random(base: PreTrainedModel) -> bool:
-    """Whether the base, in its modes of now, gives two outputs for one input: dropout, jitter."""
+    """Whether the base, in its modes of now, gives two outputs for an input: dropout, jitter."""
     tokens = torch.arange(TOKENS, device=base.device).repeat(TOKENS, 1)
     device = base.device.type
     places = {p.device.index for p in base.parameters() if p.device.type == device}

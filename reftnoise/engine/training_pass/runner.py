@@ -5,8 +5,8 @@
 | the base's own forward | there are no labels, the caller wants all logits, or torch.compile \
 traces: shapes that depend on labels would break its graph |
 | loss at label positions | labels are one per token, and the base's loss is the usual one |
-| split | besides, the base is frozen and much of the batch comes before the first edit |
-| split, prompts from a cache | besides, prompts meet neither noise nor dropout |
+| split | the same, and the base is frozen and much of the batch comes before the first edit |
+| split, prompts from a cache | the same, and prompts meet neither noise nor dropout |
 
 A test with eight tokens, once, shows on the base itself whether it allows them.
 """
