@@ -6,7 +6,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
-from ruamel.yaml.error import MantissaNoDotYAML1_1Warning, MarkedYAMLError, YAMLError
+from ruamel.yaml.error import (
+    MantissaNoDotYAML1_1Warning,
+    MarkedYAMLError,
+    ReusedAnchorWarning,
+    YAMLError,
+)
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
@@ -18,7 +23,9 @@ _DIRECTIVE = "%YAML 1.1\n---\n"
 class _Constructor(SafeConstructor):
     def construct_bool(self, node: ScalarNode) -> bool | str:
         """As ruamel.yaml does, but `y` and `n` are texts, as PyYAML has them."""
-        return node.value if node.value in "yYnN" else bool(self.construct_yaml_bool(node))
+        if node.value in ("y", "Y", "n", "N"):
+            return node.value
+        return bool(self.construct_yaml_bool(node))
 
 
 class _Representer(SafeRepresenter):
@@ -50,6 +57,7 @@ def load(text: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MantissaNoDotYAML1_1Warning)
+            warnings.simplefilter("ignore", ReusedAnchorWarning)  # an alias means the latest
             return _yaml().load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -86,6 +86,12 @@ def test_yaml_reads_what_it_writes(value: Any) -> None:
     assert yaml.load(yaml.dump(value)) == value
 
 
+def test_yaml_takes_an_anchor_twice_and_refuses_a_list_as_a_bool() -> None:
+    assert yaml.load("a: &x 1\nb: &x 2\nc: *x\n") == {"a": 1, "b": 2, "c": 2}
+    with pytest.raises(ValueError, match="line 1, column 4: expected a scalar node"):
+        yaml.load("k: !!bool [1]")
+
+
 def test_yaml_reads_exponents_as_numbers() -> None:
     assert yaml.load("{a: 1e-3, b: 2.0E+4, c: e3}") == {"a": 0.001, "b": 2e4, "c": "e3"}
 
