@@ -31,7 +31,8 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         schema = description["schema_version"]
         description["base_model"] = dict(description["base_model"])
-        description["representations"] = list(description["representations"])
+        if not isinstance(description["representations"], list):
+            raise TypeError("representations is no list")
         names = description.get("base_parameters", ())
         description["base_parameters"] = [str(name) for name in names]
     except (ValueError, KeyError, TypeError) as error:

@@ -647,6 +647,7 @@ def test_a_config_of_another_adapter(
         '{"schema_version": 1, "base_model": {}}',
         pytest.param('{"schema_version": 1, "base_model": "x", "representations": []}'),
         pytest.param('{"schema_version": 1, "base_model": null, "representations": []}'),
+        pytest.param('{"schema_version": 1, "base_model": {}, "representations": {"a": 1}}'),
     ],
 )
 def test_a_damaged_config(text: str, adapter: Path) -> None:
