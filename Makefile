@@ -70,6 +70,7 @@ $(VENV)/.test: EXTRAS = [test]
 $(VENV)/.lint: EXTRAS = [test,lint]
 $(VENV)/.docs: EXTRAS = [docs]
 $(VENV)/.%: pyproject.toml constraints.txt
+	@echo "Installing packages into $(VENV), which takes some minutes the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.$(EXTRAS)'
 	touch $@

@@ -140,6 +140,7 @@ def test_recipes_for_the_repository_work_in_a_copy(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     tests = [
         "tests/interventions/test_registry.py::test_the_family_is_registered",
+        "tests/cli/test_mistakes_cost_no_torch.py::test_the_names_of_units_are_known",
         "tests/config/test_components.py::test_every_component_is_the_right_module",
     ]
     for block in blocks(ROOT / "examples" / "guides" / "internals.md", "python", "diff"):
@@ -160,7 +161,7 @@ def test_recipes_for_the_repository_work_in_a_copy(tmp_path: Path) -> None:
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "11 passed" in done.stdout
+    assert "12 passed" in done.stdout
 
 
 def _apply(diff: str, root: Path) -> None:

@@ -144,5 +144,5 @@ def _flags(parser: "ArgumentParser", arguments: Sequence[str]) -> Iterator[str]:
 def _overview() -> str:
     lines = ["usage: reftnoise COMMAND [OPTIONS]", ""]
     for name, function in COMMANDS.items():
-        lines.append(f"  {name:<9} {(inspect.getdoc(function) or '').splitlines()[0]}")
+        lines.append(f"  {name:<10} {(inspect.getdoc(function) or '').splitlines()[0]}")
     return "\n".join([*lines, "", "See also reftnoise COMMAND --help, and reftnoise --version."])

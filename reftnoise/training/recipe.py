@@ -8,12 +8,6 @@ from typing import Any, Literal
 
 from .._util import yaml
 
-UNITS = (
-    *("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "bias", "addition"),
-    *("adapter", "neftune", "gaussian", "bernoulli", "symnoise"),
-)
-"""The names of the interventions of the registry, known without torch."""
-
 
 @dataclass(kw_only=True)
 class DataConfig:

@@ -4,11 +4,12 @@ Mistakes in a recipe are raised before torch is imported, as far as that is poss
 are inside the properties.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from ..data.tasks.base import ParsedRow, RowError, parse_rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.registry import get_task
 from ..data.templates import check_template
-from .recipe import UNITS, Recipe
+from .recipe import Recipe
 from .run_files import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -82,8 +83,9 @@ class ResolvedRun:
             )
         for unit in recipe.representations:
             name = unit.get("intervention")
-            if isinstance(name, str) and name not in UNITS and "torch" not in sys.modules:
-                raise ValueError(f"intervention {name!r} is not registered; {nearest(name, UNITS)}")
+            if isinstance(name, str) and "torch" not in sys.modules and name not in unit_names():
+                names = nearest(name, unit_names())
+                raise ValueError(f"intervention {name!r} is not registered; {names}")
             if isinstance(unit.get("positions"), str):
                 Positions.parse(unit["positions"])
         for name in _POSITIVE:
@@ -206,3 +208,11 @@ class ResolvedRun:
             }[error.name]
             place = place_of(source or "", split, error.index)
             raise ValueError(f"{option} {place}: {error.reason}") from None
+
+
+@cache
+def unit_names() -> tuple[str, ...]:
+    """The names in the registry of interventions, read from its source: it would import torch."""
+    source = (Path(__file__).parents[1] / "interventions" / "registry.py").read_text("utf-8")
+    names = re.findall(r'^    "(\w+)": ', source[: source.index("}")], re.MULTILINE)
+    return tuple(names)

@@ -127,7 +127,7 @@ def test_every_command_is_mistaken() -> None:
 def test_the_names_of_units_are_known() -> None:
     code = (
         "from reftnoise.interventions import INTERVENTIONS\n"
-        "from reftnoise.training.recipe import UNITS\n"
-        "assert list(UNITS) == list(INTERVENTIONS)"
+        "from reftnoise.training.resolved_run import unit_names\n"
+        "assert unit_names() == tuple(INTERVENTIONS)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

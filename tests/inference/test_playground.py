@@ -134,7 +134,7 @@ def test_layers_and_positions_are_turned_off(
 
 def test_noise_is_one_draw_for_all_answers(local: LocalModel, library: Any) -> None:
     assert last(local, noise="symnoise", alpha=0.0) == last(local, noise=NO_NOISE)
-    assert set(local.noises) == {"neftune", "symnoise", "gaussian", "bernoulli"}
+    assert {"neftune", "symnoise", "gaussian", "bernoulli"} <= set(local.noises)
     for noise in local.noises:
         noisy = last(local, noise=noise, alpha=400.0)
         assert noisy == last(local, noise=noise, alpha=400.0)

@@ -294,8 +294,9 @@ def test_an_adapter_that_is_unloaded_is_forgotten_once_nobody_reads(
     next(iter(stream))
     for name in ("again", "all"):
         client.post("/unload_lora_adapter", body={"lora_name": name}, cast_to=str)
-    assert loaded_in_the_worker(server[1]) == before
-    assert "".join(chunk.choices[0].text for chunk in stream)
+    # The worker keeps its weights while they are read, which may be over by now.
+    *_, last = stream
+    assert last.choices[0].finish_reason == "length"
     wait_until(lambda: not set(before) <= set(loaded_in_the_worker(server[1])))
     with pytest.raises(openai.NotFoundError, match="all"):
         complete(client, "all")
