@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 IN_TWO := -n 2 --dist worksteal
+VLLM_TESTS := tests/inference/test_vllm.py tests/inference/test_vllm_server.py
 
-.PHONY: demo test test-slow test-quantised test-vllm test-oldest test-newest lint docs build clean
+.PHONY: demo test test-slow test-quantised test-vllm test-vllm-slow \
+	test-oldest test-newest lint docs build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reftnoise demo
@@ -27,7 +29,11 @@ $(VENV)-quantised/.test: pyproject.toml constraints.txt
 
 # Apart from the rest, since vLLM has versions of its own of what we need. Its build for CPUs.
 test-vllm: $(VENV)-vllm/.test
-	$(<D)/bin/python -m pytest -m 'slow or not slow' tests/inference/test_vllm.py tests/inference/test_vllm_server.py
+	$(<D)/bin/python -m pytest $(VLLM_TESTS)
+
+# Two minutes of traffic by 64 clients, whose memory is measured: for an idle machine.
+test-vllm-slow: $(VENV)-vllm/.test
+	$(<D)/bin/python -m pytest -m slow $(VLLM_TESTS)
 
 $(VENV)-vllm/.test: pyproject.toml constraints.txt tests/inference/requirements-vllm.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
