@@ -54,10 +54,9 @@ def run(function: Callable[..., None], arguments: Sequence[str], *, prog: str) -
 
     Its docstring becomes the help. A file may come before the options.
     """
-    logger = logging.getLogger("reftnoise")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-        logger.handlers[0].setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger, handler = logging.getLogger("reftnoise"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger.addHandler(handler)
     # Users can do nothing about what libraries will change.
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its attempts
@@ -73,6 +72,8 @@ def run(function: Callable[..., None], arguments: Sequence[str], *, prog: str) -
     except KeyboardInterrupt:
         print("reftnoise: interrupted", file=sys.stderr)
         return 130
+    finally:  # later calls in this process write to their own stderr
+        logger.removeHandler(handler)
 
 
 def _parsed(function: Callable[..., None], arguments: Sequence[str], prog: str) -> dict[str, Any]:

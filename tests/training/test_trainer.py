@@ -265,7 +265,7 @@ def test_noise_alone_trains_nothing_on_a_frozen_base(tokenizer: Any, tmp_path: P
 
 def test_tokenizer_and_processing_class_are_one_argument(tokenizer: Any, tmp_path: Path) -> None:
     model = wrapped(tokenizer)
-    with pytest.raises(ValueError, match="one argument"):
+    with pytest.raises(ValueError, match="same argument"):
         rn.ReftTrainer(
             model=model, args=arguments(tmp_path), tokenizer=tokenizer, processing_class=tokenizer
         )
