@@ -18,7 +18,7 @@ GUIDES = (
 OTHERS = ("CHANGELOG.md", ".github/CONTRIBUTING.md")
 ROOMS = ("model", "config", "interventions", "data", "training", "evaluation", "adapters")
 ROOMS += ("analysis", "engine")
-BESIDE = (
+MORE = (
     "adapters.library.AdapterLibrary",
     "analysis.inspection",
     "data.tasks.base",
@@ -30,7 +30,7 @@ BESIDE = (
     "training.study.grid.Rule",
     "training.study.grid.Study",
 )
-"""What the reference shows beside the names of `rn`."""
+"""What the reference shows apart from the names of `rn`."""
 
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 _MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -74,7 +74,7 @@ def _reference() -> dict[str, str]:
     targets = {member.target_path for member in package.members.values() if member.is_alias}
     names = {target for target in targets if target.startswith("reftnoise.")}
     by_room: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(names | {f"reftnoise.{name}" for name in BESIDE}):
+    for name in sorted(names | {f"reftnoise.{name}" for name in MORE}):
         by_room[name.split(".")[1]].append(name)
     if set(by_room) != set(ROOMS):
         raise ValueError(f"ROOMS {ROOMS}: expected {', '.join(by_room)}")

@@ -115,7 +115,7 @@ def test_python_runs_block_after_block(
 
 
 def _results(page: str, names: dict[str, Any], folder: Path) -> None:
-    """What some pages' code must have done, beside having run."""
+    """What the code of some pages must have done, apart from running."""
     if page == "README":
         loaded = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], "emoji-adapter")
         assert loaded.count_parameters() == names["reft_model"].count_parameters()

@@ -1,4 +1,4 @@
-"""Whoever reads how a training pass works opens few files."""
+"""A reader who wants to know how a training pass works opens few files."""
 
 from support.programs.touched_files import touched_files
 

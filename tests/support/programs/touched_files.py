@@ -2,7 +2,7 @@
 
     python touched_files.py
 
-Whoever reads how a pass works opens these. The maths of interventions is not among them.
+A reader who wants to know how a pass works opens these. The maths is not among them.
 """
 
 import sys
