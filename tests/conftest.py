@@ -1,6 +1,8 @@
 """Offline, deterministic, and with the shapes of all interventions checked."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread a process, also in those that tests start: sums over other chunks round otherwise, and
@@ -27,6 +29,17 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Libraries configure the root logger; its handlers would write to a stream that is closed."""
+    loggers = (logging.getLogger(), logging.getLogger("reftnoise"))
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture
