@@ -82,13 +82,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def built(config: type[Config], parser: ArgumentParser, parsed: Namespace) -> Config:
     """A dataclass from what such a parser has parsed."""
-    names = [field.name for field in fields(config)]  # type: ignore[arg-type]
-    for field in fields(config):  # type: ignore[arg-type]
+    options = fields(config)  # type: ignore[arg-type]  # all of them are dataclasses
+    for field in options:
         value = parsed[field.name]
         if is_dataclass(field.type) and not isinstance(value, Namespace):
             raise ArgumentError(None, f"{field.name}: expected a mapping, got {value!r}")
     values = parser.instantiate(parsed)
-    return config(**{name: values[name] for name in names})
+    return config(**{field.name: values[field.name] for field in options})
 
 
 def option_values(parser: ArgumentParser) -> dict[str, Any]:
