@@ -22,7 +22,6 @@ from transformers.modeling_outputs import ModelOutput
 
 from ...interventions import NoiseIntervention
 from ..base.peft import has_switched_adapters, inner_model, may_add_to_loss, virtual_tokens
-from ..base.quantization import check_gradients
 from ..base.running import checkpointed_modules, exclusive, innermost, is_awaited, is_watched
 from ..base.sharding import is_spread
 from ..base.sites import takes_position_ids
@@ -32,7 +31,7 @@ from ..layout import Batch, has_token_labels
 from ..tracing import Tracer
 from .loss import Head, label_loss, targets_of, with_lazy_logits, without_logits
 from .prefix_cache import PrefixCache
-from .probe import Abilities, is_random, probe
+from .probe import Abilities, check_gradients, is_random, probe
 from .split import PER_TOKEN, Alignment, SplitPass, align
 from .symnoise import first_of_pairs
 
@@ -69,17 +68,10 @@ class ForwardPasses:
         split: SplitMode = "auto",
         prefix_cache: PrefixCache | None = None,
     ) -> Any:
-        """One call of the base; returns its output class with its loss.
+        """One call of the base with the edits of each stack; returns its output class with a loss.
 
-        Args:
-            plans: edits of each stack.
-            batch: inputs of the base. Of one that holds each example twice, the outputs are those
-                of the first half.
-            return_logits: True has the base compute all; False leaves them out where they are not
-                needed for the loss; None computes them when they are read.
-            split: whether to run what comes before the first edit without gradients; `"auto"`
-                where it is possible and saves time.
-            prefix_cache: cache that keeps keys and values of prompts from epoch to epoch.
+        Of a batch that holds each example twice, the outputs are those of the first half. The other
+        arguments are as `ReftModel` has them.
 
         Raises:
             ValueError: `split="always"`, but a training pass cannot be split; or gradients do not
@@ -100,11 +92,16 @@ class ForwardPasses:
         trained = (parameter.requires_grad for parameter in self._engine.base.parameters())
         if prefix_cache is not None and alignment is None and any(trained):
             prefix_cache.clear()  # fused optimizers change weights without a trace
+        logits = None
         if whole is None and isinstance(plan, EditPlan):
-            return self._with_label_loss(plan, batch, alignment, return_logits, prefix_cache)
-        with self._engine.running(*plans):
-            outputs = self._engine.base(**batch.inputs)
-        return outputs if batch.copies == 1 else first_of_pairs(outputs, rows)
+            to_end = return_logits is not False
+            outputs, logits = self._with_label_loss(plan, batch, alignment, prefix_cache, to_end)
+        else:
+            with self._engine.running(*plans):
+                outputs = self._engine.base(**batch.inputs)
+        if batch.copies > 1:
+            outputs = first_of_pairs(outputs, rows)
+        return outputs if logits is None else with_lazy_logits(outputs, logits)
 
     # -- the ways ------------------------------------------------------------------------------
 
@@ -113,29 +110,28 @@ class ForwardPasses:
         plan: EditPlan,
         batch: Batch,
         alignment: Alignment | None,
-        return_logits: bool | None,
         prefix_cache: PrefixCache | None,
-    ) -> Any:
-        """A pass whose loss is computed at label positions, split where there is an alignment."""
+        to_end: bool,
+    ) -> tuple[ModelOutput, Callable[[], Tensor] | None]:
+        """A pass whose loss is computed at label positions, split where there is an alignment.
+
+        Returns, with `to_end`, also what computes its logits.
+        """
         inputs = {name: value for name, value in batch.inputs.items() if value is not None}
         targets = targets_of(inputs.pop("labels"))
         num_items = inputs.pop("num_items_in_batch", None)
         if alignment is None:
             outputs, hidden, all_hidden = self._unsplit(plan, inputs)
         else:
-            to_end = return_logits is not False
             outputs, hidden, all_hidden = self._split(plan, inputs, alignment, prefix_cache, to_end)
             targets = alignment.take(targets, -100)[:, alignment.cut :]
         head = Head(inner_model(self._engine.base), self._abilities.decoder_output)
         loss = label_loss(head, hidden, targets, num_items)
         kept = {n: v for n, v in outputs.items() if n not in ("loss", "logits")}
         outputs = type(outputs)(loss=loss, **kept)
-        rows = batch.rows // batch.copies
-        if batch.copies > 1:
-            outputs = first_of_pairs(outputs, rows)
-        if return_logits is False:
-            return outputs
-        device = hidden.device.type
+        if not to_end:
+            return outputs, None
+        device, rows = hidden.device.type, batch.rows // batch.copies
         autocast = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
@@ -144,7 +140,7 @@ class ForwardPasses:
             with autocast:  # also if they are read after its block
                 return head.logits(all_hidden()[:rows])
 
-        return with_lazy_logits(outputs, logits)
+        return outputs, logits
 
     def _unsplit(self, plan: EditPlan, inputs: dict[str, Any]) -> Decoded:
         base = self._engine.base

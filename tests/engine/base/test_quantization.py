@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import reftnoise as rn
-from reftnoise.engine.base.quantization import one_of_each_kind
+from reftnoise.engine.training_pass.probe import one_of_each_kind
 
 NEEDS = "needs {}: pip install 'reftnoise[quantised]'"
 bnb = pytest.importorskip("bitsandbytes", reason=NEEDS.format("bitsandbytes"))
