@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config.components import Stack
-from ..interventions import NoiseIntervention, ReftIntervention, StackedEdit
+from ..interventions import NoiseIntervention
 from .base.running import mask_after_convolutions, shaped_like
 from .layout import PromptLayout, Selection, cached_length
 from .units import PlacedUnit
@@ -29,8 +29,8 @@ class EditPlan:
 
     layout: PromptLayout
     """The batch's prompts."""
-    selections: Mapping[str, Selection | None]
-    """By unit key; None where the caller gave no location, so that nothing is edited."""
+    selections: Mapping[str, Selection]
+    """By unit key; none where the caller gave no location, so that nothing is edited."""
     gates: Mapping[str, Float[Tensor, "batch k"]] = field(default_factory=dict)
     """By unit key, how much of each row of its factors, or dimension of its subspace, each row of
     the batch gets; all of each where there is none."""
@@ -38,13 +38,13 @@ class EditPlan:
     """The layers that are edited, in an encoder-decoder model."""
     cut: int = 0
     """Columns before it hold no edit."""
-    noise: Callable[[PlacedUnit, Tensor, int], Tensor] | None = None
+    noise: Callable[[NoiseIntervention, Tensor, int], Tensor] | None = None
     """The noise of a unit for a call's hidden states, from its first column on, where the base's
     rows are shifted against the layout; each call draws its own otherwise."""
 
     def edits(self, placed: PlacedUnit) -> bool:
         """Whether a unit edits hidden states in this pass."""
-        return self.selections.get(placed.key) is not None
+        return placed.key in self.selections
 
     def settle(self, _: Bool[Tensor, "batch width"], __: int) -> "EditPlan":
         """The plan itself, as of a `DeferredPlan`."""
@@ -92,8 +92,9 @@ class Call:
         """The call that a site's hidden states belong to: this one."""
         return self
 
-    def edited(self, selections: tuple[Selection, ...]) -> "EditedRows":
-        """Where selections lie in the flattened hidden states, computed once for all sites."""
+    def edited(self, units: Sequence[PlacedUnit]) -> "EditedRows":
+        """The rows of flattened hidden states that units edit, computed once for all sites."""
+        selections = tuple(self.plan.selections[placed.key] for placed in units)
         if selections not in self._edited:
             parts = [s.repeat(self._times).within(self.offset, self.length) for s in selections]
             indices, masks = zip(*parts, strict=True)
@@ -224,15 +225,6 @@ def _attended(mask: Any, batch: int, width: int, tokens: Tensor) -> Bool[Tensor,
 # -- edits -----------------------------------------------------------------------------------------
 
 
-class _ActingUnit(NamedTuple):
-    """A unit in one call."""
-
-    unit: ReftIntervention | StackedEdit
-    selection: Selection
-    gates: Float[Tensor, "batch k"] | None = None
-    """How much of each dimension the rows of the batch get."""
-
-
 def apply_units(
     units: Sequence[PlacedUnit],
     call: Call | TokenlessCall,
@@ -268,7 +260,7 @@ def apply_units(
         if call.plan.noise is None:
             hidden = placed.unit(hidden, **call.tokens(hidden.device))
         else:
-            hidden = hidden + call.plan.noise(placed, hidden, call.offset)
+            hidden = hidden + call.plan.noise(placed.unit, hidden, call.offset)
     return _add_edits(edits, call, hidden, scale)
 
 
@@ -286,8 +278,8 @@ def _add_edits(
         return hidden
     edited, few = hidden, []
     for placed in units:
-        selection = call.plan.selections[placed.key]
-        if selection is None or isinstance(placed.unit, NoiseIntervention):
+        selection = call.plan.selections.get(placed.key)
+        if selection is None:
             continue
         if hidden.shape[-1] != placed.unit.hidden_size:
             raise ValueError(
@@ -295,22 +287,18 @@ def _add_edits(
                 f"{type(placed.unit).__name__} has embed_dim {placed.unit.hidden_size}: pass "
                 f"embed_dim={hidden.shape[-1]}"
             )
-        acting = _ActingUnit(placed.unit, selection, call.gates(placed.key))
         if selection.columns is None:
-            edited = _edit_rows(edited, hidden, [acting], call.edited((selection,)), scale)
+            edited = _edit_rows(edited, hidden, [placed], call, scale)
         else:
-            few.append(acting)
-    if few:
-        rows = call.edited(tuple(acting.selection for acting in few))
-        edited = _edit_rows(edited, hidden, few, rows, scale)
-    return edited
+            few.append(placed)
+    return _edit_rows(edited, hidden, few, call, scale) if few else edited
 
 
 def _edit_rows(
     edited: Float[Tensor, "batch length hidden"],
     hidden: Float[Tensor, "batch length hidden"],
-    units: Sequence[_ActingUnit],
-    rows: EditedRows,
+    units: Sequence[PlacedUnit],
+    call: Call,
     scale: float,
 ) -> Float[Tensor, "batch length hidden"]:
     """Add each unit's edit of `hidden`, times `scale`, to those rows of `edited` in the mask.
@@ -318,26 +306,27 @@ def _edit_rows(
     Rows outside the mask are added exact zeros, which keeps every shape static: no
     synchronisation with the device, and a NaN in padding stays where it is.
     """
+    rows = call.edited(units)
     flat = hidden.reshape(-1, hidden.shape[-1])
     target = edited.reshape(-1, hidden.shape[-1])
     mask = rows.mask.to(hidden.device)[:, None]
     if rows.indices is None:
-        delta = _delta(units[0], flat.masked_fill(~mask, 0), scale)
+        delta = _delta(units[0], call, flat.masked_fill(~mask, 0), scale)
         return shaped_like(hidden, target + delta.masked_fill(~mask, 0))
     indices = rows.indices.to(hidden.device)
     parts = flat.index_select(0, indices).split_with_sizes(rows.counts)
-    deltas = [_delta(unit, part, scale) for unit, part in zip(units, parts, strict=True)]
+    deltas = [_delta(unit, call, part, scale) for unit, part in zip(units, parts, strict=True)]
     delta = torch.cat(deltas).masked_fill(~mask, 0)
     return shaped_like(hidden, target.index_add(0, indices, delta))
 
 
 def _delta(
-    acting: _ActingUnit, hidden: Float[Tensor, "n hidden"], scale: float
+    placed: PlacedUnit, call: Call, hidden: Float[Tensor, "n hidden"], scale: float
 ) -> Float[Tensor, "n hidden"]:
-    if acting.gates is None:
-        delta = acting.unit.delta(hidden)
+    gates = call.gates(placed.key)
+    if gates is None:
+        delta = placed.unit.delta(hidden)
     else:
-        gates = acting.gates.to(hidden.device)
-        by_row = hidden.view(len(gates), -1, hidden.shape[-1])
-        delta = acting.unit.delta(by_row, gates[:, None]).flatten(0, 1)
+        by_row = hidden.view(call.rows, -1, hidden.shape[-1])
+        delta = placed.unit.delta(by_row, gates.to(hidden.device)[:, None]).flatten(0, 1)
     return (delta if scale == 1.0 else scale * delta).to(hidden.dtype)

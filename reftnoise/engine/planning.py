@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config.components import Stack
 from .base.peft import inner_model
-from .base.sites import is_encoder_decoder
+from .base.sites import stacks_of
 from .calls import DeferredPlan, EditPlan, Plan
 from .hooks import Engine
 from .layout import (
@@ -42,10 +42,7 @@ class Planner:
         self.engine, self._gates = engine, gates or {}
         self.continues = bool(inner_model(engine.base).can_generate())
         """Whether the base writes tokens after a prompt."""
-        self.stacks: tuple[Stack | None, ...] = (None,)
-        """The parts of the base with a sequence each; None for a base that has one sequence."""
-        if is_encoder_decoder(engine.base):
-            self.stacks = ("encoder", "decoder")
+        self.stacks = stacks_of(engine.base)
 
     @property
     def labels_end_prompts(self) -> bool:
@@ -112,14 +109,15 @@ class Planner:
     def _gates_of(self, copies: int) -> dict[str, Float[Tensor, "batch k"]]:
         return {key: gate.repeat(copies, 1) for key, gate in self._gates.items()}
 
-    def _located(self, locations: UnitLocations, batch: Batch) -> dict[str, Selection | None]:
+    def _located(self, locations: UnitLocations, batch: Batch) -> dict[str, Selection]:
         units = [placed for placed in self.engine.units if placed.positions is not None]
         rows, copies = batch.rows // batch.copies, batch.copies
         columns = parse_unit_locations(locations, len(units), rows, batch.length)
         device = self.engine.base.device
         return {
-            placed.key: None if c is None else explicit_selection(c.to(device).repeat(copies, 1))
+            placed.key: explicit_selection(c.to(device).repeat(copies, 1))
             for placed, c in zip(units, columns, strict=True)
+            if c is not None
         }
 
 

@@ -90,6 +90,11 @@ def is_encoder_decoder(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
+def stacks_of(model: PreTrainedModel) -> tuple[Stack | None, ...]:
+    """The parts of a model with a sequence each; None for a model that has one sequence."""
+    return ("encoder", "decoder") if is_encoder_decoder(model) else (None,)
+
+
 def find_stack(model: PreTrainedModel, stack: Stack) -> nn.Module:
     """The encoder or the decoder of an encoder-decoder model."""
     part: nn.Module = model.get_encoder() if stack == "encoder" else model.get_decoder()

@@ -7,14 +7,16 @@ prompt, is stored once.
 
 import hashlib
 import logging
+import math
 import os
 import random
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,11 +27,8 @@ logger = logging.getLogger(__name__)
 
 Place = Literal["memory", "disk", "none"]
 
-States = TypeVar("States", bound=DynamicCache)
-
 BLOCK = 16
 """Tokens per block."""
-
 
 Shapes = list[tuple[int, int, int] | None]
 """Heads, and head sizes of keys and values, of each layer; None for a layer without its own."""
@@ -77,23 +76,20 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget every prompt, and give the memory back."""
-        self._pool: Tensor | None = None
+        self._pool = torch.empty(0, BLOCK, 0)  # until the first prompt shows the width
         self.shapes: Shapes = []
         """Shapes of the layers, which `unpack` needs to read what `pack` made."""
-        self._prompts: dict[bytes, list[int]] = {}
+        self._prompts: dict[bytes, list[bytes]] = {}
+        """The names of each prompt's blocks: a digest of all tokens up to the block's end."""
         self._order: list[bytes] = []  # of the keys of _prompts, to draw from
-        self._slots: dict[bytes, int] = {}  # of a block, by a digest of all tokens up to its end
-        self._names: dict[int, bytes] = {}
-        self._uses: dict[int, int] = {}
-        self._free: list[int] = []
-        self._unused = 0
+        self._slots: dict[bytes, int] = {}
+        self._uses = Counter[bytes]()
+        self._free: list[int] = []  # slots of blocks that were evicted
 
     @property
     def nbytes(self) -> int:
         """Bytes that hold tokens now."""
-        if self._pool is None:
-            return 0
-        return len(self._uses) * self._pool[0].numel() * self._pool.element_size()
+        return len(self._slots) * BLOCK * self._pool.shape[2] * self._pool.element_size()
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -118,10 +114,10 @@ class PrefixCache:
         names: Sequence[bytes],
         lengths: Sequence[int],
         width: int,
-        compute: Callable[[list[int]], States],
-        empty: States,
+        compute: Callable[[list[int]], DynamicCache],
+        empty: DynamicCache,
         device: torch.device,
-    ) -> States:
+    ) -> DynamicCache:
         """Keys and values of prompts, padded on the left; those that are not stored are computed.
 
         Args:
@@ -151,13 +147,12 @@ class PrefixCache:
         self, names: Sequence[bytes], lengths: Sequence[int], width: int
     ) -> Float[Tensor, "batch tokens width"]:
         """Keys and values of stored prompts, padded on the left; zeros for others."""
-        assert self._pool is not None
         stacked = self._pool.new_zeros(len(names), width, self._pool.shape[2])
         for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
-            for index, slot in enumerate(self._prompts.get(_digest(name), [])):
+            for index, block in enumerate(self._prompts.get(_digest(name), [])):
                 start = width - length + index * BLOCK
                 part = stacked[row, start : min(start + BLOCK, width)]
-                part.copy_(self._pool[slot, : len(part)])
+                part.copy_(self._pool[self._slots[block], : len(part)])
         return stacked
 
     def write(self, tokens: bytes, values: Float[Tensor, "tokens width"]) -> None:
@@ -168,64 +163,49 @@ class PrefixCache:
             values: keys and values of each token.
         """
         length, prompt = len(values), _digest(tokens)
-        if prompt in self._prompts or not self._allocate(values):
+        if prompt in self._prompts:
             return
-        assert self._pool is not None
+        if not self._pool.shape[2]:
+            self._allocate(values.shape[1], values.dtype)
         if -(-length // BLOCK) > len(self._pool):
             return
         each = len(tokens) // max(length, 1)
-        name, used = b"", list[int]()
+        name, names = b"", list[bytes]()
         for start in range(0, length, BLOCK):
             block = values[start : start + BLOCK]
             name = _digest(name + tokens[start * each : (start + len(block)) * each])
-            slot = self._slots.get(name)
-            if slot is None:
-                slot = self._empty_slot()
-                self._pool[slot, : len(block)].copy_(block)
-                self._slots[name], self._names[slot] = slot, name
-            self._uses[slot] = self._uses.get(slot, 0) + 1
-            used.append(slot)
-        self._prompts[prompt] = used
+            if name not in self._slots:
+                while len(self._slots) == len(self._pool):
+                    self._evict()
+                self._slots[name] = self._free.pop() if self._free else len(self._slots)
+                self._pool[self._slots[name], : len(block)].copy_(block)
+            self._uses[name] += 1
+            names.append(name)
+        self._prompts[prompt] = names
         self._order.append(prompt)
-
-    def _empty_slot(self) -> int:
-        assert self._pool is not None
-        while not self._free and self._unused == len(self._pool):
-            self._evict()
-        if self._free:
-            return self._free.pop()
-        self._unused += 1
-        return self._unused - 1
 
     def _evict(self) -> None:
         index = self._random.randrange(len(self._order))
         self._order[index], self._order[-1] = self._order[-1], self._order[index]
-        for slot in self._prompts.pop(self._order.pop()):
-            self._uses[slot] -= 1
-            if self._uses[slot] == 0:
-                del self._uses[slot], self._slots[self._names.pop(slot)]
-                self._free.append(slot)
+        for name in self._prompts.pop(self._order.pop()):
+            self._uses[name] -= 1
+            if self._uses[name] == 0:
+                del self._uses[name]
+                self._free.append(self._slots.pop(name))
 
-    def _allocate(self, values: Tensor) -> bool:
-        """Whether there is a pool for such values; it is made for the first ones."""
-        pool, width = self._pool, values.shape[1]
-        if pool is not None and (pool.shape[2], pool.dtype) != (width, values.dtype):
-            self.clear()
-        if self._pool is not None:
-            return True
-        needed = BLOCK * width * values.element_size()
+    def _allocate(self, width: int, dtype: torch.dtype) -> None:
+        needed = BLOCK * width * dtype.itemsize
         shape = (self.max_bytes // needed, BLOCK, width)
         if shape[0] == 0:
             message = "a prefix cache of %d bytes holds nothing: %d tokens take %d bytes"
             logger.warning(message, self.max_bytes, BLOCK, needed)
-        elif self.place == "memory":
-            self._pool = torch.empty(shape, dtype=values.dtype)  # pages come when written
+        if self.place == "disk" and shape[0]:
+            self._pool = self._mapped(shape, dtype)
         else:
-            self._pool = self._mapped(shape, values.dtype)
-        return self._pool is not None
+            self._pool = torch.empty(shape, dtype=dtype)  # pages come when written
 
     def _mapped(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        elements = shape[0] * shape[1] * shape[2]
+        elements = math.prod(shape)
         size = elements * dtype.itemsize
         handle, path = tempfile.mkstemp(prefix="reftnoise-prefixes-", dir=self.directory)
         try:
@@ -260,7 +240,9 @@ def pack(states: DynamicCache) -> tuple[Float[Tensor, "batch tokens width"], Sha
     return torch.cat(parts, 2), shapes
 
 
-def unpack(values: Float[Tensor, "batch tokens width"], shapes: Shapes, states: States) -> States:
+def unpack(
+    values: Float[Tensor, "batch tokens width"], shapes: Shapes, states: DynamicCache
+) -> DynamicCache:
     """The inverse of `pack`, into an empty cache."""
     start = 0
     for index, shape in enumerate(shapes):

@@ -9,7 +9,7 @@ shift is undone before anyone reads logits.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,6 @@ from ..base.running import weights_stamp
 from ..calls import EditPlan
 from ..hooks import Engine
 from ..layout import PromptLayout, Selection
-from ..units import PlacedUnit
 from .loss import without_logits
 from .prefix_cache import PrefixCache
 
@@ -79,15 +78,24 @@ class Alignment:
 
     def shifted(self, plan: EditPlan) -> EditPlan:
         """A plan of the batch's columns as one of the aligned columns."""
-        moved = {s: self.select(s) for s in unique_selections(plan)}
-        selections = {key: s and moved[s] for key, s in plan.selections.items()}
-        noise = AlignedNoise(self, plan.layout)
+        # Units with equal positions share one selection.
+        moved = {s: self.select(s) for s in set(plan.selections.values())}
+        selections = {key: moved[s] for key, s in plan.selections.items()}
+        noise = self._noise(plan.layout)
         return replace(plan, selections=selections, cut=self.cut, noise=noise)
 
+    def _noise(self, layout: PromptLayout) -> Callable[[NoiseIntervention, Tensor, int], Tensor]:
+        """The noise of the plain pass, for the calls of a split one: drawn once for all."""
+        drawn: dict[NoiseIntervention, Tensor] = {}
 
-def unique_selections(plan: EditPlan) -> list[Selection]:
-    """The selections of a plan, each once: units with equal positions share one."""
-    return [s for s in dict.fromkeys(plan.selections.values()) if s is not None]
+        def noise(unit: NoiseIntervention, hidden: Tensor, offset: int) -> Tensor:
+            if unit not in drawn:
+                like = hidden.new_zeros(*layout.attended.shape, hidden.shape[-1])
+                masks = (layout.attended.to(like.device), layout.prompt.to(like.device))
+                drawn[unit] = self.take(unit.delta(like, *masks))
+            return drawn[unit][:, offset : offset + hidden.shape[1]]
+
+        return noise
 
 
 def align(
@@ -117,7 +125,7 @@ def align(
     is_label = labels.to(device) != -100
     has_label = is_label.any(1)
     first = torch.where(has_label, is_label.to(torch.uint8).argmax(1) - 1, width)
-    for selection in unique_selections(plan):
+    for selection in set(plan.selections.values()):
         first = torch.minimum(first, selection.first_column(width))
     first = torch.maximum(torch.minimum(first, end - 1), start)
     if not keep_end:
@@ -186,25 +194,6 @@ class _PromptLayer(DynamicLayer):
         self.lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states, value_states
         return key_states, value_states
-
-
-class AlignedNoise:
-    """The noise of the plain pass, for the calls of a split one: drawn once for the whole batch."""
-
-    def __init__(self, alignment: Alignment, layout: PromptLayout) -> None:
-        self._alignment, self._layout = alignment, layout
-        self._drawn: dict[str, Tensor] = {}
-
-    def __call__(
-        self, placed: PlacedUnit, hidden: Float[Tensor, "batch length hidden"], offset: int
-    ) -> Float[Tensor, "batch length hidden"]:
-        """The noise of a unit for a call's hidden states, whose first column is `offset`."""
-        if placed.key not in self._drawn and isinstance(placed.unit, NoiseIntervention):
-            attended, prompt = self._layout.attended, self._layout.prompt
-            like = hidden.new_zeros(*attended.shape, hidden.shape[-1])
-            noise = placed.unit.delta(like, attended.to(like.device), prompt.to(like.device))
-            self._drawn[placed.key] = self._alignment.take(noise)
-        return self._drawn[placed.key][:, offset : offset + hidden.shape[1]]
 
 
 class SplitPass:
@@ -285,7 +274,7 @@ class SplitPass:
         return states
 
     @torch.no_grad()
-    def _fetch(self, last: int | None, prefixes: PrefixCache) -> PromptStates:
+    def _fetch(self, last: int | None, prefixes: PrefixCache) -> DynamicCache:
         """Keys and values of prompts from the cache, and of those that it lacks from the base."""
         alignment, inputs, cut = self._alignment, self._inputs, self._alignment.cut
         inside = alignment.inside[:, :cut]
