@@ -65,36 +65,31 @@ class AdapterFiles:
         return self.directory / WEIGHTS_NAME
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors by name.
+        """All tensors by name, in the order of names.
 
         Raises:
             FileNotFoundError: the directory has no file of weights.
-            ValueError: the file is damaged.
+            ValueError: the file is damaged, or not the one that the config was saved with.
         """
         if not self.weights_path.is_file():
             raise FileNotFoundError(f"{self.directory}: no {WEIGHTS_NAME} in it")
+        content = self.weights_path.read_bytes()
         try:
-            return safetensors.torch.load_file(self.weights_path)
+            tensors = dict(sorted(safetensors.torch.load(content).items()))
         except SafetensorError as error:
             raise ValueError(f"{self.weights_path}: truncated or damaged ({error})") from None
-
-    def digest(self) -> str:
-        """The SHA-256 of the weights; a ValueError where the config was saved with others."""
-        if not self.weights_path.is_file():
-            raise FileNotFoundError(f"{self.directory}: no {WEIGHTS_NAME} in it")
-        digest = hashlib.sha256(self.weights_path.read_bytes()).hexdigest()
-        if self.sha256 not in (None, digest):
+        if self.sha256 not in (None, hashlib.sha256(content).hexdigest()):
             raise ValueError(
                 f"{self.weights_path}: not the weights that {CONFIG_NAME} was saved with, as after "
                 "an interrupted save"
             )
-        return digest
+        return tensors
 
     def identity(self) -> str:
         """A digest of weights and config: adapters with the same digest edit alike."""
-        digest = hashlib.sha256(self.config_path.read_bytes())
-        digest.update(self.digest().encode())
-        return digest.hexdigest()
+        self.weights()
+        files = (self.config_path, self.weights_path)
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
     def expect_base(
         self, shape: Mapping[str, Any], name: object, whose: str = "the given model"

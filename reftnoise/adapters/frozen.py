@@ -1,9 +1,8 @@
 """Adapters for inference: small at rest, and one edit when several of them act."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -20,19 +19,13 @@ from .saving import load_weights
 
 
 @dataclass(frozen=True)
-class EditedSite:
-    """A site and its edited positions; units of several adapters there act as one edit."""
+class UnitShape:
+    """A unit of an adapter without its weights; the first four fields are as in `PlacedUnit`."""
 
     site: Site
     positions: Positions
     prefix: int
     suffix: int
-
-
-class UnitShape(NamedTuple):
-    """A unit of an adapter without its weights."""
-
-    place: EditedSite
     rank: int
     """k, the rows of its factors."""
     width: int
@@ -61,7 +54,7 @@ class FrozenAdapter:
         Raises:
             ValueError: a unit of a class without `factors`.
         """
-        parts: list[tuple[EditedSite, Factors]] = []
+        parts: list[tuple[UnitShape, Factors]] = []
         for placed in units:
             unit = placed.unit
             if isinstance(unit, NoiseIntervention):
@@ -72,34 +65,35 @@ class FrozenAdapter:
                     "adapters: derive it from LowRankIntervention"
                 )
             assert placed.positions is not None
-            place = EditedSite(placed.site, placed.positions, placed.prefix, placed.suffix)
             with torch.no_grad():
-                parts.append((place, unit.factors()))
+                factors = unit.factors()
+            place = (placed.site, placed.positions, placed.prefix, placed.suffix)
+            rank, width = factors.down.shape
+            parts.append((UnitShape(*place, rank, width, factors.acts), factors))
         return cls._joined(parts)
 
     @classmethod
-    def _joined(cls, parts: Iterable[tuple[EditedSite, Factors]]) -> "FrozenAdapter":
-        shapes, tensors = list[UnitShape](), list[Tensor]()
-        for place, (down, bias, up, acts) in parts:
-            rank, width = down.shape
-            shapes.append(UnitShape(place, rank, width, acts))
-            tensors += [down.flatten(), bias, up.flatten()]
+    def _joined(cls, parts: Sequence[tuple[UnitShape, Factors]]) -> "FrozenAdapter":
+        tensors = [tensor.flatten() for _, factors in parts for tensor in factors[:3]]
         on_one_device = [tensor.to(tensors[0].device) for tensor in tensors]
-        return cls(tuple(shapes), torch.cat(on_one_device) if tensors else torch.empty(0))
+        weights = torch.cat(on_one_device) if tensors else torch.empty(0)
+        return cls(tuple(shape for shape, _ in parts), weights)
 
-    def factors(self) -> Iterable[tuple[EditedSite, Factors]]:
+    def factors(self) -> Iterator[tuple[UnitShape, Factors]]:
         """The units, as views of the weights."""
         sizes = [n for s in self.shapes for n in (s.rank * s.width, s.rank, s.rank * s.width)]
         parts = iter(self.weights.split_with_sizes(sizes))
         for unit in self.shapes:
             down, bias, up = next(parts), next(parts), next(parts)
             shape = unit.rank, unit.width
-            yield unit.place, Factors(down.view(shape), bias, up.view(shape), unit.acts)
+            yield unit, Factors(down.view(shape), bias, up.view(shape), unit.acts)
 
-    def part(self, keep: Callable[[EditedSite], EditedSite | None]) -> "FrozenAdapter":
-        """The adapter's units where `keep` says, without those for which it returns None."""
-        kept = ((keep(place), factors) for place, factors in self.factors())
-        return self._joined((place, factors) for place, factors in kept if place is not None)
+    def part(self, keep: Callable[[Site, Positions], Positions | None]) -> "FrozenAdapter":
+        """The adapter's units at the positions that `keep` returns, without those of None."""
+        kept = ((unit, keep(unit.site, unit.positions), f) for unit, f in self.factors())
+        return self._joined(
+            [(replace(unit, positions=p), f) for unit, p, f in kept if p is not None]
+        )
 
 
 def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
@@ -128,14 +122,14 @@ def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
 
 def stacked_units(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:
     """Adapters as units of an engine; an adapter's number in the sequence is its gates' column."""
-    by_place: dict[EditedSite, list[tuple[int, Factors]]] = defaultdict(list)
+    by_place = defaultdict[tuple[Site, Positions, int, int], list[tuple[int, Factors]]](list)
     for number, adapter in enumerate(adapters):
-        for place, factors in adapter.factors():
+        for unit, factors in adapter.factors():
+            place = (unit.site, unit.positions, unit.prefix, unit.suffix)
             by_place[place].append((number, factors))
     units = []
     for index, (place, parts) in enumerate(by_place.items()):
-        owners, edits = zip(*parts, strict=True)
-        device = device_of(place.site.module) or edits[0].up.device
-        unit = StackedEdit(edits, owners).to(device)
-        units.append(PlacedUnit(f"{place.site}#{index}", unit, **vars(place)))
+        site, (owners, edits) = place[0], zip(*parts, strict=True)
+        stacked = StackedEdit(edits, owners).to(device_of(site.module) or edits[0].up.device)
+        units.append(PlacedUnit(f"{site}#{index}", stacked, *place))
     return units

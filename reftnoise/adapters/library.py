@@ -1,21 +1,20 @@
 """Adapters by name on one base, and which of them the rows of a batch get."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from .._util.errors import is_finite_number, nearest
 from .._util.recent import RecentlyUsed
-from ..config.components import Stack
-from ..config.positions import POSITION_FIELDS
+from ..config.positions import POSITION_FIELDS, Positions
 from ..engine.base.peft import inner_model
 from ..engine.base.running import exclusive
-from ..engine.base.sites import is_encoder_decoder, layer_of, num_layers
+from ..engine.base.sites import Site, layer_of, num_layers, stacks_of
 from ..engine.hooks import Engine
 from ..engine.planning import Planner
-from .frozen import EditedSite, FrozenAdapter, UnitShape, stacked_units
+from .frozen import FrozenAdapter, UnitShape, stacked_units
 
 AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 """An adapter, the sum of several, or of several each times a scale; None for the bare base."""
@@ -93,19 +92,16 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         for field in positions or ():
             if field not in POSITION_FIELDS:
                 raise ValueError(f"positions {field!r}; {nearest(field, POSITION_FIELDS)}")
-        stacks: tuple[Stack | None, ...] = (None,)
-        if is_encoder_decoder(self._base):
-            stacks = ("encoder", "decoder")
-        count = max(num_layers(self._base, stack) for stack in stacks)
+        count = max(num_layers(self._base, stack) for stack in stacks_of(self._base))
         if beyond := [layer for layer in layers or () if layer not in range(count)]:
             raise ValueError(f"layers {beyond}: the model has layers 0 to {count - 1}")
 
-        def keep(place: EditedSite) -> EditedSite | None:
-            layer = layer_of(self._base, place.site)
+        def keep(site: Site, whole: Positions) -> Positions | None:
+            layer = layer_of(self._base, site)
             if layers is not None and layer is not None and layer not in layers:
                 return None
-            kept = place.positions if positions is None else place.positions.only(positions)
-            return replace(place, positions=kept) if kept.edits_prompt or kept.decode else None
+            kept = whole if positions is None else whole.only(positions)
+            return kept if kept.edits_prompt or kept.decode else None
 
         _, (whole,) = self._chosen([{source: 1.0}])
         self.put(name, whole.part(keep))
@@ -200,25 +196,16 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
 
 def _scales(choice: AdapterChoice) -> dict[str, float]:
     """The scales of the adapters that edit a row, by name."""
-    match choice:
-        case None:
-            return {}
-        case str():
-            return {choice: 1.0}
-        case Mapping():
-            scales = dict(choice)
-        case Sequence() if all(isinstance(name, str) for name in choice):
-            scales = {name: float(list(choice).count(name)) for name in choice}
-        case _:
-            raise _no_choice(choice)
-    for name, scale in scales.items():
-        if not isinstance(name, str) or not is_finite_number(scale):
-            raise _no_choice(choice)
+    scales: Any = {} if choice is None else choice
+    if isinstance(choice, str):
+        scales = {choice: 1.0}
+    elif isinstance(choice, Sequence) and all(isinstance(name, str) for name in choice):
+        scales = Counter(choice)
+    if not isinstance(scales, Mapping) or not all(
+        isinstance(name, str) and is_finite_number(scale) for name, scale in scales.items()
+    ):
+        raise ValueError(
+            f"adapter_names {choice!r}: expected a name, a list of names, a mapping from names to "
+            "finite scales, or None for the bare base"
+        )
     return {name: float(scale) for name, scale in scales.items()}
-
-
-def _no_choice(choice: object) -> ValueError:
-    return ValueError(
-        f"adapter_names {choice!r}: expected a name, a list of names, a mapping from names to "
-        "finite scales, or None for the bare base"
-    )

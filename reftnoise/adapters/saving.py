@@ -51,14 +51,9 @@ def save_adapter(
     directory: str | Path,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write an adapter directory; other files in it are left alone.
+    """Write an adapter directory, as `ReftModel.save_pretrained` does.
 
-    Args:
-        reft_model: the model whose units, and whose trained base parameters, are written.
-        directory: path of the directory, created if needed. An adapter in it is replaced; a model
-            card is kept.
-        state_dict: tensors that are written instead of `reft_model.state_dict()`, for a sharded
-            model whose owner gathered them.
+    An adapter in the directory is replaced; a model card and other files are left alone.
 
     Raises:
         ValueError: the directory is a file, or the weights are not whole.
@@ -176,7 +171,6 @@ def load_weights(reft_model: Any, adapter: AdapterFiles) -> set[str]:
     announced = {*expected, *adapter.base_parameters} & set(own)
     if unknown := [name for name in state if name not in announced]:
         raise ValueError(f"{path}: holds {unknown[0]}, which neither the config nor the base has")
-    adapter.digest()
     for name, tensor in state.items():
         if own[name].shape != tensor.shape:
             raise ValueError(

@@ -247,7 +247,7 @@ def test_threads_may_choose_more_adapters_than_are_kept_side_by_side(
 ) -> None:
     names = list(directories)
     adapters = reft_model.adapters
-    sites = {n: {str(shape.place.site) for shape in adapters[n].shapes} for n in names}
+    sites = {n: {str(shape.site) for shape in adapters[n].shapes} for n in names}
 
     def choose(first: int) -> None:
         for turn in range(200):

@@ -44,11 +44,11 @@ class LocalModel(Answerer):
         adapters = list(reft_model.adapters)
         self.scaled = adapters
         self.names = [BASE, *adapters, *([TOGETHER] if len(adapters) > 1 else [])]
-        places = [shape.place for frozen in reft_model.adapters.values() for shape in frozen.shapes]
-        layers = {layer_of(reft_model.model, place.site) for place in places}
+        units = [shape for frozen in reft_model.adapters.values() for shape in frozen.shapes]
+        layers = {layer_of(reft_model.model, unit.site) for unit in units}
         self.layers = sorted(layer for layer in layers if layer is not None)
         self.positions = [
-            name for name in POSITION_FIELDS if any(getattr(p.positions, name) for p in places)
+            name for name in POSITION_FIELDS if any(getattr(u.positions, name) for u in units)
         ]
 
     def answers(self, request: AnswerRequest) -> Iterator[Mapping[str, Answer]]:
