@@ -155,7 +155,7 @@ class BernoulliNoiseIntervention(_ScaledNoise):
         return bernoulli_noise(like, bound)
 
 
-class SymNoiseIntervention(_ScaledNoise):
+class SymNoiseIntervention(BernoulliNoiseIntervention):
     r"""SymNoise: every example at $x \pm \delta$, with $\delta = \alpha/\sqrt{Ld}\,(\pm 1)$.
 
     The model doubles the batch and returns the mean loss over each pair, in which odd orders of
@@ -168,9 +168,6 @@ class SymNoiseIntervention(_ScaledNoise):
     """
 
     paired = True
-
-    def sample(self, like: Tensor, bound: float) -> Tensor:
-        return bernoulli_noise(like, bound)
 
     def delta(
         self,

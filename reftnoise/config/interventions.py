@@ -48,14 +48,7 @@ def entry_arguments(intervention: EntryIntervention, values: Mapping[str, Any]) 
 
 
 def expect_one_site(module: Unit, *, layer: object, parts: int, width: int | None) -> None:
-    """Raise a ValueError where a module would have to serve several sites, or another width.
-
-    Args:
-        module: the intervention of an entry.
-        layer: the entry's layers.
-        parts: number of sets of weights that the entry asks for.
-        width: the entry's width; None if it has none.
-    """
+    """Raise a ValueError where a module would have to serve several sites, or another width."""
     if parts > 1:
         raise ValueError("tied False needs two sets of weights: name the intervention instead")
     if not isinstance(layer, int | None):
@@ -75,32 +68,12 @@ def _expect_same(module: Unit, key: str, own: Any, value: Any) -> None:
         )
 
 
-def entry_intervention(value: Any) -> EntryIntervention:
-    """A value that is a registered name or a module.
-
-    Raises:
-        ValueError: any other value, or a name that is not registered.
-    """
-    if isinstance(value, Unit):
-        return value
-    if isinstance(value, type):
-        raise ValueError(f"intervention {value.__name__}: expected an instance or a name")
-    if not isinstance(value, str):
-        raise ValueError(
-            f"intervention {value!r}: expected a registered name, or a module derived from "
-            "ReftIntervention or NoiseIntervention"
-        )
-    if value.lower() in _METHODS_OF_PEFT and value not in INTERVENTIONS:
-        raise _of_peft(f"intervention {value!r}")
-    intervention_class(value)
-    return value
-
-
 def pop_intervention(entry: dict[str, Any]) -> EntryIntervention:
     """Take the intervention, and pyvene's fields that have one meaning here, out of an entry.
 
     Raises:
-        ValueError: no intervention, two, or a field with another value.
+        ValueError: no intervention, two, or one that is neither a registered name nor a module; or
+            a field with another value.
     """
     value, its_type = entry.pop("intervention", None), entry.pop("intervention_type", None)
     if value is not None and its_type is not None:
@@ -116,7 +89,19 @@ def pop_intervention(entry: dict[str, Any]) -> EntryIntervention:
             raise ValueError(f"{key} {field!r}: only {only!r} is supported; see 'positions'")
     if its_type is not None:
         return intervention_name(its_type)
-    return entry_intervention(value)
+    if isinstance(value, Unit):
+        return value
+    if isinstance(value, type):
+        raise ValueError(f"intervention {value.__name__}: expected an instance or a name")
+    if not isinstance(value, str):
+        raise ValueError(
+            f"intervention {value!r}: expected a registered name, or a module derived from "
+            "ReftIntervention or NoiseIntervention"
+        )
+    if value.lower() in _METHODS_OF_PEFT and value not in INTERVENTIONS:
+        raise _of_peft(f"intervention {value!r}")
+    intervention_class(value)
+    return value
 
 
 def argument_defaults(unit_class: type[Unit]) -> dict[str, Any]:
