@@ -68,7 +68,7 @@ def alone(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "launcher",
     [
         pytest.param("ddp", marks=pytest.mark.slow),  # as test_sharding's DDP
-        "fsdp2",
+        pytest.param("fsdp2", marks=pytest.mark.slow),  # as test_sharding's FSDP
         *(pytest.param(name, marks=needs_deepspeed) for name in LAUNCHERS if "zero" in name),
     ],
 )

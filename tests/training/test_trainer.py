@@ -37,6 +37,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),
 ]
 
+slow = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
@@ -44,7 +46,13 @@ def tokenizer() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*early_stopping.*:UserWarning")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        name if name in ("llama", "gpt2", "gemma3_text") else pytest.param(name, marks=slow)
+        for name in ARCHITECTURES
+    ],
+)
 def test_pyrefts_example_as_it_stands(architecture: str, tokenizer: Any, tmp_path: Path) -> None:
     pyreft, model, device = rn, base_model(tokenizer, architecture), "cpu"
     # get reft model
@@ -315,8 +323,15 @@ def test_checkpoints_hold_the_config(tokenizer: Any, tmp_path: Path) -> None:
 # -- cheaper passes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix_cache", ["memory", "disk"])
-@pytest.mark.parametrize("entry", [{}, {"positions": "l1"}])
+@pytest.mark.parametrize(
+    ("entry", "prefix_cache"),
+    [
+        ({}, "memory"),
+        ({"positions": "l1"}, "disk"),
+        pytest.param({}, "disk", marks=slow),
+        pytest.param({"positions": "l1"}, "memory", marks=slow),
+    ],
+)
 def test_a_run_with_every_saving_ends_with_the_same_weights(
     entry: dict[str, str], prefix_cache: str, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -227,7 +227,7 @@ def test_generation_that_compiles_the_base(positions: str, chunks: dict[str, int
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("positions", ["l1", "all+decode"])
+@pytest.mark.parametrize("positions", ["all+decode", pytest.param("l1", marks=slow)])
 @torch.no_grad()
 def test_prefill_and_decode_are_graphs(positions: str) -> None:
     model = wrapped(small_model(), positions).eval()
