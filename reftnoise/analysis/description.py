@@ -138,7 +138,7 @@ def _units(
 def show(description: Description, console: Console) -> None:
     """Print a description as tables."""
     about = Table.grid(padding=(0, 2))
-    for name, value in _facts(description):
+    for name, value in _facts(description).items():
         about.add_row(Text(name, style="dim"), Text(value))
     units = Table(title="Units", title_justify="left")
     columns = ("unit", "site", "positions", "rank", "parameters", "norms", "|RRᵀ − I|")
@@ -162,23 +162,18 @@ def show(description: Description, console: Console) -> None:
     print_scores(description.scores, console)
 
 
-def _facts(description: Description) -> list[tuple[str, str]]:
-    base = description.base
-    shape = f"{base.get('model_type')}, {base.get('num_hidden_layers')} layers"
+def _facts(description: Description) -> dict[str, str]:
+    base, peft, outside = description.base, description.peft, description.peft_parameters
+    name, kind = base.get("name_or_path") or "without a name", base.get("model_type")
+    layers = f"{base.get('num_hidden_layers')} layers of width {base.get('hidden_size')}"
     total = sum(unit.parameters for unit in description.units)
-    facts = [
-        ("adapter", description.directory),
-        (
-            "base",
-            f"{base.get('name_or_path') or 'without a name'} ({shape} of width "
-            f"{base.get('hidden_size')})",
-        ),
-        ("parameters", f"{total + description.peft_parameters:,}"),
-        ("weights", f"sha256 {description.sha256 or 'unknown'}"),
-        ("files", ", ".join(f"{name} {size:,} B" for name, size in description.files.items())),
-    ]
-    if description.peft is not None:
-        facts.insert(2, ("peft", json.dumps(description.peft, ensure_ascii=False)))
-    if description.peft_parameters:
-        facts.insert(3, ("not of units", f"{description.peft_parameters:,} parameters"))
-    return facts
+    facts = {
+        "adapter": description.directory,
+        "base": f"{name} ({kind}, {layers})",
+        "peft": "" if peft is None else json.dumps(peft, ensure_ascii=False),
+        "not of units": f"{outside:,} parameters" if outside else "",
+        "parameters": f"{total + outside:,}",
+        "weights": f"sha256 {description.sha256 or 'unknown'}",
+        "files": ", ".join(f"{name} {size:,} B" for name, size in description.files.items()),
+    }
+    return {name: value for name, value in facts.items() if value}

@@ -4,6 +4,7 @@ Everything is measured on a `ReftModel` in evaluation mode; its own mode comes b
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -18,7 +19,7 @@ from ..engine.base.peft import inner_model
 from ..engine.base.sites import find_layers, is_encoder_decoder
 from ..engine.units import PlacedUnit
 from ..evaluation.scoring import evaluating
-from ..interventions import LowRankRotation, NoiseIntervention
+from ..interventions import LowRankIntervention, NoiseIntervention
 from ..model import ReftModel
 from .overlaps import Spaces, overlap_matrix, row_space, row_spaces
 
@@ -105,18 +106,19 @@ def observed(
 
 
 def subspaces(reft_model: ReftModel) -> dict[str, Float[Tensor, "rank hidden"]]:
-    """The orthonormal rows of each unit's R by site, or W₂'s row space where a unit has no R.
+    """Orthonormal rows that span what each unit adds by site: R's row space, or W₂'s.
 
-    A site's further units have numbers: `model.layers.3.output#1`. Units without a low-rank
-    projection, such as `bias`, are left out.
+    A site's further units have numbers: `model.layers.3.output#1`. Units without such a projection,
+    such as `bias`, are left out.
     """
     by_site: dict[str, Tensor] = {}
     for placed in reft_model.engine.units:
-        rows = _projection(placed.unit)
-        if rows is None:
-            continue
-        names = (f"{placed.site}#{n}" if n else str(placed.site) for n in range(len(by_site) + 1))
-        by_site[next(name for name in names if name not in by_site)] = rows
+        unit = placed.unit
+        if isinstance(unit, LowRankIntervention) and unit.has_subspaces:
+            names = (f"{placed.site}#{n}" if n else str(placed.site) for n in itertools.count())
+            with torch.no_grad():
+                rows = row_space(unit.factors().up.double())
+            by_site[next(name for name in names if name not in by_site)] = rows
     return by_site
 
 
@@ -230,16 +232,6 @@ def _mean_loss(reft_model: ReftModel, batches: Sequence[Mapping[str, Any]]) -> f
         total += float(reft_model(**inputs, return_logits=False).loss) * weight
         count += weight
     return total / count
-
-
-def _projection(unit: nn.Module) -> Tensor | None:
-    rotation = getattr(unit, "rotate_layer", None)
-    if isinstance(rotation, LowRankRotation):
-        return rotation().detach()
-    projection = getattr(unit, "proj_layer", None)
-    if isinstance(projection, nn.Linear):
-        return row_space(projection.weight.detach())
-    return None
 
 
 def _encode(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config.positions import Positions
 from ..data.tokenization import Messages
-from ..engine.layout import PromptLayout
+from ..engine.layout import named_tokens
 from ..engine.units import PlacedUnit
 from ..evaluation.generation import prompt_tokens
 from ..evaluation.scoring import evaluating
@@ -98,12 +98,8 @@ def _states(
             ids = torch.tensor([row + row[:1] * (width - len(row)) for row in rows])
             lengths = torch.tensor([len(row) for row in rows])
             mask = torch.arange(width) < lengths[:, None]
-            selection = PromptLayout(mask).select(positions)
-            if selection.columns is None:
-                weights = selection.mask.double()
-            else:
-                weights = torch.zeros(mask.shape, dtype=torch.float64)
-                weights.scatter_add_(1, selection.columns, selection.mask.double())
+            named = named_tokens(positions, torch.arange(width), lengths[:, None])
+            weights = (named & mask).double()
             counts = weights.sum(1, keepdim=True)
             if not counts.all():
                 lacking = prompts[start + int(counts.argmin())]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,6 @@ import datasets
 from torch import Tensor
 
 from ...config.representations import ReftConfig
-from ...data.sources import load_rows, rename_columns
 from ...data.templates import fill
 from ...evaluation.generation import generated
 from ...model import ReftModel, get_reft_model
@@ -28,7 +28,7 @@ from ..inspection import (
     subspaces,
 )
 from .figures import draw_cosines, draw_heat, draw_noise, picture
-from .page import Paragraph, Section, Table, TableCell, number, signed
+from .page import Section, Table, TableCell, number, signed
 
 ROWS, DRAWS = 32, 8
 """Training rows whose loss is measured, and draws of the noise on them."""
@@ -64,7 +64,7 @@ def noise(recipe: Recipe, reft_model: ReftModel, tokenizer: Any) -> Section:
     columns = ["model", "without noise", "with noise", "lowest", "highest", "difference"]
     table = Table(columns, [_noise_row(name, model) for name, model in losses.items()])
     dots = {name: (model.clean, model.noisy) for name, model in losses.items()}
-    return Section("Noise", [Paragraph(about), picture("noise", about, draw_noise, dots), table])
+    return Section("Noise", [about, picture("noise", about, draw_noise, dots), table])
 
 
 def _noise_row(name: str, losses: NoiseLosses) -> list[TableCell]:
@@ -84,7 +84,7 @@ def edits(recipe: Recipe, reft_model: ReftModel, tokenizer: Any, prompt: Prompt)
         return Section("Edits")
     about = f"‖edit‖ / ‖h‖ at each edited site and token of the prompt “{_as_text(prompt)}”"
     drawn = picture("edits", about, draw_heat, moved.norms.numpy(), moved.sites, moved.tokens)
-    return Section("Edits", [Paragraph(f"{about}."), drawn])
+    return Section("Edits", [f"{about}.", drawn])
 
 
 def lens(recipe: Recipe, reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> Section:
@@ -97,7 +97,7 @@ def lens(recipe: Recipe, reft_model: ReftModel, tokenizer: Any, prompt: Prompt) 
     )
     columns = ["layer", "base", "", "", "adapted", "", ""]
     table = Table(columns, [_lens_row(row) for row in rows])
-    return Section("Logit lens", [Paragraph(about), table])
+    return Section("Logit lens", [about, table])
 
 
 def _lens_row(row: LensRow) -> list[TableCell]:
@@ -136,7 +136,7 @@ def generations(texts: Sequence[Texts], about: str) -> Section:
     cells = [
         [TableCell(_as_text(part).strip(), "text") for part in row[: len(columns)]] for row in texts
     ]
-    return Section("Generations", [Paragraph(about), Table(columns, cells)])
+    return Section("Generations", [about, Table(columns, cells)])
 
 
 def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section:
@@ -150,7 +150,7 @@ def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section
     )
     chance = sum(chances) / len(chances)
     drawn = picture("subspaces", about, draw_cosines, cosines, chance)
-    return Section("Subspaces", [Paragraph(about), drawn])
+    return Section("Subspaces", [about, drawn])
 
 
 def _training_batches(
@@ -161,17 +161,12 @@ def _training_batches(
     Raises:
         ValueError: the recipe names no data, or its data can no longer be read.
     """
-    data = recipe.data
-    if data.train is None:
+    run = ResolvedRun(replace(recipe, data=replace(recipe.data, eval=None)))
+    if recipe.data.train is None:
         raise ValueError("the recipe names no training data")
-    source = load_rows(
-        data.train, split=data.train_split, subset=data.subset, streaming=data.streaming
-    )
-    first = source.take(ROWS if data.streaming else min(ROWS, len(source)))
-    if isinstance(first, datasets.IterableDataset):  # training repeats a stream without end
-        first = datasets.Dataset.from_list(list(first))
-    first = rename_columns(first, data.columns)
-    module = data_module_of(ResolvedRun(recipe), tokenizer, reft_model, first)
+    # Training repeats a stream without end.
+    first = datasets.Dataset.from_list(list(islice(run.training_rows["train"], ROWS)))
+    module = data_module_of(run, tokenizer, reft_model, first)
     examples, collate = list(module["train_dataset"]), module["data_collator"]
     size = recipe.training.per_device_train_batch_size
     names = (*tokenizer.model_input_names, "labels", "prompt_lengths")

@@ -28,16 +28,16 @@ DPI = 240
 WIDTH = 5.0
 """Inches; in CSS pixels, 96 times as many."""
 
-_TEXT_FREE = {"font.size": 10, "text.parse_math": False, "axes.unicode_minus": True}
-
 
 def _theme(text: str, ground: str, line: str, series: Sequence[str]) -> dict[str, Any]:
     colored = dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), text
     )
     return {
-        **_TEXT_FREE,
         **colored,
+        "font.size": 10,
+        "text.parse_math": False,
+        "axes.unicode_minus": True,
         "figure.facecolor": ground,
         "axes.facecolor": ground,
         "savefig.facecolor": ground,

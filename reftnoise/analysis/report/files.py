@@ -11,12 +11,11 @@ import numpy.typing as npt
 from ..._util.files import read_lines
 from ..._util.options import read_file
 from ...training.recipe import Recipe
-from ...training.run_files import ADAPTER, LOG, PREDICTIONS, RECIPE, SCORES, STUDY, SUMMARY
+from ...training.run_files import LOG, PREDICTIONS, RECIPE, SCORES, STUDY, SUMMARY
 from ...training.study.grid import SEED, Study, cells
 from ...training.study.results import Result, read_results
 
 Line = dict[str, Any]
-Key = tuple[tuple[str, str], ...]
 
 DATA_AXES = ("data", "dataset", "task")
 """The first of these that a study has comes before its other axes."""
@@ -34,11 +33,6 @@ class Run:
     scores: list[Line]
     predictions: list[Line]
 
-    @property
-    def has_adapter(self) -> bool:
-        """Whether the adapter was kept."""
-        return (self.directory / ADAPTER).is_dir()
-
 
 @dataclass(frozen=True)
 class Combination:
@@ -47,11 +41,6 @@ class Combination:
     axes: dict[str, str]
     results: dict[str, Result]
     """By seed."""
-
-    @property
-    def key(self) -> Key:
-        """What tells it from others."""
-        return tuple(self.axes.items())
 
     def right(self, seeds: list[str]) -> npt.NDArray[np.float64] | None:
         """[seeds, items]: whether each answer is right; None where that was not written.
@@ -131,7 +120,7 @@ def read_study(directory: Path) -> StudyResults:
     results = {line["key"]: line for line in read_results(directory)}
     first = next((name for name in DATA_AXES if name in study.axes), None)
     names = sorted(study.axes, key=lambda axis: axis != first)
-    combinations: dict[Key, Combination] = {}
+    combinations: dict[tuple[tuple[str, str], ...], Combination] = {}
     grid = cells(study)
     for cell in grid:
         if cell.key in results:

@@ -54,20 +54,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Paragraph:
-    """A text of its own."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Names with values, shown large."""
-
-    facts: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Folded:
     """The text of a file, shown on demand."""
 
@@ -75,7 +61,8 @@ class Folded:
     text: str
 
 
-Block = Picture | Table | Paragraph | Facts | Folded
+Block: TypeAlias = str | dict[str, str] | Picture | Table | Folded
+"""A text is a paragraph of its own; names with values are shown large."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +109,6 @@ def markdown(table: Table) -> str:
     rule = "|".join("---:" if cell.is_number else "---" for cell in table.rows[0])
     head, *rows = [f"| {line} |" for line in escaped]
     return "\n".join([head, f"|{rule}|", *rows]) + "\n"
-
-
-def score(value: float | None) -> str:
-    """A score with four digits; nothing for None."""
-    return "" if value is None else f"{value:.4g}"
 
 
 def signed(value: float, digits: int) -> str:

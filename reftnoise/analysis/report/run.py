@@ -7,23 +7,13 @@ from torch import Tensor
 
 from ...training.resolved_run import ResolvedRun
 from ...training.run import load_trained
+from ...training.run_files import ADAPTER
 from ...training.run_scores import scores_table
 from ..inspection import Prompt, subspaces
 from .adapter import Texts, edits, generate, generations, lens, noise, overlap
 from .figures import draw_lines, picture
 from .files import Line, Run
-from .page import (
-    Block,
-    Facts,
-    Folded,
-    Paragraph,
-    Section,
-    Table,
-    TableCell,
-    duration,
-    memory,
-    number,
-)
+from .page import Block, Folded, Section, Table, TableCell, duration, memory, number
 
 PROMPTS = 8
 """At most so many prompts have the texts of base and adapted model."""
@@ -34,7 +24,7 @@ EVALUATED = "The first rows of the last evaluation."
 def run_sections(run: Run, *, against: Path | None, prompts: Sequence[str] | None) -> list[Section]:
     """Read and measure all that the page of a run shows; arguments as in `write_report`."""
     sections = [overview(run), scores(run), training(run)]
-    if run.has_adapter:
+    if (run.directory / ADAPTER).is_dir():  # which was kept
         measured, own = _measured(run, prompts)
         sections += measured
         if against is not None:  # when the run's own model is gone
@@ -43,7 +33,7 @@ def run_sections(run: Run, *, against: Path | None, prompts: Sequence[str] | Non
         raise FileNotFoundError(f"{run.directory}: the run has no adapter")
     else:
         sections.append(generations(_evaluated(run)[:PROMPTS], EVALUATED))
-        sections.append(Section("Adapter", [Paragraph("The run has no adapter to measure.")]))
+        sections.append(Section("Adapter", ["The run has no adapter to measure."]))
     recipe = Section("Recipe", [Folded("recipe.yaml", run.recipe_text)])
     return [part for part in [*sections, recipe] if part.blocks]
 
@@ -78,7 +68,7 @@ def _or_reason(title: str, measure: Callable[[], Section]) -> Section:
     try:
         return measure()
     except ValueError as error:
-        return Section(title, [Paragraph(f"Not shown: {error}.")])
+        return Section(title, [f"Not shown: {error}."])
 
 
 def overview(run: Run) -> Section:
@@ -97,7 +87,7 @@ def overview(run: Run) -> Section:
         facts["peak memory"] = memory(summary["peak_memory_bytes"])
     about = summary.get("machine") or {"date": summary.get("date"), **summary.get("versions", {})}
     line = ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
-    return Section("Overview", [Facts(facts)] * bool(facts) + [Paragraph(line)] * bool(line))
+    return Section("Overview", [facts] * bool(facts) + [line] * bool(line))
 
 
 def scores(run: Run) -> Section:

@@ -1,25 +1,14 @@
 """A study's page: every combination with its interval, and how it differs from the baseline."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...training.study.statistics import Difference, Interval, mean_interval, paired_difference
 from .figures import draw_panels, picture
-from .files import DATA_AXES, Combination, Key, StudyResults
-from .page import (
-    Folded,
-    Paragraph,
-    Section,
-    Style,
-    Table,
-    TableCell,
-    duration,
-    memory,
-    number,
-    score,
-    signed,
-)
+from .files import DATA_AXES, Combination, StudyResults
+from .page import Folded, Section, Style, Table, TableCell, duration, memory, number, signed
 
 NONE = "–"
 
@@ -40,12 +29,12 @@ def study_page(study: StudyResults) -> tuple[list[Section], Table, str]:
     """The sections of a study's page, and of these the table and its explanation."""
     compared = [_compare(study, combination) for combination in study.combinations]
     table, text = _table(study, compared), _explanation(study)
-    sections = [Section("Results", [Paragraph(text), table])]
-    differences = {
-        row.combination.key: (row.difference.mean, (row.difference.low, row.difference.high))
+    sections = [Section("Results", [text, table])]
+    differences = [
+        (row.combination, row.difference.mean, (row.difference.low, row.difference.high))
         for row in compared
         if row.difference is not None
-    }
+    ]
     if differences:
         about = (
             f"Difference to {_baseline(study)} in points, with 95\u00a0% intervals; the dot is "
@@ -56,18 +45,18 @@ def study_page(study: StudyResults) -> tuple[list[Section], Table, str]:
             "differences", about, draw_panels, _panels(study, differences), label,
             is_difference=True,
         )  # fmt: skip
-        sections.append(Section("Differences to the baseline", [Paragraph(about), drawn]))
-    seeds = {
-        combination.key: (sum(shares) / len(shares), shares)
+        sections.append(Section("Differences to the baseline", [about, drawn]))
+    seeds = [
+        (combination, sum(shares) / len(shares), shares)
         for combination in study.combinations
         if (shares := combination.shares()) is not None
-    }
+    ]
     if seeds:
         about = "Right answers: a dot for each seed, and a bar for the mean over seeds."
         drawn = picture(
             "seeds", about, draw_panels, _panels(study, seeds), "right, %", is_difference=False
         )
-        sections.append(Section("Seeds", [Paragraph(about), drawn]))
+        sections.append(Section("Seeds", [about, drawn]))
     sections.append(Section("Study", [Folded("study.yaml", study.text)]))
     return sections, table, text
 
@@ -101,7 +90,8 @@ def _row(study: StudyResults, compared: Comparison, names: Sequence[str]) -> lis
     cells += [number(str(len(combination.results))), *_mean_cells(compared.mean)]
     if study.baseline:
         cells += _difference_cells(compared.difference)
-    cells += [number(score(combination.mean("scores", name)) or NONE) for name in names]
+    scores = (combination.mean("scores", name) for name in names)
+    cells += [number(NONE if score is None else f"{score:.4g}") for score in scores]
     sizes = (("parameters", "{:,.0f}".format), ("seconds", duration), ("peak_memory_bytes", memory))
     for key, shown in sizes:
         value = combination.mean(key)
@@ -127,16 +117,17 @@ def _difference_cells(difference: Difference | None) -> list[TableCell]:
     return [TableCell(mean, style), number(f"{low} to {high}"), number(p)]
 
 
-def _panels(study: StudyResults, values: Mapping[Key, tuple[float, Sequence[float]]]) -> Panels:
+def _panels(
+    study: StudyResults, rows: Sequence[tuple[Combination, float, Sequence[float]]]
+) -> Panels:
     """Rows of a picture, by dataset where the study has several."""
     first, *others = study.axes
     has_panels = bool(others) and first in DATA_AXES
-    panels: Panels = {}
-    for combination in study.combinations:
-        if combination.key in values:
-            title = combination.axes[first] if has_panels else ""
-            name = combination.name(without=first if has_panels else None)
-            panels.setdefault(title, []).append((name, *values[combination.key]))
+    panels: Panels = defaultdict(list)
+    for combination, mean, values in rows:
+        title = combination.axes[first] if has_panels else ""
+        name = combination.name(without=first if has_panels else None)
+        panels[title].append((name, mean, values))
     return panels
 
 
