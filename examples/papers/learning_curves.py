@@ -19,11 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 import reftnoise as rn
 from reftnoise.engine.base.loading import load_base
-from reftnoise.training.progress import RichProgressCallback
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend
@@ -73,7 +72,6 @@ def train(
     learning_rate: float,
     batch_size: int,
     seed: int,
-    name: str,
 ) -> list[float]:
     """Train, and return the loss of every tenth step."""
     data_module = rn.make_last_position_supervised_data_module(
@@ -89,19 +87,15 @@ def train(
             logging_steps=10,
             save_strategy="no",
             report_to="none",
-            disable_tqdm=True,
             train_sampling_strategy="group_by_length",
-            include_num_input_tokens_seen="non_padding",
             dataloader_pin_memory=torch.cuda.is_available(),
             seed=seed,
         )
         trainer: Trainer = rn.ReftTrainerForCausalLM(
             model=reft_model,
             args=args,
-            callbacks=[RichProgressCallback(CONSOLE, name)],
             **data_module,
         )
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -147,7 +141,6 @@ def main(
             learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,
-            name=name,
         )
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     logged = range(10, 10 * len(next(iter(curves.values()))) + 1, 10)

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import (
     AutoModelForImageClassification,
-    PrinterCallback,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -27,7 +26,6 @@ from transformers import (
 )
 
 import reftnoise as rn
-from reftnoise.training.progress import RichProgressCallback
 
 CONSOLE = Console()
 COLOURS = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
@@ -68,7 +66,7 @@ def inside(label: int, x: Any, y: Any, radius: float) -> Any:
     return (np.minimum(across, down) < radius / 3) & (np.maximum(across, down) < radius)
 
 
-def train(model: Any, rows: Rows, *, steps: int, learning_rate: float, name: str) -> None:
+def train(model: Any, rows: Rows, *, steps: int, learning_rate: float) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             output_dir=scratch,
@@ -80,13 +78,9 @@ def train(model: Any, rows: Rows, *, steps: int, learning_rate: float, name: str
             logging_steps=10,
             save_strategy="no",
             report_to="none",
-            disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        bar = RichProgressCallback(CONSOLE, name)
-        trainer = Trainer(model, args, train_dataset=rows, callbacks=[bar])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        Trainer(model, args, train_dataset=rows).train()
 
 
 @torch.no_grad()
@@ -112,7 +106,7 @@ def small_vit(size: int, steps: int) -> Any:
     )
     model = ViTForImageClassification(config)
     rows = drawn(4096, size, filled=True, seed=1)
-    train(model, rows, steps=steps, learning_rate=2e-3, name="base")
+    train(model, rows, steps=steps, learning_rate=2e-3)
     return model
 
 
@@ -163,7 +157,7 @@ def main(
         adapted.base_model.requires_grad_(False)
         if name != "head":
             adapted = rn.get_reft_model(adapted, rn.ReftConfig(representations=loreft))
-        train(adapted, training, steps=steps, learning_rate=learning_rate, name=name)
+        train(adapted, training, steps=steps, learning_rate=learning_rate)
         accuracies[name] = accuracy(adapted, test)
         count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         table.add_row(name, f"{count:,}", f"{accuracies[name]:.3f}")

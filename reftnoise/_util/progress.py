@@ -8,16 +8,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def progress_of(
-    console: Console | None, description: str
-) -> Iterator[Callable[[int, int], None] | None]:
-    """A function that moves a bar to (done, total); None where there is no console."""
+def progress_of(console: Console | None, description: str) -> Iterator[Callable[..., None] | None]:
+    """A function that moves a bar to (done, total[, text]); None where there is no console."""
     if console is None:
         yield None
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(
-        *columns, TimeRemainingColumn(elapsed_when_finished=True), console=console
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
     ) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(description, total=None, text="")
+        yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)

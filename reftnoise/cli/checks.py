@@ -7,7 +7,6 @@ from ..config.base_model import expect_base
 from ..config.decoding import Decoding
 from ..data.templates import check_template
 from ..training.run_adapter import adapter_directory
-from ..training.run_files import is_study
 
 
 def expect_adapters(
@@ -39,7 +38,23 @@ def expect_prompts(prompt: str | None, input_: str | None, output: str | None) -
         raise FileNotFoundError(f"output {output}: no such directory")
 
 
-def expect_run_or_study(directory: str, against: str | None, prompts: object) -> None:
-    """Raise an error where there is nothing to report, or for a study what only runs have."""
-    if not is_study(Path(directory), against=against, prompts=prompts) and against is not None:
-        adapter_directory(against)
+def expect_free(host: str, port: int) -> None:
+    """Raise an error where asyncio's servers cannot listen; uvicorn would end the process instead.
+
+    Raises:
+        OSError: the port is taken, or the host is not this machine.
+        ValueError: the port is no number of a port.
+    """
+    if not 1 <= port < 2**16:
+        raise ValueError(f"port {port}: expected a number from 1 to {2**16 - 1}")
+
+    import asyncio  # which other commands need not wait for
+
+    async def listen() -> None:
+        loop = asyncio.get_running_loop()
+        (await loop.create_server(asyncio.Protocol, host, port)).close()
+
+    try:
+        asyncio.run(listen())
+    except OSError as error:
+        raise OSError(f"{host}:{port}: {error.strerror}") from None

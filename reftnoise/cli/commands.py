@@ -15,8 +15,10 @@ from ..config.decoding import Decoding
 from ..config.positions import Positions
 from ..training.recipe import Recipe
 from ..training.resolved_run import ResolvedRun
+from ..training.run_adapter import adapter_directory
+from ..training.run_files import is_study
 from ..training.study.grid import Study, checked_cells
-from .checks import expect_adapters, expect_prompts, expect_run_or_study, expect_template
+from .checks import expect_adapters, expect_free, expect_prompts, expect_template
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,9 +68,7 @@ def train(
     if json:
         _print_json(summary | {"scores": entries, "output_dir": recipe.output_dir})
     elif not quiet:
-        from .printing import print_run
-
-        print_run(recipe, summary, entries)
+        _print_run(summary, entries, recipe.output_dir)
 
 
 def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool = False) -> None:
@@ -89,15 +89,12 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
 
     model, tokenizer = load_trained(run)
     console = _progress_console(quiet or json)
-    evaluations = score(run, model, tokenizer, base=base, console=console)
-    save_scores(Path(recipe.output_dir), evaluations)
-    entries = [entry for entry, _ in evaluations]
+    entries, predictions = score(run, model, tokenizer, base=base, console=console)
+    save_scores(Path(recipe.output_dir), entries, predictions)
     if json:
         _print_json(entries)
     elif not quiet:
-        from rich.console import Console
-
-        print_scores(entries, Console(highlight=False))
+        print_scores(entries)
 
 
 def generate(
@@ -190,15 +187,15 @@ def serve(
         device: cpu, cuda or another device of torch; auto is a GPU where there is one.
     """
     expect_adapters(adapter, others, model, dtype)
-    from ..inference.ports import expect_free
-
     expect_free(host, port)
-    from ..inference.loading import by_name
-    from ..inference.server import serve as start_server
+    from ..inference.loading import BASE, by_name, load_library
+    from ..inference.server import start_server
 
-    start_server(
-        by_name(adapter, others or {}), model, host=host, port=port, dtype=dtype, device=device
-    )
+    adapters = by_name(adapter, others or {})
+    if BASE in adapters:
+        raise ValueError(f"adapter name {BASE!r}: this is the name of the model without adapters")
+    loaded = load_library(adapters, model, dtype=dtype, device=device)
+    start_server(*loaded, host=host, port=port)
 
 
 def playground(
@@ -220,12 +217,10 @@ def playground(
         port: port that the page is served on.
         device: cpu, cuda or another device of torch; auto is a GPU where there is one.
     """
-    from ..inference.ports import expect_free
-
     expect_free(host, port)
     if "://" not in source:
         expect_adapters(source, others, model)
-    from ..inference.playground.app import run_playground
+    from ..inference.playground.page import run_playground
 
     run_playground(source, others or {}, model, host=host, port=port, device=device)
 
@@ -287,10 +282,8 @@ def study(study: Study, quiet: bool = False, json: bool = False) -> None:
     checked_cells(study)
     from rich.console import Console
 
-    from ..analysis.report import (  # first: they say if their extra is missing
-        show_table,
-        write_study_report,
-    )
+    # First: it says if its extra is missing.
+    from ..analysis.report import show_table, write_study_report
     from ..training.study.runner import run_study
 
     results = run_study(study, console=_progress_console(quiet or json))
@@ -316,7 +309,8 @@ def report(
         prompts: one or several prompts that base and adapted model answer side by side.
         output_dir: directory for the report; by default that of the run or study.
     """
-    expect_run_or_study(directory, against, prompts)
+    if not is_study(Path(directory), against=against, prompts=prompts) and against is not None:
+        adapter_directory(against)
     from ..analysis.report import write_report
 
     texts = [prompts] if isinstance(prompts, str) else prompts
@@ -381,6 +375,23 @@ def _progress_console(is_silent: bool) -> "Console | None":
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def _print_run(summary: dict[str, Any], entries: list[Any], directory: str) -> None:
+    """Print what was trained, its scores, and what to do next."""
+    from ..training.run_scores import print_scores
+
+    parameters = summary["parameters"]
+    trained = parameters["units"] + parameters["base"]
+    print(
+        f"Trained {trained:,} parameters, {trained / parameters['total']:.2%} of the base's, in "
+        f"{summary['steps']} steps and {summary['seconds']:.0f} s; "
+        f"mean loss {summary['train_loss']:.3f}"
+    )
+    print_scores(entries)
+    print(f"The adapter is in {directory}/adapter. Next:")
+    for command in (f"eval {directory} --base", f"chat {directory}", f"report {directory}"):
+        print(f"  reftnoise {command}")
 
 
 def _print_json(value: Any) -> None:

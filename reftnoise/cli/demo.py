@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..engine.base.tiny import NAME, load_tiny_examples, load_tiny_model
 from ..evaluation.scoring import Evaluation, evaluate
+from ..inference.prompts import show
 from ..training.recipe import DataConfig, Recipe, TrainingConfig
 from ..training.resolved_run import ResolvedRun
 from ..training.run import load_trained, run_recipe
@@ -70,7 +71,7 @@ def run_demo(output_dir: str, seed: int) -> None:
                 reft_model.save_pretrained(output_dir)
     trained, _, total = reft_model.count_parameters()
     console.print()
-    console.print(side_by_side(results["base"], results[SHOWN]))
+    _show_some(results["base"], results[SHOWN], console)
     console.print()
     console.print(accuracies(results, seconds))
     console.print(
@@ -85,16 +86,12 @@ def run_demo(output_dir: str, seed: int) -> None:
     console.print(lines, markup=False, soft_wrap=True)
 
 
-def side_by_side(base: Evaluation, adapted: Evaluation) -> Table:
-    """Held-out prompts with the answers of base and adapted model."""
-    table = Table(title=f"Prompts that the adapter never saw ({SHOWN})", title_justify="left")
-    for heading in ("prompt", "base", "adapted"):
-        table.add_column(heading)
+def _show_some(base: Evaluation, adapted: Evaluation, console: Console) -> None:
     step = max(1, len(base.prompts) // SIDE_BY_SIDE)
-    rows = list(zip(base.prompts, base.predictions, adapted.predictions, strict=True))[::step]
-    for row in rows[:SIDE_BY_SIDE]:
-        table.add_row(*row)
-    return table
+    some = slice(0, step * SIDE_BY_SIDE, step)
+    answers = zip(base.predictions[some], adapted.predictions[some], strict=True)
+    console.print(f"Prompts that the adapter never saw ({SHOWN}):")
+    show([{"base": b, "text": a} for b, a in answers], base.prompts[some], console)
 
 
 def accuracies(results: dict[str, Evaluation], seconds: dict[str, str]) -> Table:

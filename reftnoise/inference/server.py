@@ -4,15 +4,13 @@ Each adapter is a model's name in the OpenAI API, and so is the base. (transform
 batching runs forward passes that edits do not reach; vLLM serves many users.)
 """
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._util.errors import nearest
 from ..model import ReftModel
-from .loading import BASE, load_library
+from .loading import BASE
 
 try:
     from fastapi import HTTPException
@@ -64,7 +62,7 @@ class _LoadedModels(model_manager.ModelManager):
         return [{"id": name, "object": "model", "owned_by": "reftnoise"} for name in self._named]
 
 
-def start(
+def start_server(
     reft_model: ReftModel, tokenizer: Any, *, host: str, port: int, waits: bool = True
 ) -> Serve:
     """Run transformers' server, with the base and each loaded adapter as a model.
@@ -79,23 +77,3 @@ def start(
         return Serve(host=host, port=port, log_level="error", non_blocking=not waits)
     finally:
         model_manager.ModelManager = original
-
-
-def serve(
-    adapters: Mapping[str, str | Path],
-    model: str | None,
-    *,
-    host: str,
-    port: int,
-    dtype: str | None,
-    device: str,
-) -> None:
-    """Serve adapters of one base, by the names that requests use, until interrupted.
-
-    Raises:
-        OSError, ValueError: as in `load_library`, or an adapter has the base's name.
-    """
-    if BASE in adapters:
-        raise ValueError(f"adapter name {BASE!r}: this is the name of the model without adapters")
-    reft_model, tokenizer = load_library(adapters, model, dtype=dtype, device=device)
-    start(reft_model, tokenizer, host=host, port=port)

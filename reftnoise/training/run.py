@@ -12,7 +12,7 @@
 """
 
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from .._util.hardware import machine, peak_memory
+from .._util.progress import progress_of
 from ..data.classifiers import make_classifier_data_module
 from ..data.collation import make_last_position_supervised_data_module
 from ..data.examples import as_examples
@@ -33,7 +34,6 @@ from ..data.tasks.classifier import ClassifierTask
 from ..data.tokenization import smallest_limit
 from ..engine.base.loading import load_base
 from ..model import ReftModel, get_reft_model
-from .progress import RichProgressCallback
 from .resolved_run import ResolvedRun
 from .run_adapter import adapter_directory
 from .run_directory import RunDirectory, is_main_process
@@ -64,9 +64,9 @@ def run_recipe(
         model, tokenizer, summary = _train(run, directory, console)
         if not is_scored or not is_main_process():
             return summary, []
-        evaluations = score(run, model, tokenizer, console=console)
-        save_scores(directory.path, evaluations)
-        return summary, [entry for entry, _ in evaluations]
+        entries, predictions = score(run, model, tokenizer, console=console)
+        save_scores(directory.path, entries, predictions)
+        return summary, entries
 
 
 def _train(
@@ -90,14 +90,10 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     is_main = is_main_process()
-    if is_main:
-        trainer.add_callback(_Log(directory))
     started = time.perf_counter()
-    with ExitStack() as stack:
-        if console is not None and is_main:
-            progress = RichProgressCallback(console, directory.path.name)
-            trainer.add_callback(progress)
-            stack.callback(progress.stop)
+    with progress_of(console if is_main else None, directory.path.name) as progress:
+        if is_main:
+            trainer.add_callback(_Log(directory, progress))
         output = trainer.train(resume_from_checkpoint=directory.checkpoint)
     seconds = time.perf_counter() - started
     if is_main:
@@ -194,11 +190,11 @@ def _summary(reft_model: ReftModel, output: Any, trainer: Any, seconds: float) -
 
 
 class _Log(TrainerCallback):
-    """Begins a run's directory when training begins, and writes its log."""
+    """Begins a run's directory when training begins, writes its log, and moves a bar by steps."""
 
-    def __init__(self, directory: RunDirectory) -> None:
-        self._directory = directory
-        self._tokens = 0
+    def __init__(self, directory: RunDirectory, progress: Callable[..., None] | None) -> None:
+        self._directory, self._progress = directory, progress
+        self._text, self._tokens = "loss …", 0
         self._started = self._seconds = 0.0  # of steps alone, without evaluations between them
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -210,6 +206,7 @@ class _Log(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._seconds += time.perf_counter() - self._started
+        self._show(state)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
@@ -218,6 +215,12 @@ class _Log(TrainerCallback):
         line = {"step": state.global_step, **logs}
         if "loss" in logs:
             tokens = state.num_input_tokens_seen
-            line["tokens_per_second"] = round((tokens - self._tokens) / self._seconds, 1)
+            speed = line["tokens_per_second"] = round((tokens - self._tokens) / self._seconds, 1)
             self._tokens, self._seconds = tokens, 0.0
+            self._text = f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s"
+            self._show(state)
         self._directory.log(line)
+
+    def _show(self, state: Any) -> None:
+        if self._progress is not None:
+            self._progress(state.global_step, state.max_steps, self._text)

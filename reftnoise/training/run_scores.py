@@ -12,7 +12,7 @@ from typing_extensions import NotRequired
 
 from .._util.files import json_lines, json_text, replace_all
 from .._util.progress import progress_of
-from ..evaluation.scoring import Evaluation, evaluate
+from ..evaluation.scoring import evaluate
 from ..model import ReftModel
 from .recipe import Recipe
 from .resolved_run import ResolvedRun
@@ -44,40 +44,38 @@ def score(
     *,
     base: bool = False,
     console: Console | None = None,
-) -> list[tuple[Entry, Evaluation | None]]:
+) -> tuple[list[Entry], list[dict[str, Any]]]:
     """Score a model on what its recipe names: its task's rows, and tasks of the harness.
 
-    With `base`, the base without its units is scored, too.
+    With `base`, the base without its units is scored, too. Returns the evaluations, and the
+    answers to each of the task's rows.
 
     Raises:
         ValueError: the recipe names nothing to score, or rows that its task cannot read.
     """
     run.expect_scored()
-    evaluations: list[tuple[Entry, Evaluation | None]] = []
+    entries, predictions = list[Entry](), list[dict[str, Any]]()
     for is_adapted in (True, False) if base else (True,):
         with contextlib.nullcontext() if is_adapted else reft_model.disabled():
             if run.scored_rows:
-                evaluations.append(_of_task(run, reft_model, tokenizer, is_adapted, console))
+                entry, rows = _of_task(run, reft_model, tokenizer, is_adapted, console)
+                entries.append(entry)
+                predictions += [{"adapter": is_adapted, **row} for row in rows]
             if run.recipe.evaluation.lm_eval:
-                entries = _of_harness(run.recipe, reft_model, tokenizer, is_adapted)
-                evaluations.extend((entry, None) for entry in entries)
-    return evaluations
+                entries += _of_harness(run.recipe, reft_model, tokenizer, is_adapted)
+    return entries, predictions
 
 
-def save_scores(directory: Path, evaluations: list[tuple[Entry, Evaluation | None]]) -> None:
+def save_scores(
+    directory: Path, entries: Sequence[Entry], predictions: Sequence[Mapping[str, Any]]
+) -> None:
     """Write evaluations to a run's directory; they replace earlier ones of the same rows."""
-    lines = [
-        {"adapter": entry["adapter"], **row}
-        for entry, evaluation in evaluations
-        if evaluation is not None
-        for row in evaluation.rows()
-    ]
-    files = {PREDICTIONS: json_lines(lines)} if lines else {}
+    files = {PREDICTIONS: json_lines(predictions)} if predictions else {}
     path = directory / SCORES
     with alone(directory, seconds=60):
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        entries = {_of_what(entry): entry for entry in [*earlier, *(e for e, _ in evaluations)]}
-        files[SCORES] = json_text(list(entries.values()), indent=2).encode() + b"\n"
+        latest = {_of_what(entry): entry for entry in [*earlier, *entries]}
+        files[SCORES] = json_text(list(latest.values()), indent=2).encode() + b"\n"
         replace_all(directory, files)
 
 
@@ -92,7 +90,7 @@ def _of_task(
     tokenizer: Any,
     is_adapted: bool,
     console: Console | None,
-) -> tuple[Entry, Evaluation]:
+) -> tuple[Entry, list[dict[str, Any]]]:
     recipe, settings = run.recipe, run.recipe.evaluation
     with progress_of(console, "evaluation" if is_adapted else "evaluation of the base") as progress:
         evaluation = evaluate(
@@ -120,7 +118,7 @@ def _of_task(
         "rows": len(evaluation.right),
         "right": "".join("01"[right] for right in evaluation.right),
     }
-    return entry, evaluation
+    return entry, evaluation.rows()
 
 
 def _of_harness(
@@ -158,7 +156,7 @@ def scores_table(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
     return ["task", "data", "by", "model", "rows", *names], rows
 
 
-def print_scores(entries: Sequence[Mapping[str, Any]], console: Console) -> None:
+def print_scores(entries: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """Print the table of evaluations, if there are any, without its empty columns."""
     headings, rows = scores_table(entries)
     filled = [i for i in range(len(headings)) if any(row[i] for row in rows)]
@@ -169,4 +167,4 @@ def print_scores(entries: Sequence[Mapping[str, Any]], console: Console) -> None
         table.add_column(headings[i], justify="right" if i >= first_number else "left")
     for row in rows:
         table.add_row(*(row[i] for i in filled))
-    console.print(table)
+    (console or Console(highlight=False)).print(table)

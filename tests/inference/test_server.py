@@ -37,12 +37,12 @@ def reft_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[rn.ReftModel, 
 @pytest.fixture(scope="module")
 def url(reft_model: tuple[rn.ReftModel, Any]) -> Iterator[str]:
     """Of a running server."""
-    from reftnoise.inference.server import start
+    from reftnoise.inference.server import start_server
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = start(*reft_model, host="127.0.0.1", port=port, waits=False)
+    server = start_server(*reft_model, host="127.0.0.1", port=port, waits=False)
     try:
         wait_until(lambda: server.server.started)
         yield f"http://127.0.0.1:{port}/v1"

@@ -170,9 +170,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
     run = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "reftnoise.training.progress.RichProgressCallback.on_step_begin", stop, raising=False
-        )
+        patch.setattr("reftnoise.training.run._Log.on_step_begin", stop)
         assert command(*quick(run, *more)) == 130
     assert not (run / "adapter").exists()
     assert command(*quick(run, *more), "--quiet") == 2  # it is not overwritten by the way

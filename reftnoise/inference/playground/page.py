@@ -1,19 +1,25 @@
 """The page: a prompt, an answer of each model, and the settings."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from ...config.decoding import Decoding
-from .asking import NO_NOISE, Answer, Answerer, AnswerRequest
+from ...training.run_adapter import template_of
+from ..loading import BASE, by_name, load_library
+from ..prompts import default_template
+from .asking import NO_NOISE, TOGETHER, Answer, Answerer, AnswerRequest
 from .norms import ABOUT, STYLE, draw
 
 try:
     import gradio as gr
 except ModuleNotFoundError as error:
     raise ValueError(f"the playground needs {error.name}: pip install 'reftnoise[web]'") from None
+
+_ADDRESSES = ("http://", "https://")
 
 TEMPLATES = ("chat", "plain", "alpaca")
 POSITIONS = {
@@ -24,6 +30,42 @@ POSITIONS = {
     "decode": "the answer",
 }
 """The fields of `Positions`, as the page calls them."""
+
+
+def run_playground(
+    source: str,
+    others: Mapping[str, str | Path],
+    model: str | None,
+    *,
+    host: str,
+    port: int,
+    device: str,
+) -> None:
+    """Serve the page of an adapter, or of a server with an address, until interrupted.
+
+    Raises:
+        OSError, ValueError: as in `load_library`, there is no such server, or a server is to have
+            adapters or a base.
+    """
+    answerer: Answerer
+    if source.startswith(_ADDRESSES):
+        if others or model is not None:
+            raise ValueError("--others and --model: a server has its own adapters and base")
+        from .server import Server
+
+        answerer, template = Server(source), "chat"
+    else:
+        adapters = by_name(source, others)
+        for name in (BASE, TOGETHER):
+            if name in adapters:
+                raise ValueError(f"adapter name {name!r}: the page has an answer of this name")
+        from .local import LocalModel
+
+        reft_model, tokenizer = load_library(adapters, model, device=device)
+        path = Path(reft_model.model.config.name_or_path)
+        answerer = LocalModel(reft_model, tokenizer, path.name if path.is_dir() else str(path))
+        template = template_of(source) or default_template(tokenizer)
+    launch(build(answerer, template=template), host=host, port=port)
 
 
 def build(answerer: Answerer, *, template: str, max_new_tokens: int = 64) -> gr.Blocks:

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from reftnoise.inference.ports import expect_free
+from reftnoise.cli.checks import expect_free
 
 
 @pytest.mark.parametrize("port", [-1, 0, 2**16])
