@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,15 @@ from .loading import load_adapted
 from .prompts import generate_arguments, new_tokens
 
 SIGN = "› "
+COMMANDS = {
+    "/off": "let the base answer, without the adapter",
+    "/on": "let the adapted model answer again",
+    "/scale": "multiply edits: /scale 0.5; a peft section stays as it is",
+    "/reset": "forget the conversation",
+    "/system": "set the system message: /system TEXT; alone, drop it",
+    "/help": "list commands",
+    "/quit": "leave, like Ctrl-D; Ctrl-C stops an answer",
+}
 
 
 def chat(
@@ -106,13 +115,9 @@ class Conversation:
         line = line.strip()
         if line.startswith("/"):
             name, _, rest = line.partition(" ")
-            if name == "/quit":
-                return False
-            if name in COMMANDS:
-                COMMANDS[name][1](self, rest.strip())
-            else:
-                self._say(f"unknown command {name}; {nearest(name, [*COMMANDS, '/quit'])}")
-        elif line:
+            self._obey(name, rest.strip())
+            return name != "/quit"
+        if line:
             self._answer(line)
         return True
 
@@ -175,48 +180,35 @@ class Conversation:
 
     # -- commands --------------------------------------------------------------------------------
 
-    def _off(self, _: str) -> None:
-        self.is_on = False
-        self._say("The base answers, without the adapter.")
-
-    def _on(self, _: str) -> None:
-        self.is_on = True
-        self._say("The adapted model answers.")
-
-    def _scale(self, value: str) -> None:
-        try:
-            self._model.scale = float(value)
-        except ValueError:
-            self._say(f"/scale {value}: expected a number such as 0.5; 1 is as trained")
-            return
-        self._say(f"Edits are multiplied by {self._model.scale:g}.")
-
-    def _reset(self, _: str) -> None:
-        self.messages = []
-        self._say("The conversation starts again.")
-
-    def _set_system(self, text: str) -> None:
-        self._decoding = replace(self._decoding, system=text or None)
-        self._say("The system message is set." if text else "There is no system message now.")
-
-    def _help(self, __: str) -> None:
-        for name, (what, _) in COMMANDS.items():
-            self._say(f"{name:<9}{what}")
-        self._say(f"{'/quit':<9}leave, like Ctrl-D; Ctrl-C stops an answer")
+    def _obey(self, name: str, rest: str) -> None:
+        match name:
+            case "/off":
+                self.is_on = False
+                self._say("The base answers, without the adapter.")
+            case "/on":
+                self.is_on = True
+                self._say("The adapted model answers.")
+            case "/scale":
+                try:
+                    self._model.scale = float(rest)
+                    self._say(f"Edits are multiplied by {self._model.scale:g}.")
+                except ValueError:
+                    self._say(f"/scale {rest}: expected a number such as 0.5; 1 is as trained")
+            case "/reset":
+                self.messages = []
+                self._say("The conversation starts again.")
+            case "/system":
+                self._decoding = replace(self._decoding, system=rest or None)
+                is_set = "The system message is set." if rest else "There is no system message now."
+                self._say(is_set)
+            case "/help":
+                for command, what in COMMANDS.items():
+                    self._say(f"{command:<9}{what}")
+            case _ if name not in COMMANDS:
+                self._say(f"unknown command {name}; {nearest(name, COMMANDS)}")
 
     def _say(self, text: str) -> None:
         self._console.print(text, style="dim", markup=False, soft_wrap=True)
-
-
-COMMANDS: dict[str, tuple[str, Callable[[Conversation, str], None]]] = {
-    "/off": ("let the base answer, without the adapter", Conversation._off),
-    "/on": ("let the adapted model answer again", Conversation._on),
-    "/scale": ("multiply edits: /scale 0.5; a peft section stays as it is", Conversation._scale),
-    "/reset": ("forget the conversation", Conversation._reset),
-    "/system": ("set the system message: /system TEXT; alone, drop it", Conversation._set_system),
-    "/help": ("list commands", Conversation._help),
-}
-"""By name, what a command does and the method that does it with the rest of the line."""
 
 
 class _Printer(TextStreamer):
