@@ -74,7 +74,7 @@ def _run(
     failed: list[tuple[Cell, str]] = []
     waiting = todo[::-1]
     running: dict[Any, tuple[Cell, int | None, Any]] = {}  # by the pipe that a result comes from
-    with _threads(threads), _terminated(), progress_of(console, "cells") as progress:
+    with _terminated(), progress_of(console, "cells") as progress:
         try:
             if progress is not None:
                 progress(0, len(todo))
@@ -137,17 +137,3 @@ def _terminated() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """The environment that cells start in; torch reads it when it is imported."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(count)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
