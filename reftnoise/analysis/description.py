@@ -29,11 +29,7 @@ class UnitDescription:
 
     Args:
         key: pyvene's key, under which the weights are stored.
-        intervention: registered name.
-        site: layer and component.
-        positions: tokens that it edits.
         rank: rank of its edits; None for units that have none.
-        parameters: number of its parameters.
         norms: Frobenius norm of each tensor; for a rotation that of R itself, which is √rank.
         orthonormality_error: the largest entry of |RRᵀ − I|; None for units without a rotation.
     """
@@ -53,7 +49,6 @@ class Description:
     """An adapter, and the run that it came from.
 
     Args:
-        directory: directory of the adapter.
         base: name, shape and fingerprint of the base, as saved.
         units: units with trained weights.
         noises: entries of the config that have no weights.
@@ -61,7 +56,6 @@ class Description:
         peft_parameters: number of parameters of the PEFT method and of trained weights of the base.
         sha256: digest of the weights; the adapter's own identity.
         files: size of each file of the adapter in bytes.
-        scores: evaluations of the run.
     """
 
     directory: str

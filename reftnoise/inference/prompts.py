@@ -1,9 +1,9 @@
 """Answers to prompts, by an adapted model alone or with those of its base."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -112,33 +112,27 @@ def answer_prompts(
     texts = [*prompts, *(row[column] for row in read)]
     if not rows:
         raise ValueError("no prompts: expected a prompt, or an input file")
-    for name in ("text", "base") if compare else ("text",):
+    columns = ("base", "text") if compare else ("text",)
+    for name in columns:
         if any(name in row for row in rows):
             raise ValueError(f"column {name!r}: the answer goes there; rename it in the input")
     if output is not None and Path(output).is_dir():
         raise ValueError(f"output {output}: expected a file, found a directory")
     decoding = replace(decoding, template=decoding.template or template_of(adapter))
     reft_model, tokenizer = load_adapted(adapter, model, device=device)
-    answer = partial(
-        generate_texts,
-        reft_model,
-        tokenizer,
-        texts,
-        decoding=decoding,
-        rows=rows,
-        batch_size=batch_size,
-    )
-    if compare:
-        with reft_model.disabled():
-            bases = answer()
-        rows = [row | {"base": text} for row, text in zip(rows, bases, strict=True)]
-    rows = [row | {"text": text} for row, text in zip(rows, answer(), strict=True)]
+    answered = rows
+    for name in columns:
+        with reft_model.disabled() if name == "base" else contextlib.nullcontext():
+            answers = generate_texts(
+                reft_model, tokenizer, texts, decoding=decoding, rows=rows, batch_size=batch_size
+            )
+        answered = [row | {name: text} for row, text in zip(answered, answers, strict=True)]
     if output is not None:
         path = Path(output).absolute()
-        replace_all(path.parent, {path.name: json_lines(rows)})
+        replace_all(path.parent, {path.name: json_lines(answered)})
     elif console is not None:
-        show(rows, texts, console)
-    return rows
+        show(answered, texts, console)
+    return answered
 
 
 def show(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], console: Console) -> None:

@@ -18,8 +18,6 @@ class AnswerRequest:
     """A prompt, the models that answer it, and how.
 
     Args:
-        prompt: text of the prompt.
-        names: names of the models that answer.
         scales: factors of the adapters' edits by name; 1 for those that have none.
         decoding: template and sampling.
         layers: layers where adapters edit; None for all that they edit.

@@ -19,8 +19,6 @@ try:
 except ModuleNotFoundError as error:
     raise ValueError(f"the playground needs {error.name}: pip install 'reftnoise[web]'") from None
 
-_ADDRESSES = ("http://", "https://")
-
 TEMPLATES = ("chat", "plain", "alpaca")
 POSITIONS = {
     "first": "the prompt's first tokens",
@@ -48,7 +46,7 @@ def run_playground(
             adapters or a base.
     """
     answerer: Answerer
-    if source.startswith(_ADDRESSES):
+    if source.startswith(("http://", "https://")):
         if others or model is not None:
             raise ValueError("--others and --model: a server has its own adapters and base")
         from .server import Server
