@@ -41,8 +41,8 @@ class Positions:
             return cls._from_indices(spec)
         terms: dict[str, int | bool] = {}
         column = 0
-        while True:
-            term = _TERM.match(spec, column)
+        for part in spec.split("+"):
+            term = _TERM.match(part)
             if term is None:
                 raise _syntax_error(spec, column, "terms like 'f7', 'l7', 'all' or 'decode'")
             field = {"f": "first", "l": "last"}.get(term["kind"]) or term["word"]
@@ -51,12 +51,10 @@ class Positions:
             if term["kind"] and int(term["count"]) == 0:
                 raise _syntax_error(spec, column + 1, "a count of at least 1")
             terms[field] = int(term["count"]) if term["kind"] else True
-            column = term.end()
-            if column == len(spec):
-                break
-            if spec[column] != "+":
-                raise _syntax_error(spec, column, "terms like 'f7' or 'l7' joined by '+'")
-            column += 1
+            if term.end() < len(part):
+                expected = "terms like 'f7' or 'l7' joined by '+'"
+                raise _syntax_error(spec, column + term.end(), expected)
+            column += len(part) + 1
         positions = cls(**terms)  # type: ignore[arg-type]  # field names and types match
         if positions.all and (positions.first or positions.last):
             raise ValueError(f"positions {spec!r}: 'all' includes the first and last tokens")

@@ -142,8 +142,6 @@ class Encoder:
     def _fit(
         self, prompt_ids: list[int], target_ids: list[int], subspaces: list[int] | None
     ) -> Example:
-        if self.max_length is None:
-            return Example(prompt_ids, target_ids, False, False, subspaces)
         prompt, target = truncate(self.tokenizer, prompt_ids, target_ids, self.max_length)
         is_cut_short = len(target) < len(target_ids)
         is_cut = is_cut_short or len(prompt) < len(prompt_ids)

@@ -98,13 +98,13 @@ def _tokenize_alone(tokenizer: Any, text: str) -> list[int]:
 
 
 def truncate(
-    tokenizer: Any, prompt_ids: list[int], target_ids: list[int], max_length: int
+    tokenizer: Any, prompt_ids: list[int], target_ids: list[int], max_length: int | None
 ) -> tuple[list[int], list[int]]:
     """Drop the prompt's beginning, but not a beginning-of-text token, then the completion's end.
 
     Nothing is dropped where the two are short enough.
     """
-    if len(prompt_ids) + len(target_ids) <= max_length:
+    if max_length is None or len(prompt_ids) + len(target_ids) <= max_length:
         return prompt_ids, target_ids
     starts = len(prompt_ids) > 1 and prompt_ids[0] == tokenizer.bos_token_id
     start, rest = prompt_ids[:starts], prompt_ids[starts:]

@@ -42,10 +42,6 @@ class EditPlan:
     """The noise of a unit for a call's hidden states, from its first column on, where the base's
     rows are shifted against the layout; each call draws its own otherwise."""
 
-    def edits(self, placed: PlacedUnit) -> bool:
-        """Whether a unit edits hidden states in this pass."""
-        return placed.key in self.selections
-
     def settle(self, _: Bool[Tensor, "batch width"], __: int) -> "EditPlan":
         """The plan itself, as of a `DeferredPlan`."""
         return self
@@ -60,12 +56,9 @@ class DeferredPlan:
     stack: Stack | None = None
     """The layers that are edited, in an encoder-decoder model."""
 
-    def edits(self, placed: PlacedUnit) -> bool:
-        """Whether a unit may edit hidden states in this pass."""
-        return placed.positions is not None
-
 
 Plan: TypeAlias = EditPlan | DeferredPlan
+Hidden: TypeAlias = Float[Tensor, "batch length hidden"]
 
 
 # -- calls -----------------------------------------------------------------------------------------
@@ -128,31 +121,27 @@ class TokenlessCall:
     """One call of a base that reads no tokens: each site's hidden states tell their number."""
 
     plan: Plan
-    mask: Tensor | None = None
+    base: nn.Module
+    mask: Tensor | None
     """Of what the base reads, such as samples of sound."""
-    shorten: Callable[[int, Tensor], Tensor] | None = None
-    """From a number of hidden states, and that mask, to theirs."""
     is_noised: bool = True
     """Whether noise acts on units in training mode."""
     _calls: dict[tuple[int, int], Call] = field(default_factory=dict)
-
-    @classmethod
-    def of_base(
-        cls, plan: Plan, base: nn.Module, inputs: Mapping[str, Any], is_noised: bool = True
-    ) -> "TokenlessCall":
-        """A call of `base` with keyword arguments `inputs`."""
-        return cls(plan, inputs.get("attention_mask"), mask_after_convolutions(base), is_noised)
 
     def at(self, hidden: Tensor) -> Call:
         """The call for hidden states [batch, length, width]: all but padding is the prompt."""
         batch, length = hidden.shape[:2]
         if (batch, length) not in self._calls:
             attended = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
-            if self.mask is not None and self.shorten is not None and len(self.mask) == batch:
-                attended = self.shorten(length, self.mask).bool()
+            shorten = mask_after_convolutions(self.base)
+            if self.mask is not None and shorten is not None and len(self.mask) == batch:
+                attended = shorten(length, self.mask).bool()
             plan = self.plan.settle(attended, 0)
             self._calls[batch, length] = Call(plan, 0, length, batch, self.is_noised)
         return self._calls[batch, length]
+
+
+AnyCall: TypeAlias = Call | TokenlessCall
 
 
 class EditedRows(NamedTuple):
@@ -184,22 +173,23 @@ class CallReader:
         return None if self._settled is None else self._settled.layout.attended.shape[1]
 
     def has(self, placed: PlacedUnit) -> bool:
-        """Whether a unit acts in these calls."""
+        """Whether a unit may act in the calls that come."""
         if placed.site.stack != self.plan.stack:
             return False
         if isinstance(placed.unit, NoiseIntervention):
             return placed.unit.training and self._is_noised
-        return self.plan.edits(placed)
+        return self._settled is None or placed.key in self._settled.selections
 
     def read(
         self, entry: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], virtual_tokens: int
-    ) -> Call | TokenlessCall:
+    ) -> AnyCall:
         """The next call: of the module `entry` in the base, after PEFT's virtual tokens."""
         tokens: Any = kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = kwargs.get("input_ids", args[0] if args else None)
             if tokens is None or tokens.is_floating_point():
-                return TokenlessCall.of_base(self.plan, entry, kwargs, self._is_noised)
+                mask = kwargs.get("attention_mask")
+                return TokenlessCall(self.plan, entry, mask, self._is_noised)
         batch, length = tokens.shape[:2]
         cache = kwargs.get("past_key_values")
         offset = cached_length(cache) - virtual_tokens
@@ -225,12 +215,7 @@ def _attended(mask: Any, batch: int, width: int, tokens: Tensor) -> Bool[Tensor,
 # -- edits -----------------------------------------------------------------------------------------
 
 
-def apply_units(
-    units: Sequence[PlacedUnit],
-    call: Call | TokenlessCall,
-    hidden: Float[Tensor, "batch length hidden"],
-    scale: float,
-) -> Float[Tensor, "batch length hidden"]:
+def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden, scale: float) -> Hidden:
     """Apply a site's units in their order; edits that no noise stands between read equal states.
 
     Raises:
@@ -264,12 +249,7 @@ def apply_units(
     return _add_edits(edits, call, hidden, scale)
 
 
-def _add_edits(
-    units: Sequence[PlacedUnit],
-    call: Call,
-    hidden: Float[Tensor, "batch length hidden"],
-    scale: float,
-) -> Float[Tensor, "batch length hidden"]:
+def _add_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden, scale: float) -> Hidden:
     """Add the edits of all units to the states that all of them read.
 
     Those of few positions are applied at once.
@@ -295,12 +275,8 @@ def _add_edits(
 
 
 def _edit_rows(
-    edited: Float[Tensor, "batch length hidden"],
-    hidden: Float[Tensor, "batch length hidden"],
-    units: Sequence[PlacedUnit],
-    call: Call,
-    scale: float,
-) -> Float[Tensor, "batch length hidden"]:
+    edited: Hidden, hidden: Hidden, units: Sequence[PlacedUnit], call: Call, scale: float
+) -> Hidden:
     """Add each unit's edit of `hidden`, times `scale`, to those rows of `edited` in the mask.
 
     Rows outside the mask are added exact zeros, which keeps every shape static: no

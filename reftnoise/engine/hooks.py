@@ -9,10 +9,8 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, KeysView, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeAlias
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,7 +22,7 @@ from .base.running import (
     can_edit_outside,
     checkpointed_modules,
     checkpointing,
-    edit_outside,
+    edited_outside,
     exclusive,
     hook_first,
     innermost,
@@ -32,11 +30,11 @@ from .base.running import (
 )
 from .base.sharding import gather_for, is_part
 from .base.sites import Site, find_stack
-from .calls import Call, CallReader, Plan, TokenlessCall, apply_units
+from .calls import AnyCall, CallReader, Hidden, Plan, apply_units
 from .layout import cached_length
 from .units import PlacedUnit
 
-CallAt: TypeAlias = Callable[[Site], Call | TokenlessCall | None]
+CallAt: TypeAlias = Callable[[Site], AnyCall | None]
 Observer: TypeAlias = Callable[[Sequence[PlacedUnit], Tensor, Tensor], None]
 
 
@@ -70,7 +68,7 @@ class Engine:
     ) -> None:
         self.base, self.settings = base, settings or EditSettings()
         self._place(units)
-        self._call: Call | TokenlessCall | None = None
+        self._call: AnyCall | None = None
         self._is_inside = False
         """Whether that call of the base goes on, so that embeddings belong to it."""
 
@@ -112,14 +110,9 @@ class Engine:
 
         Yields whether the innermost pass on the base is this one.
 
-        In a generation, none of our hooks stays on the base once the prompt is in the cache, unless
-        a unit edits generated tokens.
-
-        Args:
-            is_generation: whether the block generates: it has no noise.
-            is_assisted: whether the base drafts for itself, so that it reads the prompt more than
-                once.
-            plans: what is edited in each stack.
+        In a generation there is no noise, and none of our hooks stays on the base once the prompt
+        is in the cache, unless a unit edits generated tokens, or the base drafts for itself
+        (`is_assisted`), so that it reads the prompt more than once.
         """
         base = inner_model(self.base)
         checkpointed = checkpointed_modules(self.base)
@@ -222,7 +215,7 @@ class Engine:
     def _hooked(self, base: nn.Module) -> Iterator[Callable[[], bool]]:
         with innermost(base) as is_ours, contextlib.ExitStack() as stack:
 
-            def call_at(site: Site) -> Call | TokenlessCall | None:
+            def call_at(site: Site) -> AnyCall | None:
                 # A call of the embedding before the base's own makes its `inputs_embeds`.
                 if site.is_embeddings and not self._is_inside:
                     return None
@@ -235,8 +228,8 @@ class Engine:
             stack.enter_context(as_written(self.base, self._hooked_modules(base)))
             stack.enter_context(calls_as_written(base))
             for site, edit in self.edits(call_at):
-                put = edit_outside if can_edit_outside(site.module) else hook_first
-                stack.callback(put(site.module, edit, is_input=site.is_input))
+                put: Any = edited_outside if can_edit_outside(site.module) else hook_first
+                stack.enter_context(put(site.module, edit, is_input=site.is_input))
             yield is_ours
 
     def _hooked_modules(self, base: nn.Module) -> list[nn.Module]:
@@ -245,46 +238,29 @@ class Engine:
     def edits(self, call_at: CallAt) -> Iterator[tuple[Site, Callable[..., Any]]]:
         """The hook for each site, which edits the call that `call_at` returns."""
         for site, units in self._by_site.items():
-            edit = self._edit_input if site.is_input else self._edit_output
-            yield site, partial(edit, units, call_at)
+            yield site, self._hook(units, call_at)
 
-    def _edit_output(
-        self,
-        units: list[PlacedUnit],
-        call_at: CallAt,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        output: Any,
-    ) -> Any:
-        call = call_at(units[0].site)
-        if call is None:
-            return output
-        if isinstance(output, tuple):
-            return (self._apply(units, call, output[0]), *output[1:])
-        return self._apply(units, call, output)
+    def _hook(self, units: list[PlacedUnit], call_at: CallAt) -> Callable[..., Any]:
+        site = units[0].site
 
-    def _edit_input(
-        self,
-        units: list[PlacedUnit],
-        call_at: CallAt,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = call_at(units[0].site)
-        if call is None:
-            return args, kwargs
-        if args:
-            return (self._apply(units, call, args[0]), *args[1:]), kwargs
-        hidden = self._apply(units, call, kwargs["hidden_states"])
-        return args, kwargs | {"hidden_states": hidden}
+        def edit_output(_: nn.Module, __: Any, output: Any) -> Any:
+            if (call := call_at(site)) is None:
+                return output
+            if isinstance(output, tuple):
+                return (self._apply(units, call, output[0]), *output[1:])
+            return self._apply(units, call, output)
 
-    def _apply(
-        self,
-        units: list[PlacedUnit],
-        call: Call | TokenlessCall,
-        hidden: Float[Tensor, "batch length hidden"],
-    ) -> Float[Tensor, "batch length hidden"]:
+        def edit_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if (call := call_at(site)) is None:
+                return args, kwargs
+            if args:
+                return (self._apply(units, call, args[0]), *args[1:]), kwargs
+            hidden = self._apply(units, call, kwargs["hidden_states"])
+            return args, kwargs | {"hidden_states": hidden}
+
+        return edit_input if site.is_input else edit_output
+
+    def _apply(self, units: list[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
         if units[0].site.stack != call.plan.stack:  # an embedding that two stacks share
             return hidden
         edited = apply_units(units, call, hidden, self.settings.scale)
@@ -292,9 +268,7 @@ class Engine:
             self.settings.observer(units, hidden, edited)
         return edited
 
-    def with_edited_embeddings(
-        self, call: Call | TokenlessCall, inputs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def with_edited_embeddings(self, call: AnyCall, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of a call, with the edits of embeddings that the base will not make itself."""
         embeds: Any = inputs.get("inputs_embeds")
         if embeds is None:

@@ -49,10 +49,6 @@ class Planner:
         """Whether labels are what the base writes after a prompt, so that they tell its end."""
         return self.continues and self.stacks == (None,)
 
-    def reads_tokens(self, batch: Batch) -> bool:
-        """Whether the batch is the tokens of one sequence, whose length is known before it runs."""
-        return self.stacks == (None,) and batch.tokens is not None
-
     def plans(self, batch: Batch) -> list[Plan]:
         """What to edit, in each stack.
 
@@ -64,7 +60,7 @@ class Planner:
                 "cache_params hold states, which do not tell how many tokens they are of: give the "
                 "whole input, or use generate"
             )
-        if self.reads_tokens(batch):
+        if self.stacks == (None,) and batch.tokens is not None:  # whose length is known
             layout = read_layout(batch, continues=self.labels_end_prompts)
             if batch.unit_locations is None:
                 return [self._plan(layout, batch.copies)]
@@ -182,10 +178,19 @@ class TrainingChecks:
         is_clear = is_located or after_prompt or not self._planner.continues
         if not isinstance(plan, EditPlan) or is_clear or not torch.is_grad_enabled():
             return
-        # Of labels, only those of the first pass are looked at: it waits for the device.
-        if batch.labels is None or not self._has_looked_at_labels:
-            self._has_looked_at_labels = batch.labels is not None
-            _check_prompts(plan.layout, batch.labels)
+        # Edits in what counts as a prompt and is none would be trained where generation has none.
+        if batch.labels is None:
+            _warn_once(
+                "training without labels or prompt_lengths: every token counts as the prompt's, so "
+                "positions such as 'l1' are counted from the end of the completion"
+            )
+        elif not self._has_looked_at_labels:  # in the first pass alone: it waits for the device
+            self._has_looked_at_labels, prompt = True, plan.layout.prompt
+            if not (prompt[:, 1:] & prompt[:, :-1]).any():
+                _warn_once(
+                    "labels begin with each row's first token, which alone counts as its prompt, "
+                    "so that positions such as 'l1' mean this token: set labels of prompts to -100"
+                )
 
     def _check_noise(self) -> None:
         """transformers' NEFTune acts on the embeddings, after a noise of the config."""
@@ -199,20 +204,6 @@ class TrainingChecks:
                 "out",
                 stacklevel=4,
             )
-
-
-def _check_prompts(layout: PromptLayout, labels: Tensor | None) -> None:
-    """Edits in what counts as a prompt and is none would be trained where generation has none."""
-    if labels is None:
-        _warn_once(
-            "training without labels or prompt_lengths: every token counts as the prompt's, so "
-            "positions such as 'l1' are counted from the end of the completion"
-        )
-    elif not (layout.prompt[:, 1:] & layout.prompt[:, :-1]).any():
-        _warn_once(
-            "labels begin with each row's first token, which alone counts as its prompt, so that "
-            "positions such as 'l1' mean this token: set labels of prompts to -100"
-        )
 
 
 @functools.cache

@@ -5,17 +5,17 @@ any other pass.
 """
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from .base.peft import inner_model
 from .base.running import hook_first, put_in_order, uncompiled
 from .base.sites import Site
-from .calls import Call, EditPlan, Plan, TokenlessCall
+from .calls import AnyCall, Call, EditPlan, Plan, TokenlessCall
 from .hooks import Engine
 from .layout import Batch
 
@@ -29,9 +29,9 @@ class Tracer:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._call: Call | TokenlessCall | None = None
-        self._standing: dict[Site, Callable[[], None]] = {}
-        """Sites with hooks, and what removes them."""
+        self._call: AnyCall | None = None
+        self._standing: dict[Site, RemovableHandle] = {}
+        """The hooks at sites."""
         self._number = str(next(_NUMBERS))  # torch.compile may take ints for variables
         _TRACERS[self._number] = self
 
@@ -51,11 +51,11 @@ class Tracer:
             )
         _stand_on_base(self._number)
         base = self._engine.base
-        call: Call | TokenlessCall
+        call: AnyCall
         if isinstance(plan, EditPlan):
             call = Call(plan, batch.past, batch.length, batch.rows)
         else:
-            call = TokenlessCall.of_base(plan, inner_model(base), batch.inputs)
+            call = TokenlessCall(plan, inner_model(base), batch.inputs.get("attention_mask"))
         self._call = call
         try:
             with self._engine.sharing_bases():
@@ -68,14 +68,14 @@ class Tracer:
         self._engine.follow_base()
         if self._standing.keys() == self._engine.sites:
             return
-        for remove in self._standing.values():  # modules were replaced
-            remove()
+        for handle in self._standing.values():  # modules were replaced
+            handle.remove()
         self._standing = {}
         for site, edit in self._engine.edits(lambda _: self._call):
             module = uncompiled(site.module)  # which is the one that is traced
-            remove = hook_first(module, _StandingHook(edit), is_input=site.is_input)
+            hook = _StandingHook(edit)
+            self._standing[site] = hook_first(module, hook, is_input=site.is_input)
             put_in_order(module)
-            self._standing[site] = remove
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
@@ -83,14 +83,8 @@ def _stand_on_base(number: str) -> None:
     _TRACERS[number].stand_on_base()
 
 
-class _StandingHook:
+class _StandingHook(partial[Any]):
     """A hook of traced passes; what copies or pickles the base gets one that does nothing."""
-
-    def __init__(self, edit: Callable[..., Any]) -> None:
-        self._edit = edit
-
-    def __call__(self, *args: Any) -> Any:
-        return self._edit(*args)
 
     def __reduce__(self) -> Any:
         return partial, (_no_edit,)

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
 _PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()
@@ -57,7 +58,7 @@ def innermost(base: nn.Module) -> Iterator[Callable[[], bool]]:
 def as_written(base: nn.Module, hooked: Iterable[nn.Module]) -> Iterator[None]:
     """Within the block, no compiled code of `base` has one of the modules `hooked` inside.
 
-    Of `hooked` themselves, those that `edit_outside` can serve stay compiled.
+    Of `hooked` themselves, those that `edited_outside` can serve stay compiled.
     """
     modules = set(hooked)
     with contextlib.ExitStack() as stack:
@@ -69,11 +70,11 @@ def as_written(base: nn.Module, hooked: Iterable[nn.Module]) -> Iterator[None]:
                 m for m in module.modules() if m is not module
             )
             if original is not None and has_hooks_inside:
-                stack.callback(replace_own(module, "forward", original))
+                stack.enter_context(replaced(module, "forward", original))
             if module._compiled_call_impl is not None and (
                 has_hooks_inside or (module in modules and not can_edit_outside(module))
             ):
-                stack.callback(replace_own(module, "_compiled_call_impl", None))
+                stack.enter_context(replaced(module, "_compiled_call_impl", None))
         yield
 
 
@@ -91,12 +92,11 @@ def calls_as_written(base: nn.Module) -> Iterator[None]:
 
         return call
 
-    undo = replace_own(base, "get_compiled_call", get_call)
-    try:
-        yield
-    finally:
-        is_inside = False
-        undo()
+    with replaced(base, "get_compiled_call", get_call):
+        try:
+            yield
+        finally:
+            is_inside = False
 
 
 def can_edit_outside(module: nn.Module) -> bool:
@@ -105,10 +105,10 @@ def can_edit_outside(module: nn.Module) -> bool:
     return is_compiled and not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def edit_outside(
+def edited_outside(
     module: nn.Module, edit: Callable[..., Any], *, is_input: bool
-) -> Callable[[], None]:
-    """Call a hook of `module` before or after its compiled code; returns what undoes it."""
+) -> contextlib.AbstractContextManager[None]:
+    """Within the block, call a hook of `module` before or after its compiled code."""
     compiled: Any = module._compiled_call_impl
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -117,7 +117,7 @@ def edit_outside(
             return compiled(*args, **kwargs)
         return edit(module, args, compiled(*args, **kwargs))
 
-    return replace_own(module, "_compiled_call_impl", call)
+    return replaced(module, "_compiled_call_impl", call)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -135,19 +135,19 @@ def _written_forward(module: nn.Module) -> Callable[..., Any] | None:
     return MethodType(original, module) if isinstance(forward, MethodType) else original
 
 
-def replace_own(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of a module itself, not of its class; returns what sets it back."""
+@contextlib.contextmanager
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Within the block, a module itself, and not its class, has another attribute."""
     own = module.__dict__
     had, before = name in own, own.get(name)
     own[name] = value
-
-    def undo() -> None:
+    try:
+        yield
+    finally:
         if had:
             own[name] = before
         else:
             del own[name]
-
-    return undo
 
 
 # -- gradient checkpointing: the backward pass recomputes what ran in the forward pass ------------
@@ -171,10 +171,8 @@ def checkpointing(
 ) -> Iterator[None]:
     """Within the block, checkpoint what `repeatable` makes of the functions of `module`.
 
-    Args:
-        module: one of `checkpointed_modules`.
-        repeatable: called as a layer is about to run; returns its function such that the backward
-            pass, which comes when the block has ended, recomputes what runs now.
+    It is called as a layer is about to run, and returns its function such that the backward pass,
+    which comes when the block has ended, recomputes what runs now.
     """
     name = next(name for name in _CHECKPOINT_FUNCTIONS if name in vars(module))
     checkpoint = getattr(module, name)
@@ -182,25 +180,18 @@ def checkpointing(
     def checkpoint_repeatable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return checkpoint(repeatable(function), *args, **kwargs)
 
-    undo = replace_own(module, name, checkpoint_repeatable)
-    try:
+    with replaced(module, name, checkpoint_repeatable):
         yield
-    finally:
-        undo()
 
 
 # -- hooks ---------------------------------------------------------------------------------------
 
 
-def hook_first(
-    module: nn.Module, edit: Callable[..., Any], *, is_input: bool
-) -> Callable[[], None]:
+def hook_first(module: nn.Module, edit: Callable[..., Any], *, is_input: bool) -> RemovableHandle:
     """Register a hook; first, so that later hooks read edited hidden states."""
     if is_input:
-        handle = module.register_forward_pre_hook(edit, prepend=True, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(edit, prepend=True)
-    return handle.remove
+        return module.register_forward_pre_hook(edit, prepend=True, with_kwargs=True)
+    return module.register_forward_hook(edit, prepend=True)
 
 
 def put_in_order(module: nn.Module) -> None:

@@ -63,14 +63,12 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
             f"component {component!r}: expected {', '.join(COMPONENTS)} or a dotted path that ends "
             "in .output or .input, such as 'model.layers[3].mlp.output'"
         )
-    if not is_encoder_decoder(model):
-        if stack is not None:
-            raise ValueError(
-                f"component {component!r}: {type(model).__name__} is not an encoder-decoder "
-                f"model; expected {name!r}"
-            )
-    elif stack is None:
-        stack = "encoder"
+    if stack is not None and not is_encoder_decoder(model):
+        raise ValueError(
+            f"component {component!r}: {type(model).__name__} is not an encoder-decoder "
+            f"model; expected {name!r}"
+        )
+    stack = stack or stacks_of(model)[0]
     if name == "embeddings":
         embeddings = input_embeddings(model, stack)
         name = _name_of(model, embeddings)
@@ -126,9 +124,7 @@ def find_layers(model: PreTrainedModel, stack: Stack | None = None) -> nn.Module
 
 def num_layers(model: PreTrainedModel, stack: Stack | None = None) -> int:
     """The number of layers that `find_layers` finds."""
-    if stack is None and is_encoder_decoder(model):
-        stack = "encoder"
-    return len(find_layers(model, stack))
+    return len(find_layers(model, stack or stacks_of(model)[0]))
 
 
 def layer_of(model: PreTrainedModel, site: Site) -> int | None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..base.peft import inner_model
-from ..base.running import replace_own
+from ..base.running import replaced
 from ..base.sites import Site
 
 
@@ -64,8 +64,5 @@ def call_fused(
             return function(inner, *args, **kwargs)
         return own(*args, **kwargs)  # for a pass within this one
 
-    undo = replace_own(inner, "forward", forward)
-    try:
+    with replaced(inner, "forward", forward):
         return base(**inputs)
-    finally:
-        undo()

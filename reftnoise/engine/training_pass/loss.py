@@ -175,11 +175,8 @@ def without_logits(decoder: nn.Module, is_ours: Callable[[], bool]) -> Iterator[
         seen.append(output.last_hidden_state)
         return type(output)(**(output | {"last_hidden_state": output[0][:1, :1]}))
 
-    handle = decoder.register_forward_hook(narrow)
-    try:
+    with decoder.register_forward_hook(narrow):
         yield seen
-    finally:
-        handle.remove()
 
 
 def with_lazy_logits(output: ModelOutput, logits: Callable[[], Tensor]) -> ModelOutput:

@@ -42,26 +42,18 @@ def probe(base: PreTrainedModel) -> Abilities:
     try:
         with torch.no_grad(), alone(base):
             base.eval()
-            hook = base.base_model.register_forward_hook(lambda _, __, out: seen.append(out))
-            try:
+            with base.base_model.register_forward_hook(lambda _, __, out: seen.append(out)):
                 plain = base(input_ids=tokens, labels=tokens)
-            finally:
-                hook.remove()
-            if len(seen) != 1:
-                reason = f"{type(base).__name__} does not call its {base.base_model_prefix!r} once"
-                return Abilities(no_head=reason, no_prefill=reason)
-            states = PromptStates()
-            return Abilities(
-                type(seen[0]),
-                _no_head(base, seen[0], plain, tokens),
-                _no_prefill(base, states, plain, tokens),
-                max(
-                    (i for i, layer in enumerate(states.layers) if layer.is_initialized), default=0
-                ),
-            )
+            if len(seen) == 1:
+                states = PromptStates()
+                no_head = _no_head(base, seen[0], plain, tokens)
+                no_prefill = _no_prefill(base, states, plain, tokens)
+                cached = [i for i, layer in enumerate(states.layers) if layer.is_initialized]
+                return Abilities(type(seen[0]), no_head, no_prefill, max(cached, default=0))
+        reason = f"{type(base).__name__} does not call its {base.base_model_prefix!r} once"
     except Exception as error:  # of whatever model this is
         reason = f"{type(base).__name__} failed on {TOKENS} tokens: {error}"
-        return Abilities(no_head=reason, no_prefill=reason)
+    return Abilities(no_head=reason, no_prefill=reason)
 
 
 def _no_head(
@@ -143,7 +135,9 @@ def check_gradients(base: PreTrainedModel) -> None:
         return  # layers of shards have their weights during a pass alone
     for name, module in one_of_each_kind(base):
         width: Any = module.in_features
-        inputs = torch.arange(2 * width, device=_device(module, base)).sin()
+        tensors = (*module.parameters(), *module.buffers())
+        device = next((t.device for t in tensors if t.device.type != "meta"), base.device)
+        inputs = torch.arange(2 * width, device=device).sin()
         inputs = inputs.to(base.dtype).view(1, 2, width).requires_grad_()
         try:
             with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
@@ -188,8 +182,3 @@ def _is_quantised(module: nn.Module) -> bool:
         return False
     usual = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return type(weight) not in (Tensor, nn.Parameter) or not usual
-
-
-def _device(module: nn.Module, base: PreTrainedModel) -> torch.device:
-    tensors = (*module.parameters(), *module.buffers())
-    return next((t.device for t in tensors if t.device.type != "meta"), base.device)

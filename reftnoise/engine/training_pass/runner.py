@@ -268,11 +268,7 @@ class ForwardPasses:
             yield "nothing comes before the first edit"
         if split == "auto" and not alignment.is_worthwhile:
             yield "it would save less than a twentieth of the pass"
-        yield from self._against_split_of_base()
-
-    def _against_split_of_base(self) -> Iterator[str]:
-        """Reasons in the base, which take a walk through it to find."""
-        base = self._engine.base
+        base = self._engine.base  # last, since its reasons take a walk through it
         if any(parameter.requires_grad for parameter in base.parameters()):
             yield "parameters of the base are trained"
         if checkpointed_modules(base):

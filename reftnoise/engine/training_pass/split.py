@@ -146,17 +146,6 @@ def align(
     return Alignment(aligned.clamp(0, width - 1), inside, shift, before, width)
 
 
-def aligned_inputs(
-    alignment: Alignment, inputs: Mapping[str, Any], layout: PromptLayout, *, position_ids: bool
-) -> dict[str, Tensor]:
-    """The base's per-token inputs in the alignment; with `position_ids`, those are among them."""
-    aligned = {name: alignment.take(inputs[name]) for name in PER_TOKEN if name in inputs}
-    aligned["attention_mask"] = alignment.take(layout.attended.long())
-    if position_ids and "position_ids" not in aligned:
-        aligned["position_ids"] = alignment.columns
-    return aligned
-
-
 class Complete(Exception):  # noqa: N818  # it tells of no error
     """Raised within a base's forward once a prompt's keys and values are complete."""
 
@@ -197,7 +186,10 @@ class _PromptLayer(DynamicLayer):
 
 
 class SplitPass:
-    """A pass whose prompts run without gradients; `plan` and `inputs` are not aligned yet."""
+    """A pass whose prompts run without gradients; `plan` and `inputs` are not aligned yet.
+
+    With `position_ids`, the base is given those that it would count itself.
+    """
 
     hidden: Tensor
     """The hidden states from the cut on, once the pass has run."""
@@ -214,7 +206,11 @@ class SplitPass:
         self._engine, self._alignment = engine, alignment
         self._decoder = inner_model(engine.base).base_model
         self._plan = alignment.shifted(plan)
-        self._inputs = aligned_inputs(alignment, inputs, plan.layout, position_ids=position_ids)
+        aligned = {name: alignment.take(inputs[name]) for name in PER_TOKEN if name in inputs}
+        aligned["attention_mask"] = alignment.take(plan.layout.attended.long())
+        if position_ids and "position_ids" not in aligned:
+            aligned["position_ids"] = alignment.columns
+        self._inputs = aligned
         self._stamp: tuple[object, ...] = ()
         self._before: Tensor | None = None
 
