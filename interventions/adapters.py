@@ -20,16 +20,20 @@ from .base import LowRankIntervention, PyveneFields, reject_unknown
 from .factors import Factors
 
 
-class BiasIntervention(LowRankIntervention):
+class _OfEveryToken(LowRankIntervention):
+    """An edit of every token by default, without a subspace to edit a part of."""
+
+    default_positions: ClassVar[str] = "all+decode"
+    has_subspaces: ClassVar[bool] = False
+
+
+class BiasIntervention(_OfEveryToken):
     r"""BitFit's trained bias, where a module's output is edited: $h + b$.
 
     Arguments as in `ReftIntervention`, without rank and `act_fn`. Parameters: $d$. To train the own
     bias of a linear layer, give the layer as component, such as
     `"model.layers[3].mlp.down_proj.output"`.
     """
-
-    default_positions: ClassVar[str] = "all+decode"
-    has_subspaces: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -47,14 +51,11 @@ class BiasIntervention(LowRankIntervention):
         return _constant(self.bias)
 
 
-class AdditionIntervention(LowRankIntervention):
+class AdditionIntervention(_OfEveryToken):
     r"""A steering vector: $h + v$, where v is set, as by `fit_steering_vectors`, and not trained.
 
     Arguments as in `ReftIntervention`, without rank and `act_fn`. v starts at zero.
     """
-
-    default_positions: ClassVar[str] = "all+decode"
-    has_subspaces: ClassVar[bool] = False
 
     vector: Tensor
 
@@ -73,16 +74,13 @@ class AdditionIntervention(LowRankIntervention):
         return _constant(self.vector)
 
 
-class AdapterIntervention(LowRankIntervention):
+class AdapterIntervention(_OfEveryToken):
     r"""The bottleneck adapter: $h + W_2\sigma(W_1h + b_1) + b_2$, where $W_2$ starts at zero.
 
     Arguments as in `ReftIntervention`; `low_rank_dimension` is the bottleneck's width and `act_fn`
     its nonlinearity. Parameters: $2rd + r + d$. Houlsby's places are `attention_output` and
     `mlp_output`, Pfeiffer's is `mlp_output` alone.
     """
-
-    default_positions: ClassVar[str] = "all+decode"
-    has_subspaces: ClassVar[bool] = False
 
     def __init__(
         self,

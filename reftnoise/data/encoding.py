@@ -173,6 +173,7 @@ class Counts:
     def log(self, name: str, max_length: int | None) -> None:
         """Log the counts, and warn of what was lost."""
         if self.cut:
+            ends = f", {self.cut_short} of them also the end of their completions"
             logger.warning(
                 "%d of %d %s examples were longer than %d tokens and lost the beginning of their "
                 "prompts%s",
@@ -180,9 +181,7 @@ class Counts:
                 self.examples,
                 name,
                 max_length,
-                f", {self.cut_short} of them also the end of their completions"
-                if self.cut_short
-                else "",
+                ends if self.cut_short else "",
             )
         logger.info(
             "%d %s examples: %d tokens of prompts, %d of completions, the longest example %d",
