@@ -2,12 +2,17 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread a process, also in those that tests start: sums over other chunks round otherwise, and
 # the models are too small for more.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A job in a shell's background ignores Ctrl-C, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jaxtyping
 
