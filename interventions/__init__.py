@@ -6,6 +6,8 @@ from .adapters import BiasIntervention as BiasIntervention
 from .base import LowRankIntervention as LowRankIntervention
 from .base import NoiseIntervention as NoiseIntervention
 from .base import ReftIntervention as ReftIntervention
+from .base import has_factors as has_factors
+from .factors import Activation as Activation
 from .factors import Factors as Factors
 from .factors import StackedEdit as StackedEdit
 from .factors import side_by_side as side_by_side
@@ -13,6 +15,10 @@ from .noise import BernoulliNoiseIntervention as BernoulliNoiseIntervention
 from .noise import GaussianNoiseIntervention as GaussianNoiseIntervention
 from .noise import NeftuneIntervention as NeftuneIntervention
 from .noise import SymNoiseIntervention as SymNoiseIntervention
+from .own_forward import GatedUnit as GatedUnit
+from .own_forward import RowSubspaces as RowSubspaces
+from .pyreft_layers import LowRankRotateLayer as LowRankRotateLayer
+from .pyvene_units import adopt as adopt
 from .reft import ConsreftIntervention as ConsreftIntervention
 from .reft import DireftIntervention as DireftIntervention
 from .reft import LobireftIntervention as LobireftIntervention

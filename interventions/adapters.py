@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .base import LowRankIntervention, PyveneFields, reject_unknown
-from .factors import Factors
+from .arguments import PyveneFields, reject_unknown
+from .base import LowRankIntervention
+from .factors import Activation, Factors
 
 
 class _OfEveryToken(LowRankIntervention):
@@ -88,7 +89,7 @@ class AdapterIntervention(_OfEveryToken):
         embed_dim: int,
         low_rank_dimension: int,
         dropout: float = 0.0,
-        act_fn: str | None = "gelu",
+        act_fn: str | Activation | None = "gelu",
         dtype: torch.dtype | str = torch.float32,
         **pyvene: Unpack[PyveneFields],
     ) -> None:
@@ -112,7 +113,7 @@ class AdapterIntervention(_OfEveryToken):
             torch.cat([down.weight, torch.zeros_like(down.weight[:1])]),
             torch.cat([down.bias, torch.ones_like(down.bias[:1])]),
             torch.cat([up.weight.T, up.bias[None]]),
-            ((self.act_fn_name, rank), (None, 1)),
+            ((self.activation, rank), (None, 1)),
         )
 
 

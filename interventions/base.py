@@ -6,98 +6,51 @@ pyvene interventions, so each also works inside a `pyvene.IntervenableModel`.
 """
 
 import contextlib
-import difflib
 import functools
-import inspect
 import io
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, TypedDict
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from typing_extensions import Unpack
 
-from .factors import Factors
+from .arguments import (
+    NoiseFields,
+    PyreftFields,
+    activation_module,
+    as_dtype,
+    constructor_arguments,
+    dtype_name,
+    reject_unknown,
+    type_of_activation,
+)
+from .factors import Activation, Factors
+from .own_forward import RowSubspaces, own_edit
 
 # pyvene announces on stdout that an optional backend is missing; importing us prints nothing.
 with contextlib.redirect_stdout(io.StringIO()):
     from pyvene import (
+        CollectIntervention,
         DistributedRepresentationIntervention,
+        Intervention,
         LocalistRepresentationIntervention,
         SourcelessIntervention,
         TrainableIntervention,
     )
 
 
-class PyveneFields(TypedDict, total=False):
-    """The fields of pyvene's `RepresentationConfig`, which it passes to every class it builds."""
-
-    layer: Any
-    component: Any
-    unit: Any
-    max_number_of_units: Any
-    intervention_type: Any
-    intervention: Any
-    subspace_partition: Any
-    group_key: Any
-    intervention_link_key: Any
-    moe_key: Any
-    source_representation: Any
-    hidden_source_representation: Any
-    latent_dim: Any
-    use_fast: Any
+def is_intervention(cls: type) -> bool:
+    """Whether a class is an intervention of pyvene, as all of ours are."""
+    return issubclass(cls, Intervention)
 
 
-class NoiseFields(PyveneFields, total=False):
-    """The same fields for a class that has no rank."""
-
-    low_rank_dimension: Any
-
-
-class ReftArguments(PyveneFields, total=False):
-    """The arguments of `ReftIntervention` but width and rank, for classes that pass them on."""
-
-    dropout: float
-    act_fn: str | None
-    dtype: torch.dtype | str
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question about the known name that is nearest, with a space after it, or nothing."""
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
-def reject_unknown(cls: type, fields: Mapping[str, Any]) -> None:
-    """Raise a TypeError for a field that is neither an argument of `cls` nor pyvene's."""
-    for name in fields:
-        if name not in NoiseFields.__annotations__:
-            known = constructor_arguments(cls)
-            raise TypeError(
-                f"{cls.__name__} got an unknown argument {name!r}; {did_you_mean(name, known)}"
-                f"it takes: {', '.join(known)}"
-            )
-
-
-def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
-    """The arguments of an intervention class by name, without pyvene's own fields.
-
-    A constructor that passes `**arguments` on has those of its parents too.
-    """
-    arguments: dict[str, inspect.Parameter] = {}
-    for owner in cls.__mro__:
-        if "__init__" not in vars(owner):
-            continue
-        _, *parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
-        variadic = [p.name for p in parameters if p.kind is p.VAR_KEYWORD]
-        arguments = {p.name: p for p in parameters if p.name not in variadic} | arguments
-        if not variadic or variadic == ["pyvene"]:
-            break
-    return arguments
+def is_edit(cls: type) -> bool:
+    """Whether a class is such an intervention, and does not only collect hidden states."""
+    return issubclass(cls, Intervention) and not issubclass(cls, CollectIntervention)
 
 
 def _drop_pyvene_buffers_from_state(module: nn.Module) -> None:
@@ -122,9 +75,10 @@ class ReftIntervention(
             so do not take it.
         dropout: probability in [0, 1) that an element of the edit is zeroed while training.
         act_fn: name of a transformers activation without weights, applied to the learned source,
-            or None.
+            or None; or a function or module without weights, of which no config can say the name.
         dtype: dtype of the parameters, as a `torch.dtype` or its name.
-        pyvene: fields that pyvene passes when it builds the class itself; not used.
+        pyvene: fields that pyvene passes when it builds the class itself, and pyreft's
+            `unread_arguments`; not used.
 
     Raises:
         ValueError: a rank, dropout, activation or dtype that is out of range or unknown.
@@ -135,6 +89,8 @@ class ReftIntervention(
 
     default_positions: ClassVar[str] = "l1"
     """The positions of configurations that say none."""
+    unread_arguments: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that have no effect, and are taken because pyreft's class takes them."""
 
     def __init__(
         self,
@@ -142,9 +98,9 @@ class ReftIntervention(
         embed_dim: int,
         low_rank_dimension: int | None = None,
         dropout: float = 0.0,
-        act_fn: str | None = None,
+        act_fn: str | Activation | None = None,
         dtype: torch.dtype | str = torch.float32,
-        **pyvene: Unpack[PyveneFields],
+        **pyvene: Unpack[PyreftFields],
     ) -> None:
         reject_unknown(type(self), pyvene)
         is_rank = type(low_rank_dimension) is int and 1 <= low_rank_dimension <= embed_dim
@@ -156,39 +112,62 @@ class ReftIntervention(
             )
         if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout {dropout!r}: expected a probability in [0, 1)")
-        if act_fn is not None and (not isinstance(act_fn, str) or act_fn not in ACT2FN):
-            raise ValueError(
-                f"act_fn {act_fn!r} is not an activation of transformers; "
-                f"{did_you_mean(str(act_fn), ACT2FN)}it has: {', '.join(ACT2FN)}"
-            )
         super().__init__(embed_dim=embed_dim, keep_last_dim=True)
         _drop_pyvene_buffers_from_state(self)
         self.hidden_size = int(embed_dim)
         self.low_rank_dimension = low_rank_dimension
         self.dropout = nn.Dropout(dropout)
-        self.act_fn_name = act_fn
-        self.act_fn: nn.Module | None = None if act_fn is None else ACT2FN[act_fn]
-        if self.act_fn is not None and next(self.act_fn.parameters(), None) is not None:
-            raise ValueError(f"act_fn {act_fn!r} has weights of its own: expected one without")
+        self.act_fn_name = act_fn if isinstance(act_fn, str) else None
+        self.act_fn = activation_module(act_fn)
         self.dtype = as_dtype(dtype)
 
     @abstractmethod
     def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """The change that the intervention makes to hidden states, without dropout."""
 
+    @property
+    def has_own_forward(self) -> bool:
+        """Whether its class overrides `forward`, which then says what the edit is."""
+        return type(self).forward is not ReftIntervention.forward
+
+    @property
+    def activation(self) -> str | Activation | None:
+        """The name of `act_fn`, or the module itself where it was not given by a name."""
+        name = self.act_fn_name
+        return name if type(self.act_fn) is type_of_activation(name) else self.act_fn
+
     def delta(
+        self,
+        hidden: Float[Tensor, "*rows hidden"],
+        gates: Float[Tensor, "*#rows gates"] | RowSubspaces | None = None,
+    ) -> Float[Tensor, "*rows hidden"]:
+        """`edit` as it acts: in the wider dtype, outside autocast, with dropout.
+
+        A `forward` of its own acts as it is written, in the narrowest dtype of its tensors, or that
+        of the hidden states where it is wider.
+
+        Args:
+            hidden: hidden states; of a unit with a `forward` of its own, by row of the batch.
+            gates: share of each dimension of the subspace that is edited; 1 if None. For a
+                `forward` of its own, its `subspaces`.
+        """
+        if not self.has_own_forward:
+            if isinstance(gates, RowSubspaces):
+                raise TypeError("subspaces of rows are for units with a forward of their own")
+            return self._delta(hidden, gates)
+        own = [t.dtype for t in self._tensors() if t.is_floating_point()] or [hidden.dtype]
+        narrow = min(own, key=lambda dtype: dtype.itemsize)
+        return own_edit(self, hidden.to(torch.promote_types(hidden.dtype, narrow)), gates)
+
+    def _tensors(self) -> Iterable[Tensor]:
+        return itertools.chain(self.parameters(), self.buffers())
+
+    def _delta(
         self,
         hidden: Float[Tensor, "*rows hidden"],
         gates: Float[Tensor, "*#rows gates"] | None = None,
     ) -> Float[Tensor, "*rows hidden"]:
-        """`edit` as it acts: in the wider dtype, outside autocast, with dropout.
-
-        Args:
-            hidden: hidden states.
-            gates: share of each dimension of the subspace that is edited; 1 if None.
-        """
-        own = itertools.chain(self.parameters(), self.buffers())
-        dtypes = {tensor.dtype for tensor in own if tensor.is_floating_point()}
+        dtypes = {tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()}
         wide = hidden.to(functools.reduce(torch.promote_types, dtypes, hidden.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
             changed: Tensor = self.dropout(self._edit(wide, gates))
@@ -207,18 +186,25 @@ class ReftIntervention(
         **module_inputs: object,
     ) -> Float[Tensor, "batch positions hidden"]:
         """Edit `base`; pyvene's other arguments are accepted and have no effect here."""
-        return (base + self.delta(base)).to(base.dtype)
+        return (base + self._delta(base)).to(base.dtype)
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments, without the width, as plain JSON values."""
         values = {
             "low_rank_dimension": self.low_rank_dimension,
             "dropout": self.dropout.p,
-            "act_fn": self.act_fn_name,
+            "act_fn": self.activation,
             "dtype": dtype_name(self.dtype),
         }
         names = [name for name in constructor_arguments(type(self)) if name != "embed_dim"]
-        return {name: values[name] if name in values else getattr(self, name) for name in names}
+        kept = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return kept | {name: value for name, value in values.items() if name in names}
+
+    def __getitem__(self, index: int) -> "ReftIntervention":
+        """The unit itself at 0: older versions of pyvene kept a pair of the unit and its hook."""
+        if index != 0:
+            raise IndexError(index)
+        return self
 
     def extra_repr(self) -> str:
         values = ", ".join(f"{k}={v!r}" for k, v in self.arguments().items())
@@ -244,6 +230,11 @@ class LowRankIntervention(ReftIntervention):
         if not self.has_subspaces:
             return super()._edit(hidden, gates)
         return self.factors().to(hidden).edit(hidden, gates.to(hidden))
+
+
+def has_factors(unit: object) -> TypeGuard[LowRankIntervention]:
+    """Whether `factors` are all that a unit adds: a `forward` of its own may do anything."""
+    return isinstance(unit, LowRankIntervention) and not unit.has_own_forward
 
 
 class NoiseIntervention(SourcelessIntervention, LocalistRepresentationIntervention, ABC):
@@ -297,16 +288,3 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.arguments().items())
-
-
-def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating-point `torch.dtype` from itself or its name (`"bfloat16"`)."""
-    result = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if result not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"dtype {dtype!r}: expected 'float16', 'bfloat16', 'float32' or 'float64'")
-    return result
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` → `"bfloat16"`."""
-    return str(dtype).removeprefix("torch.")

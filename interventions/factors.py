@@ -7,14 +7,16 @@ one, and the gates g say which of them a hidden state gets, and how much of each
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+
+Activation: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Factors(NamedTuple):
@@ -23,8 +25,8 @@ class Factors(NamedTuple):
     down: Float[Tensor, "k hidden"]
     bias: Float[Tensor, " k"]
     up: Float[Tensor, "k hidden"]
-    acts: tuple[tuple[str | None, int], ...]
-    """Of each run of rows, the activation's name, or None, and the number of rows."""
+    acts: tuple[tuple[str | Activation | None, int], ...]
+    """Of each run of rows, the activation or its name, or None, and the number of rows."""
 
     def to(self, like: Tensor) -> "Factors":
         """The factors in the dtype and on the device of a tensor."""
@@ -43,11 +45,11 @@ class Factors(NamedTuple):
                 each of which has a row in every block of as many rows.
         """
         inner = F.linear(hidden, self.down, self.bias)
-        if any(name for name, _ in self.acts):
+        if any(act for act, _ in self.acts):
             parts = inner.split_with_sizes([count for _, count in self.acts], dim=-1)
             activated = [
-                part if name is None else _activation(name)(part)
-                for (name, _), part in zip(self.acts, parts, strict=True)
+                _activation(act)(part) if isinstance(act, str) else act(part) if act else part
+                for (act, _), part in zip(self.acts, parts, strict=True)
             ]
             inner = torch.cat(activated, dim=-1)
         if gates is not None:
@@ -68,7 +70,7 @@ def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " k"]]:
         runs += [
             (name or "", owner, *piece) for (name, _), piece in zip(part.acts, pieces, strict=True)
         ]
-    runs.sort(key=lambda run: run[0])
+    runs.sort(key=lambda run: run[0] if isinstance(run[0], str) else f"{run[0]} {id(run[0])}")
     names, owners, downs, biases, ups = zip(*runs, strict=True)
     counts = dict.fromkeys(names, 0)
     for name, bias in zip(names, biases, strict=True):
@@ -85,6 +87,8 @@ class StackedEdit(nn.Module):
         parts: the edits.
         owners: for each edit, the number of its adapter, which is the column of its gate.
     """
+
+    has_own_forward: ClassVar[bool] = False
 
     down: Tensor
     bias: Tensor

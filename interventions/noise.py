@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import NoiseFields, NoiseIntervention
+from .arguments import NoiseFields
+from .base import NoiseIntervention
 
 Length = Literal["attended", "padded"]
 Where = Literal["all", "prompt", "completion"]

@@ -16,18 +16,51 @@ Paper: ReFT (arXiv:2404.03592), section 3.2 and appendix. What the paper calls D
 `NodireftIntervention`.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .base import LowRankIntervention, PyveneFields, ReftArguments, reject_unknown
+from .arguments import PyreftFields, ReftArguments, reject_unknown
+from .base import LowRankIntervention
 from .factors import Factors
-from .rotation import LowRankRotation
+from .pyreft_layers import PyreftRotation, state_of_ours
+from .rotation import LowRankRotation, expect_orthonormal
 
 
-class _Rotated(LowRankIntervention):
+class _Pyreft(LowRankIntervention):
+    """A class that pyreft has too."""
+
+    unread_arguments: ClassVar[frozenset[str]] = frozenset({"device", "init_orth", "add_bias"})
+
+    @property
+    def rotate_layer(self) -> Any:
+        """R: called without hidden states it returns R, and with them Rh.
+
+        A class with a `forward` of its own is written for pyreft: its `rotate_layer.weight` is R as
+        pyreft has it, [hidden, rank], and not our raw parameter.
+        """
+        layer = nn.Module.__getattr__(self, "rotate_layer")
+        if self.has_own_forward and isinstance(layer, LowRankRotation):
+            return PyreftRotation(layer)
+        return layer
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state, also one that pyreft's class of the same name has written.
+
+        Raises:
+            ValueError: a state of pyreft whose R is not orthonormal, or of another shape.
+        """
+        if "rotate_layer.weight" not in state_dict:
+            state_dict = state_of_ours(state_dict)
+            if (rotation := state_dict.get("rotate_layer.weight")) is not None:
+                expect_orthonormal(rotation * 2)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+class _Rotated(_Pyreft):
     """Edits in the span of R with the learned source $Wh + b$."""
 
     def __init__(
@@ -38,7 +71,8 @@ class _Rotated(LowRankIntervention):
         **arguments: Unpack[ReftArguments],
     ) -> None:
         super().__init__(embed_dim=embed_dim, low_rank_dimension=low_rank_dimension, **arguments)
-        self.rotate_layer = LowRankRotation(embed_dim, low_rank_dimension, self.dtype)
+        rotation = LowRankRotation(embed_dim, low_rank_dimension, self.dtype)
+        self.register_module("rotate_layer", rotation)
         self.learned_source = nn.Linear(embed_dim, low_rank_dimension, dtype=self.dtype)
 
 
@@ -62,7 +96,7 @@ class DireftIntervention(_Rotated):
         return _source(self, self.rotate_layer())
 
 
-class _Projected(LowRankIntervention):
+class _Projected(_Pyreft):
     """Edits in the span of a free projection W₂ with the learned source $W_1h + b$."""
 
     reads_bias: ClassVar[bool] = True
@@ -79,10 +113,10 @@ class _Projected(LowRankIntervention):
         super().__init__(embed_dim=embed_dim, low_rank_dimension=low_rank_dimension, **arguments)
         if not isinstance(add_bias, bool):
             raise ValueError(f"add_bias {add_bias!r}: expected true or false")
-        if add_bias and not self.reads_bias:
-            raise ValueError("add_bias True: NoDiReFT never reads W2's bias; leave it False")
-        self.add_bias = add_bias
-        self.proj_layer = nn.Linear(embed_dim, low_rank_dimension, bias=add_bias, dtype=self.dtype)
+        self.add_bias = add_bias and self.reads_bias
+        self.proj_layer = nn.Linear(
+            embed_dim, low_rank_dimension, bias=self.add_bias, dtype=self.dtype
+        )
         self.learned_source = nn.Linear(embed_dim, low_rank_dimension, dtype=self.dtype)
 
 
@@ -100,8 +134,8 @@ class NoreftIntervention(_Projected):
 class NodireftIntervention(_Projected):
     r"""NoDiReFT, the DiReFT of the paper: $h + W_2^\top\sigma(W_1h + b)$, W₂ unconstrained.
 
-    Arguments as in `ReftIntervention`. `add_bias` is accepted for pyreft's sake and must be False:
-    the formula has no place for a second bias. Parameters: $2rd + r$.
+    Arguments as in `ReftIntervention`. `add_bias` is taken for pyreft's sake, whose bias of W₂ has
+    no place in the formula either. Parameters: $2rd + r$.
     """
 
     reads_bias: ClassVar[bool] = False
@@ -110,8 +144,16 @@ class NodireftIntervention(_Projected):
         return _source(self, self.proj_layer.weight)
 
 
-class _Constant(LowRankIntervention):
+class ConstantArguments(PyreftFields, total=False):
+    """Arguments that classes without an activation do not read."""
+
+    act_fn: Any
+
+
+class _Constant(_Pyreft):
     """Edits in the span of R with a constant source b, which starts uniform in [0, 1)."""
+
+    unread_arguments = _Pyreft.unread_arguments | {"act_fn"}
 
     def __init__(
         self,
@@ -120,9 +162,10 @@ class _Constant(LowRankIntervention):
         low_rank_dimension: int,
         dropout: float = 0.0,
         dtype: torch.dtype | str = torch.float32,
-        **pyvene: Unpack[PyveneFields],
+        **pyvene: Unpack[ConstantArguments],
     ) -> None:
-        reject_unknown(type(self), pyvene)  # `act_fn`, which the parent would take
+        reject_unknown(type(self), pyvene)
+        pyvene.pop("act_fn", None)  # which the parent would take
         super().__init__(
             embed_dim=embed_dim,
             low_rank_dimension=low_rank_dimension,
@@ -130,7 +173,8 @@ class _Constant(LowRankIntervention):
             dtype=dtype,
             **pyvene,
         )
-        self.rotate_layer = LowRankRotation(embed_dim, low_rank_dimension, self.dtype)
+        rotation = LowRankRotation(embed_dim, low_rank_dimension, self.dtype)
+        self.register_module("rotate_layer", rotation)
         self.learned_source = nn.Parameter(torch.rand(low_rank_dimension, dtype=self.dtype))
 
 
@@ -159,7 +203,7 @@ class LobireftIntervention(_Constant):
 def _source(unit: _Rotated | _Projected, projection: Tensor) -> Factors:
     r"""$P^\top\sigma(Wh + b)$ for a projection P."""
     source = unit.learned_source
-    return Factors(source.weight, source.bias, projection, ((unit.act_fn_name, len(projection)),))
+    return Factors(source.weight, source.bias, projection, ((unit.activation, len(projection)),))
 
 
 def _difference(
@@ -170,7 +214,7 @@ def _difference(
     if offset is None:
         offset = torch.zeros_like(bias)
     rank = len(projection)
-    if unit.act_fn is None:  # one product for Wh - Ph
+    if unit.activation is None:  # one product for Wh - Ph
         wide = torch.promote_types(weight.dtype, torch.float32)  # a difference loses digits
         difference = weight.to(wide) - projection.to(wide)
         return Factors(difference, bias.to(wide) - offset.to(wide), projection, ((None, rank),))
@@ -178,5 +222,5 @@ def _difference(
         torch.cat([weight, projection]),
         torch.cat([bias, offset]),
         torch.cat([projection, -projection]),
-        ((unit.act_fn_name, rank), (None, rank)),
+        ((unit.activation, rank), (None, rank)),
     )

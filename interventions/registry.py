@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from . import adapters, noise, reft
-from .base import NoiseIntervention, ReftIntervention, did_you_mean
+from .arguments import did_you_mean
+from .base import NoiseIntervention, ReftIntervention
+from .pyvene_units import unit_class_for
 
 Unit = ReftIntervention | NoiseIntervention
 UnitClass = TypeVar("UnitClass", bound=type)
@@ -31,16 +33,20 @@ def register_intervention(name: str) -> Callable[[UnitClass], UnitClass]:
 
     Raises:
         ValueError: `name` belongs to another class already.
-        TypeError: the class is neither a `ReftIntervention` nor a `NoiseIntervention`.
+        TypeError: the class is neither a `ReftIntervention` nor a `NoiseIntervention`, nor an
+            intervention of pyvene that edits hidden states.
     """
 
     def register(cls: UnitClass) -> UnitClass:
-        if not issubclass(cls, Unit):
+        try:
+            unit_class = unit_class_for(cls)
+        except TypeError:
             raise TypeError(
-                f"{cls.__name__}: expected a subclass of ReftIntervention or NoiseIntervention"
-            )
-        holder = INTERVENTIONS.setdefault(name, cls)
-        if holder is not cls:
+                f"{cls.__name__}: expected a subclass of ReftIntervention or NoiseIntervention, or "
+                "of an intervention of pyvene"
+            ) from None
+        holder = INTERVENTIONS.setdefault(name, unit_class)
+        if holder is not unit_class:
             raise ValueError(f"intervention name {name!r} belongs to {holder.__name__} already")
         return cls
 
@@ -60,7 +66,7 @@ def intervention_class(name: str) -> type[Unit]:
 def intervention_name(cls: type) -> str:
     """The name under which a class is registered; a ValueError says how to register it."""
     for name, registered in INTERVENTIONS.items():
-        if registered is cls:
+        if cls in (registered, getattr(registered, "original", None)):
             return name
     raise ValueError(
         f"{cls.__name__} is not registered, so no configuration can name it: decorate the class "

@@ -28,6 +28,25 @@ register_optimizer_step_post_hook(_count_step)
 SMALLEST_PIVOT = 1e-6
 """Of rows of length 1. What rounding to fp32 leaves of a dependent row is below it."""
 
+LARGEST_ROUNDING = 1e-5
+"""Of an element of RRᵀ − I: fp32 stays below 1e-6, bf16 and what pyreft distorts are above 1e-3."""
+
+
+def distance_from_orthonormal(basis: Float[Tensor, "rank hidden"]) -> float:
+    """The largest element of $|RR^T - I|$."""
+    wide = basis.double()
+    gram = wide @ wide.mT
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
+
+
+def expect_orthonormal(basis: Float[Tensor, "rank hidden"]) -> None:
+    """Raise a ValueError for rows that are not orthonormal."""
+    if not (error := distance_from_orthonormal(basis)) <= LARGEST_ROUNDING:
+        raise ValueError(
+            f"R: expected orthonormal rows, but RRᵀ − I reaches {error:.1g}; the matrix of "
+            "NoreftIntervention has no such constraint"
+        )
+
 
 def orthonormal_rows(
     raw: Float[Tensor, "*batch rank hidden"],
@@ -117,12 +136,31 @@ class LowRankRotation(nn.Module):
         with torch.no_grad():
             self.weight.mul_(0.5)
 
+    @torch.no_grad()
+    def set_basis(self, basis: Float[Tensor, "rank hidden"]) -> None:
+        """Set R.
+
+        Raises:
+            ValueError: a matrix of another shape, or whose rows are not orthonormal.
+        """
+        if basis.shape != self.weight.shape:
+            raise ValueError(f"R {tuple(basis.shape)}: expected {tuple(self.weight.shape)}")
+        expect_orthonormal(basis)
+        self.weight.copy_(basis / 2)
+
     @property
     def is_trained(self) -> bool:
         """Whether R must be differentiable now, and so cannot come from the evaluation cache."""
         return self.training or (torch.is_grad_enabled() and self.weight.requires_grad)
 
-    def forward(self) -> Float[Tensor, "rank hidden"]:
+    def forward(
+        self, hidden: Float[Tensor, "*rows hidden"] | None = None
+    ) -> Float[Tensor, "rank hidden"] | Float[Tensor, "*rows rank"]:
+        """R, or with hidden states $Rh$, in the dtype of R."""
+        basis = self._basis()
+        return basis if hidden is None else hidden.to(basis.dtype) @ basis.mT
+
+    def _basis(self) -> Float[Tensor, "rank hidden"]:
         if self._shared is not None:
             return self._shared
         if self.is_trained or torch.compiler.is_compiling():

@@ -1,5 +1,6 @@
 """Adapters for inference: small at rest, and one edit when several of them act."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,14 @@ from ..config.positions import Positions
 from ..engine.base.sharding import device_of
 from ..engine.base.sites import Site
 from ..engine.units import PlacedUnit, place_units
-from ..interventions import Factors, LowRankIntervention, NoiseIntervention, StackedEdit
+from ..interventions import (
+    Activation,
+    Factors,
+    GatedUnit,
+    NoiseIntervention,
+    StackedEdit,
+    has_factors,
+)
 from .directory import AdapterFiles
 from .saving import load_weights
 
@@ -29,7 +37,7 @@ class UnitShape:
     rank: int
     """k, the rows of its factors."""
     width: int
-    acts: tuple[tuple[str | None, int], ...]
+    acts: tuple[tuple[str | Activation | None, int], ...]
 
 
 class FrozenAdapter:
@@ -40,44 +48,47 @@ class FrozenAdapter:
     Args:
         shapes: the units without their weights.
         weights: D, b and U of each unit, one after the other.
+        others: units that have no factors, as they are.
     """
 
-    __slots__ = ("shapes", "weights")
+    __slots__ = ("others", "shapes", "weights")
 
-    def __init__(self, shapes: tuple[UnitShape, ...], weights: Float[Tensor, " n"]) -> None:
-        self.shapes, self.weights = shapes, weights
+    def __init__(
+        self,
+        shapes: tuple[UnitShape, ...],
+        weights: Float[Tensor, " n"],
+        others: tuple[PlacedUnit, ...] = (),
+    ) -> None:
+        self.shapes, self.weights, self.others = shapes, weights, others
 
     @classmethod
     def of(cls, units: Iterable[PlacedUnit]) -> "FrozenAdapter":
-        """Freeze units as they are now.
-
-        Raises:
-            ValueError: a unit of a class without `factors`.
-        """
+        """Freeze units as they are now, but for those without factors."""
         parts: list[tuple[UnitShape, Factors]] = []
+        others: list[PlacedUnit] = []
         for placed in units:
             unit = placed.unit
             if isinstance(unit, NoiseIntervention):
                 continue
-            if not isinstance(unit, LowRankIntervention):
-                raise ValueError(
-                    f"{type(unit).__name__} has no factors, so it cannot act next to other "
-                    "adapters: derive it from LowRankIntervention"
-                )
+            if not has_factors(unit):
+                others.append(placed)
+                continue
             assert placed.positions is not None
             with torch.no_grad():
                 factors = unit.factors()
             place = (placed.site, placed.positions, placed.prefix, placed.suffix)
             rank, width = factors.down.shape
             parts.append((UnitShape(*place, rank, width, factors.acts), factors))
-        return cls._joined(parts)
+        return cls._joined(parts, others)
 
     @classmethod
-    def _joined(cls, parts: Sequence[tuple[UnitShape, Factors]]) -> "FrozenAdapter":
+    def _joined(
+        cls, parts: Sequence[tuple[UnitShape, Factors]], others: Iterable[PlacedUnit]
+    ) -> "FrozenAdapter":
         tensors = [tensor.flatten() for _, factors in parts for tensor in factors[:3]]
         on_one_device = [tensor.to(tensors[0].device) for tensor in tensors]
         weights = torch.cat(on_one_device) if tensors else torch.empty(0)
-        return cls(tuple(shape for shape, _ in parts), weights)
+        return cls(tuple(shape for shape, _ in parts), weights, tuple(others))
 
     def factors(self) -> Iterator[tuple[UnitShape, Factors]]:
         """The units, as views of the weights."""
@@ -91,9 +102,13 @@ class FrozenAdapter:
     def part(self, keep: Callable[[Site, Positions], Positions | None]) -> "FrozenAdapter":
         """The adapter's units at the positions that `keep` returns, without those of None."""
         kept = ((unit, keep(unit.site, unit.positions), f) for unit, f in self.factors())
-        return self._joined(
-            [(replace(unit, positions=p), f) for unit, p, f in kept if p is not None]
+        others = (
+            replace(other, positions=p, unit=copy.deepcopy(other.unit))
+            for other in self.others
+            if other.positions and (p := keep(other.site, other.positions)) is not None
         )
+        parts = [(replace(unit, positions=p), f) for unit, p, f in kept if p is not None]
+        return self._joined(parts, others)
 
 
 def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
@@ -112,10 +127,11 @@ def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
         placed_units = place_units(adapter.config, base)  # draws weights
         units = nn.Module()
         units.interventions = nn.ModuleDict({placed.key: placed.unit for placed in placed_units})
-        load_weights(units, adapter)
+        load_weights(units.eval().requires_grad_(False), adapter)
         frozen = FrozenAdapter.of(placed_units)
     # In one product with others, they would make NaN of rows that have another adapter.
-    if not frozen.weights.isfinite().all():
+    others = (t for placed in frozen.others for t in placed.unit.parameters())
+    if not all(tensor.isfinite().all() for tensor in (frozen.weights, *others)):
         raise ValueError(f"{adapter.weights_path}: holds numbers that are not finite")
     return frozen
 
@@ -132,4 +148,8 @@ def stacked_units(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:
         site, (owners, edits) = place[0], zip(*parts, strict=True)
         stacked = StackedEdit(edits, owners).to(device_of(site.module) or edits[0].up.device)
         units.append(PlacedUnit(f"{site}#{index}", stacked, *place))
+    for owner, adapter in enumerate(adapters):
+        for other in adapter.others:
+            gated = GatedUnit(other.unit, owner).to(device=device_of(other.site.module))
+            units.append(replace(other, key=f"{other.key}@{owner}", unit=gated))
     return units

@@ -178,6 +178,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         if (
             before is None
             or before.shapes != now.shapes
+            or before.others != now.others
             or before.weights.device != now.weights.device
             or not torch.equal(before.weights, now.weights)
         ):

@@ -19,7 +19,7 @@ from ..engine.base.peft import inner_model
 from ..engine.base.sites import find_layers, is_encoder_decoder
 from ..engine.units import PlacedUnit
 from ..evaluation.scoring import evaluating
-from ..interventions import LowRankIntervention, NoiseIntervention
+from ..interventions import NoiseIntervention, has_factors
 from ..model import ReftModel
 from .overlaps import Spaces, overlap_matrix, row_space, row_spaces
 
@@ -114,7 +114,7 @@ def subspaces(reft_model: ReftModel) -> dict[str, Float[Tensor, "rank hidden"]]:
     by_site: dict[str, Tensor] = {}
     for placed in reft_model.engine.units:
         unit = placed.unit
-        if isinstance(unit, LowRankIntervention) and unit.has_subspaces:
+        if has_factors(unit) and unit.has_subspaces:
             names = (f"{placed.site}#{n}" if n else str(placed.site) for n in itertools.count())
             with torch.no_grad():
                 rows = row_space(unit.factors().up.double())

@@ -22,7 +22,7 @@ from .._util.errors import one_line
 from ..adapters.directory import AdapterFiles, by_unit
 from ..adapters.fingerprint import other_values
 from ..engine.units import place_name, unit_keys
-from ..interventions import LowRankIntervention
+from ..interventions import has_factors
 from ..training.run_adapter import adapter_directory
 
 Spaces: TypeAlias = Mapping[str, Float[Tensor, "rank hidden"]]
@@ -108,7 +108,7 @@ def _rows(files: AdapterFiles) -> Iterator[tuple[str, Tensor]]:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 unit = entry.build(None, width)  # draws weights
                 unit.load_state_dict(state)
-                if not isinstance(unit, LowRankIntervention):
+                if not has_factors(unit):
                     continue
                 up = unit.factors().up
                 if not up.isfinite().all():

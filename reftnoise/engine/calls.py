@@ -15,10 +15,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config.components import Stack
-from ..interventions import NoiseIntervention
+from ..interventions import NoiseIntervention, RowSubspaces
 from .base.running import mask_after_convolutions, shaped_like
 from .layout import PromptLayout, Selection, cached_length
 from .units import PlacedUnit
+
+Gates: TypeAlias = Float[Tensor, "batch k"] | RowSubspaces
 
 # -- plans -----------------------------------------------------------------------------------------
 
@@ -31,9 +33,10 @@ class EditPlan:
     """The batch's prompts."""
     selections: Mapping[str, Selection]
     """By unit key; none where the caller gave no location, so that nothing is edited."""
-    gates: Mapping[str, Float[Tensor, "batch k"]] = field(default_factory=dict)
+    gates: Mapping[str, Gates] = field(default_factory=dict)
     """By unit key, how much of each row of its factors, or dimension of its subspace, each row of
-    the batch gets; all of each where there is none."""
+    the batch gets; all of each where there is none. Of a unit with a `forward` of its own, the
+    `subspaces` that it gets."""
     stack: Stack | None = None
     """The layers that are edited, in an encoder-decoder model."""
     cut: int = 0
@@ -96,7 +99,7 @@ class Call:
             self._edited[selections] = EditedRows(joint, torch.cat(masks), counts)
         return self._edited[selections]
 
-    def gates(self, key: str) -> Float[Tensor, "batch k"] | None:
+    def gates(self, key: str) -> Gates | None:
         """A unit's gates for the rows of this call."""
         gates = self.plan.gates.get(key)
         return None if gates is None else gates.repeat_interleave(self._times, 0)
@@ -299,10 +302,13 @@ def _edit_rows(
 def _delta(
     placed: PlacedUnit, call: Call, hidden: Float[Tensor, "n hidden"], scale: float
 ) -> Float[Tensor, "n hidden"]:
+    unit: Any = placed.unit
     gates = call.gates(placed.key)
-    if gates is None:
-        delta = placed.unit.delta(hidden)
+    if gates is None and not unit.has_own_forward:
+        delta: Tensor = unit.delta(hidden)
     else:
+        if isinstance(gates, Tensor):
+            gates = gates.to(hidden.device)[:, None]
         by_row = hidden.view(call.rows, -1, hidden.shape[-1])
-        delta = placed.unit.delta(by_row, gates.to(hidden.device)[:, None]).flatten(0, 1)
+        delta = unit.delta(by_row, gates).flatten(0, 1)
     return (delta if scale == 1.0 else scale * delta).to(hidden.dtype)

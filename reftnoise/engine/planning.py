@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from ..config.components import Stack
 from .base.peft import inner_model
 from .base.sites import stacks_of
-from .calls import DeferredPlan, EditPlan, Plan
+from .calls import DeferredPlan, EditPlan, Gates, Plan
 from .hooks import Engine
 from .layout import (
     Batch,
@@ -36,9 +36,7 @@ class Planner:
         gates: how much each row of the batch gets of them, as an `EditPlan` has it.
     """
 
-    def __init__(
-        self, engine: Engine, gates: Mapping[str, Float[Tensor, "batch k"]] | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, gates: Mapping[str, Gates] | None = None) -> None:
         self.engine, self._gates = engine, gates or {}
         self.continues = bool(inner_model(engine.base).can_generate())
         """Whether the base writes tokens after a prompt."""
@@ -102,7 +100,7 @@ class Planner:
         }
         return EditPlan(layout, selections, self._gates_of(copies), stack)
 
-    def _gates_of(self, copies: int) -> dict[str, Float[Tensor, "batch k"]]:
+    def _gates_of(self, copies: int) -> dict[str, Gates]:
         return {key: gate.repeat(copies, 1) for key, gate in self._gates.items()}
 
     def _located(self, locations: UnitLocations, batch: Batch) -> dict[str, Selection]:

@@ -5,7 +5,7 @@ R; at inference a row gets some of them, or the union (ReFT, arXiv:2404.03592, o
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, TypeAlias
@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 from ..config.components import split_component
 from ..config.positions import Positions
 from ..config.representations import ReftConfig, RepresentationConfig
-from ..interventions import LowRankIntervention, StackedEdit, Unit
+from ..interventions import (
+    GatedUnit,
+    ReftIntervention,
+    RowSubspaces,
+    StackedEdit,
+    Unit,
+    has_factors,
+)
 from .base.peft import inner_model
 from .base.sites import Site, find_site, hidden_size, num_layers
 
@@ -32,7 +39,7 @@ class PlacedUnit:
     """A unit at its site."""
 
     key: str
-    unit: Unit | StackedEdit
+    unit: Unit | StackedEdit | GatedUnit
     site: Site
     positions: Positions | None = None
     """None for noise."""
@@ -137,8 +144,10 @@ def _disjoint(placed: list[PlacedUnit]) -> list[PlacedUnit]:
 
 def subspace_gates(
     subspaces: Subspaces, units: Sequence[PlacedUnit], batch: int, device: torch.device
-) -> dict[str, Float[Tensor, "batch rank"]]:
+) -> dict[str, Float[Tensor, "batch rank"] | RowSubspaces]:
     """By unit key, 1 for dimensions that a row's edit has and 0 for the others.
+
+    A unit with a `forward` of its own gets each row's dimensions, or whatever else its part is.
 
     Raises:
         ValueError: another nesting, or a dimension that a unit does not have.
@@ -149,18 +158,22 @@ def subspace_gates(
         f"all; or a list of such for each of {len(edits)} units"
     )
     nested: Any = subspaces.tolist() if isinstance(subspaces, Tensor) else subspaces
-    if _depth(nested) < 3:
+    is_by_unit = _is_list(nested) and any(isinstance(part, Mapping) for part in nested)
+    if _depth(nested) < 3 and not is_by_unit:
         nested = [nested] * len(edits)
     if not _is_list(nested) or len(nested) != len(edits):
         raise wrong
-    by_key = {}
+    by_key: dict[str, Tensor | RowSubspaces] = {}
     for placed, rows in zip(edits, nested, strict=True):
         if rows is None:
             continue
+        unit = placed.unit
+        if isinstance(unit, ReftIntervention) and unit.has_own_forward:
+            by_key[placed.key] = _of_own_forward(unit, rows)
+            continue
         if not _is_list(rows) or len(rows) != batch:
             raise wrong
-        unit = placed.unit
-        if not isinstance(unit, LowRankIntervention) or not unit.has_subspaces:
+        if not has_factors(unit) or not unit.has_subspaces:
             raise ValueError(f"subspaces: {type(unit).__name__} has no subspace to edit a part of")
         rank = int(unit.low_rank_dimension or 0)
         gates = torch.zeros(batch, rank)
@@ -175,6 +188,16 @@ def subspace_gates(
             gate[list(chosen)] = 1.0
         by_key[placed.key] = gates.to(device)
     return by_key
+
+
+def _of_own_forward(unit: ReftIntervention, rows: Any) -> RowSubspaces:
+    """What `forward` gets: lists without padding, all dimensions for None, the rest as it is."""
+    whole = list(range(unit.low_rank_dimension or 0))
+
+    def dimensions(row: Any) -> Any:
+        return [i for i in row if i != -1] if _is_list(row) else whole if row is None else row
+
+    return RowSubspaces([dimensions(row) for row in rows] if _is_list(rows) else rows)
 
 
 def _is_list(value: Any) -> bool:

@@ -23,7 +23,7 @@ import reftnoise as rn
 from reftnoise.adapters.fingerprint import other_weights, sample_weights
 from reftnoise.adapters.location import SECTIONS
 from reftnoise.interventions import INTERVENTIONS, NoiseIntervention
-from reftnoise.interventions.base import constructor_arguments
+from reftnoise.interventions.arguments import constructor_arguments
 from support.models.architectures import tiny_model
 
 NOISE = [name for name, unit in INTERVENTIONS.items() if issubclass(unit, NoiseIntervention)]

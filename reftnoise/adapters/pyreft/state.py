@@ -1,8 +1,4 @@
-"""One unit's state as pyreft pickles it ↔ the name of our class, its arguments and its state.
-
-pyreft keeps Rᵀ, [width, rank]: LoReFT's as it is, the others in torch's orthogonal parametrisation,
-which comes with a square matrix of the width. We keep an X of which `orthonormal_rows` makes R.
-"""
+"""One unit's state as pyreft pickles it ↔ the name of our class, its arguments and its state."""
 
 import functools
 import logging
@@ -24,7 +20,9 @@ from ...interventions import (
     intervention_name,
     orthonormal_rows,
 )
-from ...interventions.base import dtype_name
+from ...interventions.arguments import dtype_name
+from ...interventions.pyreft_layers import BUFFERS, PLAIN, RAW, SOURCE, without_rotation
+from ...interventions.rotation import LARGEST_ROUNDING, distance_from_orthonormal
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +47,7 @@ _UNCONSTRAINED: dict[type[ReftIntervention], type[ReftIntervention]] = {
     LobireftIntervention: NodireftIntervention,
 }
 
-LARGEST_ROUNDING = 1e-5
-"""Of an element of RRᵀ − I: fp32 stays below 1e-6, bf16 and what pyreft distorts are above 1e-3."""
-
-_RAW = "rotate_layer.weight"
-_PLAIN = "rotate_layer"
-_REFLECTORS = "rotate_layer.parametrizations.weight.original"
-_BASE = "rotate_layer.parametrizations.weight.0.base"
 _PROJECTION = "proj_layer.weight"
-_SOURCE = {"weight": "learned_source.weight", "bias": "learned_source.bias"}
-_BUFFERS = ("embed_dim", "interchange_dim")
 
 
 def from_pyreft_state(
@@ -76,18 +65,16 @@ def from_pyreft_state(
         ValueError: a tensor is missing, too many or of another shape.
     """
     arguments: dict[str, Any] = {}
-    state = {_SOURCE.get(n, n): t for n, t in pickled.items() if n not in _BUFFERS}
-    if (rotation := _take_rotation(state)) is not None:
-        wide = rotation.double()
-        gram = wide @ wide.mT
-        error = float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max())
+    state, rotation = without_rotation(pickled)
+    if rotation is not None:
+        error = distance_from_orthonormal(rotation)
         if error <= LARGEST_ROUNDING:
-            state[_RAW] = rotation / 2
+            state[RAW] = rotation / 2
         elif unit_class in _UNCONSTRAINED:
             source = state.pop("learned_source", None)
             if source is not None:
-                state[_SOURCE["weight"]] = torch.zeros_like(rotation)
-                state[_SOURCE["bias"]] = source
+                state[SOURCE["weight"]] = torch.zeros_like(rotation)
+                state[SOURCE["bias"]] = source
                 arguments["act_fn"] = None  # as in the class that it was
             unit_class = _UNCONSTRAINED[unit_class]
             state[_PROJECTION] = rotation
@@ -98,12 +85,12 @@ def from_pyreft_state(
             )
     if unit_class is NodireftIntervention and state.pop("proj_layer.bias", None) is not None:
         logger.warning("%s: leaves out W2's bias, which NoDiReFT never reads", where)
-    basis = state.get(_RAW, state.get(_PROJECTION))
+    basis = state.get(RAW, state.get(_PROJECTION))
     if basis is None or basis.dim() != 2:
         held = ", ".join(pickled) or "no tensors"
         raise ValueError(f"no matrix of {unit_class.__name__} among {held}")
     rank, width = basis.shape
-    dtypes = [tensor.dtype for name, tensor in state.items() if name != _RAW]
+    dtypes = [tensor.dtype for name, tensor in state.items() if name != RAW]
     arguments["low_rank_dimension"] = rank
     arguments["dtype"] = dtype_name(functools.reduce(torch.promote_types, dtypes or [basis.dtype]))
     if "proj_layer.bias" in state:
@@ -126,40 +113,14 @@ def to_pyreft_state(unit: ReftIntervention) -> dict[str, Tensor]:
         ValueError: the unit has no R, because the rows of its X are linearly dependent.
     """
     state: dict[str, Tensor] = unit.state_dict()
-    raw = state.pop(_RAW, None)
+    raw = state.pop(RAW, None)
     if raw is not None:
         basis = orthonormal_rows(raw).float().mT.contiguous()
         if not basis.isfinite().all():
-            raise ValueError(f"{_RAW} has linearly dependent rows")
+            raise ValueError(f"{RAW} has linearly dependent rows")
         if isinstance(unit, LoreftIntervention):
-            return {name: state[own] for name, own in _SOURCE.items()} | {_PLAIN: basis}
+            return {name: state[own] for name, own in SOURCE.items()} | {PLAIN: basis}
         layer = nn.Linear(basis.shape[1], basis.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(basis)
-        state |= {f"{_PLAIN}.{n}": t for n, t in orthogonal(layer).state_dict().items()}
-    return {name: torch.tensor(unit.hidden_size) for name in _BUFFERS} | state
-
-
-def _take_rotation(state: dict[str, Tensor]) -> Tensor | None:
-    """Take pyreft's R out of a state, in rows; None if there is none."""
-    matrix = state.pop(_PLAIN, None)
-    if matrix is None and _REFLECTORS in state and _BASE in state:
-        reflectors, base = _wide(state.pop(_REFLECTORS)), _wide(state.pop(_BASE))
-        if reflectors.dim() == 2 and base.shape == 2 * reflectors.shape[:1] >= reflectors.shape:
-            # torch's formula depends on nothing of the layer but whether its weight is square.
-            layer: Any = orthogonal(nn.Linear(1, 1 if base.shape == reflectors.shape else 2))
-            parametrization = layer.parametrizations.weight[0]
-            parametrization.base = base
-            matrix = parametrization(reflectors)
-        else:
-            raise ValueError(
-                f"rotate_layer has shapes {tuple(reflectors.shape)} and {tuple(base.shape)}, "
-                "expected [width, rank] and [width, width]"
-            )
-    if matrix is not None and matrix.dim() != 2:
-        raise ValueError(f"rotate_layer has shape {tuple(matrix.shape)}, expected [width, rank]")
-    return None if matrix is None else matrix.mT
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In fp32 at least, as Householder products must be."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        state |= {f"{PLAIN}.{n}": t for n, t in orthogonal(layer).state_dict().items()}
+    return {name: torch.tensor(unit.hidden_size) for name in BUFFERS} | state

@@ -141,6 +141,9 @@ class ServedAdapters:
         if adapter.identity() != digest:
             raise ValueError(f"{directory}: another adapter has been saved there in the meantime")
         frozen = freeze(adapter, self._base)
+        if frozen.others:
+            name = type(frozen.others[0].unit).__name__
+            raise ValueError(f"{directory}: vLLM edits by factors, which {name} does not have")
         frozen.weights = frozen.weights.to(self._runner.device)
         self._adapters[number_of(path)] = frozen
 
