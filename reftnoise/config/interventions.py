@@ -1,6 +1,7 @@
 """The intervention of a config's entry: a registered name, or a module that is ready."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -10,12 +11,18 @@ from ..interventions import (
     INTERVENTIONS,
     NoiseIntervention,
     Unit,
+    adopt,
     intervention_class,
     intervention_name,
 )
-from ..interventions.base import constructor_arguments, dtype_name
+from ..interventions.arguments import constructor_arguments, dtype_name
+from ..interventions.base import is_intervention
 
 _METHODS_OF_PEFT = {"lora", "dora", "adalora", "vera", "ia3", "oft", "boft", "loha", "lokr"}
+
+# Fields of pyvene that change nothing where units read one input alone, in positions of one layer.
+_UNREAD_FIELDS = {"group_key", "intervention_link_key", "moe_key", "subspace_partition"}
+_UNREAD_FIELDS |= {"source_representation", "hidden_source_representation", "latent_dim"}
 
 
 EntryIntervention: TypeAlias = str | Unit
@@ -37,7 +44,10 @@ def entry_arguments(intervention: EntryIntervention, values: Mapping[str, Any]) 
     if isinstance(intervention, Unit):
         own = {key: plain(value) for key, value in intervention.arguments().items()}
         for key, value in values.items():
-            _expect_same(intervention, key, own[key], value)
+            if key == "low_rank_dimension":
+                _warn_of_other_rank(intervention, own[key], value)
+            else:
+                _expect_same(intervention, key, own[key], value)
         return own
     unit_class = intervention_class(intervention)
     filled = {**argument_defaults(unit_class), **values}
@@ -60,8 +70,32 @@ def expect_one_site(module: Unit, *, layer: object, parts: int, width: int | Non
         _expect_same(module, "embed_dim", module.hidden_size, width)
 
 
+def expect_sayable(module: Unit) -> None:
+    """Raise a ValueError for a module that no saved entry can describe."""
+    arguments = module.arguments()
+    name = type(module).__name__
+    for key in constructor_arguments(type(module)):
+        if key != "embed_dim" and key not in arguments:
+            raise ValueError(
+                f"{name} takes {key!r} and has no such attribute, so no file can say its value: "
+                f"set self.{key} in the constructor"
+            )
+    for key, value in arguments.items():
+        if not isinstance(plain(value), str | int | float | list | tuple | dict | None):
+            raise ValueError(f"{key} {value!r} of {name}: no file can say it, only plain values")
+
+
+def _warn_of_other_rank(module: Unit, own: int | None, value: Any) -> None:
+    if own not in (None, value):
+        warnings.warn(
+            f"low_rank_dimension {value!r} with a ready {type(module).__name__} of rank {own}, "
+            "which holds",
+            stacklevel=2,
+        )
+
+
 def _expect_same(module: Unit, key: str, own: Any, value: Any) -> None:
-    if own != value:
+    if own is not value and own != value:
         raise ValueError(
             f"{key} {value!r} with a ready {type(module).__name__} whose {key} is {own!r}: set it "
             "in the module"
@@ -84,11 +118,8 @@ def pop_intervention(entry: dict[str, Any]) -> EntryIntervention:
         raise ValueError(
             "expected an 'intervention': a registered name such as 'loreft', or a ready module"
         )
-    for key, only in (("unit", "pos"), ("max_number_of_units", 1)):
-        if (field := entry.pop(key, only)) != only:
-            raise ValueError(f"{key} {field!r}: only {only!r} is supported; see 'positions'")
-    if its_type is not None:
-        return intervention_name(its_type)
+    value = intervention_name(its_type) if value is None else _unit(value, entry)
+    _drop_fields_of_pyvene(value, entry)
     if isinstance(value, Unit):
         return value
     if isinstance(value, type):
@@ -104,10 +135,34 @@ def pop_intervention(entry: dict[str, Any]) -> EntryIntervention:
     return value
 
 
+def _unit(value: Any, entry: Mapping[str, Any]) -> Any:
+    """The value, adopted if it is a module of one of pyvene's classes."""
+    if is_intervention(type(value)) and not isinstance(value, Unit):
+        adopt(value, entry.get("low_rank_dimension"))
+    return value
+
+
+def _drop_fields_of_pyvene(intervention: Any, entry: dict[str, Any]) -> None:
+    """Take fields out of an entry that have no effect here, as in pyreft, or one meaning.
+
+    Raises:
+        ValueError: another unit than positions, or several together.
+    """
+    is_ready = isinstance(intervention, Unit)
+    for key, only in (("unit", "pos"), ("max_number_of_units", 1)):
+        field = entry.pop(key, only)
+        if field != only and not (is_ready and key == "max_number_of_units"):
+            raise ValueError(f"{key} {field!r}: only {only!r} is supported; see 'positions'")
+    named = INTERVENTIONS.get(intervention) if isinstance(intervention, str) else None
+    for key in _UNREAD_FIELDS - set(getattr(named, "entry_defaults", ())):
+        entry.pop(key, None)
+
+
 def argument_defaults(unit_class: type[Unit]) -> dict[str, Any]:
     """The arguments that an entry of a class can have, and their defaults."""
     parameters = constructor_arguments(unit_class)
-    return {name: p.default for name, p in parameters.items() if name != "embed_dim"}
+    own = {name: p.default for name, p in parameters.items() if name != "embed_dim"}
+    return {**getattr(unit_class, "entry_defaults", {}), **own}
 
 
 def plain(value: Any) -> Any:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Unpack
+
 from .._util import yaml
 from .._util.errors import nearest
 from ..interventions import NoiseIntervention, Unit, intervention_name
@@ -18,12 +20,14 @@ from .interventions import (
     argument_defaults,
     entry_arguments,
     expect_one_site,
+    expect_sayable,
     plain,
     pop_intervention,
     unit_class_of,
 )
 from .peft import read_peft
 from .positions import Positions
+from .pyvene_fields import PyveneConfig, entries_of_pyvene
 
 _OTHER_NAMES = {"rank": "low_rank_dimension", "r": "low_rank_dimension"}
 _RANGE = re.compile(r"([0-9]+)-([0-9]+)")
@@ -110,10 +114,15 @@ class RepresentationConfig:
         return self.unit_class(embed_dim=own or width or default, **self.arguments)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry as plain JSON values; a ready module becomes its name and arguments."""
-        is_name = isinstance(self.intervention, str)
-        name = self.intervention if is_name else intervention_name(self.unit_class)
-        return self._entry() | {"intervention": name}
+        """The entry as plain JSON values; a ready module becomes its name and arguments.
+
+        Raises:
+            ValueError: a module of a class that has no name, or with an argument that no file says.
+        """
+        if isinstance(self.intervention, str):
+            return self._entry()
+        expect_sayable(self.intervention)
+        return self._entry() | {"intervention": intervention_name(self.unit_class)}
 
     def _entry(self) -> dict[str, Any]:
         """The mapping that `from_dict` reads."""
@@ -187,6 +196,7 @@ class ReftConfig:
             `peft.PeftConfig`.
         modules_to_save: names, or ends of names, of modules of the base that are trained and saved
             with the units. None for a task head, and nothing else.
+        pyvene: arguments of pyvene's config (`PyveneConfig`).
 
     Raises:
         ValueError: an entry has an unknown key, name or value; the message says which and what
@@ -202,7 +212,9 @@ class ReftConfig:
         representations: "Mapping[str, Any] | RepresentationConfig | Sequence[Mapping[str, Any] | RepresentationConfig]",  # noqa: E501  # one type
         peft: Any = None,
         modules_to_save: Sequence[str] | None = None,
+        **pyvene: Unpack[PyveneConfig],
     ) -> None:
+        representations = entries_of_pyvene(representations, pyvene)
         if isinstance(representations, Mapping | RepresentationConfig):
             representations = [representations]
         if isinstance(representations, str) or not isinstance(representations, Sequence):
