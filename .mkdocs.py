@@ -17,7 +17,7 @@ GUIDES = (
 )
 OTHERS = ("CHANGELOG.md", ".github/CONTRIBUTING.md")
 ROOMS = ("model", "config", "interventions", "data", "training", "evaluation", "adapters")
-ROOMS += ("analysis", "engine")
+ROOMS += ("analysis", "engine", "pyreft")
 MORE = (
     "adapters.library.AdapterLibrary",
     "analysis.inspection",
@@ -31,6 +31,8 @@ MORE = (
     "training.study.grid.Study",
 )
 """What the reference shows apart from the names of `rn`."""
+MODULES = ("pyreft.dataset", "pyreft.reft_model", "pyreft.reft_trainer", "pyreft.utils")
+"""Names of `rn` that are modules, whose contents the reference shows."""
 
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 _MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -73,6 +75,7 @@ def _reference() -> dict[str, str]:
     package = griffe.load("reftnoise", search_paths=[str(ROOT)])
     targets = {member.target_path for member in package.members.values() if member.is_alias}
     names = {target for target in targets if target.startswith("reftnoise.")}
+    names -= {f"reftnoise.{path}" for path in MODULES}
     by_room: dict[str, list[str]] = defaultdict(list)
     for name in sorted(names | {f"reftnoise.{name}" for name in MORE}):
         by_room[name.split(".")[1]].append(name)

@@ -30,8 +30,28 @@ from .interventions import SymNoiseIntervention as SymNoiseIntervention
 from .interventions import register_intervention as register_intervention
 from .model import ReftModel as ReftModel
 from .model import get_reft_model as get_reft_model
+from .pyreft import dataset as dataset
+from .pyreft import reft_model as reft_model
+from .pyreft import reft_trainer as reft_trainer
+from .pyreft import utils as utils
+from .pyreft.dataset import ReftDataset as ReftDataset
+from .pyreft.dataset import ReftGenerationDataset as ReftGenerationDataset
+from .pyreft.dataset import ReftPreferenceDataset as ReftPreferenceDataset
+from .pyreft.dataset import ReftRawDataset as ReftRawDataset
+from .pyreft.dataset import ReftRewardCollator as ReftRewardCollator
+from .pyreft.dataset import ReftRewardDataset as ReftRewardDataset
+from .pyreft.dataset import ReftSupervisedDataset as ReftSupervisedDataset
+from .pyreft.dataset import get_intervention_locations as get_intervention_locations
+from .pyreft.dataset import (
+    make_multiple_position_supervised_data_module as make_multiple_position_supervised_data_module,
+)
+from .pyreft.dataset import parse_positions as parse_positions
+from .pyreft.utils import TaskType as TaskType
 from .training.trainer import ReftTrainer as ReftTrainer
 from .training.trainer import ReftTrainerForCausalLM as ReftTrainerForCausalLM
+from .training.trainer import (
+    ReftTrainerForCausalLMDistributed as ReftTrainerForCausalLMDistributed,
+)
 from .training.trainer import (
     ReftTrainerForSequenceClassification as ReftTrainerForSequenceClassification,
 )

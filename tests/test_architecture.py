@@ -31,6 +31,7 @@ FLOORS = [
     {"model"},
     {"evaluation"},
     {"training"},
+    {"pyreft"},
     {"analysis"},
     {"inference"},
     {"cli"},

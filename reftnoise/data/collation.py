@@ -5,6 +5,7 @@ are exactly those of `tokenizer(prompt)`, so training edits the positions that g
 conversation becomes one example per assistant turn, whose prompt is all that precedes it.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..engine.base.sites import takes_position_ids
-from .encoding import IGNORED_LABEL, SUBSPACES, Encoder
+from .encoding import IGNORED_LABEL, LOCATIONS, SUBSPACES, Encoder
 from .sources import Rows, column_names, load_rows
 from .streaming import ExampleStream
 from .token_cache import tokenize_once
@@ -28,11 +29,13 @@ Examples: TypeAlias = Rows | str | Path | Sequence[str]
 def make_last_position_supervised_data_module(
     tokenizer: Any,
     model: Any,
-    prompts: Examples,
+    prompts: Examples | None = None,
     completions: Sequence[str] | None = None,
-    num_interventions: int | None = None,  # noqa: ARG001  # pyreft's callers pass it
+    num_interventions: int | None = None,
     nonstop: bool = False,
     *,
+    inputs: Examples | None = None,
+    outputs: Sequence[str] | None = None,
     eval_prompts: Examples | None = None,
     eval_completions: Sequence[str] | None = None,
     prompt_column: str = "prompt",
@@ -57,8 +60,12 @@ def make_last_position_supervised_data_module(
             `max_steps`), the path of a JSONL, JSON, CSV or Parquet file, or the name of a hub
             dataset (its "train" split).
         completions: list of texts, as many as prompts.
-        num_interventions: ignored, since positions come from the config; pyreft's callers pass it.
+        num_interventions: pyreft's number of interventions, of which each then edits the prompt's
+            last token, whatever positions the config has: examples also have
+            `intervention_locations`. By default positions are the config's.
         nonstop: whether completions end without the end-of-text token.
+        inputs: pyreft's name of `prompts`.
+        outputs: pyreft's name of `completions`.
         eval_prompts: prompts for evaluation, like `prompts`.
         eval_completions: completions for evaluation, like `completions`.
         prompt_column: column of prompts in a dataset.
@@ -82,6 +89,12 @@ def make_last_position_supervised_data_module(
         ValueError: no examples, unequal counts, missing columns, an empty prompt or completion.
         FileNotFoundError: a path that does not exist.
     """
+    source = inputs if prompts is None else prompts
+    if source is None or (prompts is not None and inputs is not None):
+        raise ValueError("prompts and inputs are the same argument: expected one of them")
+    if completions is not None and outputs is not None:
+        raise ValueError("completions and outputs are the same argument: expected one of them")
+    completions = outputs if completions is None else completions
     encoder = Encoder(
         tokenizer=tokenizer,
         prompt_column=prompt_column,
@@ -91,8 +104,9 @@ def make_last_position_supervised_data_module(
         chat_template=chat_template,
         nonstop=nonstop,
         max_length=smallest_limit(tokenizer, model, max_length),
+        num_interventions=num_interventions,
     )
-    rows = _load_examples(prompts, completions, encoder)
+    rows = _load_examples(source, completions, encoder)
     if isinstance(rows, datasets.IterableDataset) and shuffle_seed is not None:
         rows = rows.shuffle(seed=shuffle_seed, buffer_size=shuffle_buffer)
     train_dataset, eval_dataset = _tokenized(rows, encoder, repeats=True), None
@@ -143,21 +157,33 @@ class ReftDataCollator:
     """Pad examples to the longest of the batch, on the tokenizer's padding side.
 
     The attention mask tells tokens from padding, so a tokenizer needs no padding token.
-    `subspaces` are padded with -1.
+    `subspaces` are padded with -1, and `intervention_locations` count the batch's columns.
+    pyreft's `data_collator` pads itself; no more locations are kept than its batch has columns.
 
     Args:
-        tokenizer: tokenizer of the base.
+        tokenizer: tokenizer of the base; or a collator, in pyreft's first place.
         pad_to_multiple_of: number that the width of a batch is a multiple of.
         position_ids: whether left-padded batches say which token is a row's first. A model with
             absolute position embeddings counts padding otherwise, in training but not in
             generation.
+        data_collator: collator that pads examples instead.
     """
 
-    tokenizer: Any
+    tokenizer: Any = None
     pad_to_multiple_of: int = 1
     position_ids: bool = False
+    data_collator: Any = None
+
+    def __post_init__(self) -> None:
+        if self.data_collator is None and not hasattr(self.tokenizer, "padding_side"):
+            self.data_collator = self.tokenizer
+            self.tokenizer = None
+        if self.tokenizer is None:
+            self.tokenizer = getattr(self.data_collator, "tokenizer", None)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if self.data_collator is not None:
+            return self._padded_as_pyreft(features)
         width = max(len(feature["input_ids"]) for feature in features)
         width += -width % self.pad_to_multiple_of
         pad = padding_token(self.tokenizer)
@@ -171,23 +197,45 @@ class ReftDataCollator:
             "input_ids": [padded(f["input_ids"], pad) for f in features],
             "attention_mask": [padded([1] * len(f["input_ids"]), 0) for f in features],
             "labels": [padded(f["labels"], IGNORED_LABEL) for f in features],
-            "prompt_lengths": [f["prompt_lengths"] for f in features],
         }
+        if all("prompt_lengths" in feature for feature in features):
+            batch["prompt_lengths"] = [f["prompt_lengths"] for f in features]
         tensors = {name: torch.tensor(rows) for name, rows in batch.items()}
         if any(SUBSPACES in feature for feature in features):
             tensors[SUBSPACES] = _padded_subspaces(features)
+        if any(LOCATIONS in feature for feature in features):
+            locations = torch.tensor([feature[LOCATIONS] for feature in features])
+            shifts = torch.tensor([width - len(f["input_ids"]) for f in features])
+            tensors[LOCATIONS] = locations + shifts[:, None, None] if on_left else locations
         if self.position_ids and on_left:
             columns = tensors["attention_mask"].cumsum(1) - 1
             tensors["position_ids"] = columns.clamp(min=0)
         return tensors
 
+    def _padded_as_pyreft(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        side = getattr(self.tokenizer, "padding_side", None)
+        lengths = {len(f["input_ids"]) for f in features if LOCATIONS in f}
+        if side == "left" and len(lengths) > 1:
+            warnings.warn(
+                "padding_side 'left' moves tokens away from their intervention_locations: "
+                "expected 'right'",
+                stacklevel=3,
+            )
+        batch: dict[str, Tensor] = self.data_collator(features)
+        if LOCATIONS in batch:
+            width = batch["input_ids"].shape[-1]
+            batch[LOCATIONS] = torch.as_tensor(batch[LOCATIONS])[..., :width]
+        return batch
 
-def _padded_subspaces(features: Sequence[Mapping[str, Any]]) -> Int[Tensor, "batch n"]:
+
+def _padded_subspaces(features: Sequence[Mapping[str, Any]]) -> Int[Tensor, "batch ..."]:
     rows: list[Any] = [feature.get(SUBSPACES) for feature in features]
     if None in rows:
         raise ValueError(
             f"subspaces: {rows.count(None)} of {len(rows)} examples of a batch have none; expected "
             "a list of dimensions for each, such as all of them"
         )
+    if all(row and not isinstance(row[0], int) for row in rows):
+        return torch.tensor(rows)  # pyreft's, for each intervention
     width = max(map(len, rows))
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.long)

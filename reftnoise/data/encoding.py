@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 SUBSPACES = "subspaces"
-"""Key of an example, as `ReftModel.forward` calls it."""
+LOCATIONS = "intervention_locations"
+"""Keys of an example, as `ReftModel.forward` calls them."""
 
 
 class _TextPair(NamedTuple):
@@ -32,16 +33,18 @@ class Example(NamedTuple):
     subspaces: list[int] | None = None
     """Dimensions of the units' subspaces that the example is trained in; None for all."""
 
-    def features(self) -> dict[str, Any]:
-        """What a Trainer's dataset holds of an example."""
+    def features(self, num_interventions: int | None = None) -> dict[str, Any]:
+        """What a Trainer's dataset holds of an example; with a number, also the edited columns."""
         prompts = len(self.prompt_ids)
-        subspaces = {} if self.subspaces is None else {SUBSPACES: self.subspaces}
+        further: dict[str, Any] = {} if self.subspaces is None else {SUBSPACES: self.subspaces}
+        if num_interventions is not None:
+            further[LOCATIONS] = [[prompts - 1]] * num_interventions
         return {
             "input_ids": self.prompt_ids + self.target_ids,
             "labels": [IGNORED_LABEL] * prompts + self.target_ids,
             "prompt_lengths": prompts,
             "length": prompts + len(self.target_ids),
-            **subspaces,
+            **further,
         }
 
 
@@ -60,6 +63,7 @@ class Encoder:
     chat_template: bool = False
     nonstop: bool = False
     max_length: int | None = None
+    num_interventions: int | None = None
     name: str = "training"
 
     def columns(self, names: Sequence[str]) -> list[str]:

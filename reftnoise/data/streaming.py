@@ -60,4 +60,4 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                         self.encoder.max_length,
                     )
                 counts.add(example)
-                yield example.features()
+                yield example.features(self.encoder.num_interventions)

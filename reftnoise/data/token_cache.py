@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 
-from .encoding import SUBSPACES, Counts, Encoder
+from .encoding import LOCATIONS, SUBSPACES, Counts, Encoder
 from .sources import file_digest, quiet, temporary_file
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def _key(rows: datasets.Dataset, encoder: Encoder) -> str:
     depends_on = {
         "version": [_VERSION, tokenizers.__version__, transformers.__version__],
         "settings": [encoder.chat_template, encoder.nonstop, encoder.max_length, rows.num_columns],
+        "locations": encoder.num_interventions,
         # Padding and truncation are left over from the last call.
         "backend": {n: v for n, v in backend.items() if n not in ("padding", "truncation")},
         "tokenizer": [type(tokenizer).__name__, tokenizer.special_tokens_map, template],
@@ -110,13 +111,17 @@ def _tokenized(
         batch = [dict(zip(columns, row, strict=True)) for row in values]
         examples = chain.from_iterable(encoder.encode(batch, _BATCH, first=indices[0]))
         made = [
-            e.features() | {"is_cut": e.is_cut, "is_cut_short": e.is_cut_short} for e in examples
+            e.features(encoder.num_interventions)
+            | {"is_cut": e.is_cut, "is_cut_short": e.is_cut_short}
+            for e in examples
         ]
         return {name: [row[name] for row in made] for name in features}
 
     features = datasets.Features(_FEATURES)
     if encoder.subspaces_column in rows.column_names:
         features[SUBSPACES] = datasets.List(_INT)
+    if encoder.num_interventions is not None:
+        features[LOCATIONS] = datasets.List(datasets.List(_INT))
     is_shown = path is not None and sys.stderr.isatty()
     with nullcontext() if is_shown else quiet():
         return rows.map(

@@ -14,6 +14,7 @@ from transformers.utils.generic import find_labels
 
 from ..adapters import saving
 from ..adapters.directory import AdapterFiles
+from ..data.encoding import LOCATIONS
 from ..engine.base.peft import inner_model
 from ..engine.base.sharding import whole_state
 from ..engine.layout import has_token_labels, prompt_lengths_from_labels
@@ -112,9 +113,12 @@ class ReftTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # Label smoothing and compute_loss_func remove the labels, which show the prompt's end.
+        adapter = self.accelerator.unwrap_model(model)
+        if LOCATIONS in inputs:  # a batch of pyreft, whose trainer reads only what the model takes
+            self._set_signature_columns_if_needed()
+            inputs = {n: v for n, v in inputs.items() if n in self._signature_columns}
         labels, tokens = inputs.get("labels"), inputs.get("input_ids")
         mask = inputs.get("attention_mask")
-        adapter = self.accelerator.unwrap_model(model)
         is_packed = mask is None and "position_ids" in inputs
         if not ("prompt_lengths" in inputs or tokens is None or labels is None or is_packed):
             attended = torch.ones_like(tokens).bool() if mask is None else mask.bool()
@@ -184,7 +188,8 @@ class ReftTrainer(Trainer):
 
 
 ReftTrainerForCausalLM = ReftTrainerForSequenceClassification = ReftTrainer
-"""pyreft's names for the trainer, which is the same for all tasks."""
+ReftTrainerForCausalLMDistributed = ReftTrainer
+"""pyreft's names for the trainer, which is the same for all tasks and numbers of processes."""
 
 
 def last_complete_checkpoint(output_dir: str) -> str:

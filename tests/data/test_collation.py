@@ -339,7 +339,7 @@ def test_conversations_from_a_file(byte_bpe: Any, tmp_path: Path) -> None:
 
 
 def test_the_module_is_what_a_trainer_takes(byte_bpe: Any) -> None:
-    made = module(byte_bpe, PROMPTS, COMPLETIONS, num_interventions=4)
+    made = module(byte_bpe, PROMPTS, COMPLETIONS)
     assert set(made) == {"train_dataset", "eval_dataset", "data_collator"}
     assert made["eval_dataset"] is None
     assert isinstance(made["data_collator"], ReftDataCollator)
