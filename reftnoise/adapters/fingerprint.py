@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..engine.base.peft import inner_model
-from ..engine.base.sharding import is_part
+from ..engine.base.running import is_part
 
 TENSORS, VALUES = 6, 4
 """The number of tensors that are read, and of values of each."""

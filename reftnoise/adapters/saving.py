@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from .._util.files import replace_all
 from ..config.representations import ReftConfig
 from ..engine.base.peft import inner_model, own_state
-from ..engine.base.sharding import is_part, part_like, size, takes_weights_of_one_process
+from ..engine.base.running import is_part
+from ..engine.base.sharding import part_like, size, takes_weights_of_one_process
 from ..engine.base.sites import hidden_size, num_layers, trained_modules
 from .card import card
 from .directory import AdapterFiles, called

@@ -24,11 +24,12 @@ from .base.running import (
     checkpointing,
     edited_outside,
     exclusive,
+    gather_for,
     hook_first,
     innermost,
+    is_part,
     module_at,
 )
-from .base.sharding import gather_for, is_part
 from .base.sites import Site, find_stack
 from .calls import AnyCall, CallReader, Hidden, Plan, apply_units
 from .layout import cached_length

@@ -1,4 +1,4 @@
-"""What else acts while a base runs: other passes and threads, compiled code, checkpoints, hooks.
+"""What else acts while a base runs: passes, threads, compiled code, checkpoints, shards, hooks.
 
 Threads take the lock of a base in turn. Within a thread the innermost pass alone edits: a hook or a
 logits processor may run a pass of another `ReftModel`, or of the bare base.
@@ -23,6 +23,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 _LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
@@ -297,3 +299,35 @@ def shaped_like(hidden: Tensor, flat: Tensor) -> Tensor:
     on a view would drop.
     """
     return torch.ops.aten._unsafe_view(flat, hidden.shape)
+
+
+# -- shards ----------------------------------------------------------------------------------------
+# FSDP2 and ZeRO-3 gather a module's parameters while its forward runs.
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether other processes hold parts of a parameter."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether processes hold parts of a module's parameters at least while it does not run."""
+    if any(isinstance(child, FSDPModule) for child in module.modules()):
+        return True
+    return any(is_part(parameter) for parameter in module.parameters())
+
+
+def gather_for(module: nn.Module, method: str) -> None:
+    """Have FSDP2 gather a module that it shards by itself for `method`, as for `forward`.
+
+    Raises:
+        ValueError: modules within `module` are sharded by themselves.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, FSDPModule):
+            raise ValueError(
+                f"{type(module).__name__}: FSDP2 shards its {name!r} by itself; call fully_shard "
+                "on the intervention, or on the whole model alone"
+            )
+    if isinstance(module, FSDPModule) and method not in vars(module):
+        register_fsdp_forward_method(module, method)

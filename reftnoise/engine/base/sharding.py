@@ -1,9 +1,8 @@
-"""Parameters that are spread over processes, or offloaded.
+"""The whole of parameters that are spread over processes, and devices of those that are offloaded.
 
-FSDP2 (`fully_shard`) and ZeRO-3 of DeepSpeed gather a module's parameters while its forward runs.
-At other times those of FSDP2 are DTensors, and those of ZeRO-3 are empty, with attributes whose
-names begin with `ds_`. accelerate, which offloads, leaves parameters on the meta device, and loads
-them by hooks on the modules.
+Parameters of FSDP2 (`fully_shard`) are DTensors, and those of DeepSpeed's ZeRO-3 are empty, with
+attributes whose names begin with `ds_`. accelerate, which offloads, leaves parameters on the meta
+device, and loads them by hooks on the modules.
 """
 
 import os
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
 
 
@@ -29,37 +27,9 @@ def device_of(module: nn.Module) -> torch.device | None:
     return None
 
 
-def is_part(tensor: Tensor) -> bool:
-    """Whether other processes hold parts of a parameter."""
-    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
-
-
-def is_spread(module: nn.Module) -> bool:
-    """Whether processes hold parts of a module's parameters at least while it does not run."""
-    if any(isinstance(child, FSDPModule) for child in module.modules()):
-        return True
-    return any(is_part(parameter) for parameter in module.parameters())
-
-
 def size(parameter: Tensor) -> int:
     """The number of elements of the whole parameter."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def gather_for(module: nn.Module, method: str) -> None:
-    """Have FSDP2 gather a module that it shards by itself for `method`, as for `forward`.
-
-    Raises:
-        ValueError: modules within `module` are sharded by themselves.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, FSDPModule):
-            raise ValueError(
-                f"{type(module).__name__}: FSDP2 shards its {name!r} by itself; call fully_shard "
-                "on the intervention, or on the whole model alone"
-            )
-    if isinstance(module, FSDPModule) and method not in vars(module):
-        register_fsdp_forward_method(module, method)
 
 
 def whole_state(module: nn.Module, is_kept: bool = True) -> dict[str, Tensor]:

@@ -22,8 +22,14 @@ from transformers.modeling_outputs import ModelOutput
 
 from ...interventions import NoiseIntervention
 from ..base.peft import has_switched_adapters, inner_model, may_add_to_loss, virtual_tokens
-from ..base.running import checkpointed_modules, exclusive, innermost, is_awaited, is_watched
-from ..base.sharding import is_spread
+from ..base.running import (
+    checkpointed_modules,
+    exclusive,
+    innermost,
+    is_awaited,
+    is_spread,
+    is_watched,
+)
 from ..base.sites import takes_position_ids
 from ..calls import EditPlan, Plan
 from ..hooks import Engine
