@@ -41,6 +41,7 @@ FLOORS = [
 ENGINE = [
     {"base"},
     {"layout"},
+    {"locations"},
     {"units"},
     {"calls"},
     {"hooks"},

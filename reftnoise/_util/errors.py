@@ -1,6 +1,8 @@
 """Parts of error messages, and the check of numbers that several settings share."""
 
 import difflib
+import functools
+import logging
 import math
 from collections.abc import Iterable
 
@@ -38,3 +40,9 @@ def brief(value: object) -> str:
     """A value for one line of an error; models and other long values by their class."""
     text = repr(value)
     return text if len(text) < 100 and "\n" not in text else type(value).__name__
+
+
+@functools.cache
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log a warning, the first time in this process."""
+    logger.warning(message)

@@ -33,7 +33,10 @@ reft_model = rn.ReftModel.from_pretrained(model, "path/to/this/directory")
 
 def card(config: ReftConfig, *, base: Any, name: str, trained: int, total: int) -> str:
     """The model card in Markdown, with numbers of parameters; the base's name may be empty."""
-    rows = [entry.to_dict() for entry in config.representations]
+    rows = [
+        ({} if entry.is_noise else {"positions": entry.positions}) | entry.to_dict()
+        for entry in config.representations
+    ]
     columns = ("intervention", "layer", "component", "positions", "low_rank_dimension")
     peft_note = ""
     if config.peft is not None:

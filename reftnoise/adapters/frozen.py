@@ -63,13 +63,19 @@ class FrozenAdapter:
 
     @classmethod
     def of(cls, units: Iterable[PlacedUnit]) -> "FrozenAdapter":
-        """Freeze units as they are now, but for those without factors."""
+        """Freeze units as they are now, but for those without factors.
+
+        Raises:
+            ValueError: the positions of a unit overlap another's.
+        """
         parts: list[tuple[UnitShape, Factors]] = []
         others: list[PlacedUnit] = []
         for placed in units:
             unit = placed.unit
             if isinstance(unit, NoiseIntervention):
                 continue
+            if placed.overlap is not None:
+                raise ValueError(placed.overlap)
             if not has_factors(unit):
                 others.append(placed)
                 continue

@@ -49,6 +49,8 @@ class RepresentationConfig:
     path such as `"model.layers[3].output"`."""
     positions: str | list[int] = "l1"
     """Edited positions (`Positions`), by default the unit's. Noise has `where` instead."""
+    names_positions: bool = True
+    """Whether the entry says them. If not, files leave them out too."""
     tied: bool = True
     """Whether a prefix and a suffix (`"f5+l5"`) share one set of weights."""
     embed_dim: int | None = None
@@ -136,6 +138,7 @@ class RepresentationConfig:
             **self.arguments,
         }
         absent = {"positions", "tied"} if self.is_noise else set()
+        absent |= set() if self.names_positions else {"positions"}
         absent |= {key for key in ("layer", "embed_dim") if entry[key] is None}
         return {key: value for key, value in entry.items() if key not in absent}
 
@@ -172,6 +175,7 @@ class RepresentationConfig:
             intervention=intervention,
             layer=_layer(entry.pop("layer", None), component),
             component=component,
+            names_positions=is_noise or "positions" in entry or default != "l1",
             positions=Positions.parse(entry.pop("positions", default)).spec(),
             tied=tied,
             embed_dim=embed_dim,

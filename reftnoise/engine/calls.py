@@ -39,8 +39,13 @@ class EditPlan:
     `subspaces` that it gets."""
     stack: Stack | None = None
     """The layers that are edited, in an encoder-decoder model."""
+    decodes: bool = False
+    """Whether tokens that generation appends are edited."""
     cut: int = 0
     """Columns before it hold no edit."""
+    in_turn: bool = False
+    """Whether each unit at a site reads what those before it wrote: a caller's columns of several
+    may be the same."""
     noise: Callable[[NoiseIntervention, Tensor, int], Tensor] | None = None
     """The noise of a unit for a call's hidden states, from its first column on, where the base's
     rows are shifted against the layout; each call draws its own otherwise."""
@@ -58,6 +63,8 @@ class DeferredPlan:
     """From a call's attended tokens, and how many of them are cached."""
     stack: Stack | None = None
     """The layers that are edited, in an encoder-decoder model."""
+    decodes: bool = False
+    """Whether tokens that generation appends are edited."""
 
 
 Plan: TypeAlias = EditPlan | DeferredPlan
@@ -219,7 +226,9 @@ def _attended(mask: Any, batch: int, width: int, tokens: Tensor) -> Bool[Tensor,
 
 
 def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden, scale: float) -> Hidden:
-    """Apply a site's units in their order; edits that no noise stands between read equal states.
+    """Apply a site's units in their order.
+
+    Edits that no noise stands between read equal states, unless the plan has them act in turn.
 
     Raises:
         ValueError: hidden states that are not one per row and token, or of another width than a
@@ -241,6 +250,8 @@ def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden, scal
     for placed in units:
         if not isinstance(placed.unit, NoiseIntervention):
             edits.append(placed)
+            if call.plan.in_turn:
+                hidden, edits = _add_edits(edits, call, hidden, scale), []
             continue
         hidden, edits = _add_edits(edits, call, hidden, scale), []
         if not (call.is_noised and placed.unit.training):

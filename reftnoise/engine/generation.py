@@ -8,6 +8,7 @@ from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .base.peft import virtual_tokens
 from .layout import Batch, UnitLocations
+from .locations import has_columns
 from .planning import Planner
 
 
@@ -27,11 +28,11 @@ def generate_edited(
     plans = planner.plans(Batch.of(prompt, unit_locations=unit_locations))
     scale = _setting("guidance_scale", planner, kwargs)
     if scale not in (None, 1) and planner.stacks == (None,):
-        if unit_locations is not None:
+        if unit_locations is not None and has_columns(unit_locations):
             raise ValueError("guidance_scale: unit_locations tell no places in its other prompt")
         if virtual_tokens(engine.base):
             raise ValueError("guidance_scale: its other prompt would lack PEFT's virtual tokens")
-        guidance = _guidance(scale, planner, kwargs)
+        guidance = _guidance(scale, planner, kwargs, unit_locations)
         kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guidance]
     drafts = ("assistant_model", "assistant_early_exit")
     is_assisted = any(_setting(name, planner, kwargs) is not None for name in drafts)
@@ -53,7 +54,7 @@ def _inferred_mask(planner: Planner, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _guidance(
-    scale: float, planner: Planner, kwargs: dict[str, Any]
+    scale: float, planner: Planner, kwargs: dict[str, Any], unit_locations: UnitLocations | None
 ) -> UnbatchedClassifierFreeGuidanceLogitsProcessor:
     """Classifier-free guidance, in the place of transformers' own, with edits in both its passes.
 
@@ -67,7 +68,8 @@ def _guidance(
 
     def unconditional(input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Any:
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        plans = planner.plans(Batch.of(inputs, attention_mask[:, :width].sum(1)))
+        lengths = attention_mask[:, :width].sum(1)
+        plans = planner.plans(Batch.of(inputs, lengths, unit_locations))
         with planner.engine.running(*plans, is_generation=True):
             return planner.engine.base(**inputs)
 

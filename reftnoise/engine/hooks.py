@@ -136,7 +136,7 @@ class Engine:
                 stack.enter_context(checkpointing(module, self._repeatable))
             hooks = stack.enter_context(contextlib.ExitStack())
             is_ours = hooks.enter_context(self._hooked(base))
-            edits_decode = any(p.positions and p.positions.decode for p in self.units)
+            edits_decode = any(plan.decodes for plan in plans)
             leaves_early = is_generation and not (edits_decode or is_assisted)
             for reader in readers:
                 self._follow_calls(reader, is_ours, hooks, leaves_early)

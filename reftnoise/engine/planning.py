@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
+from .._util.errors import warn_once
 from ..config.components import Stack
+from ..config.positions import Positions
 from .base.peft import inner_model
 from .base.sites import stacks_of
 from .calls import DeferredPlan, EditPlan, Gates, Plan
@@ -19,11 +20,11 @@ from .layout import (
     Batch,
     PromptLayout,
     Selection,
-    UnitLocations,
     explicit_selection,
     has_token_labels,
     read_layout,
 )
+from .locations import EditedPlace, EditedPlaces, parse_unit_locations
 
 logger = logging.getLogger(__name__)
 
@@ -58,24 +59,26 @@ class Planner:
                 "cache_params hold states, which do not tell how many tokens they are of: give the "
                 "whole input, or use generate"
             )
-        if self.stacks == (None,) and batch.tokens is not None:  # whose length is known
+        is_known = self.stacks == (None,) and batch.tokens is not None  # the length of sequences
+        places = self._places(batch, batch.length if is_known else None)
+        if is_known:
             layout = read_layout(batch, continues=self.labels_end_prompts)
-            if batch.unit_locations is None:
-                return [self._plan(layout, batch.copies)]
-            selections = self._located(batch.unit_locations, batch)
-            return [EditPlan(layout, selections, self._gates_of(batch.copies))]
-        if batch.unit_locations is not None or batch.prompt_lengths is not None:
+            return [self._plan(layout, places, batch)]
+        has_columns = any(isinstance(place, Tensor) for place in places.values())
+        if has_columns or batch.prompt_lengths is not None:
             raise ValueError(
                 f"{type(inner_model(self.engine.base)).__name__} tells the length of its "
                 "sequences only when it runs, so unit_locations and prompt_lengths cannot be "
                 "given: use the config's positions"
             )
+        settle, decodes = functools.partial(self._settle, batch, places), _decodes(places)
         return [
-            DeferredPlan(functools.partial(self._settle, batch, stack), stack)
-            for stack in self.stacks
+            DeferredPlan(functools.partial(settle, stack), stack, decodes) for stack in self.stacks
         ]
 
-    def _settle(self, batch: Batch, stack: Stack | None, attended: Tensor, past: int) -> EditPlan:
+    def _settle(
+        self, batch: Batch, places: EditedPlaces, stack: Stack | None, attended: Tensor, past: int
+    ) -> EditPlan:
         labels, lengths = batch.labels, None
         if stack == "decoder":  # which reads a start token, then what it writes or labels say
             is_padded = batch.inputs.get("decoder_attention_mask") is None
@@ -86,78 +89,44 @@ class Planner:
             lengths = attended.sum(1).clamp(max=1)
         elif past:
             lengths = attended[:, :past].sum(1)
-        return self._plan(PromptLayout(attended, lengths), batch.copies, stack)
+        return self._plan(PromptLayout(attended, lengths), places, batch, stack)
 
-    def _plan(self, layout: PromptLayout, copies: int, stack: Stack | None = None) -> EditPlan:
-        # Sites with equal positions share one selection, hence one computation of row indices.
-        select: Any = layout.select
-        if not torch.compiler.is_compiling():  # whose graph has equal operations once anyway
-            select = functools.cache(select)
-        selections = {
-            placed.key: select(placed.positions, placed.prefix, placed.suffix)
-            for placed in self.engine.units
-            if placed.positions is not None and placed.site.stack == stack
-        }
-        return EditPlan(layout, selections, self._gates_of(copies), stack)
-
-    def _gates_of(self, copies: int) -> dict[str, Gates]:
-        return {key: gate.repeat(copies, 1) for key, gate in self._gates.items()}
-
-    def _located(self, locations: UnitLocations, batch: Batch) -> dict[str, Selection]:
+    def _places(self, batch: Batch, width: int | None) -> EditedPlaces:
+        """Where units edit: as the call says, or else the config."""
         units = [placed for placed in self.engine.units if placed.positions is not None]
-        rows, copies = batch.rows // batch.copies, batch.copies
-        columns = parse_unit_locations(locations, len(units), rows, batch.length)
-        device = self.engine.base.device
-        return {
-            placed.key: explicit_selection(c.to(device).repeat(copies, 1))
-            for placed, c in zip(units, columns, strict=True)
-            if c is not None
+        if batch.unit_locations is None:
+            if overlap := next((placed.overlap for placed in units if placed.overlap), None):
+                raise ValueError(overlap)
+            return {placed.key: placed.positions for placed in units if placed.positions}
+        rows = batch.rows // batch.copies
+        places = parse_unit_locations(batch.unit_locations, len(units), rows, width)
+        located = zip(units, places, strict=True)
+        return {placed.key: place for placed, place in located if place is not None}
+
+    def _plan(
+        self, layout: PromptLayout, places: EditedPlaces, batch: Batch, stack: Stack | None = None
+    ) -> EditPlan:
+        def select(place: EditedPlace, prefix: int, suffix: int) -> Selection:
+            if isinstance(place, Positions):
+                return layout.select(place, prefix, suffix)
+            return explicit_selection(place.to(self.engine.base.device).repeat(batch.copies, 1))
+
+        # Sites with equal places share one selection, hence one computation of row indices.
+        share: Any = select
+        if not torch.compiler.is_compiling():  # whose graph has equal operations once anyway
+            share = functools.cache(select)
+        selections = {
+            placed.key: share(places[placed.key], placed.prefix, placed.suffix)
+            for placed in self.engine.units
+            if placed.key in places and placed.site.stack == stack
         }
+        gates = {key: gate.repeat(batch.copies, 1) for key, gate in self._gates.items()}
+        in_turn = batch.unit_locations is not None
+        return EditPlan(layout, selections, gates, stack, _decodes(places), in_turn=in_turn)
 
 
-def parse_unit_locations(
-    unit_locations: UnitLocations, interventions: int, batch: int, width: int
-) -> list[Int[Tensor, "batch positions"] | None]:
-    """Read pyvene's `{"sources->base": (None, locations)}`.
-
-    `locations` nests interventions × batch × positions; None instead of an intervention's part
-    leaves it out, and a single integer stands for that column everywhere.
-
-    Raises:
-        ValueError: another nesting, or a column outside the input.
-    """
-    expected = (
-        f"expected {{'sources->base': (None, locations)}} with locations nested as "
-        f"{interventions} interventions × {batch} rows × positions"
-    )
-    try:
-        _, locations = unit_locations["sources->base"]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"unit_locations {unit_locations!r}: {expected}") from None
-    if isinstance(locations, int):
-        locations = [[[locations]] * batch] * interventions
-    if isinstance(locations, Tensor) and locations.dim():
-        locations = list(locations)
-    if not isinstance(locations, list | tuple) or len(locations) != interventions:
-        raise ValueError(f"unit_locations {locations!r}: {expected}")
-    parsed: list[Tensor | None] = []
-    for index, part in enumerate(locations):
-        if part is None:
-            parsed.append(None)
-            continue
-        try:
-            columns = torch.as_tensor(part)
-        except (TypeError, ValueError):
-            columns = torch.empty(0)
-        if columns.dim() != 2 or columns.shape[0] != batch or columns.is_floating_point():
-            raise ValueError(f"unit_locations of intervention {index}, {part!r}: {expected}")
-        if ((columns < 0) | (columns >= width)).any():
-            raise ValueError(
-                f"unit_locations of intervention {index}, {part!r}: expected columns from 0 to "
-                f"{width - 1}, the input's last"
-            )
-        parsed.append(columns.long())
-    return parsed
+def _decodes(places: EditedPlaces) -> bool:
+    return any(isinstance(place, Positions) and place.decode for place in places.values())
 
 
 class TrainingChecks:
@@ -178,16 +147,18 @@ class TrainingChecks:
             return
         # Edits in what counts as a prompt and is none would be trained where generation has none.
         if batch.labels is None:
-            _warn_once(
+            warn_once(
+                logger,
                 "training without labels or prompt_lengths: every token counts as the prompt's, so "
-                "positions such as 'l1' are counted from the end of the completion"
+                "positions such as 'l1' are counted from the end of the completion",
             )
         elif not self._has_looked_at_labels:  # in the first pass alone: it waits for the device
             self._has_looked_at_labels, prompt = True, plan.layout.prompt
             if not (prompt[:, 1:] & prompt[:, :-1]).any():
-                _warn_once(
+                warn_once(
+                    logger,
                     "labels begin with each row's first token, which alone counts as its prompt, "
-                    "so that positions such as 'l1' mean this token: set labels of prompts to -100"
+                    "so that positions such as 'l1' mean this token: set labels of prompts to -100",
                 )
 
     def _check_noise(self) -> None:
@@ -202,8 +173,3 @@ class TrainingChecks:
                 "out",
                 stacklevel=4,
             )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)

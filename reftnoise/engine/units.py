@@ -31,7 +31,7 @@ from .base.sites import Site, find_site, hidden_size, num_layers
 
 Subspaces: TypeAlias = Sequence[Any] | Int[Tensor, "batch n"]
 """For each row its dimensions, or None for all; or such a list for each unit, as pyvene nests it;
-or a tensor, padded with -1."""
+or a tensor, padded with -1, of batch × dimensions or batch × units × dimensions."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class PlacedUnit:
     """The largest prefix of any unit at this site, for the rule for short prompts."""
     suffix: int = 0
     """The largest suffix of any unit at this site."""
+    names_positions: bool = True
+    """Whether the entry says the positions, or leaves them to calls in pyreft's form."""
+    overlap: str | None = None
+    """Why each call has to say what the unit edits: its positions and another's can overlap."""
 
 
 def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
@@ -57,7 +61,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
 
     Raises:
         ValueError: a layer out of range, a rank or width that does not fit, or two interventions
-            at one site whose positions can overlap.
+            at one site whose entries name positions that can overlap.
     """
     placed: list[PlacedUnit] = []
     counts = Counter[str]()
@@ -70,7 +74,8 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
                 site = find_site(model, entry.component, layer)
                 _expect_decoding(model, site, positions)
                 unit = entry.build(site.width, default=hidden_size(model))
-                placed.append(PlacedUnit(key, unit, site, positions))
+                named = entry.names_positions
+                placed.append(PlacedUnit(key, unit, site, positions, names_positions=named))
         except ValueError as error:
             raise ValueError(f"representations[{index}]: {error}") from None
     # A name gives each site a new unit; a module stays the same unit.
@@ -119,17 +124,23 @@ def _units_of(
 
 def _disjoint(placed: list[PlacedUnit]) -> list[PlacedUnit]:
     """The units with the largest prefix and suffix at their sites; no token is edited twice."""
-    by_site: dict[Site, list[tuple[str, Positions]]] = {}
+    by_site: dict[Site, list[tuple[PlacedUnit, Positions]]] = {}
     for unit in placed:
         if unit.positions is not None:
-            by_site.setdefault(unit.site, []).append((unit.key, unit.positions))
+            by_site.setdefault(unit.site, []).append((unit, unit.positions))
+    overlaps: dict[str, str] = {}
     for site, units in by_site.items():
-        for (key, positions), (other_key, other) in combinations(units, 2):
-            if positions.overlaps(other):
-                raise ValueError(
-                    f"positions {positions.spec()!r} of {key} and {other.spec()!r} of {other_key} "
-                    f"can overlap at {site}: units at one site need disjoint positions"
-                )
+        for (unit, positions), (other, others) in combinations(units, 2):
+            if not positions.overlaps(others):
+                continue
+            overlap = (
+                f"positions {positions.spec()!r} of {unit.key} and {others.spec()!r} of "
+                f"{other.key} can overlap at {site}: units at one site need disjoint positions"
+            )
+            if unit.names_positions and other.names_positions:
+                raise ValueError(overlap)
+            overlap += ", in the config or as unit_locations or intervention_locations of the call"
+            overlaps[unit.key] = overlaps[other.key] = overlap
     return [
         unit
         if unit.positions is None
@@ -137,6 +148,7 @@ def _disjoint(placed: list[PlacedUnit]) -> list[PlacedUnit]:
             unit,
             prefix=max(positions.first for _, positions in by_site[unit.site]),
             suffix=max(positions.last for _, positions in by_site[unit.site]),
+            overlap=overlaps.get(unit.key),
         )
         for unit in placed
     ]
@@ -157,7 +169,9 @@ def subspace_gates(
         f"subspaces {subspaces!r}: expected the dimensions of each of {batch} rows, or None for "
         f"all; or a list of such for each of {len(edits)} units"
     )
-    nested: Any = subspaces.tolist() if isinstance(subspaces, Tensor) else subspaces
+    nested: Any = subspaces
+    if isinstance(subspaces, Tensor):
+        nested = (subspaces.transpose(0, 1) if subspaces.dim() == 3 else subspaces).tolist()
     is_by_unit = _is_list(nested) and any(isinstance(part, Mapping) for part in nested)
     if _depth(nested) < 3 and not is_by_unit:
         nested = [nested] * len(edits)

@@ -17,7 +17,7 @@ from reftnoise.engine.layout import (
     explicit_selection,
     prompt_lengths_from_labels,
 )
-from reftnoise.engine.planning import parse_unit_locations
+from reftnoise.engine.locations import parse_unit_locations
 
 quickly = settings(deadline=None, max_examples=150)  # the first call of torch misses any deadline
 

@@ -134,9 +134,8 @@ def test_a_list_of_units_keeps_its_order() -> None:
 
 def test_defaults_are_written() -> None:
     loreft, neftune = rn.ReftConfig(representations=[LOREFT, NEFTUNE]).to_dict()["representations"]
-    assert loreft == LOREFT | {
+    assert loreft == LOREFT | {  # without positions: calls may say them
         "component": "block_output",
-        "positions": "l1",
         "tied": True,
         "dropout": 0.0,
         "act_fn": None,
@@ -193,7 +192,6 @@ def test_the_original_form_as_it_stands() -> None:
             "layer": 1,
             "component": "block_output",
             "intervention": "loreft",
-            "positions": "l1",
             "tied": True,
             "low_rank_dimension": 4,
             "dropout": 0.0,
@@ -538,13 +536,16 @@ KEY = "layer_{}_comp_{}_unit_pos_nunit_1#{}"
     ("entries", "message"),
     [
         (
-            [LOREFT, LOREFT],
+            [LOREFT | {"positions": "l1"}, LOREFT | {"positions": "l1"}],
             f"positions 'l1' of {KEY.format(0, 'block_output', 0)} and 'l1' of "
             f"{KEY.format(0, 'block_output', 1)} can overlap at model.layers.0.output: units at "
             "one site need disjoint positions",
         ),
         (
-            [LOREFT | {"layer": "all", "positions": "f2+l2"}, LOREFT | {"layer": 2}],
+            [
+                LOREFT | {"layer": "all", "positions": "f2+l2"},
+                LOREFT | {"layer": 2, "positions": "l1"},
+            ],
             f"positions 'f2+l2' of {KEY.format(2, 'block_output', 0)} and 'l1' of "
             f"{KEY.format(2, 'block_output', 1)} can overlap at model.layers.2.output: units at "
             "one site need disjoint positions",
@@ -576,7 +577,8 @@ def test_overlapping_positions_at_one_site(entries: list[Any], message: str) -> 
     ],
 )
 def test_two_names_of_one_site_are_one_site(component: str, path: str) -> None:
-    entries = [LOREFT | {"component": component}, LOREFT | {"component": path}]
+    named = LOREFT | {"positions": "l1"}
+    entries = [named | {"component": component}, named | {"component": path}]
     with pytest.raises(ValueError, match=r"can overlap at model\.layers"):
         rn.get_reft_model(tiny_model(), rn.ReftConfig(representations=entries))
 

@@ -272,7 +272,7 @@ def test_prompts_that_are_none_are_mentioned_once(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    reftnoise.engine.planning._warn_once.cache_clear()
+    reftnoise._util.errors.warn_once.cache_clear()
     sft(*wrapped(), data(), tmp_path, max_steps=2, **settings).train()
     messages = [
         record.message for record in caplog.records if record.name == "reftnoise.engine.planning"
