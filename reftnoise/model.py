@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 import torch
@@ -14,7 +14,7 @@ from ._util.errors import brief, is_finite_number
 from .adapters import saving
 from .adapters.library import OWN, AdapterChoice, AdapterLibrary
 from .adapters.mixin import AdapterMixin
-from .adapters.pyreft.calling import call_with_mapping
+from .adapters.pyreft.calling import TakesBatches, in_forms_of_pyreft
 from .config.representations import ReftConfig
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .engine.base.quantization import keep_differentiable
@@ -33,10 +33,11 @@ from .engine.units import Subspaces, place_units, subspace_gates
 _UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
-class ReftModel(AdapterMixin):
+class ReftModel(TakesBatches, AdapterMixin):
     """A base model whose hidden states are edited, and perturbed in training, by units.
 
     It is called like the base and returns the base's output class; `generate` returns token ids.
+    `adapters.pyreft.forms` has the other forms of a call: those of pyreft.
     Attributes that it does not have itself (`config`, `device`, `generation_config`,
     `gradient_checkpointing_enable`, …) are the base's.
 
@@ -105,9 +106,10 @@ class ReftModel(AdapterMixin):
 
     # -- forward -----------------------------------------------------------------------------
 
+    @in_forms_of_pyreft
     def forward(
         self,
-        input_ids: Any = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         labels: Tensor | None = None,
@@ -115,15 +117,13 @@ class ReftModel(AdapterMixin):
         unit_locations: UnitLocations | None = None,
         adapter_names: Sequence[AdapterChoice] | None = None,
         subspaces: Subspaces | None = None,
-        output_original_output: bool = False,
         return_logits: bool | None = None,
         **inputs: Any,
     ) -> Any:
         """One pass of the base with the units applied.
 
         Args:
-            input_ids: token ids; or, in pyreft's form, a mapping of all inputs. The result is then
-                `(base_output or None, intervened_output)`.
+            input_ids: token ids.
             attention_mask: 1 at tokens, 0 at padding, on either side.
             labels: as the base takes them.
             prompt_lengths: attended tokens in each row's prompt. By default the prompt ends before
@@ -136,7 +136,6 @@ class ReftModel(AdapterMixin):
                 model's own units, or None for the bare base.
             subspaces: of the model's own units, the dimensions that each row's edits have, or None
                 for all; or, as in pyvene, nested as interventions × batch × dimensions.
-            output_original_output: in pyreft's form, also run the bare base.
             return_logits: with labels, logits that the loss does not need are computed when they
                 are read; True computes them in the base's own forward, False leaves them out. In
                 training with SymNoise they are those of the +δ rows.
@@ -148,12 +147,6 @@ class ReftModel(AdapterMixin):
         """
         named = {"attention_mask": attention_mask, "labels": labels}
         inputs.update({name: value for name, value in named.items() if value is not None})
-        if isinstance(input_ids, Mapping):
-            inputs |= {"prompt_lengths": prompt_lengths, "return_logits": return_logits}
-            inputs |= {"adapter_names": adapter_names, "subspaces": subspaces}
-            inputs["unit_locations"] = unit_locations
-            bare = self.disabled() if output_original_output else None
-            return call_with_mapping(self, input_ids, inputs, bare)
         if input_ids is not None:
             inputs["input_ids"] = input_ids
         if self._is_disabled:
@@ -188,48 +181,34 @@ class ReftModel(AdapterMixin):
             prefix_cache=self.prefix_cache,
         )
 
+    @in_forms_of_pyreft
     def generate(
         self,
-        inputs: Any = None,
+        inputs: Tensor | None = None,
         generation_config: Any = None,
         *,
         unit_locations: UnitLocations | None = None,
         adapter_names: Sequence[AdapterChoice] | None = None,
         subspaces: Subspaces | None = None,
-        intervene_on_prompt: bool = True,
-        output_original_output: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Generate with the base's own `generate`; the input is the prompt.
 
         Args:
-            inputs: token ids; or, in pyreft's form, a mapping of all inputs. The result is then
-                `(base_output or None, intervened_output)`.
+            inputs: token ids.
             generation_config: as the base's `generate` takes it.
             unit_locations: as in `forward`.
             adapter_names: as in `forward`.
             subspaces: as in `forward`.
-            intervene_on_prompt: pyreft's flag; only True is meaningful here.
-            output_original_output: in pyreft's form, also generate with the bare base.
             kwargs: as the base's `generate` takes them.
 
         Raises:
-            ValueError: as in `forward`, `intervene_on_prompt=False`, or a base without `generate`.
+            ValueError: as in `forward`, or a base without `generate`.
         """
         if not hasattr(self.model, "generate"):
             raise ValueError(f"generate: {type(inner_model(self.model)).__name__} writes no tokens")
-        if not intervene_on_prompt:
-            raise ValueError(
-                "intervene_on_prompt False: to edit generated tokens, give the config "
-                "positions 'decode' or 'all+decode'"
-            )
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        if isinstance(inputs, Mapping):
-            kwargs |= {"adapter_names": adapter_names, "subspaces": subspaces}
-            kwargs["unit_locations"] = unit_locations
-            bare = self.disabled() if output_original_output else None
-            return call_with_mapping(self.generate, inputs, kwargs, bare)
         if inputs is not None:
             kwargs[inner_model(self.model).main_input_name] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt

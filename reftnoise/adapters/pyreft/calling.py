@@ -1,30 +1,48 @@
-"""pyreft's form of a call: a mapping of all inputs, and the base's own output before the edited."""
+"""Where a model's methods meet calls in pyreft's forms.
 
+This is all that a call in transformers' form runs of it: the forms themselves are in `forms`.
+"""
+
+import functools
+import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
+_COLUMN = "intervention_locations"
+_NAMES = ("base", _COLUMN, "intervene_on_prompt", "output_original_output")
+"""Arguments that calls in transformers' form do not have."""
 
-def call_with_mapping(
-    call: Callable[..., Any],
-    inputs: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-    bare: AbstractContextManager[Any] | None,
-) -> tuple[Any, Any]:
-    """Call with a mapping of all inputs, as pyreft does.
 
-    Args:
-        call: a model or its `generate`.
-        inputs: mapping of all inputs.
-        arguments: further arguments; where they are not None, they replace those of the mapping.
-        bare: context in which the model is its bare base, to call it there first; None not to.
+def in_forms_of_pyreft(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` or `generate` of a model, which then also takes calls in pyreft's forms.
 
-    Returns:
-        `(base_output or None, intervened_output)`.
+    Trainers keep the columns that its signature names: `intervention_locations` is one of them.
     """
-    batch = {**inputs, **{name: value for name, value in arguments.items() if value is not None}}
-    original = None
-    if bare is not None:
-        with bare:
-            original = call(**batch)
-    return original, call(**batch)
+    signature = inspect.signature(method)
+    *named, rest = signature.parameters.values()
+    first = named[1].name
+    column = inspect.Parameter(_COLUMN, inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    @functools.wraps(method)
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = args[0] if args else kwargs.get(first)
+        if not isinstance(inputs, Mapping) and not any(name in kwargs for name in _NAMES):
+            return method(model, *args, **kwargs)
+        from .forms import call_in_form
+
+        return call_in_form(method, first, model, args, kwargs)
+
+    call.__signature__ = signature.replace(parameters=[*named, column, rest])  # type: ignore[attr-defined]  # inspect reads it
+    return call
+
+
+class TakesBatches:
+    """Lets trainers call a subclass whose `forward` has pyreft's form: `forward(base, …)`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        forward = vars(cls).get("forward")
+        if forward is not None and "base" in inspect.signature(forward).parameters:
+            from .forms import also_for_batches
+
+            cls.forward = also_for_batches(forward, super(cls, cls).forward)  # type: ignore[attr-defined,misc]  # of a model
