@@ -38,7 +38,7 @@ NAMES = {
     "reft_trainer": ("ReftDataCollator", "make_data_collator", "make_dataloader", "ReftTrainer"),
     "utils": ("ReftType", "TaskType", "get_reft_model"),
     "config": ("ReftConfig",),
-    "interventions": ("LoreftIntervention", "NodireftIntervention"),
+    "interventions": ("LoreftIntervention", "LowRankRotateLayer", "NodireftIntervention"),
 }
 
 

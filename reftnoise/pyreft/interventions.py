@@ -5,6 +5,7 @@ from ..interventions import (
     DireftIntervention,
     LobireftIntervention,
     LoreftIntervention,
+    LowRankRotateLayer,
     NodireftIntervention,
     NoreftIntervention,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "DireftIntervention",
     "LobireftIntervention",
     "LoreftIntervention",
+    "LowRankRotateLayer",
     "NodireftIntervention",
     "NoreftIntervention",
 ]
