@@ -2,7 +2,13 @@
 
 from typing import Literal
 
-COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output", "embeddings")
+COMPONENTS = (
+    *("block_output", "block_input", "attention_output", "mlp_output", "embeddings"),
+    *("attention_input", "query_output", "key_output", "value_output", "attention_value_output"),
+    *("mlp_input", "mlp_activation"),
+)
+"""Names of pyvene, but for the embeddings. `attention_value_output` is the sum of values that the
+output projection reads, and `mlp_activation` what the activation function returns."""
 
 Stack = Literal["encoder", "decoder"]
 

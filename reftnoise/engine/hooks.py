@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, KeysView, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -264,6 +265,12 @@ class Engine:
     def _apply(self, units: list[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
         if units[0].site.stack != call.plan.stack:  # an embedding that two stacks share
             return hidden
+        if (columns := units[0].site.columns) is not None:
+            before, part, after = hidden.tensor_split(columns, dim=-1)
+            return torch.cat([before, self._edit(units, call, part), after], dim=-1)
+        return self._edit(units, call, hidden)
+
+    def _edit(self, units: list[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
         edited = apply_units(units, call, hidden, self.settings.scale)
         if self.settings.observer is not None:
             self.settings.observer(units, hidden, edited)

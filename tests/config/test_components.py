@@ -37,6 +37,16 @@ NAMES = {
     "gemma3_text": ("model.embed_tokens", "model.layers.1", "self_attn", "mlp"),
     "phi3": ("model.embed_tokens", "model.layers.1", "self_attn", "mlp"),
 }
+# Modules within the attention or the MLP, in the order of NAMES; "-" where queries, keys and values
+# are mixed in one matrix.
+PARTS = {
+    "query_output": "q_proj c_attn attention.q_proj - q_proj -",
+    "key_output": "k_proj c_attn attention.k_proj - k_proj -",
+    "value_output": "v_proj c_attn attention.v_proj - v_proj -",
+    "attention_value_output": "o_proj c_proj attention.out_proj dense o_proj o_proj",
+    "mlp_activation": "act_fn act act act act_fn activation_fn",
+}
+THIRDS = {"query_output": "[0:32]", "key_output": "[32:64]", "value_output": "[64:96]"}
 
 
 def exactly(text: str) -> str:
@@ -53,8 +63,10 @@ def test_every_component_is_the_right_module(architecture: str) -> None:
         "block_input": f"{block}.input",
         "attention_output": f"{block}.{attention}.output",
         "mlp_output": f"{block}.{mlp}.output",
+        "attention_input": f"{block}.{attention}.input",
+        "mlp_input": f"{block}.{mlp}.input",
     }
-    assert set(expected) == set(COMPONENTS)
+    assert set(expected) | set(PARTS) == set(COMPONENTS)
     for component, name in expected.items():
         site = find_site(model, component, None if component == "embeddings" else 1)
         assert str(site) == name
@@ -62,6 +74,29 @@ def test_every_component_is_the_right_module(architecture: str) -> None:
         assert site.width == WIDTH
     assert find_layers(model)[1] is model.get_submodule(block)
     assert (num_layers(model), hidden_size(model)) == (LAYERS, WIDTH)
+
+
+@pytest.mark.parametrize("component", PARTS)
+@pytest.mark.parametrize("architecture", NAMES)
+@torch.no_grad()
+def test_modules_within_attention_and_mlp(architecture: str, component: str) -> None:
+    model = tiny_model(architecture)
+    _, block, attention, mlp = NAMES[architecture]
+    part = PARTS[component].split()[list(NAMES).index(architecture)]
+    owner = f"{block}.{mlp if component.startswith('mlp') else attention}"
+    if part == "-":
+        mixed = next(name for name, _ in model.get_submodule(owner).named_children())
+        message = f"by its dotted path, such as '{owner}.{mixed}.output'"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            find_site(model, component, 1)
+        return
+    site = find_site(model, component, 1)
+    is_input = component.endswith("_input") or component == "attention_value_output"
+    third = THIRDS[component] if part == "c_attn" else ""
+    assert str(site) == f"{owner}.{part}.{'input' if is_input else 'output'}{third}"
+    assert site.module is model.get_submodule(f"{owner}.{part}")
+    states = states_at(model, site, torch.tensor([[5, 6, 7, 8]]))
+    assert site.width == states.shape[-1] // (3 if third else 1)
 
 
 def states_at(model: nn.Module, site: Site, ids: Tensor) -> Tensor:

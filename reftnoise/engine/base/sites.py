@@ -6,7 +6,7 @@ the encoder's, which reads the prompt, unless it begins with `decoder.`.
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,23 @@ from ...config.components import COMPONENTS, Stack, is_dotted, split_component
 from .peft import inner_model
 from .running import path_parts, uncompiled
 
-# Children of a layer, by their names in the models of transformers.
-_CHILDREN = {
-    "attention_output": re.compile(r"attn|attention"),
-    "mlp_output": re.compile(r"mlp|feed_forward|ffn|moe"),
-}
+# Children of a layer, by their names in the models of transformers; and modules in such a child, by
+# whole names.
+_ATTENTION, _MLP = re.compile(r"attn|attention"), re.compile(r"mlp|feed_forward|ffn|moe")
 _NORM = re.compile(r"norm|ln_|dropout")
+_PARTS: dict[str, tuple[re.Pattern[str], re.Pattern[str] | None]] = {
+    "attention_output": (_ATTENTION, None),
+    "attention_input": (_ATTENTION, None),
+    "query_output": (_ATTENTION, re.compile(r"(q|query)(_proj|_lin)?")),
+    "key_output": (_ATTENTION, re.compile(r"(k|key)(_proj|_lin)?")),
+    "value_output": (_ATTENTION, re.compile(r"(v|value)(_proj|_lin)?")),
+    "attention_value_output": (_ATTENTION, re.compile(r"(o|out|c)(_proj|_lin)|dense|o|out")),
+    "mlp_output": (_MLP, None),
+    "mlp_input": (_MLP, None),
+    "mlp_activation": (_MLP, re.compile(r"act|act_fn|activation|activation_fn")),
+}
+_THIRDS = {"query_output": 0, "key_output": 1, "value_output": 2}
+"""Where each is in what GPT-2's `c_attn` returns, a `Conv1D` with `nf` features."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +50,12 @@ class Site:
     """The stack of an encoder-decoder model; None in other models."""
     is_embeddings: bool = field(default=False, compare=False)
     """Whether the module makes hidden states of token ids."""
+    columns: tuple[int, int] | None = None
+    """First and end of the features that are edited; None for all."""
 
     def __str__(self) -> str:
-        return f"{self.name}.{'input' if self.is_input else 'output'}"
+        part = "" if self.columns is None else "[{}:{}]".format(*self.columns)
+        return f"{self.name}.{'input' if self.is_input else 'output'}{part}"
 
 
 def find_site(model: PreTrainedModel, component: str, layer: int | None = None) -> Site:
@@ -53,6 +67,7 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
     model = inner_model(model)
     if is_dotted(component):
         path, _, end = component.rpartition(".")
+        path = _inside_peft(model, path)
         module = _by_path(model, path, component)
         stack = _stack_around(model, module)
         width = _width(module, end == "input")
@@ -76,11 +91,10 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
     layers = find_layers(model, stack)
     if layer is None or not 0 <= layer < len(layers):
         raise ValueError(f"layer {layer}: {type(model).__name__} has layers 0 to {len(layers) - 1}")
-    module = layers[layer]
-    if name in _CHILDREN:
-        module = _child(module, name, _name_of(model, module))
-    width = hidden_size(model)
-    return Site(module, _name_of(model, module), name.endswith("_input"), width, stack)
+    module, is_input = layers[layer], name.endswith("_input")
+    if name not in _PARTS:
+        return Site(module, _name_of(model, module), is_input, hidden_size(model), stack)
+    return _part_of_layer(model, module, name, stack)
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
@@ -200,16 +214,65 @@ def _stack_around(model: PreTrainedModel, module: nn.Module) -> Stack | None:
     return "decoder" if module in find_stack(model, "decoder").modules() else "encoder"
 
 
-def _child(layer: nn.Module, component: str, path: str) -> nn.Module:
-    layer = uncompiled(layer)
-    names = [name for name, _ in layer.named_children()]
-    fitting = [n for n in names if _CHILDREN[component].search(n) and not _NORM.search(n)]
+def _part_of_layer(
+    model: PreTrainedModel, layer: nn.Module, component: str, stack: Stack | None
+) -> Site:
+    """The site of a component in a layer's attention or MLP."""
+    of_child, of_part = _PARTS[component]
+    path, children = _name_of(model, layer), dict(uncompiled(layer).named_children())
+    fitting = [n for n in children if of_child.search(n) and not _NORM.search(n)]
+    child = _only(fitting, children, component, uncompiled(layer), path)
+    is_input = component.endswith("_input") or component == "attention_value_output"
+    if of_part is None:
+        return Site(child, _name_of(model, child), is_input, hidden_size(model), stack)
+    path, child = _name_of(model, child), uncompiled(child)
+    is_activation = component == "mlp_activation"
+    # Experts, which are deeper, run on tokens of their own.
+    named = child.named_children() if is_activation else child.named_modules()
+    parts = {name: part for name, part in named if name}
+    fitting = [n for n in parts if of_part.fullmatch(n.rpartition(".")[2])]
+    fused = parts.get("c_attn")
+    if component in _THIRDS and hasattr(getattr(fused, "base_layer", fused), "nf"):
+        third = hidden_size(model)
+        start = third * _THIRDS[component]
+        columns = (start, start + third)
+        return Site(parts["c_attn"], f"{path}.c_attn", False, third, stack, columns=columns)
+    part = _only(fitting, parts, component, child, path)
+    width = _width(part, is_input)
+    if is_activation:  # the last projection reads what it returns
+        widths = [width for part in parts.values() if (width := _width(part, True)) is not None]
+        width = widths[-1] if widths else None
+    return Site(part, _name_of(model, part), is_input, width, stack)
+
+
+def _only(
+    fitting: Sequence[str],
+    parts: Mapping[str, nn.Module],
+    component: str,
+    owner: nn.Module,
+    path: str,
+) -> nn.Module:
+    """The one module that fits a component; a ValueError names all that there are."""
     if len(fitting) != 1:
+        names = ", ".join(parts) or "no modules"
+        first = next(iter(parts), "module")
         raise ValueError(
-            f"component {component!r}: {type(layer).__name__} has {', '.join(names)}; name one of "
-            f"them by its dotted path, such as '{path}.{names[0]}.output'"
+            f"component {component!r}: {type(owner).__name__} has {names}; name one of them by its "
+            f"dotted path, such as '{path}.{first}.output'"
         )
-    return layer.get_submodule(fitting[0])
+    return parts[fitting[0]]
+
+
+def _inside_peft(model: nn.Module, path: str) -> str:
+    """A path that begins at PEFT's wrapper, which `model` is in or will be, as one in `model`."""
+    parts, children = path_parts(path), dict(uncompiled(model).named_children())
+    if parts[0] != "base_model" or "base_model" in children:
+        return path
+    # LoRA and its kind are in a second wrapper, those with virtual tokens are not.
+    for outside in (2, 1):
+        if parts[outside : outside + 1] and parts[outside] in children:
+            return ".".join(parts[outside:])
+    return path
 
 
 def _by_path(model: nn.Module, path: str, component: str) -> nn.Module:
@@ -231,9 +294,9 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 
 def _width(module: nn.Module, is_input: bool = False) -> int | None:
     """The last dimension of a module's input or output, if its attributes show it."""
-    if isinstance(module, nn.Linear):
-        return module.in_features if is_input else module.out_features
-    return module.embedding_dim if isinstance(module, nn.Embedding) else None
+    names = ("in_features", "nx") if is_input else ("out_features", "nf", "embedding_dim")
+    widths = (getattr(module, name, None) for name in names)  # of linear layers of any library
+    return next((width for width in widths if isinstance(width, int)), None)
 
 
 def takes_position_ids(model: nn.Module) -> bool:

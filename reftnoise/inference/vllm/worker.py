@@ -21,7 +21,6 @@ from ..._util.recent import RecentlyUsed
 from ...adapters.directory import AdapterFiles
 from ...adapters.frozen import FrozenAdapter, freeze
 from ...adapters.location import CONFIG_NAME, WEIGHTS_NAME
-from ...config.components import COMPONENTS
 from ...engine.base.sites import find_layers, find_site
 from ...training.run_files import ADAPTER
 from . import SCALE
@@ -30,7 +29,7 @@ from .flat_batch import FlatBatch, FlatEdit, StepRequests, apply_
 PINNED = "#sha256:"
 """Between an adapter's directory and the digest of its config and weights."""
 
-_SERVED = [name for name in COMPONENTS if name != "block_input"]
+_SERVED = ["block_output", "attention_output", "mlp_output", "embeddings"]
 
 _KEPT = 4
 """The number of sets of adapters whose stacks are kept, those that ran last."""
