@@ -15,6 +15,7 @@ from .adapters import saving
 from .adapters.library import OWN, AdapterChoice, AdapterLibrary
 from .adapters.mixin import AdapterMixin
 from .adapters.pyreft.calling import TakesBatches, in_forms_of_pyreft
+from .adapters.pyreft.methods import expect_native
 from .config.representations import ReftConfig
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .engine.base.quantization import keep_differentiable
@@ -45,6 +46,7 @@ class ReftModel(TakesBatches, AdapterMixin):
         config: the units.
         model: the base, a transformers model. Its weights are neither copied nor changed; a `peft`
             section puts PEFT's layers into it.
+        pyvene: further arguments of pyvene's models, of which none does anything.
 
     Raises:
         ValueError: an entry does not fit the base: layer, width, rank or overlapping positions.
@@ -53,8 +55,9 @@ class ReftModel(TakesBatches, AdapterMixin):
     _hf_peft_config_loaded = True
     """Tells transformers' Trainer that units are trained, not the quantised base."""
 
-    def __init__(self, config: ReftConfig, model: PreTrainedModel) -> None:
+    def __init__(self, config: ReftConfig, model: PreTrainedModel, **pyvene: Any) -> None:
         super().__init__()
+        expect_native(pyvene)
         if isinstance(config, nn.Module):
             raise ValueError("the arguments are swapped: ReftModel(config, model)")
         if isinstance(model, ReftModel):
@@ -235,7 +238,7 @@ class ReftModel(TakesBatches, AdapterMixin):
         if adapter_names is None and self.adapters.active == OWN:
             if subspaces is None:
                 return self._planner
-            units, device = self.engine.units, self.model.device
+            units, device = self.engine.units, self.device
             return Planner(self.engine, subspace_gates(subspaces, units, batch.rows, device))
         if self.training:
             raise ValueError(

@@ -164,7 +164,7 @@ def test_published_parameter_counts() -> None:
     assert 32 * sum(p.numel() for p in unit.parameters()) == 2_097_408
     # layers · m · (2rd + r), here untied: m = 2
     model = wrapped(LOREFT | {"tied": False})
-    assert model.count_parameters()[:2] == (3 * 2 * (2 * 4 * 32 + 4), 0)
+    assert model.parameter_counts()[:2] == (3 * 2 * (2 * 4 * 32 + 4), 0)
 
 
 def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:

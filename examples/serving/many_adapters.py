@@ -65,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         own = rn.get_reft_model(base, rn.ReftConfig([entry]))
         own.save_pretrained(folder)
-        parameters = own.count_parameters()[0]
+        parameters = own.parameter_counts()[0]
         for name in map(str, range(8)):
             few.load_adapter(folder, name)
         for name in ("warm", "up"):

@@ -11,6 +11,7 @@ from .._util.recent import RecentlyUsed
 from ..config.positions import POSITION_FIELDS, Positions
 from ..engine.base.peft import inner_model
 from ..engine.base.running import exclusive
+from ..engine.base.sharding import device_of
 from ..engine.base.sites import Site, layer_of, num_layers, stacks_of
 from ..engine.hooks import Engine
 from ..engine.planning import Planner
@@ -55,6 +56,10 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
     def __len__(self) -> int:
         return len(self._adapters)
 
+    @property
+    def _device(self) -> torch.device:
+        return device_of(self._base) or torch.device("cpu")
+
     def put(self, name: str, adapter: FrozenAdapter) -> None:
         """Add an adapter. One of the same name is replaced.
 
@@ -62,7 +67,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
             ValueError: the name is taken for the model's own units.
         """
         self.expect_free(name)
-        adapter.weights = adapter.weights.to(self._base.device)
+        adapter.weights = adapter.weights.to(self._device)
         adapter.shapes = self._shapes.setdefault(adapter.shapes, adapter.shapes)
         self._forget(self._adapters.get(name))
         self._adapters[name] = adapter
@@ -162,7 +167,7 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         if len(names) == 1 and all(choice == {names[0]: 1.0} for choice in choices):
             return Planner(engine)
         scales = [[choice.get(name, 0.0) for name in names] for choice in choices]
-        gates = torch.tensor(scales, device=self._base.device)
+        gates = torch.tensor(scales, device=self._device)
         return Planner(engine, {placed.key: gates for placed in engine.units})
 
     def _chosen(

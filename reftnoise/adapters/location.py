@@ -57,30 +57,51 @@ def expect_place(directory: str | Path) -> None:
         raise FileNotFoundError(f"{directory}: no such directory")
 
 
+def checkpoint_adapter(directory: str | Path) -> str | Path:
+    """The path of an adapter; `checkpoint-N` where `checkpoint-N/intervenable_model` is missing.
+
+    The latter is where pyreft's trainer saves what ours saves in the former.
+    """
+    path = Path(directory)
+    is_named_as_theirs = path.name == "intervenable_model" and not path.exists()
+    if is_named_as_theirs and (path.parent / CONFIG_NAME).is_file():
+        return path.parent
+    return directory
+
+
 def local_directory(
     directory: str | Path,
     files: list[str],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    is_on_hub: bool = False,
+    local_dir: str | Path | None = None,
 ) -> Path:
     """A directory on this machine, or one with files of a hub repository, which are downloaded.
 
-    Revision and token are those of `huggingface_hub`.
+    Revision, token and `local_dir` are those of `huggingface_hub`; `is_on_hub` skips a directory of
+    the repository's name.
 
     Raises:
         FileNotFoundError: there is neither such a directory nor such a repository.
         ValueError: the path is that of a file.
     """
     expect_place(directory)
-    if Path(directory).is_dir():
+    if Path(directory).is_dir() and not is_on_hub:
         return Path(directory)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
-            snapshot_download(str(directory), revision=revision, token=token, allow_patterns=files)
+            snapshot_download(
+                str(directory),
+                revision=revision,
+                token=token,
+                allow_patterns=files,
+                local_dir=local_dir,
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(

@@ -1,8 +1,10 @@
 """What Trainers, devices and the hub need of a model, apart from running it."""
 
 import inspect
+import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -11,22 +13,23 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from .._util.errors import brief
-from ..config.representations import ReftConfig
 from ..engine.base.peft import inner_model, is_peft_model
-from ..engine.base.sharding import device_of
+from ..engine.base.sharding import device_of, size
 from ..engine.base.sites import trained_modules
 from ..engine.hooks import Engine
 from . import saving
+from .directory import AdapterFiles
 from .frozen import freeze
 from .library import AdapterChoice, AdapterLibrary
+from .location import CONFIG_NAME, WEIGHTS_NAME, checkpoint_adapter, local_directory
+from .pyreft.methods import PyreftMethods
+
+logger = logging.getLogger(__name__)
 
 
-class AdapterMixin(nn.Module):
+class AdapterMixin(PyreftMethods):
     """A base with units: its parameters, their devices, and how they are saved and loaded."""
 
-    model: PreTrainedModel
-    interventions: nn.ModuleDict
-    reft_config: ReftConfig
     adapters: AdapterLibrary
     """Loaded adapters by name."""
     engine: Engine
@@ -41,6 +44,11 @@ class AdapterMixin(nn.Module):
             parameters = inspect.signature(base.forward).parameters.values()
             accepts = any(p.kind is p.VAR_KEYWORD for p in parameters)
         return bool(accepts)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the base computes on, also where its weights are offloaded."""
+        return self.get_device()
 
     def set_device(self, device: torch.device | str | None, set_model: bool = True) -> None:
         """Move everything to `device`; None puts each unit where its site is."""
@@ -58,8 +66,18 @@ class AdapterMixin(nn.Module):
         """
         if not is_peft_model(self.model):
             self.model.requires_grad_(False)
-        for module in trained_modules(self.model, self.reft_config.modules_to_save).values():
+        trained = trained_modules(self.model, self.reft_config.modules_to_save)
+        for module in trained.values():
             module.requires_grad_(True)
+        if trained and self.reft_config.modules_to_save is None:
+            count = sum(size(p) for module in trained.values() for p in module.parameters())
+            logger.warning(
+                "%s of %s (%s parameters) is trained with the units: modules_to_save=[] in the "
+                "ReftConfig freezes it",
+                ", ".join(trained),
+                type(inner_model(self.model)).__name__,
+                f"{count:,d}",
+            )
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of parameters of the base, as transformers counts them, and of the units."""
@@ -67,13 +85,13 @@ class AdapterMixin(nn.Module):
         own = sum(p.numel() for p in units if p.requires_grad or not only_trainable)
         return own + int(self.model.num_parameters(only_trainable, exclude_embeddings))
 
-    def count_parameters(self) -> tuple[int, int, int]:
+    def parameter_counts(self) -> tuple[int, int, int]:
         """Trainable parameters of the units and of the base, and all of the base."""
         return saving.count_parameters(self.interventions, self.model)
 
     def print_trainable_parameters(self) -> None:
         """Print the number of trained parameters, and their share of the base's."""
-        units, base, total = self.count_parameters()
+        units, base, total = self.parameter_counts()
         print(
             f"trainable intervention params: {units:,d} || trainable model params: {base:,d}\n"
             f"model params: {total:,d} || trainable%: {100 * (units + base) / total:.4f}"
@@ -128,9 +146,13 @@ class AdapterMixin(nn.Module):
         save_directory: str | Path,
         save_to_hf_hub: bool = False,
         hf_repo_name: str | None = None,
+        include_model: bool = True,
     ) -> None:
-        """pyreft's name for `save_pretrained`, and `push_to_hub` if asked."""
-        self.save_pretrained(save_directory)
+        """pyreft's name for `save_pretrained`, and `push_to_hub` if asked.
+
+        `include_model=False` leaves what is trained of the base out of the directory.
+        """
+        self.save_intervention(save_directory, include_model)
         if save_to_hf_hub:
             if hf_repo_name is None:
                 raise ValueError("save_to_hf_hub needs hf_repo_name, such as 'user/adapter'")
@@ -155,9 +177,12 @@ class AdapterMixin(nn.Module):
             )
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a model of transformers, got {brief(model)}")
-        adapter = saving.read_adapter(directory, model, revision=revision, token=token)
+        return cls._of(_read(directory, model, revision=revision, token=token), model)
+
+    @classmethod
+    def _of(cls, adapter: AdapterFiles, model: PreTrainedModel, include_model: bool = True) -> Self:
         reft_model = cls(adapter.config, model)
-        saving.load_trained(reft_model, adapter)
+        saving.load_trained(reft_model, adapter, include_model)
         reft_model.set_device(None)
         return reft_model.eval()
 
@@ -166,10 +191,23 @@ class AdapterMixin(nn.Module):
         cls,
         load_directory: str | Path,
         model: PreTrainedModel,
-        from_huggingface_hub: bool = False,  # noqa: ARG003  # the name shows it
+        local_directory: str | Path | None = None,
+        from_huggingface_hub: bool = False,
+        include_model: bool = True,
     ) -> Self:
-        """pyreft's name and order of arguments for `from_pretrained`."""
-        return cls.from_pretrained(model, load_directory)
+        """pyreft's name and order of arguments for `from_pretrained`.
+
+        Args:
+            load_directory: directory or hub repository of an adapter of ours or of pyreft.
+            model: the base.
+            local_directory: directory to which a hub repository is downloaded.
+            from_huggingface_hub: whether to pass over a directory of the repository's name.
+            include_model: whether to load what was trained of the base, too.
+        """
+        adapter = _read(
+            load_directory, model, is_on_hub=from_huggingface_hub, local_dir=local_directory
+        )
+        return cls._of(adapter, model, include_model)
 
     def load_adapter(
         self,
@@ -193,7 +231,7 @@ class AdapterMixin(nn.Module):
                 "load them into get_reft_model(base)"
             )
         self.adapters.expect_free(adapter_name)
-        adapter = saving.read_adapter(directory, self.model, revision=revision, token=token)
+        adapter = _read(directory, self.model, revision=revision, token=token)
         self.adapters.put(adapter_name, freeze(adapter, self.model))
 
     def set_adapter(self, choice: AdapterChoice) -> None:
@@ -203,3 +241,16 @@ class AdapterMixin(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a loaded adapter that is not the active one."""
         self.adapters.delete(adapter_name)
+
+
+def _read(directory: str | Path, model: PreTrainedModel, **download: Any) -> AdapterFiles:
+    """An adapter of ours or of pyreft; further arguments are those of `local_directory`."""
+    directory = checkpoint_adapter(directory)
+    place = local_directory(directory, [CONFIG_NAME, WEIGHTS_NAME], **download)
+    if not (place / CONFIG_NAME).is_file():
+        from .pyreft.loading import FILES, is_pyreft, read_pyreft_adapter
+
+        place = local_directory(directory, FILES, **download)
+        if is_pyreft(place):
+            return read_pyreft_adapter(place, model)
+    return saving.read_adapter(place, model)

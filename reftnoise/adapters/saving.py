@@ -141,14 +141,16 @@ def read_adapter(
         warnings.warn(
             f"{adapter.config_path}: the adapter's base ({adapter.base_name}) and the given model "
             f"({called(model.config.name_or_path)}) have different weights, as in {other}",
-            stacklevel=3,
+            stacklevel=4,
         )
     return adapter
 
 
-def load_trained(reft_model: ModelWithUnits, adapter: AdapterFiles) -> None:
+def load_trained(
+    reft_model: ModelWithUnits, adapter: AdapterFiles, include_model: bool = True
+) -> None:
     """Load an adapter's weights into a model of its config; what it trained is to be trained."""
-    loaded = load_weights(reft_model, adapter)
+    loaded = load_weights(reft_model, adapter, include_model=include_model)
     for name, parameter in reft_model.model.named_parameters():
         if adapter.config.peft is None:  # else PEFT has said what it trains
             parameter.requires_grad_(f"model.{name}" in loaded)
@@ -156,15 +158,18 @@ def load_trained(reft_model: ModelWithUnits, adapter: AdapterFiles) -> None:
         part.requires_grad_(True)
 
 
-def load_weights(reft_model: Any, adapter: AdapterFiles) -> set[str]:
+def load_weights(reft_model: Any, adapter: AdapterFiles, include_model: bool = True) -> set[str]:
     """Load an adapter's weights into a model, or another module with the same `interventions`.
 
-    Everything is checked before anything changes.
+    Everything is checked before anything changes. `include_model=False` leaves out what it trained
+    of the base.
 
     Returns:
         The names of the weights.
     """
     path, state = adapter.weights_path, adapter.weights()
+    if not include_model:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
     expected = [name for name in reft_model.state_dict() if name.startswith("interventions.")]
     own = {**dict(reft_model.named_parameters()), **dict(reft_model.named_buffers())}
     if missing := [name for name in expected if name not in state]:

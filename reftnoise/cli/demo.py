@@ -69,7 +69,7 @@ def run_demo(output_dir: str, seed: int) -> None:
             results[name] = answer()
             if name == SHOWN:
                 reft_model.save_pretrained(output_dir)
-    trained, _, total = reft_model.count_parameters()
+    trained, _, total = reft_model.parameter_counts()
     console.print()
     _show_some(results["base"], results[SHOWN], console)
     console.print()

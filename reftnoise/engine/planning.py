@@ -109,7 +109,7 @@ class Planner:
         def select(place: EditedPlace, prefix: int, suffix: int) -> Selection:
             if isinstance(place, Positions):
                 return layout.select(place, prefix, suffix)
-            return explicit_selection(place.to(self.engine.base.device).repeat(batch.copies, 1))
+            return explicit_selection(place.to(layout.attended.device).repeat(batch.copies, 1))
 
         # Sites with equal places share one selection, hence one computation of row indices.
         share: Any = select

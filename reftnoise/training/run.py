@@ -177,7 +177,7 @@ def data_module_of(
 
 
 def _summary(reft_model: ReftModel, output: Any, trainer: Any, seconds: float) -> dict[str, Any]:
-    units, base, total = reft_model.count_parameters()
+    units, base, total = reft_model.parameter_counts()
     return {
         "parameters": {"units": units, "base": base, "total": total},
         "seconds": round(seconds, 3),

@@ -52,7 +52,7 @@ def test_an_adapter_is_described_as_it_is(run: Path) -> None:
             assert unit.orthonormality_error is None
     assert [noise["intervention"] for noise in described.noises] == ["symnoise"]
     trained = sum(unit.parameters for unit in described.units)
-    assert trained == reft_model.count_parameters()[0]
+    assert trained == reft_model.parameter_counts()[0]
     files = {path.name: path.stat().st_size for path in (run / "adapter").iterdir()}
     assert described.files == files
     assert described.scores == json.loads((run / "scores.json").read_text(encoding="utf-8"))

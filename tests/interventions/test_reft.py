@@ -185,7 +185,7 @@ def test_a_model_counts_layers_times_sets_of_weights(
 ) -> None:
     entry = {"intervention": "loreft", "layer": "all", "positions": "f2+l2", "tied": tied}
     config = rn.ReftConfig(representations=entry | {"low_rank_dimension": RANK})
-    units, base, _ = rn.get_reft_model(tiny_llama, config).count_parameters()
+    units, base, _ = rn.get_reft_model(tiny_llama, config).parameter_counts()
     assert units == 3 * sets * (2 * RANK * WIDTH + RANK)
     assert base == 0
 

@@ -45,7 +45,7 @@ def make_run(directory: Path, units: list[Line] | None = None) -> Path:
                     "grad_norm": 1.0, "tokens_per_second": 1500.0 + step})  # fmt: skip
         log.append({"step": step, "eval_loss": 20.0 / step})
     write_lines(directory / "log.jsonl", log)
-    units_count, _, total = reft_model.count_parameters()
+    units_count, _, total = reft_model.parameter_counts()
     summary = {
         "parameters": {"units": units_count, "base": 0, "total": total},
         "seconds": 754.0,

@@ -23,7 +23,7 @@ from transformers import (
 from ...config.components import is_dotted
 from ...config.positions import Positions
 from ...config.representations import ReftConfig, RepresentationConfig
-from ...engine.base.sites import Site, find_layers, find_site, hidden_size, num_layers
+from ...engine.base.sites import Site, find_site, num_layers
 from ...engine.base.tiny import DIRECTORY, NAME
 from ...engine.units import place_units
 from ...interventions import ReftIntervention
@@ -32,11 +32,10 @@ from ..location import CONFIG_NAME, WEIGHTS_NAME, local_directory
 from ..saving import load_weights, read_adapter, save_adapter
 from . import directory as pyreft_directory
 from .directory import StoredUnit, read_pyreft, write_pyreft
+from .loading import FILES, is_pyreft, site_of
 from .state import CLASSES
 
 logger = logging.getLogger(__name__)
-
-_THEIRS = [pyreft_directory.CONFIG, pyreft_directory.UNITS, pyreft_directory.BASE]
 
 
 def convert(
@@ -68,7 +67,7 @@ def convert(
         ValueError: the source is damaged, for another base, pickles more than tensors or has a
             class that the other library does not; the output holds something else.
     """
-    source, output = local_directory(source, [CONFIG_NAME, WEIGHTS_NAME, *_THEIRS]), Path(output)
+    source, output = local_directory(source, [CONFIG_NAME, WEIGHTS_NAME, *FILES]), Path(output)
     kinds = _kinds(source)
     if not kinds:
         raise FileNotFoundError(
@@ -95,7 +94,7 @@ def convert(
 
 def _kinds(directory: Path) -> set[str]:
     ours = {"reftnoise"} if (directory / CONFIG_NAME).is_file() else set()
-    return ours | ({"pyreft"} if any(directory.glob(pyreft_directory.UNITS)) else set())
+    return ours | ({"pyreft"} if is_pyreft(directory) else set())
 
 
 def _structure(name: str, trained: Iterable[str], class_name: str | None = None) -> PreTrainedModel:
@@ -175,7 +174,7 @@ def _entries(
     arguments: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """A config's entries in the order of the units; units that differ by layer share an entry."""
-    sites = [_site(unit, base) for unit in units]
+    sites = [site_of(unit, base) for unit in units]
     parts, times, seen = positions.split(), Counter(sites), Counter[Site]()
     entries: list[dict[str, Any]] = []
     for site, unit in zip(sites, units, strict=True):
@@ -212,22 +211,6 @@ def _prefixes_with_suffixes(
         else:
             merged.append(entry)
     return merged
-
-
-def _site(unit: StoredUnit, base: PreTrainedModel) -> Site:
-    layer = None if is_dotted(unit.component) else unit.layer
-    try:
-        site = find_site(base, unit.component, layer)
-    except ValueError as error:
-        raise ValueError(f"{unit.file}: {error}") from None
-    is_layer = any(site.module is module for module in find_layers(base))
-    width = site.width or (hidden_size(base) if is_layer else unit.width)
-    if unit.width != width:
-        raise ValueError(
-            f"{unit.file}: edits hidden states of width {unit.width}, those at {site} of "
-            f"{base.config.name_or_path} have {width}"
-        )
-    return site
 
 
 # -- ours → theirs -------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ def read_pyreft(directory: Path) -> tuple[list[StoredUnit], dict[str, Tensor], s
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory}: no {CONFIG} in it, as in checkpoints of pyreft's trainer: load them "
-            "with pyreft's load_intervention, then save them with save"
+            f"{directory}: no {CONFIG} in it, as in checkpoints of pyreft's trainer: wrap the base "
+            "with the config of their units, then call load_intervention"
         )
     names = {
         file.name.removeprefix("intkey_").removesuffix(".bin").replace(".", "_"): file
@@ -91,13 +91,13 @@ def read_pyreft(directory: Path) -> tuple[list[StoredUnit], dict[str, Tensor], s
         if key not in names:
             raise FileNotFoundError(f"{directory}: no intkey_{key}.bin in it, which {CONFIG} names")
         file = names[key]
-        state = _tensors(file)
+        state = read_tensors(file)
         try:
             converted = from_pyreft_state(CLASSES[class_name], state, where=str(file))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         units.append(StoredUnit(file, fields["layer"], fields["component"], *converted))
-    trained = _tensors(directory / BASE) if (directory / BASE).is_file() else {}
+    trained = read_tensors(directory / BASE) if (directory / BASE).is_file() else {}
     return units, trained, base_class
 
 
@@ -153,9 +153,12 @@ def write_pyreft(
 
 def _fields(values: Any) -> dict[str, Any]:
     fields = values if isinstance(values, dict) else dict(zip(_FIELDS, values, strict=False))
-    if type(fields["layer"]) is not int or not isinstance(fields["component"], str):
-        raise ValueError(f"layer {fields['layer']!r}, component {fields['component']!r}")
-    return fields
+    layer, component = fields["layer"], fields["component"]
+    if layer is None and isinstance(component, str) and "." in component:
+        layer = 0  # a dotted path needs none
+    if type(layer) is not int or not isinstance(component, str):
+        raise ValueError(f"layer {layer!r}, component {component!r}")
+    return {**fields, "layer": layer}
 
 
 def _class_name(printed: str) -> str:
@@ -175,7 +178,8 @@ def _key(fields: Mapping[str, Any], seen: Counter[str]) -> str:
     return f"{place}#{seen[place] - 1}"
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A pickled dictionary of tensors; a ValueError for one that holds more, or is damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error says what is damaged

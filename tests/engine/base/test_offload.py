@@ -112,6 +112,27 @@ def test_training_evaluation_and_generation(
         assert torch.equal(loaded(**inputs).logits, plain(**inputs).logits)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_what_a_call_chooses(way: Way, saved: Path, tmp_path: Path) -> None:
+    plain = wrapped(AutoModelForCausalLM.from_pretrained(saved)).eval()
+    set_seed(3)
+    for parameter in plain.interventions.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    plain.save_pretrained(tmp_path / "adapter")
+    model = rn.ReftModel.from_pretrained(way(saved, tmp_path / "parts"), tmp_path / "adapter")
+    assert model.device == model.get_device() == CPU
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    for adapted in (model, plain):
+        adapted.load_adapter(tmp_path / "adapter", "other")
+    for choice in (
+        {"unit_locations": {"sources->base": (None, [[[3], [5], [7]]] * 3)}},
+        {"subspaces": [[0, 1], [2], [3]]},
+        {"adapter_names": ["other", None, ["default", "other"]]},
+    ):
+        assert torch.equal(model(**inputs, **choice).logits, plain(**inputs, **choice).logits)
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 @pytest.mark.parametrize("is_reentrant", [False, True])
 def test_weights_that_come_again_for_the_backward_pass(

@@ -378,4 +378,4 @@ def test_the_guides_counts(method: str, entry: str, count: str) -> None:
     with torch.device(device):
         config = rn.ReftConfig(units, peft=peft_section)
         model = rn.get_reft_model(LlamaForCausalLM(shape), config, set_device=False)
-    assert f"{times * sum(model.count_parameters()[:2]):,}" == count
+    assert f"{times * sum(model.parameter_counts()[:2]):,}" == count
