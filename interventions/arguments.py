@@ -1,7 +1,6 @@
 """What constructors of interventions take: fields, names of activations and dtypes."""
 
 import difflib
-import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
@@ -109,12 +108,6 @@ def activation_module(act_fn: str | Activation | None) -> nn.Module:
     if next(module.parameters(), None) is not None:
         raise ValueError(f"act_fn {act_fn!r} has weights of its own: expected one without")
     return module
-
-
-@functools.cache
-def type_of_activation(name: str | None) -> type:
-    """The class of an activation, by its name; of the identity for None."""
-    return type(activation_module(name))
 
 
 class _Function(nn.Module):

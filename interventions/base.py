@@ -26,7 +26,6 @@ from .arguments import (
     constructor_arguments,
     dtype_name,
     reject_unknown,
-    type_of_activation,
 )
 from .factors import Activation, Factors
 from .own_forward import RowSubspaces, own_edit
@@ -119,6 +118,8 @@ class ReftIntervention(
         self.dropout = nn.Dropout(dropout)
         self.act_fn_name = act_fn if isinstance(act_fn, str) else None
         self.act_fn = activation_module(act_fn)
+        is_named = act_fn is None or isinstance(act_fn, str)
+        self._named_activation = type(self.act_fn) if is_named else None
         self.dtype = as_dtype(dtype)
 
     @abstractmethod
@@ -133,8 +134,8 @@ class ReftIntervention(
     @property
     def activation(self) -> str | Activation | None:
         """The name of `act_fn`, or the module itself where it was not given by a name."""
-        name = self.act_fn_name
-        return name if type(self.act_fn) is type_of_activation(name) else self.act_fn
+        is_named = type(self.act_fn) is self._named_activation
+        return self.act_fn_name if is_named else self.act_fn
 
     def delta(
         self,

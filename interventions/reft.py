@@ -42,7 +42,7 @@ class _Pyreft(LowRankIntervention):
         A class with a `forward` of its own is written for pyreft: its `rotate_layer.weight` is R as
         pyreft has it, [hidden, rank], and not our raw parameter.
         """
-        layer = nn.Module.__getattr__(self, "rotate_layer")
+        layer = super().__getattr__("rotate_layer")
         if self.has_own_forward and isinstance(layer, LowRankRotation):
             return PyreftRotation(layer)
         return layer
