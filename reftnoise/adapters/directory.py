@@ -71,6 +71,9 @@ class AdapterFiles:
             FileNotFoundError: the directory has no file of weights.
             ValueError: the file is damaged, or not the one that the config was saved with.
         """
+        return self._read_weights()[1]
+
+    def _read_weights(self) -> tuple[bytes, dict[str, Tensor]]:
         if not self.weights_path.is_file():
             raise FileNotFoundError(f"{self.directory}: no {WEIGHTS_NAME} in it")
         content = self.weights_path.read_bytes()
@@ -83,13 +86,17 @@ class AdapterFiles:
                 f"{self.weights_path}: not the weights that {CONFIG_NAME} was saved with, as after "
                 "an interrupted save"
             )
-        return tensors
+        return content, tensors
 
     def identity(self) -> str:
-        """A digest of weights and config: adapters with the same digest edit alike."""
-        self.weights()
-        files = (self.config_path, self.weights_path)
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        """A digest of config and weights: adapters with the same digest edit alike.
+
+        Raises:
+            FileNotFoundError, ValueError: as in `weights`.
+        """
+        digest = hashlib.sha256(self.config_path.read_bytes())
+        digest.update(self._read_weights()[0])  # what is checked is what is digested
+        return digest.hexdigest()
 
     def expect_base(
         self, shape: Mapping[str, Any], name: object, whose: str = "the given model"
