@@ -200,6 +200,7 @@ class _Log(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._directory.begin(state.global_step)
         self._tokens = state.num_input_tokens_seen
+        self._show(state)  # the number of steps is known now
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
@@ -217,7 +218,9 @@ class _Log(TrainerCallback):
             tokens = state.num_input_tokens_seen
             speed = line["tokens_per_second"] = round((tokens - self._tokens) / self._seconds, 1)
             self._tokens, self._seconds = tokens, 0.0
-            self._text = f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s"
+            self._text = f"loss {logs['loss']:.3f}"
+            if speed:  # the recipe's arguments may leave tokens uncounted
+                self._text += f", {speed:,.0f} tokens/s"
             self._show(state)
         self._directory.log(line)
 

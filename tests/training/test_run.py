@@ -1,6 +1,7 @@
 """Recipes and runs: what `reftnoise train` and `eval` write, and what they say of mistakes."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -160,7 +161,9 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     assert first != other
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_stopped_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = ("--training.save_steps", 2, "--training.max_steps", 6)
     assert command(*quick(tmp_path / "whole", *more), "--quiet") == 0
 
@@ -172,6 +175,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr("reftnoise.training.run._Log.on_step_begin", stop)
         assert command(*quick(run, *more)) == 130
+    assert re.search(r"^stopped .* 5/6 loss \d+\.\d", capsys.readouterr().err)  # the bar
     assert not (run / "adapter").exists()
     assert command(*quick(run, *more), "--quiet") == 2  # it is not overwritten by the way
     recipe = (run / "recipe.yaml").read_bytes()
