@@ -54,7 +54,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter directory, as `ReftModel.save_pretrained` does.
 
-    An adapter in the directory is replaced; a model card and other files are left alone.
+    An adapter in the directory is replaced; a model card and other files are left alone. A
+    `state_dict`, of a sharded model whose owner gathered it, is written as it is.
 
     Raises:
         ValueError: the directory is a file, or the weights are not whole.

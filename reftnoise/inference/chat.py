@@ -199,8 +199,8 @@ class Conversation:
                 self._say("The conversation starts again.")
             case "/system":
                 self._decoding = replace(self._decoding, system=rest or None)
-                is_set = "The system message is set." if rest else "There is no system message now."
-                self._say(is_set)
+                text = "The system message is set." if rest else "There is no system message now."
+                self._say(text)
             case "/help":
                 for command, what in COMMANDS.items():
                     self._say(f"{command:<9}{what}")

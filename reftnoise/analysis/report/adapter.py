@@ -164,7 +164,7 @@ def _training_batches(
     run = ResolvedRun(replace(recipe, data=replace(recipe.data, eval=None)))
     if recipe.data.train is None:
         raise ValueError("the recipe names no training data")
-    # Training repeats a stream without end.
+    # A stream's rows, too, as a dataset with an end: training repeats a stream without one.
     first = datasets.Dataset.from_list(list(islice(run.training_rows["train"], ROWS)))
     module = data_module_of(run, tokenizer, reft_model, first)
     examples, collate = list(module["train_dataset"]), module["data_collator"]
