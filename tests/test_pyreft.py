@@ -71,9 +71,14 @@ def test_the_modules_import_as_pyrefts() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# transformers' collator is slow with labels that are tensors, as pyreft's are.
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy:UserWarning")
 @pytest.mark.parametrize("name", json.loads(RECORDED.read_text(encoding="utf-8")))
 def test_data_functions_make_what_pyreft_makes(name: str, made: dict[str, Any]) -> None:
-    assert made[name] == json.loads(RECORDED.read_text(encoding="utf-8"))[name]
+    expected = json.loads(RECORDED.read_text(encoding="utf-8"))[name]
+    if name.startswith("losses"):
+        expected = pytest.approx(expected, abs=2e-4)  # pyreft's Trainer logs four digits
+    assert made[name] == expected
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,14 @@ import sys
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import transformers
 
 TINY = Path(__file__).parents[2] / "reftnoise" / "engine" / "base" / "tiny-chat"
+WIDTH = 32
 INSTRUCTIONS = [
     {"instruction": "Where does a bear live?", "input": "", "output": "in a forest"},
     {"instruction": "Say it", "input": "100% {sure}", "output": "yes"},
@@ -53,6 +56,7 @@ def rows(library: Any) -> dict[str, Any]:
         **datasets(library),
         **pairs(library),
         **modules(library),
+        **losses(library),
     }
 
 
@@ -194,6 +198,98 @@ def modules(library: Any) -> dict[str, Any]:
             )
         ),
     }
+
+
+def model(library: Any, layers: tuple[int, ...]) -> Any:
+    """A Llama and NoReFT units of layers, with the same weights in each library."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    base = transformers.LlamaForCausalLM(config).eval()
+    representations = []
+    for seed, layer in enumerate(layers):
+        unit = library.NoreftIntervention(
+            embed_dim=WIDTH, low_rank_dimension=4, dtype=torch.float32, add_bias=False
+        )
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in (
+                unit.proj_layer.weight,
+                unit.learned_source.weight,
+                unit.learned_source.bias,
+            ):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        representations.append(
+            {
+                "layer": layer,
+                "component": "block_output",
+                "low_rank_dimension": 4,
+                "intervention": unit,
+            }
+        )
+    return library.get_reft_model(base, library.ReftConfig(representations=representations))
+
+
+def losses(library: Any) -> dict[str, Any]:
+    """Losses of three steps on the datasets."""
+    tok = tokenizer()
+    settings = {"num_interventions": 4, "position": "f2+l3"}
+    fields = {**FIELDS, "output_field": "output"}
+    answers = {**FIELDS, "chosen_output_field": "good", "rejected_output_field": "bad"}
+    supervised = library.ReftSupervisedDataset(
+        "task", None, tok, dataset=INSTRUCTIONS, **settings, **fields
+    )
+    preferences = library.ReftPreferenceDataset(
+        "task", None, tok, dataset=ANSWERS, share_weights=True, **settings, **answers
+    )
+    collator = library.reft_trainer.make_data_collator(tok, None)
+    prompts, outputs = ["Where does a bear live?", "Say it"], [" in a forest", "c d"]
+    last = library.make_last_position_supervised_data_module(tok, None, prompts, outputs, 4)
+    # No more positions than the shorter prompt has: of a column that locations name twice, pyreft
+    # counts the gradient twice.
+    multiple = library.make_multiple_position_supervised_data_module(
+        tok, None, prompts, outputs, "f1+l1", 4
+    )
+    return {
+        "losses, supervised": trained(library, supervised, collator, (0, 1, 0, 1)),
+        "losses, preferences": trained(library, preferences, collator, (0, 1, 2, 2)),
+        "losses, last": trained(
+            library, last["train_dataset"], last["data_collator"], (0, 1, 2, 2)
+        ),
+        "losses, multiple": trained(
+            library, multiple["train_dataset"], multiple["data_collator"], (0, 2, 0, 2)
+        ),
+    }
+
+
+def trained(library: Any, rows: Any, collator: Any, layers: tuple[int, ...]) -> list[float]:
+    with TemporaryDirectory() as folder:
+        args = transformers.TrainingArguments(
+            output_dir=folder,
+            max_steps=3,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        trainer = library.ReftTrainerForCausalLM(
+            model=model(library, layers), args=args, train_dataset=rows, data_collator=collator
+        )
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 if __name__ == "__main__":
