@@ -4,6 +4,7 @@ An adapter can be trained on several tasks, each in dimensions of its own, which
 R; at inference a row gets some of them, or the union (ReFT, arXiv:2404.03592, on composition).
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .._util.errors import warn_once
 from ..config.components import split_component
 from ..config.positions import Positions
 from ..config.representations import ReftConfig, RepresentationConfig
@@ -25,9 +27,12 @@ from ..interventions import (
     StackedEdit,
     Unit,
     has_factors,
+    intervention_name,
 )
 from .base.peft import inner_model
 from .base.sites import Site, find_site, hidden_size, num_layers
+
+logger = logging.getLogger(__name__)
 
 Subspaces: TypeAlias = Sequence[Any] | Int[Tensor, "batch n"]
 """For each row its dimensions, or None for all; or such a list for each unit, as pyvene nests it;
@@ -81,7 +86,17 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
     # A name gives each site a new unit; a module stays the same unit.
     if len({id(unit.unit) for unit in placed}) < len(placed):
         raise ValueError("one module serves two entries: give each entry a module of its own")
+    _expect_names(placed)
     return _disjoint(placed)
+
+
+def _expect_names(placed: Sequence[PlacedUnit]) -> None:
+    """Warn of classes that no saved config can name, before somebody trains them."""
+    for unit in placed:
+        try:
+            intervention_name(type(unit.unit))
+        except ValueError as error:
+            warn_once(logger, f"this model can be trained, but not saved: {error}")
 
 
 def _expect_decoding(model: PreTrainedModel, site: Site, positions: Positions | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import reftnoise as rn
+from reftnoise._util.errors import warn_once
 from support.models.architectures import CONFIGS, tiny_model
 from support.models.pyreft_formed import entry
 
@@ -90,3 +91,26 @@ def test_a_trained_head_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     rn.get_reft_model(classifier(), rn.ReftConfig([], modules_to_save=["score"]))
     wrapped()
     assert not caplog.records
+
+
+def test_the_config_is_kept_as_reft_config() -> None:
+    model = wrapped()
+    model.reft_config = model.config  # what scripts of pyreft do before they set config
+    assert isinstance(model.reft_config, rn.ReftConfig)
+    with pytest.raises(TypeError, match=r"^reft_config \{\}: expected a ReftConfig$"):
+        model.reft_config = {}
+
+
+def test_a_class_without_a_name_is_said_at_wrapping(caplog: pytest.LogCaptureFixture) -> None:
+    class Doubled(rn.NoreftIntervention):
+        def forward(self, base: Any, source: Any = None, subspaces: Any = None) -> Any:
+            return base * 2
+
+    warn_once.cache_clear()
+    caplog.set_level(logging.WARNING)
+    unit = Doubled(embed_dim=32, low_rank_dimension=1)
+    rn.get_reft_model(tiny_model(), rn.ReftConfig([{"layer": 1, "intervention": unit}]))
+    (record,) = caplog.records
+    assert record.message.startswith(
+        "this model can be trained, but not saved: Doubled is not registered"
+    )

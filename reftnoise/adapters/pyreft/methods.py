@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..._util.errors import nearest
+from ..._util.errors import brief, nearest
 from ...config.representations import ReftConfig
 from ...engine.base.sharding import device_of
 from .. import saving
@@ -49,6 +49,13 @@ class PyreftMethods(nn.Module):
     model: PreTrainedModel
     interventions: nn.ModuleDict
     reft_config: ReftConfig
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "reft_config" and not isinstance(value, ReftConfig):
+            if value is self.model.config:
+                return  # pyreft's config is the model's: scripts keep it so before they replace it
+            raise TypeError(f"reft_config {brief(value)}: expected a ReftConfig")
+        super().__setattr__(name, value)
 
     def count_parameters(self, include_model: bool = False) -> int:
         """The number of trained parameters of the units, and of the base if asked for."""
