@@ -76,10 +76,10 @@ def _matrices(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _vocabulary(base: PreTrainedModel) -> Iterator[Any]:
-    for find in (base.get_input_embeddings, base.get_output_embeddings):
+    for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            part = find()
-        except NotImplementedError:
+            part = getattr(base, name)()
+        except (NotImplementedError, AttributeError):  # the second: a plain module inside PEFT
             continue
         if part is not None:
             yield part

@@ -137,11 +137,11 @@ def read_adapter(
     """
     files = [CONFIG_NAME, WEIGHTS_NAME]
     adapter = AdapterFiles.read(local_directory(directory, files, revision=revision, token=token))
-    adapter.expect_base(fingerprint(model), model.config.name_or_path)
+    adapter.expect_base(fingerprint(model), _full_name(model))
     if other := other_weights(adapter.base.get("sample", {}), model):
         warnings.warn(
             f"{adapter.config_path}: the adapter's base ({adapter.base_name}) and the given model "
-            f"({called(model.config.name_or_path)}) have different weights, as in {other}",
+            f"({called(_full_name(model))}) have different weights, as in {other}",
             stacklevel=4,
         )
     return adapter
@@ -232,6 +232,9 @@ def _kept(module: ModelWithUnits) -> set[str]:
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """The shape that an adapter needs of its base, without the vocabulary, which may be resized."""
+    if not hasattr(inner_model(model), "config"):  # a plain module inside PEFT
+        name = type(inner_model(model)).__name__
+        return {"model_type": name, "hidden_size": None, "num_hidden_layers": None}
     layers: int | None
     try:
         layers = num_layers(model)
@@ -246,5 +249,9 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 def _base_name(model: PreTrainedModel) -> str:
     """A hub name, or the last part of a path: the rest of it stays on the machine."""
-    name = str(model.config.name_or_path)
+    name = _full_name(model)
     return Path(name).name if Path(name).exists() else name
+
+
+def _full_name(model: PreTrainedModel) -> str:
+    return str(getattr(getattr(inner_model(model), "config", None), "name_or_path", ""))

@@ -13,7 +13,7 @@ from .._util.errors import warn_once
 from ..config.components import Stack
 from ..config.positions import Positions
 from .base.peft import inner_model
-from .base.sites import stacks_of
+from .base.sites import can_generate, stacks_of
 from .calls import DeferredPlan, EditPlan, Gates, Plan
 from .hooks import Engine
 from .layout import (
@@ -39,7 +39,7 @@ class Planner:
 
     def __init__(self, engine: Engine, gates: Mapping[str, Gates] | None = None) -> None:
         self.engine, self._gates = engine, gates or {}
-        self.continues = bool(inner_model(engine.base).can_generate())
+        self.continues = can_generate(engine.base)
         """Whether the base writes tokens after a prompt."""
         self.stacks = stacks_of(engine.base)
 

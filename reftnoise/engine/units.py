@@ -30,7 +30,7 @@ from ..interventions import (
     intervention_name,
 )
 from .base.peft import inner_model
-from .base.sites import Site, find_site, hidden_size, num_layers
+from .base.sites import Site, can_generate, find_site, hidden_size, num_layers
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
     """
     placed: list[PlacedUnit] = []
     counts = Counter[str]()
+    default = hidden_size(model) if hasattr(inner_model(model), "config") else 0
     for index, entry in enumerate(config.representations):
         try:
             layers = 0
@@ -78,7 +79,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
             for key, layer, positions in _units_of(entry, layers, counts):
                 site = find_site(model, entry.component, layer)
                 _expect_decoding(model, site, positions)
-                unit = entry.build(site.width, default=hidden_size(model))
+                unit = entry.build(site.width, default=default)
                 named = entry.names_positions
                 placed.append(PlacedUnit(key, unit, site, positions, names_positions=named))
         except ValueError as error:
@@ -103,7 +104,7 @@ def _expect_decoding(model: PreTrainedModel, site: Site, positions: Positions | 
     """A ValueError for positions that no pass has: the unit would have no effect."""
     if positions is None or positions.spec() != "decode":
         return
-    if not inner_model(model).can_generate() or site.stack == "encoder":
+    if not can_generate(model) or site.stack == "encoder":
         raise ValueError(
             f"positions 'decode': {type(inner_model(model)).__name__} writes no tokens at {site}; "
             "expected prompt positions such as 'f1+l1' or 'all'"

@@ -99,7 +99,13 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
     """Whether a model reads one sequence and writes another."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def can_generate(model: PreTrainedModel) -> bool:
+    """Whether a model writes tokens; a module that is none of transformers does not."""
+    inner = inner_model(model)
+    return hasattr(inner, "can_generate") and bool(inner.can_generate())
 
 
 def stacks_of(model: PreTrainedModel) -> tuple[Stack | None, ...]:
@@ -171,7 +177,7 @@ def input_embeddings(model: PreTrainedModel, stack: Stack | None = None) -> nn.M
 def _embeds(model: PreTrainedModel, module: nn.Module, stack: Stack | None) -> bool:
     try:
         return module is input_embeddings(model, stack)
-    except ValueError:
+    except (ValueError, AttributeError):  # no model of transformers
         return False
 
 
@@ -185,8 +191,9 @@ def trained_modules(model: Any, names: Sequence[str] | None) -> dict[str, nn.Mod
         ValueError: a name that no module has, or ends with.
     """
     if names is None:
-        has_none = model.base_model is model or model.get_output_embeddings() is not None
-        if has_none or hasattr(model, "peft_config"):
+        if hasattr(model, "peft_config") or model.base_model is model:
+            return {}
+        if model.get_output_embeddings() is not None:
             return {}
         return {n: part for n, part in model.named_children() if part is not model.base_model}
     modules = {n: m for n, m in model.named_modules() if n}

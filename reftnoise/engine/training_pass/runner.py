@@ -218,6 +218,9 @@ class ForwardPasses:
             yield "the base tells the length of its sequences only when it runs"
             return
         inner = inner_model(base)
+        if not hasattr(inner, "base_model"):
+            yield "the base is no model of transformers"
+            return
         decoder = inner.base_model
         heads = [child for child in inner.children() if decoder not in (child, inner)]
         after = [module for head in heads for module in head.modules()]
