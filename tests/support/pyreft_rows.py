@@ -160,7 +160,17 @@ def pairs(library: Any) -> dict[str, Any]:
         "task", None, tok, dataset=answers, prompt_field="q", **sides, **settings
     )
     collator = library.ReftRewardCollator(tokenizer=tok, padding="longest")
+    judge = model(library, (0, 1), "SequenceClassification")
+    judge.eval()  # which returns nothing in pyreft
+    batch = collator([rated[0]])
+    columns = {"sources->base": (None, batch["intervention_locations"].permute(1, 0, 2).tolist())}
+    with torch.no_grad():
+        masked = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        _, output = judge(masked, unit_locations=columns)
+    # Of the longer conversation: where a shorter one ends differs between versions of transformers.
+    longer = int(batch["attention_mask"].sum(1).argmax())
     return {
+        "reward of the longer conversation": output.logits[longer].tolist(),
         "preferences": [plain(preferences[i]) for i in range(2)],
         "rewards": [plain(rated[i]) for i in range(2)],
         "rewards of answers": plain(unrated[0]),
@@ -200,7 +210,7 @@ def modules(library: Any) -> dict[str, Any]:
     }
 
 
-def model(library: Any, layers: tuple[int, ...]) -> Any:
+def model(library: Any, layers: tuple[int, ...], kind: str = "CausalLM") -> Any:
     """A Llama and NoReFT units of layers, with the same weights in each library."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -213,8 +223,12 @@ def model(library: Any, layers: tuple[int, ...]) -> Any:
         max_position_embeddings=256,
         initializer_range=0.2,
         pad_token_id=0,
+        num_labels=1,
     )
-    base = transformers.LlamaForCausalLM(config).eval()
+    base = getattr(transformers, f"LlamaFor{kind}")(config).eval()
+    if kind != "CausalLM":
+        generator = torch.Generator().manual_seed(0)
+        base.score.weight.data = torch.randn(base.score.weight.shape, generator=generator)
     representations = []
     for seed, layer in enumerate(layers):
         unit = library.NoreftIntervention(
