@@ -17,6 +17,7 @@ from .noise import NeftuneIntervention as NeftuneIntervention
 from .noise import SymNoiseIntervention as SymNoiseIntervention
 from .own_forward import GatedUnit as GatedUnit
 from .own_forward import RowSubspaces as RowSubspaces
+from .own_forward import last_outputs as last_outputs
 from .pyreft_layers import LowRankRotateLayer as LowRankRotateLayer
 from .pyvene_units import adopt as adopt
 from .reft import ConsreftIntervention as ConsreftIntervention
@@ -30,6 +31,7 @@ from .registry import Unit as Unit
 from .registry import intervention_class as intervention_class
 from .registry import intervention_name as intervention_name
 from .registry import register_intervention as register_intervention
+from .registry import registered_name as registered_name
 from .rotation import LowRankRotation as LowRankRotation
 from .rotation import orthonormal_rows as orthonormal_rows
 from .rotation import shared_bases as shared_bases

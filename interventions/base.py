@@ -129,7 +129,7 @@ class ReftIntervention(
     @property
     def has_own_forward(self) -> bool:
         """Whether its class overrides `forward`, which then says what the edit is."""
-        return type(self).forward is not ReftIntervention.forward
+        return overrides_forward(type(self))
 
     @property
     def activation(self) -> str | Activation | None:
@@ -231,6 +231,12 @@ class LowRankIntervention(ReftIntervention):
         if not self.has_subspaces:
             return super()._edit(hidden, gates)
         return self.factors().to(hidden).edit(hidden, gates.to(hidden))
+
+
+def overrides_forward(cls: type) -> bool:
+    """Whether a class of units has a `forward` of its own, and is no noise."""
+    ours: tuple[Any, ...] = (ReftIntervention.forward, NoiseIntervention.forward)
+    return getattr(cls, "forward", None) not in ours
 
 
 def has_factors(unit: object) -> TypeGuard[LowRankIntervention]:

@@ -6,9 +6,13 @@ is written, and the edit is $\mathrm{forward}(h) - h$.
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from jaxtyping import Float
 from torch import Tensor, nn
+
+last_outputs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""What units returned last that is more than hidden states: pyvene's `InterventionOutput`."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,9 @@ def own_edit(
     before = states.flatten(1) if is_flat else states
     # A copy, since pyvene's own classes write into the states that they get.
     after = unit.forward(before.clone(), None, None if gates is None else gates.values)
-    after = getattr(after, "output", after)  # of pyvene's InterventionOutput
+    if not isinstance(after, Tensor) and hasattr(after, "output"):  # of pyvene
+        last_outputs[unit] = after
+        after = after.output
     if not isinstance(after, Tensor) or after.shape != before.shape:
         result = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
         raise ValueError(f"{name}.forward: expected hidden states {tuple(shape)}, got {result}")

@@ -28,12 +28,12 @@ class LowRankRotateLayer(nn.Module):
     Its columns stay orthonormal with `torch.nn.utils.parametrizations.orthogonal` alone.
 
     Args:
-        n: width of the hidden states.
+        n: width of the hidden states, also as pyvene keeps it, a tensor.
         m: rank.
         init_orth: whether it starts orthonormal, and not uninitialised.
     """
 
-    def __init__(self, n: int, m: int, init_orth: bool = True) -> None:
+    def __init__(self, n: int | Tensor, m: int | Tensor, init_orth: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(int(n), int(m)))
         if init_orth:

@@ -5,6 +5,7 @@ has what a unit needs. It stays an instance of its own class, with its parameter
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -63,8 +64,26 @@ def unit_class_for(cls: type) -> type[Any]:
     if not is_edit(cls):
         raise TypeError(f"{cls.__name__}: expected an intervention that edits hidden states")
     names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original": cls}
-    adopted = type(cls.__name__, (cls, _Adopted), names)
+    adopted = type(cls.__name__, (cls, _Adopted), names | {"state_dict": _state_dict})
     return ReftIntervention.register(adopted)
+
+
+def _state_dict(
+    self: Any,
+    *arguments: Any,
+    destination: Any = None,
+    prefix: str = "",
+    keep_vars: bool = False,
+) -> Any:
+    """The class's own state, or as a part of a larger one all tensors under their names.
+
+    A class may override `state_dict`, and return a part of its tensors under other names.
+    """
+    if destination is None:
+        return type(self).original.state_dict(self, *arguments, prefix=prefix, keep_vars=keep_vars)
+    for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers()):
+        destination[prefix + name] = tensor if keep_vars else tensor.detach()
+    return destination
 
 
 def adopt(module: Any, rank: int | None = None) -> None:

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from . import adapters, noise, reft
 from .arguments import did_you_mean
-from .base import NoiseIntervention, ReftIntervention
+from .base import NoiseIntervention, ReftIntervention, is_edit, overrides_forward
 from .pyvene_units import unit_class_for
 
 Unit = ReftIntervention | NoiseIntervention
@@ -64,11 +64,33 @@ def intervention_class(name: str) -> type[Unit]:
 
 
 def intervention_name(cls: type) -> str:
-    """The name under which a class is registered; a ValueError says how to register it."""
+    """The name under which a class is registered; a ValueError says how to register it.
+
+    A class with a `forward` of its own, as scripts of pyreft have it, is known by its own name.
+    """
     for name, registered in INTERVENTIONS.items():
         if cls in (registered, getattr(registered, "original", None)):
             return name
+    holder = INTERVENTIONS.get(cls.__name__, cls)
+    if is_edit(cls) and overrides_forward(cls) and _place(holder) == _place(cls):
+        return cls.__name__
     raise ValueError(
         f"{cls.__name__} is not registered, so no configuration can name it: decorate the class "
         'with @register_intervention("some_name")'
     )
+
+
+def registered_name(cls: type) -> str:
+    """The same name, under which the class is registered from now on, if it was not.
+
+    Its definition may have run again since, as a notebook's cell does.
+    """
+    name = intervention_name(cls)
+    if name == cls.__name__:
+        INTERVENTIONS[name] = unit_class_for(cls)
+    return name
+
+
+def _place(cls: type) -> tuple[str, str]:
+    """Where a class is defined."""
+    return cls.__module__, getattr(cls, "original", cls).__qualname__

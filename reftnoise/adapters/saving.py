@@ -77,6 +77,11 @@ def save_adapter(
             f"{parts[0]} is spread over processes: gather the weights in all of them, as by "
             "accelerator.get_state_dict(model), and pass them as state_dict"
         )
+    if lost := [n for n in own if n.startswith("interventions.") and n not in state]:
+        raise ValueError(
+            f"{lost[0]} is not in the state_dict() of its unit, which overrides that method: "
+            "expected all tensors under their names"
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     weights = safetensors.torch.save(tensors)
     of_base = sorted(name for name in tensors if name.startswith("model."))

@@ -20,6 +20,10 @@ from ..interventions.base import is_intervention
 
 _METHODS_OF_PEFT = {"lora", "dora", "adalora", "vera", "ia3", "oft", "boft", "loha", "lokr"}
 
+# Keys of an entry that are no arguments of its class, even where it has some of that name.
+_OF_PLACES = {"layer", "component", "embed_dim", "positions", "tied"}
+_PLAIN = (str, int, float, list, tuple, dict)
+
 # Fields of pyvene that change nothing where units read one input alone, in positions of one layer.
 _UNREAD_FIELDS = {"group_key", "intervention_link_key", "moe_key", "subspace_partition"}
 _UNREAD_FIELDS |= {"source_representation", "hidden_source_representation", "latent_dim"}
@@ -42,12 +46,16 @@ def entry_arguments(intervention: EntryIntervention, values: Mapping[str, Any]) 
         values: the arguments that the entry has; those of a module must be the module's.
     """
     if isinstance(intervention, Unit):
-        own = {key: plain(value) for key, value in intervention.arguments().items()}
+        own = {
+            key: plain(value)
+            for key, value in intervention.arguments().items()
+            if key not in _OF_PLACES
+        }
         for key, value in values.items():
             if key == "low_rank_dimension":
-                _warn_of_other_rank(intervention, own[key], value)
+                _warn_of_other_rank(intervention, own.get(key), value)
             else:
-                _expect_same(intervention, key, own[key], value)
+                _expect_same(intervention, key, own.get(key), value)
         return own
     unit_class = intervention_class(intervention)
     filled = {**argument_defaults(unit_class), **values}
@@ -70,19 +78,31 @@ def expect_one_site(module: Unit, *, layer: object, parts: int, width: int | Non
         _expect_same(module, "embed_dim", module.hidden_size, width)
 
 
-def expect_sayable(module: Unit) -> None:
-    """Raise a ValueError for a module that no saved entry can describe."""
-    arguments = module.arguments()
-    name = type(module).__name__
-    for key in constructor_arguments(type(module)):
-        if key != "embed_dim" and key not in arguments:
-            raise ValueError(
-                f"{name} takes {key!r} and has no such attribute, so no file can say its value: "
-                f"set self.{key} in the constructor"
-            )
-    for key, value in arguments.items():
-        if not isinstance(plain(value), str | int | float | list | tuple | dict | None):
-            raise ValueError(f"{key} {value!r} of {name}: no file can say it, only plain values")
+def unsayable(module: Unit) -> set[str]:
+    """The arguments of a module's constructor that no file can say.
+
+    A class with a `forward` of its own is saved without them, with a warning.
+
+    Raises:
+        ValueError: there are some, of another class.
+    """
+    arguments = {key: plain(value) for key, value in module.arguments().items()}
+    unsaid = {
+        key
+        for key, value in arguments.items()
+        if not isinstance(value, _PLAIN) and value is not None
+    }
+    unsaid |= constructor_arguments(type(module)).keys() - arguments.keys() - {"embed_dim"}
+    if not unsaid:
+        return unsaid
+    problem = (
+        f"{', '.join(sorted(unsaid))} of {type(module).__name__}: no file can say it; expected a "
+        "plain value in an attribute of that name"
+    )
+    if not getattr(module, "has_own_forward", False):
+        raise ValueError(problem)
+    warnings.warn(f"{problem}. Its weights are saved without it", stacklevel=3)
+    return unsaid
 
 
 def _warn_of_other_rank(module: Unit, own: int | None, value: Any) -> None:
@@ -161,7 +181,7 @@ def _drop_fields_of_pyvene(intervention: Any, entry: dict[str, Any]) -> None:
 def argument_defaults(unit_class: type[Unit]) -> dict[str, Any]:
     """The arguments that an entry of a class can have, and their defaults."""
     parameters = constructor_arguments(unit_class)
-    own = {name: p.default for name, p in parameters.items() if name != "embed_dim"}
+    own = {name: p.default for name, p in parameters.items() if name not in _OF_PLACES}
     return {**getattr(unit_class, "entry_defaults", {}), **own}
 
 

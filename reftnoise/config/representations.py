@@ -14,16 +14,16 @@ from typing_extensions import Unpack
 
 from .._util import yaml
 from .._util.errors import nearest
-from ..interventions import NoiseIntervention, Unit, intervention_name
+from ..interventions import NoiseIntervention, Unit, registered_name
 from .components import COMPONENTS, is_dotted, split_component
 from .interventions import (
     argument_defaults,
     entry_arguments,
     expect_one_site,
-    expect_sayable,
     plain,
     pop_intervention,
     unit_class_of,
+    unsayable,
 )
 from .peft import read_peft
 from .positions import Positions
@@ -123,8 +123,9 @@ class RepresentationConfig:
         """
         if isinstance(self.intervention, str):
             return self._entry()
-        expect_sayable(self.intervention)
-        return self._entry() | {"intervention": intervention_name(self.unit_class)}
+        unsaid = unsayable(self.intervention)
+        entry = {key: value for key, value in self._entry().items() if key not in unsaid}
+        return entry | {"intervention": registered_name(self.unit_class)}
 
     def _entry(self) -> dict[str, Any]:
         """The mapping that `from_dict` reads."""

@@ -70,7 +70,7 @@ def test_arguments_of_the_constructor() -> None:
     assert rn.ReftModel(config, tiny_model(), **native, intervenables_sort_fn=None)
     with pytest.raises(ValueError, match=r"^backend 'ndif': expected None or 'native'$"):
         rn.ReftModel(config, tiny_model(), backend="ndif")
-    with pytest.raises(ValueError, match=r"^as_adaptor True: expected None or False$"):
+    with pytest.raises(ValueError, match=r"^as_adaptor True: expected None or False; a unit"):
         rn.ReftModel(config, tiny_model(), as_adaptor=True)
     with pytest.raises(TypeError, match=r"no argument 'backends'; did you mean 'backend'"):
         rn.ReftModel(config, tiny_model(), backends="native")
@@ -102,13 +102,13 @@ def test_the_config_is_kept_as_reft_config() -> None:
 
 
 def test_a_class_without_a_name_is_said_at_wrapping(caplog: pytest.LogCaptureFixture) -> None:
-    class Doubled(rn.NoreftIntervention):
-        def forward(self, base: Any, source: Any = None, subspaces: Any = None) -> Any:
-            return base * 2
+    class Doubled(rn.ReftIntervention):
+        def edit(self, hidden: Any) -> Any:
+            return hidden
 
     warn_once.cache_clear()
     caplog.set_level(logging.WARNING)
-    unit = Doubled(embed_dim=32, low_rank_dimension=1)
+    unit = Doubled(embed_dim=32, low_rank_dimension=1)  # a forward of its own would have a name
     rn.get_reft_model(tiny_model(), rn.ReftConfig([{"layer": 1, "intervention": unit}]))
     (record,) = caplog.records
     assert record.message.startswith(

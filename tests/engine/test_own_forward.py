@@ -268,6 +268,41 @@ def test_rows_have_named_adapters_of_such_units(tmp_path: Path) -> None:
     assert_close(logits(plain, adapter_names=["late", "late"]), logits(alone))
 
 
+@pytest.mark.usefixtures("restored_registry")
+def test_it_is_saved_under_the_name_of_its_class(tmp_path: Path) -> None:
+    reft_model = wrapped((1,), lambda _: rotated(Scaled(scale=0.5, **SIZES)))
+    with pytest.warns(UserWarning, match="scale of Scaled: no file can say it"):
+        reft_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Scaled needs 'scale'"):
+        rn.ReftModel.from_pretrained(base(), tmp_path)
+
+    wrapped((1,), lambda _: rotated(Composed(**SIZES))).save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(base(), tmp_path).eval()
+    assert type(next(iter(loaded.interventions.values()))) is Composed
+    assert_close(
+        logits(loaded, subspaces=[[0], [1]]),
+        logits(wrapped((1,), lambda _: rotated(Composed(**SIZES))), subspaces=[[0], [1]]),
+    )
+
+
+def test_a_state_of_its_own_without_its_weights_is_not_saved(tmp_path: Path) -> None:
+    class Partial(Half):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return {}
+
+    with pytest.raises(ValueError, match=r"weight is not in the state_dict\(\) of its unit"):
+        wrapped((1,), lambda _: Partial(**SIZES)).save_pretrained(tmp_path)
+
+
+def test_the_bases_config_in_place_of_ours_is_left_alone() -> None:
+    reft_model = wrapped((1,), lambda _: Zero(**SIZES))
+    config = reft_model.reft_config
+    reft_model.reft_config = reft_model.config
+    assert reft_model.reft_config is config
+    with pytest.raises(TypeError, match="reft_config 3: expected a ReftConfig"):
+        reft_model.reft_config = 3
+
+
 def test_rows_have_the_models_own_such_units_as_they_are_now() -> None:
     reft_model = wrapped((1,), lambda _: projected(Half(**SIZES)))
     both = ["default", None]

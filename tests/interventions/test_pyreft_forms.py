@@ -85,7 +85,7 @@ def test_an_activation_may_be_a_function(cls: Any, function: Any) -> None:
 
 def test_a_function_has_no_name_in_a_file(tmp_path: Any) -> None:
     reft_model = wrapped((1,), lambda _: rn.LoreftIntervention(**SIZES, act_fn=torch.relu))
-    with pytest.raises(ValueError, match=r"act_fn .* of LoreftIntervention: no file can say it"):
+    with pytest.raises(ValueError, match=r"act_fn of LoreftIntervention: no file can say it"):
         reft_model.save_pretrained(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Interventions of pyvene that are not ours, as units."""
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 import pyvene as pv
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
 
 import reftnoise as rn
-from reftnoise.interventions import INTERVENTIONS, register_intervention
+from reftnoise.interventions import INTERVENTIONS, LowRankRotateLayer, register_intervention
 from support.models.pyreft_units import INPUTS, WIDTH, at, base, signature, wrapped
 from support.tolerance import assert_close
 
@@ -126,10 +128,65 @@ def test_a_class_with_a_name_is_saved_and_loaded(tmp_path: Path) -> None:
     assert isinstance(unit, Own)
 
 
-def test_a_class_without_a_name_is_not_saved(tmp_path: Path) -> None:
-    reft_model = wrapped((1,), lambda _: Own(embed_dim=WIDTH))
-    with pytest.raises(ValueError, match=r"Own is not registered.*@register_intervention"):
+class Half(pv.SourcelessIntervention, pv.TrainableIntervention):
+    """It has a state of its own, as pyreft's LoReFT has."""
+
+    def __init__(self, scale: float = 1.0, **fields: Any) -> None:
+        super().__init__(**fields, keep_last_dim=True)
+        self.rotate_layer = orthogonal(LowRankRotateLayer(self.embed_dim, 2))
+        self.scale = scale
+
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:
+        return base - self.rotate_layer(base) @ self.rotate_layer.weight.T
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {"rotate_layer": self.rotate_layer.weight.data}
+
+
+class Two(Own):
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.parts = nn.ModuleList(Half(**fields) for _ in range(2))
+
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:
+        return self.parts[0](base) + self.parts[1](base) - base
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"{n}_{k}": t for n, p in enumerate(self.parts) for k, t in p.state_dict().items()}
+
+
+@pytest.mark.parametrize("cls", [Own, Half, Two])
+def test_its_weights_are_saved_under_the_name_of_its_class(cls: Any, tmp_path: Path) -> None:
+    reft_model = wrapped((1,), lambda _: cls(embed_dim=WIDTH))
+    expected = called(reft_model)
+    reft_model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "reft_config.json").read_text())
+    assert config["representations"][0]["intervention"] == cls.__name__
+    loaded = rn.ReftModel.from_pretrained(base(), tmp_path).eval()
+    assert called(loaded) == expected
+
+
+def test_what_no_file_can_say_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    class Asking(Own):
+        def __init__(self, number: int, table: Tensor | None = None, **fields: Any) -> None:
+            super().__init__(**fields)
+            self.table = torch.ones(2) if table is None else table
+
+    reft_model = wrapped((1,), lambda _: Asking(number=3, embed_dim=WIDTH))
+    message = "number, table of Asking: no file can say it.* Its weights are saved without it"
+    with pytest.warns(UserWarning, match=message):
         reft_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Asking needs 'number'"):
+        rn.ReftModel.from_pretrained(base(), tmp_path)
+
+
+def test_its_latents_can_be_read() -> None:
+    reft_model = wrapped((1, 2), lambda _: Latent(embed_dim=WIDTH))
+    assert reft_model.full_intervention_outputs == []
+    reft_model(**INPUTS)
+    latents = [output.latent for output in reft_model.full_intervention_outputs]
+    assert [latent.shape for latent in latents] == [(2, 1), (2, 1)]
+    copy.deepcopy(reft_model)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..._util.errors import brief, nearest
 from ...config.representations import ReftConfig
 from ...engine.base.sharding import device_of
+from ...interventions import last_outputs
 from .. import saving
 from ..location import checkpoint_adapter
 
@@ -24,6 +25,11 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "use_fast": (None, False, True),
 }
 """What pyvene's constructor takes beside config and model, and the values that mean something."""
+
+_HINTS = {
+    "as_adaptor": "; a unit reads what it edits: for one that edits what a layer reads, give the "
+    "component 'block_input'"
+}
 
 
 def expect_native(arguments: Mapping[str, Any]) -> None:
@@ -40,7 +46,8 @@ def expect_native(arguments: Mapping[str, Any]) -> None:
             raise TypeError(f"ReftModel has no argument {name!r}; {nearest(name, _ARGUMENTS)}")
         if value not in _ARGUMENTS[name]:
             possible = " or ".join(repr(known) for known in _ARGUMENTS[name])
-            raise ValueError(f"{name} {value!r}: expected {possible}")
+            hint = _HINTS.get(name, "")
+            raise ValueError(f"{name} {value!r}: expected {possible}{hint}")
 
 
 class PyreftMethods(nn.Module):
@@ -91,6 +98,11 @@ class PyreftMethods(nn.Module):
     def get_cached_activations(self) -> dict[str, Tensor]:
         """pyvene's activations of source inputs, which ReFT does not have: always empty."""
         return {}
+
+    @property
+    def full_intervention_outputs(self) -> list[Any]:
+        """What units returned last that is more than hidden states, such as latents."""
+        return [last_outputs[u] for u in self.interventions.values() if u in last_outputs]
 
     def save_intervention(self, save_directory: str | Path, include_model: bool = True) -> None:
         """Write the adapter, as `save` does."""
