@@ -1,7 +1,8 @@
 """Places that come with a call and are edited instead of the config's positions."""
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -10,7 +11,15 @@ from torch import Tensor
 from ..config.positions import Positions
 from .layout import UnitLocations
 
-EditedPlace: TypeAlias = Positions | Int[Tensor, "batch positions"]
+
+@dataclass(frozen=True)
+class EveryColumn:
+    """All columns of the input, those of padding too, and what generation appends."""
+
+    decode: ClassVar[bool] = True
+
+
+EditedPlace: TypeAlias = Positions | EveryColumn | Int[Tensor, "batch positions"]
 """What a unit edits: positions, which each prompt resolves, or columns of the input."""
 EditedPlaces: TypeAlias = Mapping[str, EditedPlace]
 """By key of the units that edit."""
@@ -23,7 +32,7 @@ def parse_unit_locations(
 
     `locations` nests interventions × batch × positions; None instead of an intervention's part
     leaves it out, and a single integer stands for that column everywhere. `Positions` instead of
-    a part are resolved as a config's are.
+    a part are resolved as a config's are; `EveryColumn` may stand there, too.
 
     Args:
         unit_locations: the mapping.
@@ -54,7 +63,7 @@ def parse_unit_locations(
     parsed: list[EditedPlace | None] = []
     known: dict[tuple[object, bytes], Tensor] = {}
     for index, part in enumerate(locations):
-        if part is None or isinstance(part, Positions):
+        if isinstance(part, Positions | EveryColumn | None):
             parsed.append(part)
             continue
         try:
@@ -78,5 +87,6 @@ def parse_unit_locations(
 def has_columns(unit_locations: UnitLocations) -> bool:
     """Whether a call's places are columns, which are of its own input alone."""
     places = unit_locations.get("sources->base", (None, None))[1]
-    is_listed = isinstance(places, list | tuple)
-    return not (is_listed and all(isinstance(place, Positions | None) for place in places))
+    if not isinstance(places, list | tuple):
+        return True
+    return not all(isinstance(place, Positions | EveryColumn | None) for place in places)

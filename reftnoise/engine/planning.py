@@ -24,7 +24,7 @@ from .layout import (
     has_token_labels,
     read_layout,
 )
-from .locations import EditedPlace, EditedPlaces, parse_unit_locations
+from .locations import EditedPlace, EditedPlaces, EveryColumn, parse_unit_locations
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,8 @@ class Planner:
         def select(place: EditedPlace, prefix: int, suffix: int) -> Selection:
             if isinstance(place, Positions):
                 return layout.select(place, prefix, suffix)
+            if isinstance(place, EveryColumn):
+                return Selection(None, torch.ones_like(layout.attended), place.decode)
             return explicit_selection(place.to(layout.attended.device).repeat(batch.copies, 1))
 
         # Sites with equal places share one selection, hence one computation of row indices.
@@ -126,7 +128,7 @@ class Planner:
 
 
 def _decodes(places: EditedPlaces) -> bool:
-    return any(isinstance(place, Positions) and place.decode for place in places.values())
+    return any(not isinstance(place, Tensor) and place.decode for place in places.values())
 
 
 class TrainingChecks:

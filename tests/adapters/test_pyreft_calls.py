@@ -188,6 +188,15 @@ def test_all_tokens_are_those_of_prompts_and_completions() -> None:
 
 
 @torch.no_grad()
+def test_all_tokens_are_those_of_padding_too() -> None:
+    ids = torch.tensor([[1, 5, 6, 7, 8, 9], [1, 15, 16, 0, 0, 0]])
+    _, output = two()({"input_ids": ids, "attention_mask": (ids != 0).long()}, labels=ids)
+    logits = [-0.0930, -0.0904, -0.0579, -0.0558, -0.0783, -0.0966]
+    same(output, [*logits, -0.0930, -0.1057, -0.1580, -0.1137, -0.1137, -0.1137])
+    assert output.loss.item() == pytest.approx(4.60793, abs=1e-4)
+
+
+@torch.no_grad()
 def test_named_positions_hold() -> None:
     model = one(positions="l1")
     same(model(INPUTS)[1], LAST)
@@ -480,6 +489,16 @@ def test_prefixes_and_suffixes_of_two_layers() -> None:
     expected += [-0.1050, 0.0601, -0.1237, 0.1093, 0.1159, -0.0394]
     first, final = [[0], [0]], [[5], [5]]
     same(model(INPUTS, unit_locations=at(first, first, final, final))[1], expected)
+
+
+def test_the_config_is_kept_where_callers_of_pyreft_put_theirs() -> None:
+    model = one()
+    config = model.reft_config
+    model.reft_config = model.config  # as ms-swift does, whose units are in the latter
+    model.config = model.model.config
+    assert model.reft_config is config
+    with pytest.raises(ValueError, match="reft_config: expected a ReftConfig, got 3"):
+        model.reft_config = 3
 
 
 def test_units_at_one_site_without_locations() -> None:

@@ -26,6 +26,7 @@ from ..._util.errors import brief, warn_once
 from ...config.positions import Positions
 from ...engine.hooks import Engine
 from ...engine.layout import Batch, UnitLocations
+from ...engine.locations import EditedPlace, EveryColumn
 from ...engine.units import PlacedUnit
 from ..library import OWN, AdapterLibrary
 from .places import by_unit, nested_locations, nested_subspaces, subspaces_by_unit, without_repeats
@@ -44,7 +45,7 @@ _ORDER = {
 }
 """pyvene's arguments, in its order."""
 _OF_SOURCES = ("sources", "source_representations", "intervention_additional_kwargs")
-_EVERYWHERE, _NEW_TOKENS = Positions(all=True, decode=True), Positions(decode=True)
+_NEW_TOKENS = Positions(decode=True)
 
 
 class EditedModel(Protocol):
@@ -212,7 +213,8 @@ def _unlocated(units: Sequence[PlacedUnit], on_prompt: bool | None) -> UnitLocat
         raise _flag_against_positions()
     if len(named) == len(units):
         return None
-    place, what = _EVERYWHERE, "all tokens"
+    place: EditedPlace = EveryColumn()
+    what = "all tokens"
     if not on_prompt:
         place, what = _NEW_TOKENS, "new tokens alone (intervene_on_prompt=True: all tokens)"
     warn_once(
@@ -234,7 +236,7 @@ def _located(
     parts: list[Any] = []
     for index, part in enumerate(nested):
         if part is None:
-            parts.append(_EVERYWHERE)
+            parts.append(EveryColumn())
             continue
         columns = without_repeats(part, index, rows) if is_generation else part
         if on_prompt or not isinstance(columns, Tensor):
