@@ -134,7 +134,10 @@ def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
         units = nn.Module()
         units.interventions = nn.ModuleDict({placed.key: placed.unit for placed in placed_units})
         load_weights(units.eval().requires_grad_(False), adapter)
-        frozen = FrozenAdapter.of(placed_units)
+        try:
+            frozen = FrozenAdapter.of(placed_units)
+        except ValueError as error:
+            raise ValueError(f"{adapter.config_path}: {error}") from None
     # In one product with others, they would make NaN of rows that have another adapter.
     others = (t for placed in frozen.others for t in placed.unit.parameters())
     if not all(tensor.isfinite().all() for tensor in (frozen.weights, *others)):

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
@@ -198,3 +199,31 @@ def test_an_r_that_is_not_orthonormal_stops(tmp_path: Path) -> None:
         torch.save(state | {"rotate_layer": 1.1 * state["rotate_layer"]}, file)
     with pytest.raises(ValueError, match=r"R is not orthonormal.*make the unit a noreft"):
         own_model(entry("loreft")).load_intervention(tmp_path)
+
+
+def test_a_repository_of_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = formed_model("loreft")
+    saved(model, tmp_path)
+    asked = []
+
+    def download(name: str, *, allow_patterns: list[str], local_dir: Any, **_: Any) -> str:
+        asked.append((name, local_dir, "config.json" in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    arguments = {"local_directory": "here", "from_huggingface_hub": True}
+    loaded = rn.ReftModel.load("someone/theirs", tiny_model(), **arguments)
+    assert_close(logits(loaded), theirs(model))
+    assert asked == [("someone/theirs", "here", False), ("someone/theirs", "here", True)]
+
+
+def test_units_that_share_a_site_need_positions_by_name(tmp_path: Path) -> None:
+    model = pyvene_model([intervention("loreft") for _ in range(4)], tiny_model())
+    directory = saved(model, tmp_path)
+    loaded = rn.ReftModel.load(directory, tiny_model())
+    where = {"sources->base": (None, [[[0], [1]], [[0], [1]], [[7], [7]], [[6], [7]]])}
+    with torch.no_grad():
+        expected = model({"input_ids": IDS}, unit_locations=where)[1].logits
+    assert_close(logits(loaded, unit_locations=where), expected)
+    with pytest.raises(ValueError, match=r"config.json: positions 'l1' of .* can overlap"):
+        own_model(entry("loreft")).load_adapter(directory, "theirs")
