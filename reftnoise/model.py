@@ -101,9 +101,6 @@ class ReftModel(TakesBatches, AdapterMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("config", "generation_config"):
             setattr(self.model, name, value)
-        elif name == "reft_config" and not isinstance(value, ReftConfig):
-            if value is not self.config:  # which pyreft's callers keep here: with us, it stays ours
-                raise ValueError(f"reft_config: expected a ReftConfig, got {brief(value)}")
         elif name == "forward" and has_fused_head(value):
             expect_plain_head(inner_model(self.model), self.engine.sites)
             self._fused_forward = getattr(value, "__func__", value)

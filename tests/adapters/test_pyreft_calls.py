@@ -491,16 +491,6 @@ def test_prefixes_and_suffixes_of_two_layers() -> None:
     same(model(INPUTS, unit_locations=at(first, first, final, final))[1], expected)
 
 
-def test_the_config_is_kept_where_callers_of_pyreft_put_theirs() -> None:
-    model = one()
-    config = model.reft_config
-    model.reft_config = model.config  # as ms-swift does, whose units are in the latter
-    model.config = model.model.config
-    assert model.reft_config is config
-    with pytest.raises(ValueError, match="reft_config: expected a ReftConfig, got 3"):
-        model.reft_config = 3
-
-
 def test_units_at_one_site_without_locations() -> None:
     model = two(1, 1)
     message = (

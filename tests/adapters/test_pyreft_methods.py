@@ -95,8 +95,10 @@ def test_a_trained_head_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_config_is_kept_as_reft_config() -> None:
     model = wrapped()
+    config = model.reft_config
     model.reft_config = model.config  # what scripts of pyreft do before they set config
-    assert isinstance(model.reft_config, rn.ReftConfig)
+    model.config = model.model.config
+    assert model.reft_config is config
     with pytest.raises(TypeError, match=r"^reft_config \{\}: expected a ReftConfig$"):
         model.reft_config = {}
 

@@ -294,15 +294,6 @@ def test_a_state_of_its_own_without_its_weights_is_not_saved(tmp_path: Path) -> 
         wrapped((1,), lambda _: Partial(**SIZES)).save_pretrained(tmp_path)
 
 
-def test_the_bases_config_in_place_of_ours_is_left_alone() -> None:
-    reft_model = wrapped((1,), lambda _: Zero(**SIZES))
-    config = reft_model.reft_config
-    reft_model.reft_config = reft_model.config
-    assert reft_model.reft_config is config
-    with pytest.raises(TypeError, match="reft_config 3: expected a ReftConfig"):
-        reft_model.reft_config = 3
-
-
 def test_rows_have_the_models_own_such_units_as_they_are_now() -> None:
     reft_model = wrapped((1,), lambda _: projected(Half(**SIZES)))
     both = ["default", None]
