@@ -82,6 +82,28 @@ def test_a_pickle_of_more_than_tensors(
         assert not Path("harmed").exists()
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(10**6, 10**6),
+        torch.empty(10**6, 10**6, device="meta"),
+        torch.sparse_coo_tensor(size=(10**6, 10**6), check_invariants=True),
+    ],
+    ids=["expanded", "meta", "sparse"],
+)
+def test_a_few_bytes_with_the_shape_of_many(
+    tensor: torch.Tensor,
+    source: Path,
+    base: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = source / FILE
+    torch.save(torch.load(file, weights_only=True) | {"rotate_layer": tensor}, file)
+    line = refused(capsys, source, tmp_path / "ours", "--base", base)
+    assert line == f"{file}: rotate_layer has a shape with more elements than the file holds"
+
+
 def test_a_class_is_looked_up_and_not_imported(
     source: Path, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

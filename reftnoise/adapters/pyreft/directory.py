@@ -191,7 +191,17 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: {problem}") from None
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{file}: expected a dictionary of tensors")
+    if partial := [name for name, tensor in state.items() if not _is_whole(tensor)]:
+        raise ValueError(f"{file}: {partial[0]} has a shape with more elements than the file holds")
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor's elements are all in memory: a few bytes may be pickled with any shape."""
+    is_dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if not is_dense or tensor.is_nested:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _pickled(state: Mapping[str, Tensor]) -> bytes:
