@@ -4,6 +4,8 @@ Ours say it in `edit`, of which `forward` is made. Where a class overrides `forw
 is written, and the edit is $\mathrm{forward}(h) - h$.
 """
 
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -11,8 +13,21 @@ from weakref import WeakKeyDictionary
 from jaxtyping import Float
 from torch import Tensor, nn
 
-last_outputs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""What units returned last that is more than hidden states: pyvene's `InterventionOutput`."""
+
+class _LastOutputs(threading.local):
+    def __init__(self) -> None:
+        self.by_unit: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+_last_outputs = _LastOutputs()
+
+
+def last_outputs(units: Iterable[nn.Module]) -> list[Any]:
+    """What units returned last that is more than hidden states: pyvene's `InterventionOutput`.
+
+    Each thread has that of its own passes.
+    """
+    return [_last_outputs.by_unit[u] for u in units if u in _last_outputs.by_unit]
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,7 @@ def own_edit(
     # A copy, since pyvene's own classes write into the states that they get.
     after = unit.forward(before.clone(), None, None if gates is None else gates.values)
     if not isinstance(after, Tensor) and hasattr(after, "output"):  # of pyvene
-        last_outputs[unit] = after
+        _last_outputs.by_unit[unit] = after
         after = after.output
     if not isinstance(after, Tensor) or after.shape != before.shape:
         result = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__

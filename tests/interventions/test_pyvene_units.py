@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,8 @@ def test_its_latents_can_be_read() -> None:
     reft_model(**INPUTS)
     latents = [output.latent for output in reft_model.full_intervention_outputs]
     assert [latent.shape for latent in latents] == [(2, 1), (2, 1)]
+    with ThreadPoolExecutor(1) as other:  # which has run no pass
+        assert other.submit(lambda: reft_model.full_intervention_outputs).result() == []
     copy.deepcopy(reft_model)
 
 

@@ -101,8 +101,11 @@ class PyreftMethods(nn.Module):
 
     @property
     def full_intervention_outputs(self) -> list[Any]:
-        """What units returned last that is more than hidden states, such as latents."""
-        return [last_outputs[u] for u in self.interventions.values() if u in last_outputs]
+        """What units returned last that is more than hidden states, such as latents.
+
+        It is of the thread that reads it.
+        """
+        return last_outputs(self.interventions.values())
 
     def save_intervention(self, save_directory: str | Path, include_model: bool = True) -> None:
         """Write the adapter, as `save` does."""
