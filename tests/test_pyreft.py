@@ -155,6 +155,12 @@ def test_a_function_in_the_collator_has_no_more_locations_than_columns() -> None
     assert list(without(FEATURES)) == ["input_ids"]
 
 
+def test_neither_a_tokenizer_nor_a_collator() -> None:
+    for arguments in ((), (3,)):
+        with pytest.raises(TypeError, match=r"tokenizer (None|3): expected a tokenizer, or"):
+            rn.ReftDataCollator(*arguments)
+
+
 def test_left_padding_moves_tokens_away() -> None:
     tokenizer = pyreft_rows.tokenizer()
     tokenizer.padding_side = "left"

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .._util.errors import brief
 from ..engine.base.sites import takes_position_ids
 from .encoding import IGNORED_LABEL, LOCATIONS, SUBSPACES, Encoder
 from .sources import Rows, column_names, load_rows
@@ -167,6 +168,9 @@ class ReftDataCollator:
             absolute position embeddings counts padding otherwise, in training but not in
             generation.
         data_collator: collator that pads examples instead.
+
+    Raises:
+        TypeError: there is neither a tokenizer nor a collator.
     """
 
     tokenizer: Any = None
@@ -176,8 +180,10 @@ class ReftDataCollator:
 
     def __post_init__(self) -> None:
         if self.data_collator is None and not hasattr(self.tokenizer, "padding_side"):
-            self.data_collator = self.tokenizer
-            self.tokenizer = None
+            if not callable(self.tokenizer):
+                value = brief(self.tokenizer)
+                raise TypeError(f"tokenizer {value}: expected a tokenizer, or a collator")
+            self.data_collator, self.tokenizer = self.tokenizer, None
         if self.tokenizer is None:
             self.tokenizer = getattr(self.data_collator, "tokenizer", None)
 
