@@ -12,7 +12,15 @@ import datasets
 import pytest
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    BatchEncoding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 import reftnoise as rn
 from reftnoise._util.errors import warn_once
@@ -213,6 +221,28 @@ def test_named_positions_hold() -> None:
     every = [list(range(6))] * 2
     expected = model(INPUTS, unit_locations=at([[5], [5]], every))[1].logits
     assert torch.equal(model(INPUTS)[1].logits, expected)
+
+
+@torch.no_grad()
+def test_a_base_that_tells_its_tokens_when_it_runs() -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    encoder_decoder = T5ForConditionalGeneration(T5Config(vocab_size=50, **sizes, **tokens)).eval()
+    entry: dict[str, Any] = {"layer": 1, "intervention": "loreft", "low_rank_dimension": 2}
+    models = []
+    for where in ({}, {"positions": "all+decode"}):
+        units = [entry | where, entry | {"component": "decoder.block_output"} | where]
+        models.append(rn.get_reft_model(encoder_decoder, rn.ReftConfig(units)).eval())
+    open_, named = models
+    named.load_state_dict(open_.state_dict())
+    expected = named(**INPUTS, labels=IDS).logits
+    assert torch.equal(open_(INPUTS, labels=IDS)[1].logits, expected)
+    assert not torch.equal(open_(**INPUTS, labels=IDS).logits, expected)
+    few = {"max_new_tokens": 3, "do_sample": False}
+    _, edited = open_.generate(INPUTS, intervene_on_prompt=True, **few)
+    assert torch.equal(edited, named.generate(**INPUTS, **few))
+    with pytest.raises(ValueError, match="tells the length of its sequences only when it runs"):
+        open_(INPUTS, labels=IDS, unit_locations={"base": 2})
 
 
 @torch.no_grad()

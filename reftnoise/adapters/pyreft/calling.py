@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _COLUMN = "intervention_locations"
-_NAMES = ("base", _COLUMN, "intervene_on_prompt", "output_original_output")
+_NAMES = frozenset({"base", _COLUMN, "intervene_on_prompt", "output_original_output"})
 """Arguments that calls in transformers' form do not have."""
 
 
@@ -26,7 +26,7 @@ def in_forms_of_pyreft(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = args[0] if args else kwargs.get(first)
-        if not isinstance(inputs, Mapping) and not any(name in kwargs for name in _NAMES):
+        if not isinstance(inputs, Mapping) and _NAMES.isdisjoint(kwargs):
             return method(model, *args, **kwargs)
         from .forms import call_in_form
 
