@@ -561,6 +561,10 @@ def test_units_at_one_site_without_locations() -> None:
             {"intervention_locations": [[[0]], [[0]]], "unit_locations": last()},
             "intervention_locations and unit_locations say the same: give one",
         ),
+        (
+            {"intervention_locations": [[[0]], [[0]]], "subspaces": 2},
+            "subspaces 2: expected the dimensions of each of 2 rows",
+        ),
         ({"base": IDS}, "base .*: expected a mapping of inputs"),
     ],
 )

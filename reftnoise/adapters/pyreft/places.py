@@ -81,6 +81,8 @@ def subspaces_by_unit(subspaces: Any) -> Any:
         ValueError: rows of different numbers of interventions.
     """
     nested = subspaces.tolist() if isinstance(subspaces, Tensor) else subspaces
+    if not isinstance(nested, Sequence):
+        return subspaces  # the engine's error says what it is
     is_by_row = all(
         isinstance(row, Sequence) and any(isinstance(part, Sequence) for part in row)
         for row in nested
