@@ -190,7 +190,10 @@ class ReftIntervention(
         return (base + self._delta(base)).to(base.dtype)
 
     def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments, without the width, as plain JSON values."""
+        """The constructor's arguments, without the width, as plain JSON values.
+
+        An activation that was not given by a name is itself.
+        """
         values = {
             "low_rank_dimension": self.low_rank_dimension,
             "dropout": self.dropout.p,

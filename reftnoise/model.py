@@ -50,6 +50,7 @@ class ReftModel(TakesBatches, AdapterMixin):
 
     Raises:
         ValueError: an entry does not fit the base: layer, width, rank or overlapping positions.
+        TypeError: an argument that pyvene's models do not have.
     """
 
     _hf_peft_config_loaded = True

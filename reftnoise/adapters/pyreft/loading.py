@@ -17,6 +17,7 @@ from ...config.representations import ReftConfig
 from ...engine.base.sites import Site, find_layers, find_site, hidden_size
 from ...engine.units import unit_keys
 from ...interventions import intervention_name
+from ...interventions.pyreft_layers import BUFFERS
 from ..directory import AdapterFiles
 from ..saving import ModelWithUnits, load_weights
 from .directory import BASE, CONFIG, UNITS, StoredUnit, read_pyreft, read_tensors
@@ -24,8 +25,6 @@ from .state import CLASSES, from_pyreft_state
 
 FILES = [CONFIG, UNITS, BASE]
 """Patterns of all files in a directory of pyreft."""
-
-_BUFFERS = ("embed_dim", "interchange_dim")
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _unit_state(unit: nn.Module, file: Path) -> dict[str, Tensor]:
     pickled = read_tensors(file)
     unit_class = next((c for c in type(unit).__mro__ if CLASSES.get(c.__name__) is c), None)
     if unit_class is None:
-        return {name: t for name, t in pickled.items() if name not in _BUFFERS}
+        return {name: t for name, t in pickled.items() if name not in BUFFERS}
     try:
         arguments, state, _ = from_pyreft_state(CLASSES[unit_class.__name__], pickled, str(file))
     except ValueError as error:
