@@ -107,9 +107,9 @@ def _rows(files: AdapterFiles) -> Iterator[tuple[str, Tensor]]:
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 unit = entry.build(None, width)  # draws weights
-                unit.load_state_dict(state)
                 if not has_factors(unit):
                     continue
+                unit.load_state_dict(state)
                 up = unit.factors().up
                 if not up.isfinite().all():
                     raise ValueError("holds numbers that are not finite")
