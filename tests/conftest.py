@@ -54,6 +54,17 @@ def unchecked_types(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def restored_registry() -> Iterator[None]:
+    """Forget the names that a test gives to interventions."""
+    from reftnoise.interventions import INTERVENTIONS
+
+    before = dict(INTERVENTIONS)
+    yield
+    INTERVENTIONS.clear()
+    INTERVENTIONS.update(before)
+
+
+@pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     """A random Llama in evaluation mode."""
     torch.manual_seed(1)

@@ -4,7 +4,7 @@ Expected numbers are of pyreft (dafd099, pyvene 0.1.8, transformers 4.45.1) with
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from transformers import (
     BatchEncoding,
-    LlamaConfig,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -24,66 +22,28 @@ from transformers import (
 
 import reftnoise as rn
 from reftnoise._util.errors import warn_once
+from support.models.pyreft_units import (
+    IDS,
+    INPUTS,
+    SIZES,
+    at,
+    base,
+    projected,
+    rotated,
+    wrapped,
+)
 
-WIDTH = 32
-IDS = torch.tensor([[1, 5, 6, 7, 8, 9], [1, 15, 16, 17, 18, 19]])
-INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
-def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 def loreft(seed: int = 5) -> rn.LoreftIntervention:
-    unit = rn.LoreftIntervention(embed_dim=WIDTH, low_rank_dimension=4)
-    drawn = torch.Generator().manual_seed(seed)
-    rows = torch.linalg.qr(torch.randn(WIDTH, 4, generator=drawn))[0].T
-    weight, bias = torch.randn(4, WIDTH, generator=drawn), torch.randn(4, generator=drawn)
-    unit.load_state_dict(
-        {
-            "rotate_layer.weight": rows,
-            "learned_source.weight": weight,
-            "learned_source.bias": bias,
-        }
-    )
+    unit: rn.LoreftIntervention = rotated(rn.LoreftIntervention(**SIZES), seed)
     return unit
 
 
 def noreft(seed: int = 5) -> rn.NoreftIntervention:
-    unit = rn.NoreftIntervention(embed_dim=WIDTH, low_rank_dimension=4, add_bias=False)
-    drawn = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in (
-            unit.proj_layer.weight,
-            unit.learned_source.weight,
-            unit.learned_source.bias,
-        ):
-            weight.copy_(0.2 * torch.randn(weight.shape, generator=drawn))
+    unit: rn.NoreftIntervention = projected(rn.NoreftIntervention(**SIZES), seed)
     return unit
-
-
-def wrapped(
-    layers: Sequence[int], make: Callable[[int], rn.ReftIntervention], **fields: Any
-) -> rn.ReftModel:
-    units = [
-        {"layer": layer, "component": "block_output", "intervention": make(5 + index), **fields}
-        for index, layer in enumerate(layers)
-    ]
-    return rn.get_reft_model(base(), rn.ReftConfig(units)).eval()
 
 
 def one(**fields: Any) -> rn.ReftModel:
@@ -92,10 +52,6 @@ def one(**fields: Any) -> rn.ReftModel:
 
 def two(*layers: int) -> rn.ReftModel:
     return wrapped(layers or (1, 2), noreft)
-
-
-def at(*locations: Any) -> dict[str, Any]:
-    return {"sources->base": (None, list(locations))}
 
 
 def last(units: int = 1) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Classes that override `forward`: it runs as it is written, with pyreft's results."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 import reftnoise as rn
 from reftnoise.analysis.inspection import subspaces as subspaces_of
-from reftnoise.interventions import INTERVENTIONS, register_intervention
+from reftnoise.interventions import register_intervention
 from support.models.pyreft_units import (
     IDS,
     INPUTS,
@@ -28,14 +27,6 @@ LAST = at([[5], [5]])
 BOTH = at([[1], [0]], [[3], [2]])
 LENGTHS = torch.tensor([6, 6])
 GREEDY: dict[str, Any] = {"do_sample": False, "intervene_on_prompt": True}
-
-
-@pytest.fixture
-def restored_registry() -> Iterator[None]:
-    before = dict(INTERVENTIONS)
-    yield
-    INTERVENTIONS.clear()
-    INTERVENTIONS.update(before)
 
 
 class Zero(rn.NoreftIntervention):

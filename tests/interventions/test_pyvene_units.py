@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import reftnoise as rn
-from reftnoise.interventions import INTERVENTIONS, LowRankRotateLayer, register_intervention
+from reftnoise.interventions import LowRankRotateLayer, register_intervention
 from support.models.pyreft_units import INPUTS, WIDTH, at, base, signature, wrapped
 from support.tolerance import assert_close
 
+pytestmark = pytest.mark.usefixtures("restored_registry")
+
 LAST = at([[5], [5]])
-
-
-@pytest.fixture(autouse=True)
-def _restored_registry() -> Iterator[None]:
-    before = dict(INTERVENTIONS)
-    yield
-    INTERVENTIONS.clear()
-    INTERVENTIONS.update(before)
 
 
 class Own(

@@ -1,7 +1,6 @@
 """Names of interventions, and interventions of one's own."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -50,14 +49,6 @@ CASES = [
     for value in OTHER_VALUES[argument]
     if (name, argument) != ("nodireft", "add_bias")  # which must stay False
 ]
-
-
-@pytest.fixture
-def restored_registry() -> Iterator[None]:
-    before = dict(INTERVENTIONS)
-    yield
-    INTERVENTIONS.clear()
-    INTERVENTIONS.update(before)
 
 
 def shapes(unit: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -3,7 +3,7 @@
 They were recorded with pyreft at dafd099, pyvene 0.1.8 and transformers 4.45.1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,10 @@ def projected(unit: Any, seed: int = 5) -> Any:
     return unit
 
 
-def wrapped(layers: tuple[int, ...], make: Callable[[int], Any]) -> rn.ReftModel:
-    """The base with a unit at the last prompt token of each layer."""
+def wrapped(layers: Sequence[int], make: Callable[[int], Any], **fields: Any) -> rn.ReftModel:
+    """The base with a unit of each layer, at the last prompt token unless the fields say more."""
     entries = [
-        {"layer": layer, "component": "block_output", "intervention": make(5 + number)}
+        {"layer": layer, "component": "block_output", "intervention": make(5 + number), **fields}
         for number, layer in enumerate(layers)
     ]
     return rn.get_reft_model(base(), rn.ReftConfig(entries)).eval()
