@@ -356,6 +356,13 @@ def test_a_column_of_locations_is_trained_on(
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_dataset_without_the_column_has_the_positions_of_the_config(tmp_path: Path) -> None:
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in ROWS]
+    model = wrapped([1, 2], noreft, positions="all+decode")  # pyreft edits all tokens
+    found = losses(model, datasets.Dataset.from_list(rows), rn.ReftTrainerForCausalLM, tmp_path)
+    assert found == pytest.approx([4.6106, 4.5724, 4.5325], abs=1e-4)
+
+
 def test_a_batch_with_locations_in_each_form() -> None:
     model, batch = two(), collated(ROWS)
     output = model(**batch)
