@@ -301,7 +301,10 @@ def _edit_rows(
     target = edited.reshape(-1, hidden.shape[-1])
     mask = rows.mask.to(hidden.device)[:, None]
     if rows.indices is None:
-        delta = _delta(units[0], call, flat.masked_fill(~mask, 0), scale)
+        states = flat.masked_fill(~mask, 0)
+        if getattr(units[0].unit, "has_own_forward", False):  # which may divide by their norm
+            states = torch.where(mask, flat, flat.nan_to_num())
+        delta = _delta(units[0], call, states, scale)
         return shaped_like(hidden, target + delta.masked_fill(~mask, 0))
     indices = rows.indices.to(hidden.device)
     parts = flat.index_select(0, indices).split_with_sizes(rows.counts)

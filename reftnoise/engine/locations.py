@@ -70,18 +70,24 @@ def parse_unit_locations(
             columns = torch.as_tensor(part).cpu()
         except (RuntimeError, TypeError, ValueError):
             columns = torch.empty(0)
-        if columns.dim() != 2 or columns.shape[0] != batch or columns.is_floating_point():
+        if columns.dim() != 2 or columns.shape[0] != batch or not holds_columns(columns):
             raise ValueError(f"unit_locations of intervention {index}, {part!r}: {expected}")
+        columns = columns.long()
         if width is not None and ((columns < 0) | (columns >= width)).any():
             raise ValueError(
                 f"unit_locations of intervention {index}, {part!r}: expected columns from 0 to "
                 f"{width - 1}, the input's last"
             )
-        columns = columns.long()
         if not torch.compiler.is_compiling():
             columns = known.setdefault((columns.shape, columns.numpy().tobytes()), columns)
         parsed.append(columns)
     return parsed
+
+
+def holds_columns(locations: Tensor) -> bool:
+    """Whether a tensor holds integers: a mask, for one, says other things than columns."""
+    is_number = locations.is_floating_point() or locations.is_complex()
+    return not is_number and locations.dtype != torch.bool
 
 
 def has_columns(unit_locations: UnitLocations) -> bool:

@@ -32,6 +32,7 @@ from support.models.pyreft_units import (
     rotated,
     wrapped,
 )
+from support.tolerance import assert_close
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
@@ -510,11 +511,16 @@ def test_units_at_one_site_without_locations() -> None:
         ({"unit_locations": at([[6], [2]])}, "expected columns from 0 to 5"),
         ({"unit_locations": at([[1], [2, 3]])}, r"nested as 1 interventions × 2 rows × positions"),
         ({"unit_locations": at([[5]] * 4)}, r"nested as 1 interventions × 2 rows × positions"),
+        ({"unit_locations": at(torch.ones(2, 1).bool())}, r"nested as 1 interventions × 2 rows"),
         ({"unit_locations": {"others": 3}}, r"unit_locations \{'others': 3\}: expected"),
         ({"unit_locations": 3}, "unit_locations 3: expected"),
         (
             {"intervention_locations": torch.zeros(1, 2, 1)},
             r"intervention_locations \(1, 2, 1\): expected 2 rows × 1 interventions × positions",
+        ),
+        (
+            {"intervention_locations": torch.ones(2, 1, 1, dtype=torch.bool)},
+            r"intervention_locations \(2, 1, 1\): expected 2 rows × 1 interventions × positions",
         ),
         (
             {"intervention_locations": [[[0]], [[0, 1]]]},
@@ -572,3 +578,14 @@ def test_a_flag_against_the_configs_positions() -> None:
 def test_an_argument_that_comes_twice() -> None:
     with pytest.raises(TypeError, match="sources comes twice"):
         one()(INPUTS, None, sources=None)
+
+
+@torch.no_grad()
+def test_a_column_of_ones_own_that_is_called_base() -> None:
+    reft_model = one()
+    expected = reft_model(**INPUTS).logits
+    column = torch.tensor([4.0, 2.0])
+    assert torch.equal(reft_model(**INPUTS, base=column).logits, expected)
+    assert torch.equal(reft_model(IDS, INPUTS["attention_mask"], base=column).logits, expected)
+    located = reft_model(**INPUTS, base=column, intervention_locations=[[[5]], [[5]]])
+    assert_close(located.logits, expected)

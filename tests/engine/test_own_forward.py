@@ -321,3 +321,18 @@ def test_a_result_of_another_shape_is_refused() -> None:
 def test_its_subspaces_are_left_out_of_comparisons() -> None:
     reft_model = wrapped((1,), lambda _: Zero(**SIZES))
     assert subspaces_of(reft_model) == {}
+
+
+class Directed(rn.NoreftIntervention):
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]
+        return super().forward(base / base.norm(dim=-1, keepdim=True))
+
+
+def test_padding_gives_it_no_states_that_no_token_has() -> None:
+    entry = {"layer": 1, "positions": "all", "intervention": projected(Directed(**SIZES))}
+    reft_model = rn.get_reft_model(base(), rn.ReftConfig(entry)).train()
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
+    reft_model(input_ids=IDS, attention_mask=mask, labels=IDS).loss.backward()
+    gradients = [p.grad for p in reft_model.interventions.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)

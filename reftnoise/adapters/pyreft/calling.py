@@ -5,11 +5,11 @@ This is all that a call in transformers' form runs of it: the forms themselves a
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _COLUMN = "intervention_locations"
-_NAMES = frozenset({"base", _COLUMN, "intervene_on_prompt", "output_original_output"})
+_NAMES = frozenset({_COLUMN, "intervene_on_prompt", "output_original_output"})
 """Arguments that calls in transformers' form do not have."""
 
 
@@ -25,15 +25,26 @@ def in_forms_of_pyreft(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = args[0] if args else kwargs.get(first)
-        if not isinstance(inputs, Mapping) and _NAMES.isdisjoint(kwargs):
+        has_mapping = _takes_mapping(first, args, kwargs)
+        if not has_mapping and _NAMES.isdisjoint(kwargs):
             return method(model, *args, **kwargs)
         from .forms import call_in_form
 
-        return call_in_form(method, first, model, args, kwargs)
+        return call_in_form(method, first, model, args, kwargs, has_mapping=has_mapping)
 
     call.__signature__ = signature.replace(parameters=[*named, column, rest])  # type: ignore[attr-defined]  # inspect reads it
     return call
+
+
+def _takes_mapping(first: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call's inputs are a mapping, as the first argument or as `base`.
+
+    Beside inputs, a `base` that is no mapping is a column of a batch, which the model gets.
+    """
+    inputs, base = args[0] if args else kwargs.get(first), kwargs.get("base")
+    if isinstance(inputs, Mapping) or isinstance(base, Mapping):
+        return True
+    return "base" in kwargs and inputs is None
 
 
 class TakesBatches:

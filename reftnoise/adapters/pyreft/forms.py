@@ -75,6 +75,8 @@ def call_in_form(
     model: EditedModel,
     args: Sequence[Any],
     kwargs: dict[str, Any],
+    *,
+    has_mapping: bool,
 ) -> Any:
     """Call a model in transformers' form with what a call in one of pyreft's forms means.
 
@@ -84,13 +86,14 @@ def call_in_form(
         model: the model.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
+        has_mapping: whether the inputs are a mapping.
 
     Raises:
         ValueError: sources; locations or subspaces of another form; places in the prompt with
             `intervene_on_prompt=False`.
         TypeError: an argument that comes twice, or too many.
     """
-    if "base" in kwargs or isinstance(args[0] if args else kwargs.get(first), Mapping):
+    if has_mapping:
         return _call_with_mapping(method, first, model, args, kwargs)
     kwargs.pop("output_original_output", None)  # of the form that has a place for it
     if not kwargs.pop("intervene_on_prompt", True):

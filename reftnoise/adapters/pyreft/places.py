@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..._util.errors import brief
+from ...engine.locations import holds_columns
 
 
 def nested_locations(unit_locations: Any, interventions: int, rows: int) -> Any:
@@ -65,7 +66,7 @@ def by_unit(locations: Any, interventions: int, rows: int) -> Int[Tensor, "units
     except (RuntimeError, TypeError, ValueError):
         columns = torch.empty(0)
     is_nested = columns.dim() == 3 and columns.shape[:2] == (rows, interventions)
-    if not is_nested or columns.is_floating_point():
+    if not (is_nested and holds_columns(columns)):
         what = tuple(locations.shape) if isinstance(locations, Tensor) else brief(locations)
         raise ValueError(
             f"intervention_locations {what}: expected {rows} rows × {interventions} interventions "
