@@ -5,7 +5,6 @@ TRL replaces a model's `forward` by a function that runs the decoder and the hea
 where the base's own forward would: inside PEFT's wrapper, and among our hooks.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,9 +17,14 @@ from ..base.sites import Site
 
 
 def has_fused_head(forward: Any) -> bool:
-    """Whether a function, or one that it wraps, has TRL's argument `fused_lm_head`."""
+    """Whether a function, or one that it wraps, has TRL's argument `fused_lm_head`.
+
+    Its code is asked: the signature that it shows is the one of the `forward` that it replaces.
+    """
     while callable(forward):
-        if "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters:
+        code = getattr(forward, "__code__", None)  # also of a bound method
+        count = code.co_argcount + code.co_kwonlyargcount if code else 0
+        if code and "fused_lm_head" in code.co_varnames[:count]:
             return True
         forward = getattr(forward, "__wrapped__", None)
     return False
