@@ -49,7 +49,7 @@ class RowSubspaces:
 
 
 class GatedUnit(nn.Module):
-    """An adapter's unit without factors, beside the units of others: one of the gates is its own.
+    """An adapter's unit without factors, in a batch with others: one of the gates is its own.
 
     Args:
         unit: the unit.

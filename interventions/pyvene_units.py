@@ -18,7 +18,7 @@ from .own_forward import RowSubspaces, own_edit
 
 
 class _Adopted:
-    """What a unit has beside what pyvene's classes have."""
+    """What a unit has and pyvene's classes do not."""
 
     default_positions: ClassVar[str] = "l1"
     has_own_forward: ClassVar[bool] = True
@@ -46,10 +46,7 @@ class _Adopted:
         names = [*self.entry_defaults, *constructor_arguments(type(self))]
         return {n: getattr(self, n) for n in names if n != "embed_dim" and hasattr(self, n)}
 
-    def __getitem__(self, index: int) -> "_Adopted":
-        if index != 0:
-            raise IndexError(index)
-        return self
+    __getitem__ = ReftIntervention.__getitem__
 
 
 @functools.cache

@@ -58,7 +58,8 @@ def intervention_class(name: str) -> type[Unit]:
     if name not in INTERVENTIONS:
         raise ValueError(
             f"intervention {name!r} is not registered; {did_you_mean(name, INTERVENTIONS)}"
-            f"known: {', '.join(INTERVENTIONS)}"
+            f"known: {', '.join(INTERVENTIONS)}; "
+            f"register_intervention({name!r}) adds a class of your own"
         )
     return INTERVENTIONS[name]
 

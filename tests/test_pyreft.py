@@ -113,6 +113,10 @@ def test_positions_that_pyreft_does_not_have(positions: str) -> None:
 def test_what_is_missing_is_named(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="positions is missing"):
         rn.get_intervention_locations(last_position=3, num_interventions=1)
+    with pytest.raises(ValueError, match="num_interventions 3: expected an even number"):
+        rn.get_intervention_locations(last_position=4, num_interventions=3, positions="f1+l1")
+    with pytest.raises(ValueError, match="position is missing: expected one such as"):
+        rn.ReftGenerationDataset("task", None, tokenizer, dataset=[])
     with pytest.raises(ValueError, match="1 inputs but 2 outputs"):
         rn.make_multiple_position_supervised_data_module(tokenizer, None, ["a"], ["b", "c"])
     bare = pyreft_rows.tokenizer()

@@ -1,4 +1,4 @@
-"""What pyvene's config says beside its entries."""
+"""What pyvene's config says apart from its entries."""
 
 from collections.abc import Mapping, Sequence
 from operator import methodcaller

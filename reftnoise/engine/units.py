@@ -92,7 +92,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
 
 
 def _expect_names(placed: Sequence[PlacedUnit]) -> None:
-    """Warn of classes that no saved config can name, before somebody trains them."""
+    """Warn of classes that no saved config can name, before they are trained."""
     for unit in placed:
         try:
             intervention_name(type(unit.unit))

@@ -41,6 +41,9 @@ def get_intervention_locations(
         pad_mode: `"first"` to fill up short prompts with column -1, else with `last_position`.
         share_weights: whether the interventions edit both sides.
         _others: further settings of a dataset, which are not read.
+
+    Raises:
+        ValueError: no positions; an odd number of interventions that share two sides.
     """
     if positions is not None:
         first_n, last_n = parse_positions(positions)
@@ -56,6 +59,11 @@ def get_intervention_locations(
         return [both] * num_interventions
     prefix += padding * (first_n - first)
     suffix += padding * (last_n - last)
+    if num_interventions % 2:
+        raise ValueError(
+            f"num_interventions {num_interventions}: expected an even number, one half for the "
+            "first tokens and one for the last, or share_weights=True"
+        )
     width = max(len(prefix), len(suffix))
     prefix += padding * (width - len(prefix))
     suffix += padding * (width - len(suffix))

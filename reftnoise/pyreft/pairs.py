@@ -105,10 +105,10 @@ class ReftRewardCollator:
 
     Args:
         tokenizer: tokenizer of the base.
-        padding: as the tokenizer's `pad` takes it.
-        max_length: likewise.
-        pad_to_multiple_of: likewise.
-        return_tensors: likewise.
+        padding: padding, as in the tokenizer's `pad`.
+        max_length: length that `padding="max_length"` pads to.
+        pad_to_multiple_of: number that padded lengths are multiples of.
+        return_tensors: kind of tensors that a batch holds.
     """
 
     tokenizer: Any

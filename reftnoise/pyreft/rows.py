@@ -73,6 +73,8 @@ class ReftDataset(Dataset[dict[str, Any]]):
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer has no pad_token: expected one, such as its unk_token")
         self.tokenizer = tokenizer
+        if "position" not in kwargs:
+            raise ValueError("position is missing: expected one such as 'f3+l3'")
         self.first_n, self.last_n = parse_positions(kwargs["position"])
         self.task = task
         self.data_path = data_path
@@ -258,42 +260,16 @@ class ReftGenerationDataset(ReftDataset):
 class ReftSupervisedDataset(ReftDataset):
     """Rows of instruction, input and output in Alpaca's template.
 
-    All of the prompt's tokens but the last are counted.
-
-    Args:
-        task: as in `ReftDataset`, as are the following.
-        data_path: configuration or path.
-        tokenizer: tokenizer with a padding token.
-        data_split: split of the dataset.
-        dataset: rows.
-        seed: seed for the choice of examples.
-        max_n_example: number of rows to choose.
-        no_stop: whether outputs end without the end-of-text token.
-        kwargs: settings of `ReftDataset`, `input_field`, `output_field`, `instruction_field`.
+    All of the prompt's tokens but the last are counted. `instruction_field`, `input_field` and
+    `output_field` name the columns; with `no_stop=True`, outputs end without the end-of-text token.
     """
-
-    def __init__(
-        self,
-        task: str,
-        data_path: str | None,
-        tokenizer: Any,
-        data_split: str = "train",
-        dataset: Any = None,
-        seed: int = 42,
-        max_n_example: int | None = None,
-        no_stop: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.no_stop = no_stop
-        super().__init__(
-            task, data_path, tokenizer, data_split, dataset, seed, max_n_example, **kwargs
-        )
 
     def preprocess(self, kwargs: dict[str, Any]) -> None:
         """Read the columns' names."""
         self.input_field = kwargs["input_field"]
         self.output_field = kwargs["output_field"]
         self.instruction_field = kwargs["instruction_field"]
+        self.no_stop = kwargs.get("no_stop", False)
 
     def tokenize(self, data_item: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """Tokens of prompt and output."""

@@ -527,7 +527,8 @@ def test_a_users_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(INTERVENTIONS, "shift")
     known = ", ".join(INTERVENTIONS)
     place = f"{tmp_path / 'reft_config.json'}: representations[0]"
-    message = f"{place}: intervention 'shift' is not registered; known: {known}"
+    message = f"{place}: intervention 'shift' is not registered; known: {known}; "
+    message += "register_intervention('shift') adds a class of your own"
     with pytest.raises(ValueError, match=exactly(message)):
         rn.ReftModel.from_pretrained(tiny_model(), tmp_path)
 

@@ -91,4 +91,4 @@ def test_what_is_not_supported(entries: Any, arguments: Any, message: str) -> No
 
 def test_an_unknown_argument_is_named() -> None:
     with pytest.raises(TypeError, match="ReftConfig got an unknown argument 'modules'"):
-        rn.ReftConfig(PLACE | {"intervention": loreft()}, modules=1)  # type: ignore[call-arg]
+        rn.ReftConfig(PLACE | {"intervention": loreft()}, modules=1)  # type: ignore[call-arg]  # the mistake

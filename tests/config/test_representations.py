@@ -307,17 +307,20 @@ MODULE = (
         # interventions
         (
             LOREFT | {"intervention": "lorefd"},
-            f"intervention 'lorefd' is not registered; did you mean 'loreft'? known: {NAMES}",
+            f"intervention 'lorefd' is not registered; did you mean 'loreft'? known: {NAMES}; "
+            "register_intervention('lorefd') adds a class of your own",
         ),
         (
             LOREFT | {"intervention": "LoReFT"},
-            f"intervention 'LoReFT' is not registered; did you mean 'loreft'? known: {NAMES}",
+            f"intervention 'LoReFT' is not registered; did you mean 'loreft'? known: {NAMES}; "
+            "register_intervention('LoReFT') adds a class of your own",
         ),
         ({"peft_type": "lora", "r": 8}, f"peft_type 'lora' {PEFT}"),
         (LOREFT | {"intervention": "LoRA"}, f"intervention 'LoRA' {PEFT}"),
         (
             LOREFT | {"intervention": "xyz"},
-            f"intervention 'xyz' is not registered; known: {NAMES}",
+            f"intervention 'xyz' is not registered; known: {NAMES}; "
+            "register_intervention('xyz') adds a class of your own",
         ),
         ({"layer": 0}, UNIT),
         ({"layer": 0, "intervention": None}, UNIT),

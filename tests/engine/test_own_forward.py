@@ -30,19 +30,19 @@ GREEDY: dict[str, Any] = {"do_sample": False, "intervene_on_prompt": True}
 
 
 class Zero(rn.NoreftIntervention):
-    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]  # as in pyreft
         return base * 0
 
 
 class Half(rn.NoreftIntervention):
-    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]  # as in pyreft
         return base * 0.5 + self.learned_source.bias.sum()
 
 
 class Twice(rn.NoreftIntervention):
     """Twice the edit of its parent."""
 
-    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]  # as in pyreft
         return 2 * super().forward(base, source, subspaces) - base
 
 
@@ -51,14 +51,14 @@ class Scaled(rn.LoreftIntervention):
         super().__init__(**arguments)
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
-    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]  # as in pyreft
         return base + self.scale * (super().forward(base) - base)
 
 
 class Composed(rn.LoreftIntervention):
     """As of ReFT's composition: each row has the dimensions that it chooses."""
 
-    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]  # as in pyreft
         difference = self.act_fn(self.learned_source(base)) - self.rotate_layer(base)
         parts = [difference[row, :, chosen] for row, chosen in enumerate(subspaces)]
         weights = [self.rotate_layer.weight[..., chosen].T for chosen in subspaces]
@@ -67,7 +67,7 @@ class Composed(rn.LoreftIntervention):
 
 
 class Chosen(rn.NoreftIntervention):
-    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]  # as in pyreft
         difference = self.act_fn(self.learned_source(base)) - self.proj_layer(base)
         weight = self.proj_layer.weight
         return torch.stack(
@@ -309,7 +309,7 @@ def test_half_precision_runs_in_the_units_dtype() -> None:
 
 def test_a_result_of_another_shape_is_refused() -> None:
     class Narrow(rn.NoreftIntervention):
-        def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]
+        def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]  # as in pyreft
             return base[..., :1]
 
     reft_model = wrapped((1,), lambda _: Narrow(**SIZES))
@@ -324,7 +324,7 @@ def test_its_subspaces_are_left_out_of_comparisons() -> None:
 
 
 class Directed(rn.NoreftIntervention):
-    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:  # type: ignore[override]  # as in pyreft
         return super().forward(base / base.norm(dim=-1, keepdim=True))
 
 

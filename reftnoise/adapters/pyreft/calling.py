@@ -39,7 +39,7 @@ def in_forms_of_pyreft(method: Callable[..., Any]) -> Callable[..., Any]:
 def _takes_mapping(first: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call's inputs are a mapping, as the first argument or as `base`.
 
-    Beside inputs, a `base` that is no mapping is a column of a batch, which the model gets.
+    A `base` that is no mapping is a column of a batch, if there are other inputs.
     """
     inputs, base = args[0] if args else kwargs.get(first), kwargs.get("base")
     if isinstance(inputs, Mapping) or isinstance(base, Mapping):

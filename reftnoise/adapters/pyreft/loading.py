@@ -1,7 +1,6 @@
 """Directories of pyreft and pyvene, read into models at once; their files hold no positions.
 
-Beside whole adapters there are checkpoints of pyreft's trainer, `checkpoint-N/intervenable_model`,
-which are the files of weights alone.
+A checkpoint of pyreft's trainer, `checkpoint-N/intervenable_model`, has the files of weights alone.
 """
 
 import re

@@ -24,7 +24,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "intervenables_sort_fn": (None,),
     "use_fast": (None, False, True),
 }
-"""What pyvene's constructor takes beside config and model, and the values that mean something."""
+"""What pyvene's constructor takes after config and model, and the values that are possible here."""
 
 _HINTS = {
     "as_adaptor": "; a unit reads what it edits: for one that edits what a layer reads, give the "

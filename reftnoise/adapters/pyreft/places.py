@@ -93,7 +93,7 @@ def subspaces_by_unit(subspaces: Any) -> Any:
     if len({len(row) for row in nested}) > 1:
         raise ValueError(
             f"subspaces {brief(subspaces)}: expected rows × interventions × dimensions, as the "
-            "intervention_locations beside them"
+            "intervention_locations that come with them"
         )
     return [list(unit) for unit in zip(*nested, strict=True)]
 
