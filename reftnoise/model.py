@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ._util.errors import brief, is_finite_number
 from .adapters import saving
+from .adapters.base_methods import OTHER_WRAPPER, REFUSED
 from .adapters.library import OWN, AdapterChoice, AdapterLibrary
 from .adapters.mixin import AdapterMixin
 from .adapters.pyreft.calling import TakesBatches, in_forms_of_pyreft
@@ -30,9 +31,6 @@ from .engine.training_pass.runner import ForwardPasses, SplitMode
 from .engine.training_pass.symnoise import in_pairs, mean_of_pairs
 from .engine.units import Subspaces, place_units, subspace_gates
 
-# Continuous batching lays prompts out in a way of its own, in passes that are not ours.
-_UNEDITED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-
 
 class ReftModel(TakesBatches, AdapterMixin):
     """A base model whose hidden states are edited, and perturbed in training, by units.
@@ -40,7 +38,7 @@ class ReftModel(TakesBatches, AdapterMixin):
     It is called like the base and returns the base's output class; `generate` returns token ids.
     `adapters.pyreft.forms` has the other forms of a call: those of pyreft.
     Attributes that it does not have itself (`config`, `device`, `generation_config`,
-    `gradient_checkpointing_enable`, …) are the base's.
+    `gradient_checkpointing_enable`, …) are the base's, but for those in `adapters.base_methods`.
 
     Args:
         config: the units.
@@ -95,18 +93,28 @@ class ReftModel(TakesBatches, AdapterMixin):
         except AttributeError:
             if name in ("model", "_is_accelerate_prepared"):
                 raise  # the second is accelerate's mark of one object, not of its base
-            if name in _UNEDITED:
-                raise AttributeError(f"{name} would leave edits out: use generate") from None
+            if name in REFUSED:
+                raise AttributeError(f"{name} {REFUSED[name]}") from None
             return getattr(self.model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("config", "generation_config"):
             setattr(self.model, name, value)
+        elif name == "peft_config":  # PEFT's wrappers set it, and nothing else of ours before
+            raise ValueError(OTHER_WRAPPER)
+        elif self._is_setting_of_base(name):
+            setattr(inner_model(self.model), name, value)
         elif name == "forward" and has_fused_head(value):
             expect_plain_head(inner_model(self.model), self.engine.sites)
             self._fused_forward = getattr(value, "__func__", value)
         else:
             super().__setattr__(name, value)
+
+    def _is_setting_of_base(self, name: str) -> bool:
+        """Whether the base has a property of that name, such as `loss_function`, and we do not."""
+        if hasattr(type(self), name) or "model" not in self._modules:
+            return False
+        return isinstance(getattr(type(inner_model(self.model)), name, None), property)
 
     # -- forward -----------------------------------------------------------------------------
 

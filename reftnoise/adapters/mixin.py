@@ -50,6 +50,38 @@ class AdapterMixin(PyreftMethods):
         """The device that the base computes on, also where its weights are offloaded."""
         return self.get_device()
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the base and the units. A base refuses what its weights cannot be."""
+        inner_model(self.model).to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def half(self) -> Self:
+        """Cast the base and the units to float16; as `to` for a base that cannot be cast."""
+        inner_model(self.model).half()
+        return super().half()
+
+    def float(self) -> Self:
+        """Cast the base and the units to float32; as `to` for a base that cannot be cast."""
+        inner_model(self.model).float()
+        return super().float()
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """Move the base and the units to a GPU; as `to` for a base that cannot be moved."""
+        inner_model(self.model).cuda(device)
+        return super().cuda(device)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Self:
+        """Dequantise the base's weights in place, as transformers does. Returns the model."""
+        inner_model(self.model).dequantize(**({} if dtype is None else {"dtype": dtype}))
+        return self
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """The bytes of the base, as transformers counts them, and of the units."""
+        tensors: list[Tensor] = list(self.interventions.parameters())
+        tensors += self.interventions.buffers() if return_buffers else ()
+        own = sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
+        return own + int(self.model.get_memory_footprint(return_buffers))
+
     def set_device(self, device: torch.device | str | None, set_model: bool = True) -> None:
         """Move everything to `device`; None puts each unit where its site is."""
         if device is not None:

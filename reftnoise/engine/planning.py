@@ -28,6 +28,12 @@ from .locations import EditedPlace, EditedPlaces, EveryColumn, parse_unit_locati
 
 logger = logging.getLogger(__name__)
 
+FROZEN_UNITS = (
+    "all units are frozen, as by prepare_model_for_kbit_training, get_peft_model or "
+    "requires_grad_(False) of the whole model: call those on the base, or give the ReftConfig a "
+    "peft section; reft_model.interventions.requires_grad_(True) trains the units again"
+)
+
 
 class Planner:
     """Plans what calls of a base edit.
@@ -139,8 +145,9 @@ class TrainingChecks:
         self._has_looked_at_labels = False
 
     def check(self, plan: Plan, batch: Batch) -> None:
-        """Warn of noise that acts twice, and of prompts that hardly are prompts."""
+        """Warn of frozen units, noise that acts twice, and prompts that hardly are prompts."""
         self._check_noise()
+        self._check_frozen()
         is_located = batch.prompt_lengths is not None or batch.unit_locations is not None
         units = self._planner.engine.units
         after_prompt = any(placed.positions and placed.positions.decode for placed in units)
@@ -162,6 +169,13 @@ class TrainingChecks:
                     "labels begin with each row's first token, which alone counts as its prompt, "
                     "so that positions such as 'l1' mean this token: set labels of prompts to -100",
                 )
+
+    def _check_frozen(self) -> None:
+        """Helpers of other libraries freeze every parameter of what they take for a base."""
+        units = [placed.unit for placed in self._planner.engine.units]
+        parameters = [parameter for unit in units for parameter in unit.parameters()]
+        if parameters and torch.is_grad_enabled() and not any(p.requires_grad for p in parameters):
+            warn_once(logger, FROZEN_UNITS)
 
     def _check_noise(self) -> None:
         """transformers' NEFTune acts on the embeddings, after a noise of the config."""

@@ -18,6 +18,7 @@ from ..data.encoding import LOCATIONS
 from ..engine.base.peft import inner_model
 from ..engine.base.sharding import whole_state
 from ..engine.layout import has_token_labels, prompt_lengths_from_labels
+from ..engine.planning import FROZEN_UNITS
 from ..engine.training_pass.prefix_cache import Place, PrefixCache
 from ..engine.training_pass.runner import SplitMode
 from ..model import ReftModel
@@ -87,6 +88,8 @@ class ReftTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` continues from the last complete checkpoint."""
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            if next(self.model.interventions.parameters(), None) is not None:
+                raise ValueError(f"nothing is trained: {FROZEN_UNITS}")
             raise ValueError(
                 "nothing is trained: all parameters are frozen, and noise has none; "
                 "get_reft_model(model, config, disable_model_grads=False) trains the base under it"
