@@ -6,6 +6,8 @@
 import os
 import random
 import shutil
+from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftnoise as rn
+from reftnoise.adapters.directory import AdapterFiles
 from support.adapters import MISTAKES, save
 
 vllm = pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
+
+from reftnoise.inference.vllm import worker  # noqa: E402  # which needs vllm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of vLLM and what it imports
@@ -308,6 +313,72 @@ def test_a_mistake_harms_its_request_alone(
     lora = request_for("last", adapters)
     (output,) = small_engine.generate([prompt], sampling(), lora_request=lora, use_tqdm=False)
     assert list(output.outputs[0].token_ids) == expected(ours, prompts[0], "last")
+
+
+def test_a_path_cannot_carry_a_digest(
+    small_engine: Any, prompts: Any, adapters: dict[str, Path]
+) -> None:
+    digest = AdapterFiles.read(adapters["last"]).identity()
+    lora = lora_request("forged", 1, f"{adapters['last']}#sha256:{digest}")
+    prompt = {"prompt_token_ids": prompts[0]}
+    with pytest.raises(vllm.exceptions.VLLMValidationError, match=r"no reft_config\.json"):
+        small_engine.generate([prompt], sampling(), lora_request=lora, use_tqdm=False)
+
+
+def written_beside(
+    engine: Any, prompt: list[int], requests: dict[str, Any], between: Callable[[], None]
+) -> dict[str, Any]:
+    """What requests that run together write, where something happens before their first step."""
+    running, written = engine.llm_engine, {}
+    for name, lora in requests.items():
+        running.add_request(name, {"prompt_token_ids": prompt}, sampling(), lora_request=lora)
+    between()
+    while running.has_unfinished_requests():
+        written.update({output.request_id: output.outputs[0] for output in running.step()})
+    return written
+
+
+def test_an_edit_that_fails_ends_its_requests_alone(
+    small_engine: Any,
+    prompts: Any,
+    ours: rn.ReftModel,
+    adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And leaves no state in the cache of prompts that a later request would read."""
+    small_engine.reset_prefix_cache()
+    prompt = max(prompts, key=len)
+    requests = {"bare": None, "edited": request_for("all", adapters)}
+    applied = 0
+
+    def fail_in_the_third_step(edits: Any, *states: Any) -> None:
+        nonlocal applied
+        applied += len(edits)
+        if applied == 3:  # which fills the first block of 32 tokens: it edits 15 in a step
+            raise RuntimeError("a planted fault")
+        worker_apply(edits, *states)
+
+    worker_apply = worker.apply_
+    with monkeypatch.context() as patch:
+        plant = partial(patch.setattr, worker, "apply_", fail_in_the_third_step)
+        written = written_beside(small_engine, prompt, requests, plant)
+        assert written["edited"].finish_reason == "error"
+        assert list(written["edited"].token_ids) == []
+        assert list(written["bare"].token_ids) == expected(ours, prompt, None)
+    written = written_beside(small_engine, prompt, requests, lambda: None)
+    assert list(written["edited"].token_ids) == expected(ours, prompt, "all")
+
+
+def test_an_adapter_that_is_gone_ends_its_requests_alone(
+    small_engine: Any, prompts: Any, ours: rn.ReftModel, base: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(9)
+    save(rn.get_reft_model(loaded(base), rn.ReftConfig(ENTRIES["all"])), tmp_path / "gone")
+    requests = {"bare": None, "gone": lora_request("gone", 1, str(tmp_path / "gone"))}
+    remove = partial(shutil.rmtree, tmp_path / "gone")
+    written = written_beside(small_engine, prompts[0], requests, remove)
+    assert written["gone"].finish_reason == "error"
+    assert list(written["bare"].token_ids) == expected(ours, prompts[0], None)
 
 
 # -- compiled, and tensor parallel -----------------------------------------------------------------

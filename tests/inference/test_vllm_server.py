@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import reftnoise as rn
+from reftnoise.adapters.directory import AdapterFiles
 from reftnoise.config.decoding import Decoding
 from reftnoise.inference.playground.asking import AnswerRequest
 from support.adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
@@ -43,10 +44,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model, tokenizer = rn.load_tiny_model()
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    for seed, (name, positions) in enumerate({"l1": "l1", "all": "all+decode"}.items()):
+    loreft = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
+    entries = {
+        "l1": loreft,
+        "all": loreft | {"positions": "all+decode"},
+        "mlp": loreft | {"component": "mlp_output"},
+    }
+    for seed, (name, entry) in enumerate(entries.items()):
         torch.manual_seed(seed)
-        entry = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
-        config = rn.ReftConfig([entry | {"positions": positions}])
+        config = rn.ReftConfig([entry])
         save(rn.get_reft_model(rn.load_tiny_model()[0], config), folder / name)
     for name, (make, _) in ALL_MISTAKES.items():
         make(folder / "l1", folder / name)
@@ -170,6 +176,12 @@ def test_adapters_come_under_traffic_and_mistakes_are_the_clients(
                 load(client, "wrong", served[mistake])
         with pytest.raises(openai.BadRequestError, match=r"no reft_config\.json in it"):
             load(client, "wrong", served["base"])
+        digest = AdapterFiles.read(served["mlp"]).identity()
+        forged = served["mlp"].with_name(f"mlp#sha256:{digest}")
+        with pytest.raises(openai.BadRequestError, match=r"no reft_config\.json in it"):
+            load(client, "wrong", forged)
+        with pytest.raises(openai.BadRequestError, match="edits 'mlp_output', but vLLM serves"):
+            load(client, "wrong", served["mlp"])
         with pytest.raises(openai.NotFoundError, match="wrong"):
             complete(client, "wrong")
         with pytest.raises(openai.BadRequestError, match="expected a finite number"):

@@ -9,9 +9,13 @@ components that adapters may edit; without it, the plugin does nothing. `--enabl
 needed, and cannot be combined. A request may scale its edits, as in
 `{"vllm_xargs": {"reft_scale": 0.5}}`.
 
-An adapter is identified by the digest of its config and weights. The digest is part of the
-adapter's number and of the path in a request, which is part of the keys of vLLM's prefix cache. So
-no adapter reads states that another one has edited, even if it is loaded later under the same name.
+An adapter is identified by the digest of its config and weights, as this process read it: nothing
+that a client sends can stand for it. The digest is the adapter's number in the engine, and a part
+of the salt of vLLM's prefix cache. So no adapter reads states that another one has edited, even if
+it is loaded later under the same name.
+
+A worker checks each adapter again. Where it cannot load or apply one, the requests that chose it
+end with an error, and all others go on.
 """
 
 import asyncio
@@ -26,13 +30,14 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from . import SCALE
-from .worker import PINNED, ServedAdapters, components_of, find_adapter, number_of, pinned, scale_of
+from .worker import ServedAdapters, components_of, digest_of, find_adapter, number_of, scale_of
 
 
 def register() -> None:
@@ -49,6 +54,15 @@ def register() -> None:
     _wrap(LoRAModelRunnerMixin, "remove_lora", _remove_lora)
     _wrap(LoRAModelRunnerMixin, "list_loras", _list_loras)
     _wrap(GPUModelRunner, "_model_forward", _model_forward)
+    _wrap(GPUModelRunner, "execute_model", _output)
+    _wrap(GPUModelRunner, "sample_tokens", _output)
+    _wrap(Scheduler, "update_from_output", _update_from_output)
+
+
+class _Pinned(LoRARequest):
+    """A named adapter, as it was when it was loaded."""
+
+    digest: str = ""
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
@@ -80,14 +94,18 @@ def _process_inputs(
     arguments = (processor, request_id, prompt, params, supported_tasks, arrival_time)
     if lora_request is None or not _is_ours(lora_request.lora_path, processor.vllm_config):
         return original(*arguments, lora_request, **kwargs)
+    path = lora_request.lora_path
     try:
-        path = pinned(lora_request.lora_path, processor.vllm_config)
+        if isinstance(lora_request, _Pinned):
+            digest = lora_request.digest
+        else:
+            digest = digest_of(path, processor.vllm_config)
         scale = scale_of(params)
     except (OSError, ValueError) as error:
         raise VLLMValidationError(str(error)) from None
     request = original(*arguments, None, **kwargs)
-    request.lora_request = LoRARequest(lora_request.lora_name, number_of(path), path)
-    request.cache_salt = f"{SCALE}={scale!r};{request.cache_salt or ''}"
+    request.lora_request = LoRARequest(lora_request.lora_name, number_of(digest), path)
+    request.cache_salt = f"{SCALE}={scale!r};{digest};{request.cache_salt or ''}"
     return request
 
 
@@ -95,18 +113,23 @@ async def _load_lora_adapter(
     original: Callable[..., Any], models: OpenAIServingModels, request: Any, **kwargs: Any
 ) -> Any:
     """Check an adapter before the engine loads it: a client's mistake is no error of the server."""
-    config = models.input_processor.vllm_config
+    config, name = models.input_processor.vllm_config, request.lora_name
     if not _is_ours(request.lora_path, config):
         return await original(models, request, **kwargs)
     try:
-        path = pinned(request.lora_path, config)
+        digest = digest_of(request.lora_path, config)
     except (OSError, ValueError) as error:
         return create_error_response(str(error))
-    before = models.lora_requests.get(request.lora_name)
-    response = await original(models, request.model_copy(update={"lora_path": path}), **kwargs)
+    before = models.lora_requests.get(name)
+    response = await original(models, request, **kwargs)
+    if isinstance(response, ErrorResponse):
+        match = _REFUSED.search(response.error.message)
+        return create_error_response(match[1]) if match else response
+    loaded = models.lora_requests[name]
+    models.lora_requests[name] = _Pinned(
+        name, number_of(digest), loaded.lora_path, loaded.base_model_name, digest=digest
+    )
     _drop(models, before)
-    if isinstance(response, ErrorResponse) and (match := _REFUSED.search(response.error.message)):
-        return create_error_response(match[1])
     return response
 
 
@@ -122,19 +145,19 @@ async def _unload_lora_adapter(
 
 def _drop(models: OpenAIServingModels, loaded: LoRARequest | None) -> None:
     """Let the workers drop an adapter that has no name any more, once no request needs it."""
-    if loaded is None or PINNED not in loaded.lora_path:
+    if not isinstance(loaded, _Pinned):
         return
-    task = asyncio.create_task(_forget(models, loaded.lora_path))
+    task = asyncio.create_task(_forget(models, loaded.lora_int_id))
     _tasks.add(task)
     task.add_done_callback(_tasks.discard)
 
 
-async def _forget(models: OpenAIServingModels, path: str) -> None:
+async def _forget(models: OpenAIServingModels, number: int) -> None:
     running = models.engine_client.output_processor.request_states
-    while any(r.lora_request and r.lora_request.lora_path == path for r in running.values()):
+    while any(r.lora_request and r.lora_request.lora_int_id == number for r in running.values()):
         await asyncio.sleep(_INTERVAL)
-    if all(named.lora_path != path for named in models.lora_requests.values()):
-        await models.engine_client.remove_lora(number_of(path))
+    if all(named.lora_int_id != number for named in models.lora_requests.values()):
+        await models.engine_client.remove_lora(number)
 
 
 _REFUSED = re.compile(r"<reft>(.*)</reft>", re.DOTALL)
@@ -196,3 +219,29 @@ def _model_forward(
         return original(runner, *args, **kwargs)
     with runner.reftnoise.step():
         return original(runner, *args, **kwargs)
+
+
+def _output(original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+    """Send the names of the requests whose edits failed along with a step's output."""
+    output = original(runner, *args, **kwargs)
+    served = None if output is None else getattr(runner, "reftnoise", None)
+    if served is not None and (failed := served.take_failed()):
+        getattr(output, "_model_runner_output", output).reftnoise_failed = failed
+    return output
+
+
+# -- the scheduler's process ---------------------------------------------------------------------
+
+
+def _update_from_output(
+    original: Callable[..., Any], scheduler: Scheduler, scheduled: Any, output: Any
+) -> Any:
+    """End requests whose edits failed with an error; nobody reads the states that they left."""
+    for name in getattr(output, "reftnoise_failed", ()):
+        if name in scheduler.requests:
+            blocks = scheduler.kv_cache_manager.get_block_ids(name)
+            scheduler.kv_cache_manager.evict_blocks({block for group in blocks for block in group})
+            scheduler.grammar_compile_error_reqs.add(name)  # which end with an error, alone
+        if output.sampled_token_ids:
+            output.sampled_token_ids[output.req_id_to_index[name]] = []
+    return original(scheduler, scheduled, output)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ..._util.errors import is_finite_number, nearest
@@ -26,9 +28,6 @@ from ...training.run_files import ADAPTER
 from . import SCALE
 from .flat_batch import FlatBatch, FlatEdit, StepRequests, apply_
 
-PINNED = "#sha256:"
-"""Between an adapter's directory and the digest of its config and weights."""
-
 _SERVED = ["block_output", "attention_output", "mlp_output", "embeddings"]
 
 _KEPT = 4
@@ -36,6 +35,11 @@ _KEPT = 4
 
 _current: dict[int, list[FlatEdit]] = {}
 """The edits of the step that runs, by the number of the hook."""
+
+_errors: list[Exception] = []
+"""What the edits of the step that runs raised."""
+
+_logger = init_logger(__name__)
 
 
 def components_of(config: VllmConfig) -> list[str]:
@@ -65,17 +69,20 @@ def find_adapter(path: str) -> Path | None:
     return next((place for place in candidates if (place / CONFIG_NAME).is_file()), None)
 
 
-def pinned(path: str, config: VllmConfig) -> str:
-    """The directory of an adapter that is whole and fits the base, with its digest.
+def digest_of(path: str, config: VllmConfig) -> str:
+    """The digest of an adapter that is whole, fits the base, and edits what is served.
 
     Raises:
         FileNotFoundError: there is no adapter.
         ValueError: it is damaged, for another base, or edits a component that is not served.
     """
-    if PINNED in path:
-        return path
     path = str(find_adapter(path) or path)
-    adapter, identity = _read(path, _stamps_of(path))
+    adapter, digest = _read(path, _stamps_of(path))
+    _expect_served(adapter, config)
+    return digest
+
+
+def _expect_served(adapter: AdapterFiles, config: VllmConfig) -> None:
     components = components_of(config)
     for index, entry in enumerate(adapter.config.representations):
         if not entry.is_noise and entry.component not in components:
@@ -85,12 +92,11 @@ def pinned(path: str, config: VllmConfig) -> str:
             )
     base = _Base(nn.Module(), config.model_config.hf_config)
     adapter.expect_base(base.fingerprint(), config.model_config.model)
-    return f"{path}{PINNED}{identity}"
 
 
 @functools.lru_cache(maxsize=4096)
 def _read(path: str, _stamps: tuple[tuple[int, ...], ...]) -> tuple[AdapterFiles, str]:
-    """An adapter and its identity, read again when its files have other stamps."""
+    """An adapter and its digest, read again when its files have other stamps."""
     adapter = AdapterFiles.read(path)
     return adapter, adapter.identity()
 
@@ -101,9 +107,9 @@ def _stamps_of(path: str) -> tuple[tuple[int, ...], ...]:
     return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
-def number_of(path: str) -> int:
-    """The number of an adapter, which equal adapters share."""
-    return int(path.partition(PINNED)[2][:15], 16) + 1
+def number_of(digest: str) -> int:
+    """The number of an adapter in the engine, which equal adapters share."""
+    return int(digest[:15], 16) + 1
 
 
 def scale_of(params: Any) -> float:
@@ -121,6 +127,7 @@ class ServedAdapters:
         self._runner = runner
         self._base = _Base(runner.model, runner.model_config.hf_config)
         self._adapters: dict[int, FrozenAdapter] = {}
+        self._failed: list[str] = []
         self._batches = RecentlyUsed[tuple[int, ...], FlatBatch](_KEPT)
         self._hooks: dict[nn.Module, int] = {}
         for component in components:
@@ -130,21 +137,37 @@ class ServedAdapters:
                 number = self._hooks[module] = len(self._hooks)
                 module.register_forward_hook(_Hook(number))
 
-    def load(self, path: str) -> None:
-        """Load an adapter that is not loaded yet."""
-        path = pinned(path, self._runner.vllm_config)
-        directory, _, digest = path.partition(PINNED)
-        if number_of(path) in self._adapters:
-            return
+    def load(self, path: str) -> int:
+        """Load the adapter that a directory holds; its number.
+
+        Raises:
+            FileNotFoundError: there is no adapter.
+            ValueError: it is damaged, for another base, or edits what is not served.
+        """
+        directory = str(find_adapter(path) or path)
         adapter = AdapterFiles.read(directory)
-        if adapter.identity() != digest:
-            raise ValueError(f"{directory}: another adapter has been saved there in the meantime")
-        frozen = freeze(adapter, self._base)
-        if frozen.others:
-            name = type(frozen.others[0].unit).__name__
-            raise ValueError(f"{directory}: vLLM edits by factors, which {name} does not have")
-        frozen.weights = frozen.weights.to(self._runner.device)
-        self._adapters[number_of(path)] = frozen
+        _expect_served(adapter, self._runner.vllm_config)
+        number = number_of(adapter.identity())
+        if number not in self._adapters:
+            frozen = freeze(adapter, self._base)
+            if frozen.others:
+                name = type(frozen.others[0].unit).__name__
+                raise ValueError(f"{directory}: vLLM edits by factors, which {name} does not have")
+            frozen.weights = frozen.weights.to(self._runner.device)
+            self._adapters[number] = frozen
+        return number
+
+    def _is_ready(self, request: LoRARequest) -> bool:
+        """Whether a request's adapter is loaded, at the latest now."""
+        number = request.lora_int_id
+        if number in self._adapters:
+            return True
+        try:
+            if self.load(request.lora_path) != number:
+                raise ValueError(f"{request.lora_path}: another adapter has been saved there since")
+        except Exception as error:
+            self._fail({number}, error)
+        return number in self._adapters
 
     def remove(self, number: int) -> bool:
         """Drop an adapter; False if it is not loaded, or a request of the batch needs it."""
@@ -159,33 +182,63 @@ class ServedAdapters:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Within the block, the model runs with the edits of the runner's batch."""
-        batch = self._runner.input_batch
-        for request in batch.lora_id_to_lora_request.values():
-            self.load(request.lora_path)
-        chosen = tuple(sorted(batch.lora_id_to_lora_request))
-        flat = self._batches.get(
-            chosen, lambda: FlatBatch([self._adapters[n] for n in chosen], self._runner.device)
-        )
-        count = batch.num_reqs
-        decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
-        if flat.edits_decode or not decodes.all():
-            edits = flat.edits(self._requests(chosen))
-            _current.update({self._hooks[module]: of_module for module, of_module in edits.items()})
+        """Within the block, the model runs with the edits of the runner's batch.
+
+        Where an adapter cannot be loaded or applied, the requests that chose it fail, and no other.
+        """
+        requests = self._runner.input_batch.lora_id_to_lora_request.values()
+        chosen = tuple(sorted(r.lora_int_id for r in requests if self._is_ready(r)))
         try:
+            if chosen:
+                edits = self._edits(chosen)
+                _current.update({self._hooks[module]: edits[module] for module in edits})
             yield
+            if _errors:
+                self._fail(set(chosen), _errors[0])
         finally:
             _current.clear()
+            _errors.clear()
+
+    def take_failed(self) -> list[str]:
+        """The names of the requests whose edits failed since the last call."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _fail(self, numbers: set[int], error: Exception) -> None:
+        batch = self._runner.input_batch
+        mapping = batch.request_lora_mapping[: batch.num_reqs]
+        names = [
+            name
+            for name, number in zip(batch.req_ids[: batch.num_reqs], mapping, strict=True)
+            if number in numbers
+        ]
+        _logger.error("reftnoise: requests %s end with an error: %r", names, error)
+        self._failed += names
+
+    def _edits(self, chosen: tuple[int, ...]) -> dict[nn.Module, list[FlatEdit]]:
+        batch, count = self._runner.input_batch, self._runner.input_batch.num_reqs
+        decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
+        try:
+            flat = self._batches.get(
+                chosen, lambda: FlatBatch([self._adapters[n] for n in chosen], self._runner.device)
+            )
+            if decodes.all() and not flat.edits_decode:
+                return {}
+            return flat.edits(self._requests(chosen))
+        except Exception as error:
+            self._fail(set(chosen), error)
+            return {}
 
     def _requests(self, chosen: tuple[int, ...]) -> StepRequests:
         batch, count = self._runner.input_batch, self._runner.input_batch.num_reqs
         numbers = batch.request_lora_mapping[:count]
+        is_edited = np.isin(numbers, chosen)
         scales = [
-            scale_of(self._runner.requests[name].sampling_params) if number else 0.0
-            for name, number in zip(batch.req_ids[:count], numbers, strict=True)
+            scale_of(self._runner.requests[name].sampling_params) if edited else 0.0
+            for name, edited in zip(batch.req_ids[:count], is_edited, strict=True)
         ]
         return StepRequests(
-            torch.from_numpy(np.where(numbers == 0, -1, np.searchsorted(chosen, numbers))),
+            torch.from_numpy(np.where(is_edited, np.searchsorted(chosen, numbers), -1)),
             torch.tensor(scales),
             torch.from_numpy(np.diff(self._runner.query_start_loc.np[: count + 1])).long(),
             torch.from_numpy(batch.num_computed_tokens_cpu[:count]).long(),
@@ -209,7 +262,10 @@ class _Hook:
 
 
 def _edit(hidden: Tensor, residual: Tensor | None, number: int) -> None:
-    apply_(_current.get(number, ()), hidden, residual)
+    try:
+        apply_(_current.get(number, ()), hidden, residual)
+    except Exception as error:  # which would end the engine for everybody
+        _errors.append(error)
 
 
 def _edit_fake(hidden: Tensor, residual: Tensor | None, number: int) -> None:
