@@ -1,20 +1,70 @@
 """Files that are replaced as a whole; JSON as runs and studies write and read it."""
 
+import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+_SCRATCH = ".saving-"
+"""The beginning of a scratch folder's name, in the directory that is saved into."""
+
+_PATIENCE = 60.0
+"""Seconds that a save waits for another into the same directory."""
+
 
 def replace_all(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write files under temporary names; when all are whole, rename them one by one."""
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
-        for name, content in files.items():
-            (Path(scratch) / name).write_bytes(content)
-        for name in files:
-            os.replace(Path(scratch) / name, directory / name)
+    """Write files under temporary names; when all are whole, rename them one by one, in order.
+
+    Where several processes or threads save into a directory, one waits for the other, so that all
+    files are of one save. What a killed save has left there is removed.
+    """
+    with _saving_alone(directory) as is_alone:
+        if is_alone:  # the owner of any other scratch folder is dead, or it would hold the lock
+            for leftover in directory.glob(f"{_SCRATCH}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=directory) as scratch:
+            for name, content in files.items():
+                (Path(scratch) / name).write_bytes(content)
+            for name in files:
+                os.replace(Path(scratch) / name, directory / name)
+
+
+@contextlib.contextmanager
+def _saving_alone(directory: Path) -> Iterator[bool]:
+    """Hold the lock of a directory that is saved into, which ends with the process that holds it.
+
+    Yields whether it is held: not on file systems without locks, nor after a wait of `_PATIENCE`
+    for a process that was stopped, which must not stop others.
+    """
+    try:
+        import fcntl  # not on Windows
+
+        descriptor = os.open(directory, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    is_held, end = False, time.monotonic() + _PATIENCE
+    try:
+        while not is_held:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held = True
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield is_held
+    finally:
+        if is_held:  # a child that was forked meanwhile has the descriptor, too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:

@@ -1,6 +1,5 @@
 """Adapter directories, read without a base."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,37 +9,40 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .._util.errors import one_line
 from ..config.representations import ReftConfig
-from .location import CONFIG_NAME, SECTIONS, WEIGHTS_NAME, read_description
+from .location import CONFIG_NAME, SECTIONS, WEIGHTS_NAME
+from .snapshot import Snapshot, read_snapshot
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter directory whose config has been read.
+    """An adapter directory that has been read, and whose config has been checked.
 
     Args:
         directory: its path.
         config: the units.
         base: `name_or_path`, the fingerprint of the base's shape, and a `sample` of its weights.
         base_parameters: names of the base's parameters that are among the weights.
-        sha256: digest of the weights; None for an adapter that was saved without one.
+        snapshot: its files, of one instant; None for a directory of another library.
     """
 
     directory: Path
     config: ReftConfig
     base: dict[str, Any]
     base_parameters: list[str]
-    sha256: str | None
+    snapshot: Snapshot | None
 
     @classmethod
     def read(cls, directory: str | Path) -> "AdapterFiles":
-        """Read a directory's config.
+        """Read a directory.
 
         Raises:
-            FileNotFoundError: the directory has none.
-            ValueError: the config is damaged, wrong, or of another schema.
+            FileNotFoundError: the directory has no config.
+            ValueError: a file is damaged, wrong, or of another schema.
         """
-        description = read_description(directory)
+        snapshot = read_snapshot(directory)
+        description = snapshot.description
         sections = {name: description[name] for name in SECTIONS if name in description}
         try:
             config = ReftConfig.from_dict(sections)
@@ -51,7 +53,7 @@ class AdapterFiles:
             config=config,
             base=description["base_model"],
             base_parameters=description["base_parameters"],
-            sha256=description.get("weights_sha256"),
+            snapshot=snapshot,
         )
 
     @property
@@ -64,39 +66,33 @@ class AdapterFiles:
         """The file of the weights."""
         return self.directory / WEIGHTS_NAME
 
+    @property
+    def sha256(self) -> str | None:
+        """The digest of the weights; None for an adapter that was saved without one."""
+        return None if self.snapshot is None else self.snapshot.sha256
+
     def weights(self) -> dict[str, Tensor]:
         """All tensors by name, in the order of names.
 
         Raises:
             FileNotFoundError: the directory has no file of weights.
-            ValueError: the file is damaged, or not the one that the config was saved with.
+            ValueError: the file is damaged.
         """
-        return self._read_weights()[1]
-
-    def _read_weights(self) -> tuple[bytes, dict[str, Tensor]]:
-        if not self.weights_path.is_file():
-            raise FileNotFoundError(f"{self.directory}: no {WEIGHTS_NAME} in it")
-        content = self.weights_path.read_bytes()
+        assert self.snapshot is not None
         try:
-            tensors = dict(sorted(safetensors.torch.load(content).items()))
-        except SafetensorError as error:
-            raise ValueError(f"{self.weights_path}: truncated or damaged ({error})") from None
-        if self.sha256 not in (None, hashlib.sha256(content).hexdigest()):
-            raise ValueError(
-                f"{self.weights_path}: not the weights that {CONFIG_NAME} was saved with, as after "
-                "an interrupted save"
-            )
-        return content, tensors
+            return dict(sorted(safetensors.torch.load(self.snapshot.weights).items()))
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            problem = one_line(error)
+            raise ValueError(f"{self.weights_path}: truncated or damaged ({problem})") from None
 
     def identity(self) -> str:
         """A digest of config and weights: adapters with the same digest edit alike.
 
         Raises:
-            FileNotFoundError, ValueError: as in `weights`.
+            FileNotFoundError: the directory has no file of weights.
         """
-        digest = hashlib.sha256(self.config_path.read_bytes())
-        digest.update(self._read_weights()[0])  # what is checked is what is digested
-        return digest.hexdigest()
+        assert self.snapshot is not None
+        return self.snapshot.identity()
 
     def expect_base(
         self, shape: Mapping[str, Any], name: object, whose: str = "the given model"

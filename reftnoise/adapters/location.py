@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .._util.errors import nearest
+from .._util.errors import brief, nearest
 
 CONFIG_NAME = "reft_config.json"
 WEIGHTS_NAME = "reft_model.safetensors"
@@ -15,34 +15,33 @@ SECTIONS = ("representations", "peft", "modules_to_save")
 _KEYS = ("schema_version", "base_model", "base_parameters", "weights_sha256", *SECTIONS)
 
 
-def read_description(directory: str | Path) -> dict[str, Any]:
-    """The mapping in a directory's `reft_config.json`, whose sections are not checked yet.
+def checked_description(text: str, path: Path) -> dict[str, Any]:
+    """The mapping in the text of a `reft_config.json`, whose sections are not checked yet.
+
+    Args:
+        text: JSON.
+        path: file that has it, for messages.
 
     Raises:
-        FileNotFoundError: the directory has no such file.
-        ValueError: the file is damaged, has an unknown key, or is of another schema.
+        ValueError: the text is damaged, has an unknown key, or is of another schema.
     """
-    path = Path(directory) / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory}: no {CONFIG_NAME} in it, so it is not an adapter directory"
-        )
     try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        description: dict[str, Any] = json.loads(text)
         schema = description["schema_version"]
         description["base_model"] = dict(description["base_model"])
         if not isinstance(description["representations"], list):
             raise TypeError("representations is no list")
         names = description.get("base_parameters", ())
         description["base_parameters"] = [str(name) for name in names]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
     if schema != SCHEMA_VERSION:
         raise ValueError(
-            f"{path}: schema version {schema}, but this reftnoise reads version {SCHEMA_VERSION}"
+            f"{path}: schema version {brief(schema)}, but this reftnoise reads version "
+            f"{SCHEMA_VERSION}"
         )
     if unknown := [key for key in description if key not in _KEYS]:
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}; {nearest(unknown[0], _KEYS)}")
+        raise ValueError(f"{path}: unknown key {brief(unknown[0])}; {nearest(unknown[0], _KEYS)}")
     return description
 
 

@@ -1,7 +1,7 @@
 """Adapter directories: `reft_config.json`, `reft_model.safetensors` and a model card.
 
 No pickles, and nothing is imported by a name that a file gives. Every file is written under a
-temporary name and renamed, so an interrupted save leaves what was there before.
+temporary name and renamed, so that a directory holds the old or the new adapter at every instant.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from .location import (
     WEIGHTS_NAME,
     local_directory,
 )
+from .snapshot import sealed
 
 
 class ModelWithUnits(Protocol):
@@ -83,7 +84,6 @@ def save_adapter(
             "expected all tensors under their names"
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    weights = safetensors.torch.save(tensors)
     of_base = sorted(name for name in tensors if name.startswith("model."))
     description = {
         "schema_version": SCHEMA_VERSION,
@@ -94,8 +94,9 @@ def save_adapter(
         },
         **reft_model.reft_config.to_dict(),
         "base_parameters": of_base,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
+    weights = sealed(safetensors.torch.save(tensors), description)
+    description["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     files = {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()}
     if not (directory / CARD_NAME).exists():

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from .._util import yaml
-from ..adapters.location import CONFIG_NAME, WEIGHTS_NAME, local_directory, read_description
+from ..adapters.location import CONFIG_NAME, WEIGHTS_NAME, local_directory
+from ..adapters.snapshot import read_snapshot
 from .run_files import ADAPTER, RECIPE
 
 _OF_BASE = ("model", "revision", "dtype", "quantization")
@@ -32,7 +33,8 @@ def base_of(directory: Path) -> dict[str, Any]:
     values = recipe_of(directory)
     if isinstance(values.get("model"), str):
         return {name: values[name] for name in _OF_BASE if values.get(name) is not None}
-    return {"model": str(read_description(directory)["base_model"].get("name_or_path") or "")}
+    base = read_snapshot(directory).description["base_model"]
+    return {"model": str(base.get("name_or_path") or "")}
 
 
 def template_of(adapter: str | Path) -> str | None:

@@ -7,6 +7,7 @@ output in place. vLLM compiles the operator as one opaque node of the model.
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,9 @@ def _expect_served(adapter: AdapterFiles, config: VllmConfig) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _read(path: str, _stamps: tuple[tuple[int, ...], ...]) -> tuple[AdapterFiles, str]:
-    """An adapter and its digest, read again when its files have other stamps."""
+    """An adapter without its weights, and its digest, read when its files have other stamps."""
     adapter = AdapterFiles.read(path)
-    return adapter, adapter.identity()
+    return replace(adapter, snapshot=None), adapter.identity()
 
 
 def _stamps_of(path: str) -> tuple[tuple[int, ...], ...]:
