@@ -10,11 +10,32 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import brief
+
 _SCRATCH = ".saving-"
 """The beginning of a scratch folder's name, in the directory that is saved into."""
 
 _PATIENCE = 60.0
 """Seconds that a save waits for another into the same directory."""
+
+
+def local_path(path: str | os.PathLike[str], name: str = "path") -> Path:
+    """A path of this machine, with `~` and `~user` as home directories, as in a shell.
+
+    Variables such as `$HOME` are text. Each path of a user passes here once, so that all parts of
+    the library and the packages under it read the same place.
+
+    Args:
+        path: the path, perhaps of nothing yet.
+        name: the argument that an error names.
+
+    Raises:
+        ValueError: the path is no text and no path, is empty, or has a null character.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError(f"{name} {brief(path)}: expected a path, such as runs/first")
+    return Path(os.path.expanduser(text))  # Path.expanduser refuses a file named ~draft
 
 
 def replace_all(directory: Path, files: Mapping[str, bytes]) -> None:

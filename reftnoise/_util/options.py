@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from . import yaml
 from .errors import nearest, one_line
+from .files import local_path
 
 Config = TypeVar("Config")
 
@@ -72,7 +73,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: the file holds something else.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(local_path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(values, dict):

@@ -42,14 +42,14 @@ class AdapterFiles:
             ValueError: a file is damaged, wrong, or of another schema.
         """
         snapshot = read_snapshot(directory)
-        description = snapshot.description
+        directory, description = snapshot.directory, snapshot.description
         sections = {name: description[name] for name in SECTIONS if name in description}
         try:
             config = ReftConfig.from_dict(sections)
         except ValueError as error:
-            raise ValueError(f"{Path(directory) / CONFIG_NAME}: {error}") from None
+            raise ValueError(f"{directory / CONFIG_NAME}: {error}") from None
         return cls(
-            directory=Path(directory),
+            directory=directory,
             config=config,
             base=description["base_model"],
             base_parameters=description["base_parameters"],

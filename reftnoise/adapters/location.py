@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .._util.errors import brief, nearest
+from .._util.files import local_path
 
 CONFIG_NAME = "reft_config.json"
 WEIGHTS_NAME = "reft_model.safetensors"
@@ -47,12 +48,13 @@ def checked_description(text: str, path: Path) -> dict[str, Any]:
 
 def expect_place(directory: str | Path) -> None:
     """Raise an error for what is neither a directory nor a hub repository's name."""
-    path = Path(directory)
+    path = local_path(directory, "directory")
     if path.is_dir():
         return
     if path.exists():
         raise ValueError(f"{directory}: expected a directory, found a file")
-    if isinstance(directory, Path) or directory.count("/") != 1 or directory.startswith("."):
+    is_name = isinstance(directory, str) and directory.count("/") == 1
+    if not is_name or str(directory).startswith((".", "~")):
         raise FileNotFoundError(f"{directory}: no such directory")
 
 
@@ -61,7 +63,7 @@ def checkpoint_adapter(directory: str | Path) -> str | Path:
 
     The latter is where pyreft's trainer saves what ours saves in the former.
     """
-    path = Path(directory)
+    path = local_path(directory, "directory")
     is_named_as_theirs = path.name == "intervenable_model" and not path.exists()
     if is_named_as_theirs and (path.parent / CONFIG_NAME).is_file():
         return path.parent
@@ -87,8 +89,9 @@ def local_directory(
         ValueError: the path is that of a file.
     """
     expect_place(directory)
-    if Path(directory).is_dir() and not is_on_hub:
-        return Path(directory)
+    path = local_path(directory, "directory")
+    if path.is_dir() and not is_on_hub:
+        return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -99,7 +102,7 @@ def local_directory(
                 revision=revision,
                 token=token,
                 allow_patterns=files,
-                local_dir=local_dir,
+                local_dir=None if local_dir is None else local_path(local_dir, "local_dir"),
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._util.files import replace_all
+from .._util.files import local_path, replace_all
 from ..config.representations import ReftConfig
 from ..engine.base.peft import inner_model, own_state
 from ..engine.base.running import is_part
@@ -61,7 +61,7 @@ def save_adapter(
     Raises:
         ValueError: the directory is a file, or the weights are not whole.
     """
-    directory = Path(directory)
+    directory = local_path(directory, "save_directory")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: expected a directory, found a file")
     state = (

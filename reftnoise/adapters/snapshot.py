@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .._util.files import local_path
 from .location import CONFIG_NAME, WEIGHTS_NAME, checked_description
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def read_snapshot(directory: str | Path) -> Snapshot:
         FileNotFoundError: the directory has no config.
         ValueError: a file is damaged or of another schema, or the two are not of one save.
     """
-    directory = Path(directory)
+    directory = local_path(directory, "directory")
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(

@@ -1,8 +1,8 @@
 """Mistakes that are reported before torch is imported, which takes seconds."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from .._util.files import local_path
 from ..config.base_model import expect_base
 from ..config.decoding import Decoding
 from ..data.templates import check_template
@@ -32,9 +32,9 @@ def expect_prompts(prompt: str | None, input_: str | None, output: str | None) -
     """Raise an error where there is no prompt, no such file, or no place for the answers."""
     if prompt is None and input_ is None:
         raise ValueError("no prompts: expected a prompt, or an input file")
-    if input_ is not None and not Path(input_).is_file():
+    if input_ is not None and not local_path(input_, "input").is_file():
         raise FileNotFoundError(f"{input_}: no such file")
-    if output is not None and not Path(output).absolute().parent.is_dir():
+    if output is not None and not local_path(output, "output").absolute().parent.is_dir():
         raise FileNotFoundError(f"output {output}: no such directory")
 
 

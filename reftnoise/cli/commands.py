@@ -5,10 +5,9 @@ Heavy imports are inside the functions: `--help` and mistakes do not wait for to
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._util.files import json_text
+from .._util.files import json_text, local_path
 from ..adapters.location import expect_place
 from ..config.base_model import expect_base
 from ..config.decoding import Decoding
@@ -31,7 +30,8 @@ def demo(output_dir: str = "reftnoise-demo", seed: int = 0) -> None:
         output_dir: directory for the adapter.
         seed: seed of all random draws.
     """
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+    path = local_path(output_dir, "output_dir")
+    if path.exists() and not path.is_dir():
         raise ValueError(f"{output_dir}: expected a directory, found a file")
     from .demo import run_demo
 
@@ -90,7 +90,7 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
     model, tokenizer = load_trained(run)
     console = _progress_console(quiet or json)
     entries, predictions = score(run, model, tokenizer, base=base, console=console)
-    save_scores(Path(recipe.output_dir), entries, predictions)
+    save_scores(run.directory, entries, predictions)
     if json:
         _print_json(entries)
     elif not quiet:
@@ -309,7 +309,8 @@ def report(
         prompts: one or several prompts that base and adapted model answer side by side.
         output_dir: directory for the report; by default that of the run or study.
     """
-    if not is_study(Path(directory), against=against, prompts=prompts) and against is not None:
+    path = local_path(directory, "directory")
+    if not is_study(path, against=against, prompts=prompts) and against is not None:
         adapter_directory(against)
     from ..analysis.report import write_report
 

@@ -2,7 +2,6 @@
 
 import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from .._util.files import local_path
 from ..engine.base.tiny import NAME, load_tiny_examples, load_tiny_model
 from ..evaluation.scoring import Evaluation, evaluate
 from ..inference.prompts import show
@@ -35,7 +35,8 @@ TRAINING = TrainingConfig(
 
 def run_demo(output_dir: str, seed: int) -> None:
     """Train the variants, show base and adapted answers side by side, save `SHOWN`'s adapter."""
-    Path(output_dir).mkdir(parents=True, exist_ok=True)  # or fail now, where it cannot be written
+    directory = local_path(output_dir, "output_dir")
+    directory.mkdir(parents=True, exist_ok=True)  # or fail now, where it cannot be written
     console = Console(highlight=False)
     torch.set_num_threads(1)  # for so small a model, more threads cost more than they bring
     transformers_logging.set_verbosity_error()
@@ -68,7 +69,7 @@ def run_demo(output_dir: str, seed: int) -> None:
                     results["base"] = answer()
             results[name] = answer()
             if name == SHOWN:
-                reft_model.save_pretrained(output_dir)
+                reft_model.save_pretrained(directory)
     trained, _, total = reft_model.parameter_counts()
     console.print()
     _show_some(results["base"], results[SHOWN], console)
@@ -81,7 +82,7 @@ def run_demo(output_dir: str, seed: int) -> None:
     lines = (
         "import reftnoise as rn\n"
         "model, tokenizer = rn.load_tiny_model()\n"
-        f"reft_model = rn.ReftModel.from_pretrained(model, {str(output_dir)!r})\n"
+        f"reft_model = rn.ReftModel.from_pretrained(model, {str(directory)!r})\n"
     )
     console.print(lines, markup=False, soft_wrap=True)
 

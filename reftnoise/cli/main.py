@@ -11,10 +11,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._util.errors import nearest, one_line
+from .._util.files import local_path
 from ..config.decoding import Decoding
 from ..training.recipe import Recipe
 from ..training.run_files import RECIPE
@@ -114,7 +114,7 @@ def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
             commented = [*commented[i : i + 2], *commented[:i], *commented[i + 2 :]]
         return commented
     first, *rest = commented
-    path = Path(first)
+    path = local_path(first)
     if name != "eval":
         if not path.is_file():
             problem = "found a directory" if path.is_dir() else "no such file"

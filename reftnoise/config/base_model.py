@@ -1,6 +1,6 @@
 """What a base model's name and dtype may be."""
 
-from pathlib import Path
+from .._util.files import local_path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -19,5 +19,5 @@ def expect_base(name: str, dtype: str | None = None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
+    if looks_local and not local_path(name, "model").is_dir():
         raise FileNotFoundError(f"{name}: no such directory of a model")

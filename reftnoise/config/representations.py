@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from .._util import yaml
 from .._util.errors import nearest
+from .._util.files import local_path
 from ..interventions import NoiseIntervention, Unit, registered_name
 from .components import COMPONENTS, is_dotted, split_component
 from .interventions import (
@@ -279,7 +280,7 @@ class ReftConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> "ReftConfig":
         """Read a `.json`, `.yaml` or `.yml` file."""
-        path = Path(path)
+        path = local_path(path)
         readers = {".json": cls.from_json, ".yaml": cls.from_yaml, ".yml": cls.from_yaml}
         if path.suffix not in readers:
             raise ValueError(f"{path}: expected one of {', '.join(readers)}")

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+from .._util.files import local_path
+
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """By suffix, the reader of datasets."""
 
 
 def is_path(source: str | Path) -> bool:
     """Whether a source is a path rather than a hub dataset's `owner/name`."""
-    path, text = Path(source), str(source)
+    path, text = local_path(source), str(source)
     return (
-        isinstance(source, Path)
+        not isinstance(source, str)
         or path.suffix in LOADERS
         or text.startswith((".", "~"))
         or path.is_absolute()
@@ -29,7 +31,7 @@ def expect_file(source: str | Path) -> None:
     """
     if not is_path(source):
         return
-    path = Path(source).expanduser()
+    path = local_path(source)
     is_known = path.suffix in LOADERS
     if not path.exists() or (is_known and not path.is_file()):
         raise FileNotFoundError(f"{path}: no such file")

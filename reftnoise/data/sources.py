@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.fingerprint import get_temporary_cache_files_directory
 
 from .._util.errors import one_line
+from .._util.files import local_path
 from ..engine.base import tiny
 from .files import LOADERS, expect_file, is_path
 from .tasks.base import RowError
@@ -56,7 +57,7 @@ def load_rows(
         raise ValueError(f"subset {subset!r}: {source} has none, only hub datasets do")
     with quiet():
         if is_file:
-            rows = _load_file(Path(source).expanduser(), name[0], streaming)
+            rows = _load_file(local_path(source), name[0], streaming)
             rows = rows if streaming else _take({name[0]: rows}, split, source)
         elif source == tiny.NAME:
             rows = _take(_embedded(), split, source)
@@ -145,7 +146,7 @@ def temporary_file() -> Path:
 
 def place_of(source: str | Path, split: str, index: int) -> str:
     """Where a row is: `rows.jsonl, line 3`, or `rows.parquet, row 3` where there are no lines."""
-    path, name = Path(source).expanduser(), re.match(r"\w+", split)
+    path, name = local_path(source), re.match(r"\w+", split)
     read = {".jsonl": _lines_of_json, ".csv": _lines_of_csv}.get(path.suffix)
     if read is not None and name is not None and path.is_file():
         lines = datasets.Dataset.from_dict({"line": list(read(path))})

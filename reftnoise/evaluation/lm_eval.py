@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .._util.errors import nearest
+from .._util.files import local_path
 from ..model import ReftModel
 from .likelihood import grouped, next_token_log_probs
 
@@ -163,7 +164,8 @@ def evaluate_with_harness(
 @functools.cache
 def _all_tasks(include_path: str | None) -> TaskManager:
     """The tasks of the harness, which take seconds to read, or those of a folder."""
-    return TaskManager(include_path=include_path, include_defaults=include_path is None)
+    folder = None if include_path is None else str(local_path(include_path, "include_path"))
+    return TaskManager(include_path=folder, include_defaults=include_path is None)
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._util.files import local_path
 from ..adapters.location import CONFIG_NAME
 from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.registry import get_task
@@ -69,7 +70,7 @@ def by_name(adapter: str | Path, others: Mapping[str, str | Path]) -> dict[str, 
     Raises:
         ValueError: one of the others has that name.
     """
-    path = Path(adapter).absolute()
+    path = local_path(adapter, "adapter").absolute()
     name = path.parent.name if path.name == ADAPTER else path.name
     if name in others:
         raise ValueError(f"others.{name}: {adapter} has that name already, choose another")

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .._util.errors import nearest
-from .._util.files import json_lines, replace_all
+from .._util.files import json_lines, local_path, replace_all
 from ..config.decoding import GREEDY, Decoding
 from ..data.templates import fill
 from ..data.tokenization import smallest_limit
@@ -116,7 +116,7 @@ def answer_prompts(
     for name in columns:
         if any(name in row for row in rows):
             raise ValueError(f"column {name!r}: the answer goes there; rename it in the input")
-    if output is not None and Path(output).is_dir():
+    if output is not None and local_path(output, "output").is_dir():
         raise ValueError(f"output {output}: expected a file, found a directory")
     decoding = replace(decoding, template=decoding.template or template_of(adapter))
     reft_model, tokenizer = load_adapted(adapter, model, device=device)
@@ -128,7 +128,7 @@ def answer_prompts(
             )
         answered = [row | {name: text} for row, text in zip(answered, answers, strict=True)]
     if output is not None:
-        path = Path(output).absolute()
+        path = local_path(output, "output").absolute()
         replace_all(path.parent, {path.name: json_lines(answered)})
     elif console is not None:
         show(answered, texts, console)
@@ -152,7 +152,7 @@ def show(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], console: Con
 def read_jsonl(path: str | Path, column: str) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, each with a text in `column`."""
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = local_path(path).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

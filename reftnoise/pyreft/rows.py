@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._util.files import local_path
 from ..data.encoding import IGNORED_LABEL, LOCATIONS, SUBSPACES
 from ..data.templates import ALPACA, ALPACA_WITH_INPUT
 from .locations import Locations, get_intervention_locations, parse_positions
@@ -127,7 +128,8 @@ class ReftDataset(Dataset[dict[str, Any]]):
         if self.data_path is None:
             return datasets.load_dataset(self.task, split=self.data_split)
         if self.data_path.endswith(".json"):
-            return datasets.load_dataset("json", data_files=self.data_path, split="train")
+            file = str(local_path(self.data_path, "data_path"))
+            return datasets.load_dataset("json", data_files=file, split="train")
         return datasets.load_dataset(self.task, self.data_path, split=self.data_split)
 
     def get_intervention_locations(self, **kwargs: Any) -> Locations:
@@ -203,7 +205,7 @@ class ReftRawDataset(ReftDataset):
 
     def _all_rows(self) -> Any:
         path = str(self.data_path)
-        files = {"data_files": path} if path.endswith(".json") else {}
+        files = {"data_files": str(local_path(path, "data_path"))} if path.endswith(".json") else {}
         return datasets.load_dataset("json" if files else path, **files)[self.data_split]
 
     def tokenize(self, data_item: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._util.errors import nearest
+from .._util.files import local_path
 from ..config.base_model import expect_base
 from ..config.positions import Positions
 from ..data.files import expect_file
@@ -51,6 +52,7 @@ class ResolvedRun:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.directory = local_path(recipe.output_dir, "output_dir")
         self.task = get_task(recipe.task)
         expect_base(recipe.model, recipe.dtype)
         check_template(recipe.data.template)
@@ -124,7 +126,7 @@ class ResolvedRun:
         evaluates = "steps" if eval_steps else "epoch"
         settings = {
             **training,
-            "output_dir": str(Path(recipe.output_dir) / CHECKPOINTS),
+            "output_dir": str(self.directory / CHECKPOINTS),
             "seed": recipe.seed,
             "eval_strategy": "no" if recipe.data.eval is None else evaluates,
             "eval_steps": eval_steps,

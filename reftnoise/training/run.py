@@ -124,7 +124,7 @@ def load_trained(run: ResolvedRun) -> tuple[ReftModel, Any]:
 
     The directory is that of a run, or of an adapter alone.
     """
-    directory = adapter_directory(run.recipe.output_dir)
+    directory = adapter_directory(run.directory)
     base, tokenizer = _load_base(run)
     return ReftModel.from_pretrained(base, directory), tokenizer
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .._util import yaml
+from .._util.files import local_path
 from ..adapters.location import CONFIG_NAME, WEIGHTS_NAME, local_directory
 from ..adapters.snapshot import read_snapshot
 from .run_files import ADAPTER, RECIPE
@@ -14,10 +15,11 @@ _OF_BASE = ("model", "revision", "dtype", "quantization")
 
 def adapter_directory(adapter: str | Path) -> Path:
     """The adapter's own directory: `adapter` in a run's, or what is downloaded from the hub."""
-    inside = Path(adapter) / ADAPTER
+    path = local_path(adapter, "adapter")
+    inside = path / ADAPTER
     if (inside / CONFIG_NAME).is_file():
         return inside
-    if (Path(adapter) / RECIPE).is_file() and not (Path(adapter) / CONFIG_NAME).exists():
+    if (path / RECIPE).is_file() and not (path / CONFIG_NAME).exists():
         raise FileNotFoundError(f"{adapter}: an unfinished run, which has no adapter yet")
     directory = local_directory(adapter, [CONFIG_NAME, WEIGHTS_NAME])
     if not (directory / CONFIG_NAME).is_file():
@@ -39,7 +41,7 @@ def base_of(directory: Path) -> dict[str, Any]:
 
 def template_of(adapter: str | Path) -> str | None:
     """The template of a run's recipe; None for an adapter without a recipe."""
-    data = recipe_of(Path(adapter) / ADAPTER).get("data")
+    data = recipe_of(local_path(adapter, "adapter") / ADAPTER).get("data")
     return data.get("template") if isinstance(data, dict) else None
 
 

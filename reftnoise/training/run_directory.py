@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from typing_extensions import Self
 
-from .._util.files import json_lines, json_text, read_lines, replace_all
+from .._util.files import json_lines, json_text, local_path, read_lines, replace_all
 from .._util.options import read_file
 from .recipe import Recipe
 from .run_files import ADAPTER, CHECKPOINTS, LOCK, LOG, PREDICTIONS, RECIPE, SCORES, SUMMARY
@@ -54,7 +54,7 @@ class RunDirectory:
     """
 
     def __init__(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-        self.path = Path(recipe.output_dir)
+        self.path = local_path(recipe.output_dir, "output_dir")
         self._recipe, self._resume, self._overwrite = recipe, resume, overwrite
         self._held = ExitStack()
         if is_main_process() and (self.path / LOCK).exists():

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils.generic import find_labels
 
+from .._util.files import local_path
 from ..adapters import saving
 from ..adapters.directory import AdapterFiles
 from ..data.encoding import LOCATIONS
@@ -96,6 +97,9 @@ class ReftTrainer(Trainer):
             )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint:
+            path = local_path(resume_from_checkpoint, "resume_from_checkpoint")
+            resume_from_checkpoint = str(path)
         if self._prefix_cache is None:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         adapter = self.accelerator.unwrap_model(self.model)
@@ -142,6 +146,8 @@ class ReftTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter. All processes must call this, and the first one writes."""
+        if output_dir is not None:
+            output_dir = str(local_path(output_dir, "output_dir"))
         if not (self.accelerator.is_fsdp2 or self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)
             return
@@ -202,7 +208,7 @@ def last_complete_checkpoint(output_dir: str) -> str:
         ValueError: there is none.
     """
     skipped: list[str] = []
-    folder = Path(output_dir)
+    folder = local_path(output_dir, "output_dir")
     steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     numbered = {path: int(step) for path, step in steps.items() if step.isdecimal()}
     for checkpoint in sorted(numbered, key=numbered.__getitem__, reverse=True):

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..._util.files import local_path
 from ...config.components import is_dotted
 from ...config.positions import Positions
 from ...config.representations import ReftConfig, RepresentationConfig
@@ -67,7 +68,10 @@ def convert(
         ValueError: the source is damaged, for another base, pickles more than tensors or has a
             class that the other library does not; the output holds something else.
     """
-    source, output = local_directory(source, [CONFIG_NAME, WEIGHTS_NAME, *FILES]), Path(output)
+    source, output = (
+        local_directory(source, [CONFIG_NAME, WEIGHTS_NAME, *FILES]),
+        local_path(output, "output"),
+    )
     kinds = _kinds(source)
     if not kinds:
         raise FileNotFoundError(
@@ -109,7 +113,8 @@ def _structure(name: str, trained: Iterable[str], class_name: str | None = None)
         ValueError: there is no such config, or none of its models is such a base.
     """
     try:
-        place = DIRECTORY if name == NAME else name
+        path = DIRECTORY if name == NAME else local_path(name, "base")
+        place = path if path.is_dir() else name
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"base {name!r}: {str(error).splitlines()[0]}") from None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..._util.errors import brief, nearest
+from ..._util.files import local_path
 from ...config.representations import ReftConfig
 from ...engine.base.sharding import device_of
 from ...interventions import last_outputs
@@ -123,7 +124,7 @@ class PyreftMethods(nn.Module):
             FileNotFoundError: there is no adapter, or one of its files is missing.
             ValueError: the weights do not fit the units.
         """
-        directory = Path(checkpoint_adapter(load_directory))
+        directory = local_path(checkpoint_adapter(load_directory), "load_directory")
         from .loading import is_pyreft, load_pyreft_weights
 
         if is_pyreft(directory):

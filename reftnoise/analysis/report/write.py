@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from ..._util.files import replace_all
+from ..._util.files import local_path, replace_all
 from ...training.recipe import Recipe
 from ...training.run_files import is_study
 from .figures import draw_overlaps, picture
@@ -41,26 +41,29 @@ def write_report(
         FileNotFoundError: the directory is neither a run's nor a study's.
         ValueError: a file cannot be read, or an adapter does not fit its base.
     """
-    directory = Path(directory)
+    directory = local_path(directory, "directory")
     if is_study(directory, against=against, prompts=prompts):
         return write_study_report(directory, output_dir=output_dir)[0]
     run = read_run(directory)
-    other = None if against is None else Path(against)
+    other = None if against is None else local_path(against, "against")
     sections = run_sections(run, against=other, prompts=prompts)
     title = f"Run {directory.resolve().name}"
-    return _write(output_dir or directory, title, _units(run.recipe), sections, {})
+    output = directory if output_dir is None else output_dir
+    return _write(output, title, _units(run.recipe), sections, {})
 
 
 def write_study_report(
     directory: str | Path, *, output_dir: str | Path | None = None
 ) -> tuple[Path, Table]:
     """Write the report of a study; the path of its page, and the table of its results."""
-    study = read_study(Path(directory))
+    directory = local_path(directory, "directory")
+    study = read_study(directory)
     sections, table, text = study_page(study)
-    title = f"Study {Path(directory).resolve().name}"
+    title = f"Study {directory.resolve().name}"
     subtitle = f"{len(study.combinations)} combinations of {', '.join(study.axes)}"
     results = {"results.md": f"{markdown(table)}\n{text}\n".encode()}
-    return _write(output_dir or directory, title, subtitle, sections, results), table
+    output = directory if output_dir is None else output_dir
+    return _write(output, title, subtitle, sections, results), table
 
 
 def write_overlaps(
@@ -71,7 +74,7 @@ def write_overlaps(
     Raises:
         ValueError: the file's name has another ending.
     """
-    path = Path(output)
+    path = local_path(output, "output")
     if path.suffix.lower() != ".png":
         raise ValueError(f"output {str(output)!r}: expected a PNG file, such as overlaps.png")
     about = f"How alike the subspaces are that {', '.join(names)} edit"
@@ -89,9 +92,10 @@ def _write(
 ) -> Path:
     pngs = {f"{drawn.name}.png": drawn.light for drawn in pictures(sections)}
     page = {"report.html": render(title, subtitle, sections).encode()}
-    Path(output).mkdir(parents=True, exist_ok=True)
-    replace_all(Path(output), {**files, **page, **pngs})
-    return Path(output) / "report.html"
+    directory = local_path(output, "output_dir")
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_all(directory, {**files, **page, **pngs})
+    return directory / "report.html"
 
 
 def _units(recipe: Recipe) -> str:

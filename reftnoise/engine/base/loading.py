@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ..._util.files import local_path
 from ...config.base_model import expect_base
 from .tiny import DIRECTORY, NAME
 
@@ -38,7 +39,8 @@ def load_base(
         OSError: no such model.
     """
     expect_base(name, dtype)
-    directory = str(DIRECTORY) if name == NAME else name
+    path = DIRECTORY if name == NAME else local_path(name, "model")
+    directory = str(path) if path.is_dir() else name
     target = device
     if device == "auto":
         target = "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..._util.files import local_path
+
 logger = logging.getLogger(__name__)
 
 Place = Literal["memory", "disk", "none"]
@@ -64,7 +66,8 @@ class PrefixCache:
             raise ValueError(f"prefix cache {place!r}: expected 'memory' or 'disk'")
         if type(max_bytes) is not int or max_bytes <= 0:
             raise ValueError(f"max_bytes {max_bytes!r}: expected a positive number of bytes")
-        self.place, self.max_bytes, self.directory = place, max_bytes, directory
+        self.place, self.max_bytes = place, max_bytes
+        self.directory = None if directory is None else local_path(directory, "directory")
         self.hits = self.misses = 0
         self._random = random.Random(0)  # of its own: the global state stays as it is
         self.lock = RLock()

@@ -20,6 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ..._util.errors import is_finite_number, nearest
+from ..._util.files import local_path
 from ..._util.recent import RecentlyUsed
 from ...adapters.directory import AdapterFiles
 from ...adapters.frozen import FrozenAdapter, freeze
@@ -66,7 +67,8 @@ def components_of(config: VllmConfig) -> list[str]:
 
 def find_adapter(path: str) -> Path | None:
     """The adapter's directory, the path itself or a run's `adapter`; None if there is none."""
-    candidates = (Path(path), Path(path) / ADAPTER)
+    directory = local_path(path)
+    candidates = (directory, directory / ADAPTER)
     return next((place for place in candidates if (place / CONFIG_NAME).is_file()), None)
 
 

@@ -8,7 +8,6 @@ import threading
 import time
 import warnings
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -36,9 +35,10 @@ def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) 
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # as on the command line
-    summary, (entry, *_) = run_recipe(ResolvedRun(recipe), overwrite=True)
+    run = ResolvedRun(recipe)
+    summary, (entry, *_) = run_recipe(run, overwrite=True)
     if not keep_adapter:
-        shutil.rmtree(Path(recipe.output_dir) / ADAPTER)
+        shutil.rmtree(run.directory / ADAPTER)
     return {
         "scores": entry["scores"],
         "right": entry["right"],

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TypedDict, cast
 
-from ..._util.files import json_text, read_lines
+from ..._util.files import json_text, local_path, read_lines
 from ..run_files import RESULTS
 
 
@@ -30,7 +30,7 @@ class Result(Outcome):
 
 def read_results(directory: str | Path) -> list[Result]:
     """The finished cells of a study's directory; lines that were cut off are ignored."""
-    lines = read_lines(Path(directory) / RESULTS)
+    lines = read_lines(local_path(directory) / RESULTS)
     return [cast(Result, line) for line in lines if line.keys() >= {"cell", "key"}]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..._util.files import replace_all
+from ..._util.files import local_path, replace_all
 from ..._util.options import read_file
 from ..._util.progress import progress_of
 from ..run_directory import alone
@@ -37,7 +37,7 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
     grid = checked_cells(study)
     for cell in {cell.key: cell for cell in grid if cell.levels["seed"] == study.seeds[0]}.values():
         check_cell(cell)
-    directory = Path(study.output_dir)
+    directory = local_path(study.output_dir, "output_dir")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir {directory}: expected a directory, found a file")
     directory.mkdir(parents=True, exist_ok=True)
