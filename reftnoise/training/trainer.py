@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils.generic import find_labels
 
+from .._util.errors import one_line
 from .._util.files import local_path
 from ..adapters import saving
 from ..adapters.directory import AdapterFiles
@@ -23,6 +25,8 @@ from ..engine.planning import FROZEN_UNITS
 from ..engine.training_pass.prefix_cache import Place, PrefixCache
 from ..engine.training_pass.runner import SplitMode
 from ..model import ReftModel
+
+logger = logging.getLogger(__name__)
 
 
 class ReftTrainer(Trainer):
@@ -181,8 +185,30 @@ class ReftTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self._prefix_cache is not None:
+            torch.save(self._prefix_cache.state_dict(), self._prefixes_of(output_dir))
         # The trainer state comes next: it says that the checkpoint is complete, for all processes.
         self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if self._prefix_cache is None or checkpoint is None:
+            return
+        path = self._prefixes_of(checkpoint)
+        try:
+            self._prefix_cache.load_state_dict(torch.load(path, weights_only=True))
+        except (FileNotFoundError, ValueError) as error:
+            reason = f"no {path.name} in it" if isinstance(error, OSError) else one_line(error)
+            logger.warning(
+                "%s: %s; prompts are computed in other batches than before, so weights may differ "
+                "from those of a run that was not interrupted, in their last bits",
+                checkpoint,
+                reason,
+            )
+
+    def _prefixes_of(self, checkpoint: str) -> Path:
+        """The file with this process's state of the prefix cache."""
+        return Path(checkpoint) / f"prefix_cache_{self.args.process_index}.pt"
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: ReftModel | None = None

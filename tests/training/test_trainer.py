@@ -17,6 +17,7 @@ from torch import Tensor
 
 import reftnoise as rn
 from reftnoise.engine.base.tiny import DIRECTORY
+from reftnoise.engine.training_pass.prefix_cache import BLOCK
 from reftnoise.interventions import INTERVENTIONS
 from support.models.architectures import ARCHITECTURES
 from support.tolerance import assert_close
@@ -305,6 +306,55 @@ def test_a_killed_run_resumes_to_the_same_weights(tokenizer: Any, tmp_path: Path
         if isinstance(rotation, rn.LowRankRotation):
             error = rotation() @ rotation().T - torch.eye(4)
             assert error.norm() < 1e-5
+
+
+def cached_run(directory: Path, cache: rn.PrefixCache | str, stop: int = 0) -> rn.ReftTrainer:
+    """Three epochs on the embedded model, whose kernels round by the shape of a batch."""
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == stop:
+                raise KeyboardInterrupt
+
+    transformers.set_seed(0)
+    model, tokenizer = rn.load_tiny_model()
+    reft_model = rn.get_reft_model(model, rn.ReftConfig([loreft(positions="l1")]))
+    examples = rn.load_tiny_examples("train")[:16]
+    data = rn.make_last_position_supervised_data_module(
+        tokenizer,
+        reft_model,
+        [example.prompt for example in examples],
+        [example.completion for example in examples],
+        chat_template=True,
+    )
+    args = arguments(directory, max_steps=11, save_strategy="steps", save_steps=5, use_cpu=True)
+    return rn.ReftTrainer(reft_model, args, prefix_cache=cache, callbacks=[Interrupt()], **data)
+
+
+@pytest.mark.parametrize(("place", "blocks"), [("memory", 2**10), ("disk", 10)])
+def test_kept_prompts_resume_to_the_same_weights(place: Any, blocks: int, tmp_path: Path) -> None:
+    base = rn.load_tiny_model()[0].config
+    size = 2 * base.num_hidden_layers * base.num_key_value_heads * base.head_dim * 4 * BLOCK
+    whole, killed, resumed = (rn.PrefixCache(place, blocks * size, tmp_path) for _ in range(3))
+    unbroken = cached_run(tmp_path / "whole", whole)
+    unbroken.train()
+    with pytest.raises(KeyboardInterrupt):
+        cached_run(tmp_path / "run", killed, stop=7).train()
+    trainer = cached_run(tmp_path / "run", resumed)
+    trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(trainer.model), weights(unbroken.model))
+    assert (resumed.hits, resumed.misses) == (whole.hits, whole.misses)
+    assert (whole.misses > 16) == (blocks == 10)  # as prompts were evicted
+
+
+def test_a_checkpoint_without_the_kept_prompts_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        cached_run(tmp_path, "none", stop=5).train()
+    with caplog.at_level("WARNING", "reftnoise"), pytest.raises(KeyboardInterrupt):
+        cached_run(tmp_path, "memory", stop=6).train(resume_from_checkpoint=True)
+    assert "no prefix_cache_0.pt in it; prompts are computed in other batches" in caplog.text
 
 
 def test_resuming_without_a_checkpoint_says_so(tokenizer: Any, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any, Literal
@@ -34,6 +35,24 @@ BLOCK = 16
 
 Shapes = list[tuple[int, int, int] | None]
 """Heads, and head sizes of keys and values, of each layer; None for a layer without its own."""
+
+Recompute = Callable[[Sequence[bytes], Sequence[int], int], DynamicCache]
+"""From identities of prompts, their lengths and the width to keys and values, as in `fetch`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """The prompts of one call of the base, which rounds by the shape of all of them.
+
+    Args:
+        names: identities of the prompts, as in `PrefixCache.write`.
+        lengths: tokens of each prompt.
+        width: columns of the call.
+    """
+
+    names: list[bytes]
+    lengths: list[int]
+    width: int
 
 
 class PrefixCache:
@@ -72,6 +91,7 @@ class PrefixCache:
         self._random = random.Random(0)  # of its own: the global state stays as it is
         self.lock = RLock()
         self.stamp: tuple[object, ...] = ()
+        self._awaited: Mapping[str, Any] | None = None
         self.clear()
 
     def __reduce__(self) -> Any:  # a copy of a model starts with an empty one
@@ -88,6 +108,10 @@ class PrefixCache:
         self._slots: dict[bytes, int] = {}
         self._uses = Counter[bytes]()
         self._free: list[int] = []  # slots of blocks that were evicted
+        self._sources: dict[bytes, tuple[Computed, int]] = {}
+        """The call that computed each block, and the row in it."""
+        self._unfilled: set[bytes] = set()
+        """Blocks of an earlier process whose values have not been computed again yet."""
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +135,58 @@ class PrefixCache:
         if stamp != self.stamp:
             self.clear()
             self.stamp = stamp
+        if self._awaited is not None:
+            state, self._awaited = self._awaited, None
+            self._take(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which prompts are kept, and how they were computed; their values are not part of it.
+
+        Values take as much room as the pool. A base computes the same ones from the same calls.
+        """
+        calls = list(dict.fromkeys(call for call, _ in self._sources.values()))
+        numbers = {call: number for number, call in enumerate(calls)}
+        return {
+            "max_bytes": self.max_bytes,
+            "width": self._pool.shape[2],
+            "dtype": self._pool.dtype,
+            "shapes": self.shapes,
+            "calls": [(call.names, call.lengths, call.width) for call in calls],
+            "sources": {name: (numbers[call], row) for name, (call, row) in self._sources.items()},
+            "prompts": [(prompt, self._prompts[prompt]) for prompt in self._order],
+            "random": self._random.getstate(),
+            "counts": (self.hits, self.misses),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the cache that `state_dict` described: its prompts, and its next evictions.
+
+        Each call that computed a kept prompt is repeated when the prompt is read.
+
+        Raises:
+            ValueError: that cache had another size.
+        """
+        if state["max_bytes"] != self.max_bytes:
+            raise ValueError(
+                f"max_bytes {self.max_bytes}: the saved cache has {state['max_bytes']}"
+            )
+        self._awaited = state
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self.clear()
+        if not state["width"]:
+            return
+        self._allocate(state["width"], state["dtype"])
+        self.shapes = state["shapes"]
+        calls = [Computed(*call) for call in state["calls"]]
+        self._sources = {name: (calls[n], row) for name, (n, row) in state["sources"].items()}
+        self._slots = {name: slot for slot, name in enumerate(self._sources)}
+        self._unfilled = set(self._slots)
+        self._prompts = dict(state["prompts"])
+        self._order = list(self._prompts)
+        self._uses = Counter(name for names in self._prompts.values() for name in names)
+        self._random.setstate(state["random"])
+        self.hits, self.misses = state["counts"]
 
     def fetch(
         self,
@@ -118,6 +194,7 @@ class PrefixCache:
         lengths: Sequence[int],
         width: int,
         compute: Callable[[list[int]], DynamicCache],
+        recompute: Recompute,
         empty: DynamicCache,
         device: torch.device,
     ) -> DynamicCache:
@@ -128,6 +205,7 @@ class PrefixCache:
             lengths: tokens of each prompt.
             width: columns of the result.
             compute: from the rows that are missing to their keys and values.
+            recompute: repeats a call of an earlier process.
             empty: cache that takes what was stored.
             device: device of the result.
         """
@@ -138,13 +216,35 @@ class PrefixCache:
             states = compute(missing)
             values, self.shapes = pack(states)
         else:
+            self._refill(names, recompute)
             values = self.stacked(names, lengths, width).to(device)
             if missing:
                 values[missing], self.shapes = pack(compute(missing))
             states = unpack(values, self.shapes, empty)
-        for row, kept in zip(missing, values[missing].cpu(), strict=True):
-            self.write(names[row], kept[width - lengths[row] :])
+        call = Computed([names[row] for row in missing], [lengths[row] for row in missing], width)
+        for index, (row, kept) in enumerate(zip(missing, values[missing].cpu(), strict=True)):
+            self.write(names[row], kept[width - lengths[row] :], (call, index))
         return states
+
+    def _refill(self, names: Sequence[bytes], recompute: Recompute) -> None:
+        """Compute again what is kept of prompts, by the calls that computed it first."""
+        if not self._unfilled:
+            return
+        blocks = [block for name in names for block in self._prompts.get(_digest(name), [])]
+        for block in blocks:
+            if block not in self._unfilled:
+                continue
+            call, _ = self._sources[block]
+            values = pack(recompute(call.names, call.lengths, call.width))[0].cpu()
+            for row, (name, length) in enumerate(zip(call.names, call.lengths, strict=True)):
+                kept = values[row, call.width - length :]
+                for start, of_row in _blocks(name, length):
+                    if of_row in self._unfilled and self._sources[of_row] == (call, row):
+                        self._fill(of_row, kept[start : start + BLOCK])
+                        self._unfilled.discard(of_row)
+
+    def _fill(self, block: bytes, values: Float[Tensor, "tokens width"]) -> None:
+        self._pool[self._slots[block], : len(values)].copy_(values)
 
     def stacked(
         self, names: Sequence[bytes], lengths: Sequence[int], width: int
@@ -158,12 +258,18 @@ class PrefixCache:
                 part.copy_(self._pool[self._slots[block], : len(part)])
         return stacked
 
-    def write(self, tokens: bytes, values: Float[Tensor, "tokens width"]) -> None:
+    def write(
+        self,
+        tokens: bytes,
+        values: Float[Tensor, "tokens width"],
+        source: tuple[Computed, int] | None = None,
+    ) -> None:
         """Store a prompt, evicting others if needed; a prompt larger than the pool is left out.
 
         Args:
             tokens: what identifies the prompt, of equally many bytes for every token.
             values: keys and values of each token.
+            source: call that computed them, and the row in it; by default the prompt alone.
         """
         length, prompt = len(values), _digest(tokens)
         if prompt in self._prompts:
@@ -172,16 +278,15 @@ class PrefixCache:
             self._allocate(values.shape[1], values.dtype)
         if -(-length // BLOCK) > len(self._pool):
             return
-        each = len(tokens) // max(length, 1)
-        name, names = b"", list[bytes]()
-        for start in range(0, length, BLOCK):
-            block = values[start : start + BLOCK]
-            name = _digest(name + tokens[start * each : (start + len(block)) * each])
+        source = source or (Computed([tokens], [length], length), 0)
+        names = list[bytes]()
+        for start, name in _blocks(tokens, length):
             if name not in self._slots:
                 while len(self._slots) == len(self._pool):
                     self._evict()
                 self._slots[name] = self._free.pop() if self._free else len(self._slots)
-                self._pool[self._slots[name], : len(block)].copy_(block)
+                self._sources[name] = source
+                self._fill(name, values[start : start + BLOCK])
             self._uses[name] += 1
             names.append(name)
         self._prompts[prompt] = names
@@ -193,7 +298,8 @@ class PrefixCache:
         for name in self._prompts.pop(self._order.pop()):
             self._uses[name] -= 1
             if self._uses[name] == 0:
-                del self._uses[name]
+                del self._uses[name], self._sources[name]
+                self._unfilled.discard(name)
                 self._free.append(self._slots.pop(name))
 
     def _allocate(self, width: int, dtype: torch.dtype) -> None:
@@ -229,6 +335,15 @@ class PrefixCache:
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _blocks(tokens: bytes, length: int) -> Iterator[tuple[int, bytes]]:
+    """The first token of each block of a prompt, and the block's name."""
+    each, name = len(tokens) // max(length, 1), b""
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        name = _digest(name + tokens[start * each : end * each])
+        yield start, name
 
 
 def pack(states: DynamicCache) -> tuple[Float[Tensor, "batch tokens width"], Shapes]:

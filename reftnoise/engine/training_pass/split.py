@@ -9,8 +9,9 @@ shift is undone before anyone reads logits.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -261,10 +262,13 @@ class SplitPass:
     @torch.no_grad()
     def _prefill(self, last: int | None = None, rows: list[int] | None = None) -> PromptStates:
         """Keys and values of the columns before the cut, of some rows or all."""
-        states = PromptStates(last)
         prompt = {name: value[:, : self._alignment.cut] for name, value in self._inputs.items()}
         if rows is not None:
             prompt = {name: value[rows] for name, value in prompt.items()}
+        return self._computed(prompt, last)
+
+    def _computed(self, prompt: Mapping[str, Tensor], last: int | None) -> PromptStates:
+        states = PromptStates(last)
         with contextlib.suppress(Complete):
             self._engine.base(**prompt, past_key_values=states, use_cache=True)
         return states
@@ -286,7 +290,24 @@ class SplitPass:
             return self._prefill(last, None if len(rows) == len(names) else rows)
 
         lengths = inside.sum(1).tolist()
-        return prefixes.fetch(names, lengths, cut, compute, PromptStates(), ids.device)
+        recompute = partial(self._repeat, last)
+        return prefixes.fetch(names, lengths, cut, compute, recompute, PromptStates(), ids.device)
+
+    def _repeat(
+        self, last: int | None, names: Sequence[bytes], lengths: Sequence[int], width: int
+    ) -> PromptStates:
+        """Keys and values of the prompts of an earlier call, in its shape; arguments as above."""
+        columns = torch.zeros(len(names), width, 3, dtype=torch.int64)
+        for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
+            tokens = torch.frombuffer(bytearray(name), dtype=torch.int64)
+            columns[row, width - length :] = tokens.view(length, 3)
+        parts = columns.to(self._inputs["input_ids"].device).unbind(2)
+        prompt = dict(zip(("input_ids", "position_ids", "attention_mask"), parts, strict=True))
+        if "position_ids" not in self._inputs:
+            del prompt["position_ids"]
+        # The pass that goes on has other rows, which must not be edited here.
+        with self._engine.running() as is_ours, without_logits(self._decoder, is_ours):
+            return self._computed(prompt, last)
 
 
 def stamp_of(base: Any) -> tuple[object, ...]:
