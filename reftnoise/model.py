@@ -17,6 +17,7 @@ from .adapters.library import OWN, AdapterChoice, AdapterLibrary
 from .adapters.mixin import AdapterMixin
 from .adapters.pyreft.calling import TakesBatches, in_forms_of_pyreft
 from .adapters.pyreft.methods import expect_native
+from .adapters.vocabulary import expect_tokens
 from .config.representations import ReftConfig
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .engine.base.quantization import keep_differentiable
@@ -67,6 +68,7 @@ class ReftModel(TakesBatches, AdapterMixin):
             )
         keep_differentiable(model)
         section = section_of(model, config.peft)
+        expect_tokens(model, config.token_rows)
         placed = place_units(config, model)  # first: where it raises, PEFT has changed nothing
         if section is not None and not is_peft_model(model):
             model = with_peft(model, section)

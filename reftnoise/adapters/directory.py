@@ -22,7 +22,8 @@ class AdapterFiles:
     Args:
         directory: its path.
         config: the units.
-        base: `name_or_path`, the fingerprint of the base's shape, and a `sample` of its weights.
+        base: `name_or_path`, the fingerprint of the base's shape, a `sample` of its weights, and
+            its `vocabulary` and `rope_parameters`; older adapters have fewer of them.
         base_parameters: names of the base's parameters that are among the weights.
         snapshot: its files, of one instant; None for a directory of another library.
     """
@@ -104,6 +105,12 @@ class AdapterFiles:
                     f"{self.config_path}: the adapter's base ({self.base_name}) has {key} "
                     f"{self.base.get(key)!r}, {whose} ({called(name)}) {mine!r}"
                 )
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fingerprint of the base's shape."""
+        others = ("name_or_path", "sample", "vocabulary", "rope_parameters")
+        return {key: value for key, value in self.base.items() if key not in others}
 
     @property
     def base_name(self) -> object:

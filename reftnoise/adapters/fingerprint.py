@@ -4,6 +4,7 @@ Casts between dtypes round weights, so values are compared, not digests: those o
 the precision of bfloat16.
 """
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -60,18 +61,34 @@ def other_values(
 ) -> str | None:
     """The name of the first matrix that differs between two samples; None where none does."""
     for name, values in sample.items():
-        if name in other:
-            mine, theirs = torch.tensor(other[name]), torch.tensor(values)
-            largest = torch.maximum(mine.abs(), theirs.abs())
-            if ((mine - theirs).abs() > TOLERANCE * largest + SMALLEST).any():
-                return name
+        if name in other and differs(torch.tensor(other[name]), torch.tensor(values)).any():
+            return name
     return None
+
+
+def differs(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Where values are others, and not those of another dtype."""
+    mine, theirs = mine.float(), theirs.float()
+    largest = torch.maximum(mine.abs(), theirs.abs())
+    return (mine - theirs).abs() > TOLERANCE * largest + SMALLEST
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a weight is in memory as it is: neither sharded nor quantised."""
+    is_here = not (tensor.is_meta or is_part(tensor)) and type(tensor.data) is Tensor
+    return is_here and tensor.dtype in _READABLE and tensor.numel() > 0
+
+
+def rope_parameters(model: PreTrainedModel) -> Any:
+    """How a base encodes positions, which no weight shows; None where its config does not say."""
+    config = getattr(inner_model(model), "config", None)
+    parameters = getattr(config and config.get_text_config(), "rope_parameters", None)
+    return None if parameters is None else json.loads(json.dumps(parameters))
 
 
 def _matrices(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in base.named_parameters():
-        is_here = not (tensor.is_meta or is_part(tensor)) and type(tensor.data) is Tensor
-        if is_here and tensor.dtype in _READABLE and tensor.dim() >= 2 and tensor.numel():
+        if tensor.dim() >= 2 and is_readable(tensor):
             yield name, tensor
 
 

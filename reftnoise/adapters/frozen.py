@@ -24,6 +24,7 @@ from ..interventions import (
 )
 from .directory import AdapterFiles
 from .saving import load_weights
+from .vocabulary import expect_rows
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
             f"{adapter.config_path}: has {own}, and rows of a batch share the base's weights: "
             "adapters are loaded by name if they edit hidden states alone"
         )
+    if adapter.config.token_rows is not None:
+        expect_rows(adapter, adapter.weights(), base)
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         placed_units = place_units(adapter.config, base)  # draws weights
         units = nn.Module()

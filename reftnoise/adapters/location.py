@@ -11,7 +11,7 @@ CONFIG_NAME = "reft_config.json"
 WEIGHTS_NAME = "reft_model.safetensors"
 CARD_NAME = "README.md"
 SCHEMA_VERSION = 1
-SECTIONS = ("representations", "peft", "modules_to_save")
+SECTIONS = ("representations", "peft", "modules_to_save", "token_rows")
 """The keys of the file that are a `ReftConfig`'s."""
 _KEYS = ("schema_version", "base_model", "base_parameters", "weights_sha256", *SECTIONS)
 

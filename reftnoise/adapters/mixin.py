@@ -23,6 +23,7 @@ from .frozen import freeze
 from .library import AdapterChoice, AdapterLibrary
 from .location import CONFIG_NAME, WEIGHTS_NAME, checkpoint_adapter, local_directory
 from .pyreft.methods import PyreftMethods
+from .vocabulary import make_room
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +214,7 @@ class AdapterMixin(PyreftMethods):
 
     @classmethod
     def _of(cls, adapter: AdapterFiles, model: PreTrainedModel, include_model: bool = True) -> Self:
+        make_room(adapter, model)
         reft_model = cls(adapter.config, model)
         saving.load_trained(reft_model, adapter, include_model)
         reft_model.set_device(None)

@@ -23,7 +23,7 @@ from ..engine.base.sharding import part_like, size, takes_weights_of_one_process
 from ..engine.base.sites import hidden_size, num_layers, trained_modules
 from .card import card
 from .directory import AdapterFiles, called
-from .fingerprint import other_weights, sample_weights
+from .fingerprint import other_weights, rope_parameters, sample_weights
 from .location import (
     CARD_NAME,
     CONFIG_NAME,
@@ -32,6 +32,14 @@ from .location import (
     local_directory,
 )
 from .snapshot import sealed
+from .vocabulary import (
+    PREFIX,
+    expect_vocabulary,
+    other_rows,
+    put_rows,
+    sample_vocabulary,
+    saved_rows,
+)
 
 
 class ModelWithUnits(Protocol):
@@ -84,6 +92,7 @@ def save_adapter(
             "expected all tensors under their names"
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors |= saved_rows(reft_model.model, reft_model.reft_config.token_rows)
     of_base = sorted(name for name in tensors if name.startswith("model."))
     description = {
         "schema_version": SCHEMA_VERSION,
@@ -91,6 +100,8 @@ def save_adapter(
             "name_or_path": _base_name(reft_model.model),
             **fingerprint(reft_model.model),
             "sample": sample_weights(reft_model.model, of_base),
+            "rope_parameters": rope_parameters(reft_model.model),
+            "vocabulary": sample_vocabulary(reft_model.model, of_base),
         },
         **reft_model.reft_config.to_dict(),
         "base_parameters": of_base,
@@ -144,10 +155,20 @@ def read_adapter(
     files = [CONFIG_NAME, WEIGHTS_NAME]
     adapter = AdapterFiles.read(local_directory(directory, files, revision=revision, token=token))
     adapter.expect_base(fingerprint(model), _full_name(model))
+    expect_vocabulary(adapter, model)
+    both = (
+        f"{adapter.config_path}: the adapter's base ({adapter.base_name}) and the given model "
+        f"({called(_full_name(model))}) have different"
+    )
+    theirs, own = adapter.base.get("rope_parameters"), rope_parameters(model)
+    if None not in (theirs, own) and theirs != own:
+        warnings.warn(f"{both} rope_parameters: {theirs} and {own}", stacklevel=4)
     if other := other_weights(adapter.base.get("sample", {}), model):
+        warnings.warn(f"{both} weights, as in {other}", stacklevel=4)
+    elif tokens := other_rows(adapter, model):
         warnings.warn(
-            f"{adapter.config_path}: the adapter's base ({adapter.base_name}) and the given model "
-            f"({called(_full_name(model))}) have different weights, as in {other}",
+            f"{both} embeddings of the tokens {tokens}: those of tokens that were added are saved "
+            "with ReftConfig(…, token_rows=[…])",
             stacklevel=4,
         )
     return adapter
@@ -175,6 +196,7 @@ def load_weights(reft_model: Any, adapter: AdapterFiles, include_model: bool = T
         The names of the weights.
     """
     path, state = adapter.weights_path, adapter.weights()
+    rows = {name: state.pop(name) for name in list(state) if name.startswith(PREFIX)}
     if not include_model:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
     expected = [name for name in reft_model.state_dict() if name.startswith("interventions.")]
@@ -192,6 +214,8 @@ def load_weights(reft_model: Any, adapter: AdapterFiles, include_model: bool = T
             )
         if own[name].dtype != tensor.dtype:  # as it was when it was saved
             own[name].data = own[name].data.to(tensor.dtype)
+    if include_model and hasattr(reft_model, "model"):
+        put_rows(adapter, rows, reft_model.model)
     parts = {name: part_like(own[name], tensor) for name, tensor in state.items()}
     reft_model.load_state_dict(parts, strict=False)  # checked above, with clearer errors
     for unit in reft_model.interventions.values():  # which may keep R: FSDP2 marks no change

@@ -84,9 +84,8 @@ def saved_overlaps(adapters: Mapping[str, str | Path]) -> tuple[list[str], Float
 
 def _expect_one_base(files: Mapping[str, AdapterFiles]) -> None:
     (name, first), *others = files.items()
-    shape = {key: first.base[key] for key in first.base if key not in ("name_or_path", "sample")}
     for _, other in others:
-        other.expect_base(shape, first.base.get("name_or_path"), whose=f"that of {name}")
+        other.expect_base(first.shape, first.base.get("name_or_path"), whose=f"that of {name}")
         differing = other_values(other.base.get("sample", {}), first.base.get("sample", {}))
         if differing:
             raise ValueError(

@@ -202,6 +202,8 @@ class ReftConfig:
             `peft.PeftConfig`.
         modules_to_save: names, or ends of names, of modules of the base that are trained and saved
             with the units. None for a task head, and nothing else.
+        token_rows: ids of tokens, such as added ones, whose rows of the embeddings and of an untied
+            head are saved with the units, and put back on loading.
         pyvene: arguments of pyvene's config (`PyveneConfig`).
 
     Raises:
@@ -212,12 +214,14 @@ class ReftConfig:
     representations: list[RepresentationConfig]
     peft: dict[str, Any] | None = None
     modules_to_save: list[str] | None = None
+    token_rows: list[int] | None = None
 
     def __init__(
         self,
         representations: "Mapping[str, Any] | RepresentationConfig | Sequence[Mapping[str, Any] | RepresentationConfig]",  # noqa: E501  # one type
         peft: Any = None,
         modules_to_save: Sequence[str] | None = None,
+        token_rows: Sequence[int] | None = None,
         **pyvene: Unpack[PyveneConfig],
     ) -> None:
         representations = entries_of_pyvene(representations, pyvene)
@@ -239,6 +243,7 @@ class ReftConfig:
         ):
             raise ValueError(f"modules_to_save {modules_to_save!r}: expected a list of names")
         self.modules_to_save = None if modules_to_save is None else list(modules_to_save)
+        self.token_rows = None if token_rows is None else _tokens(token_rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values, without sections that are None."""
@@ -246,6 +251,7 @@ class ReftConfig:
             "representations": [entry.to_dict() for entry in self.representations],
             "peft": self.peft,
             "modules_to_save": self.modules_to_save,
+            "token_rows": self.token_rows,
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -288,6 +294,16 @@ class ReftConfig:
             return readers[path.suffix](path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _tokens(token_rows: Any) -> list[int]:
+    is_list = isinstance(token_rows, Sequence) and not isinstance(token_rows, str | bytes)
+    tokens = list(token_rows) if is_list else []
+    if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+        raise ValueError(f"token_rows {token_rows!r}: expected a list of ids of tokens")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"token_rows {token_rows!r}: every token may occur once")
+    return tokens
 
 
 def _expect_text(text: Any, name: str) -> str:

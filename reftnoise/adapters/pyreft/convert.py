@@ -228,6 +228,8 @@ def _to_pyreft(source: Path, output: Path, name: str) -> str:
             f"{source}: has a peft section ({adapter.config.peft.get('peft_type')}), which "
             "pyreft's format does not hold"
         )
+    if adapter.config.token_rows is not None:
+        raise ValueError(f"{source}: has token_rows, which pyreft's format does not hold")
     names = [name.removeprefix("model.") for name in adapter.base_parameters]
     base = _structure(name, names)
     adapter = read_adapter(source, base)
