@@ -38,7 +38,10 @@ def is_finite_number(value: object) -> TypeIs[int | float]:
 
 def brief(value: object) -> str:
     """A value for one line of an error; models and other long values by their class."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # the second: of integers with too many digits
+        return type(value).__name__
     return text if len(text) < 100 and "\n" not in text else type(value).__name__
 
 

@@ -96,13 +96,7 @@ def save_adapter(
     of_base = sorted(name for name in tensors if name.startswith("model."))
     description = {
         "schema_version": SCHEMA_VERSION,
-        "base_model": {
-            "name_or_path": _base_name(reft_model.model),
-            **fingerprint(reft_model.model),
-            "sample": sample_weights(reft_model.model, of_base),
-            "rope_parameters": rope_parameters(reft_model.model),
-            "vocabulary": sample_vocabulary(reft_model.model, of_base),
-        },
+        "base_model": _described(reft_model.model, of_base),
         **reft_model.reft_config.to_dict(),
         "base_parameters": of_base,
     }
@@ -121,6 +115,17 @@ def save_adapter(
         ).encode()
     directory.mkdir(parents=True, exist_ok=True)
     replace_all(directory, files)
+
+
+def _described(base: PreTrainedModel, of_base: list[str]) -> dict[str, Any]:
+    """What an adapter tells of its base, of which it holds the parameters `of_base`."""
+    return {
+        "name_or_path": _base_name(base),
+        **fingerprint(base),
+        "sample": sample_weights(base, of_base),
+        "rope_parameters": rope_parameters(base),
+        "vocabulary": sample_vocabulary(base, of_base),
+    }
 
 
 def count_parameters(units: nn.Module, base: nn.Module) -> tuple[int, int, int]:

@@ -5,8 +5,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-import torch
-
+from .._util.errors import brief
 from ..interventions import (
     INTERVENTIONS,
     NoiseIntervention,
@@ -15,8 +14,9 @@ from ..interventions import (
     intervention_class,
     intervention_name,
 )
-from ..interventions.arguments import constructor_arguments, dtype_name
+from ..interventions.arguments import constructor_arguments
 from ..interventions.base import is_intervention
+from .values import plain, plain_if_possible
 
 _METHODS_OF_PEFT = {"lora", "dora", "adalora", "vera", "ia3", "oft", "boft", "loha", "lokr"}
 
@@ -47,7 +47,7 @@ def entry_arguments(intervention: EntryIntervention, values: Mapping[str, Any]) 
     """
     if isinstance(intervention, Unit):
         own = {
-            key: plain(value)
+            key: plain_if_possible(value)
             for key, value in intervention.arguments().items()
             if key not in _OF_PLACES
         }
@@ -62,7 +62,7 @@ def entry_arguments(intervention: EntryIntervention, values: Mapping[str, Any]) 
     for key, value in filled.items():
         if value is inspect.Parameter.empty:
             raise ValueError(f"{unit_class.__name__} needs {key!r}")
-    return {key: plain(value) for key, value in filled.items()}
+    return {key: plain(value, key) for key, value in filled.items()}
 
 
 def expect_one_site(module: Unit, *, layer: object, parts: int, width: int | None) -> None:
@@ -86,7 +86,7 @@ def unsayable(module: Unit) -> set[str]:
     Raises:
         ValueError: there are some, of another class.
     """
-    arguments = {key: plain(value) for key, value in module.arguments().items()}
+    arguments = {key: plain_if_possible(value) for key, value in module.arguments().items()}
     unsaid = {
         key
         for key, value in arguments.items()
@@ -146,7 +146,7 @@ def pop_intervention(entry: dict[str, Any]) -> EntryIntervention:
         raise ValueError(f"intervention {value.__name__}: expected an instance or a name")
     if not isinstance(value, str):
         raise ValueError(
-            f"intervention {value!r}: expected a registered name, or a module derived from "
+            f"intervention {brief(value)}: expected a registered name, or a module derived from "
             "ReftIntervention or NoiseIntervention"
         )
     if value.lower() in _METHODS_OF_PEFT and value not in INTERVENTIONS:
@@ -183,11 +183,6 @@ def argument_defaults(unit_class: type[Unit]) -> dict[str, Any]:
     parameters = constructor_arguments(unit_class)
     own = {name: p.default for name, p in parameters.items() if name not in _OF_PLACES}
     return {**getattr(unit_class, "entry_defaults", {}), **own}
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: dtypes become names."""
-    return dtype_name(value) if isinstance(value, torch.dtype) else value
 
 
 def _of_peft(what: str) -> ValueError:

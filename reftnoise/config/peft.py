@@ -1,13 +1,13 @@
 """The `peft` section of a config: a method of PEFT as plain values, without a model."""
 
-import enum
 import inspect
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from types import ModuleType
 from typing import Any
 
-from .._util.errors import nearest
+from .._util.errors import brief, nearest, one_line
+from .values import plain
 
 # Fields of a PEFT config that say where it came from and how it is used, not what it is.
 _NOT_SAVED = {
@@ -36,7 +36,7 @@ def read_peft(section: Any) -> dict[str, Any]:
         return as_section(section)
     if not isinstance(section, Mapping) or "peft_type" not in section:
         raise ValueError(
-            f"peft {section!r}: expected a mapping with 'peft_type', such as "
+            f"peft {brief(section)}: expected a mapping with 'peft_type', such as "
             "{'peft_type': 'lora', 'r': 8}, or a peft.PeftConfig"
         )
     return as_section(peft_config(peft, section))
@@ -44,9 +44,12 @@ def read_peft(section: Any) -> dict[str, Any]:
 
 def peft_config(peft: ModuleType, section: Mapping[str, Any]) -> Any:
     """The `peft.PeftConfig` of a section; a ValueError names what is wrong and what is possible."""
-    arguments = dict(section)
+    arguments = {  # of which PEFT has a few as objects of its own
+        key: value if is_dataclass(value) else plain(value, f"peft: {key}")
+        for key, value in section.items()
+    }
     peft_type = arguments.pop("peft_type")
-    name = str(getattr(peft_type, "value", peft_type)).upper()
+    name = str(peft_type).upper()
     kinds = {kind.value: cls for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name not in kinds:
         raise ValueError(f"peft_type {peft_type!r}; {nearest(name, map(str.lower, sorted(kinds)))}")
@@ -58,34 +61,23 @@ def peft_config(peft: ModuleType, section: Mapping[str, Any]) -> Any:
         )
     try:
         return kinds[name](**arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"peft {name.lower()}: {error}") from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"peft {name.lower()}: {one_line(error)}") from None
 
 
 def as_section(config: Any) -> dict[str, Any]:
     """The section of a `peft.PeftConfig`: what differs from the defaults, as JSON values."""
-    values = {
-        field.name: _plain(getattr(config, field.name))
-        for field in fields(config)
-        if field.name not in _NOT_SAVED and getattr(config, field.name) != _default(field)
-    }
-    return {"peft_type": config.peft_type.value.lower()} | values
+    section = {"peft_type": config.peft_type.value.lower()}
+    for field in fields(config):
+        if field.name not in _NOT_SAVED:
+            value = plain(getattr(config, field.name), f"peft: {field.name}")
+            if value != plain(_default(field), field.name):
+                section[field.name] = value
+    return section
 
 
 def _default(field: Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value
 
 
 def import_peft() -> ModuleType:

@@ -13,7 +13,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from .._util import yaml
-from .._util.errors import nearest
+from .._util.errors import brief, nearest
 from .._util.files import local_path
 from ..interventions import NoiseIntervention, Unit, registered_name
 from .components import COMPONENTS, is_dotted, split_component
@@ -21,7 +21,6 @@ from .interventions import (
     argument_defaults,
     entry_arguments,
     expect_one_site,
-    plain,
     pop_intervention,
     unit_class_of,
     unsayable,
@@ -29,6 +28,7 @@ from .interventions import (
 from .peft import read_peft
 from .positions import Positions
 from .pyvene_fields import PyveneConfig, entries_of_pyvene
+from .values import plain, plain_if_possible
 
 _OTHER_NAMES = {"rank": "low_rank_dimension", "r": "low_rank_dimension"}
 _RANGE = re.compile(r"([0-9]+)-([0-9]+)")
@@ -158,12 +158,17 @@ class RepresentationConfig:
 
     @classmethod
     def _from_dict(cls, entry: dict[str, Any]) -> "RepresentationConfig":
+        ready = {key: entry[key] for key in ("intervention", "intervention_type") if key in entry}
+        if isinstance(positions := entry.get("positions"), Positions):
+            entry["positions"] = positions.spec()
+        entry = {key: plain_if_possible(value) for key, value in entry.items()} | ready
         intervention = pop_intervention(entry)
         unit_class = unit_class_of(intervention)
         is_noise = issubclass(unit_class, NoiseIntervention)
         known = argument_defaults(unit_class)
         _expect_known(entry, unit_class, known)
-        values = {key: plain(entry.pop(key)) for key in known if key in entry}
+        values = {key: entry.pop(key) for key in known if key in entry}
+        entry = {key: plain(value, key) for key, value in entry.items()}
         arguments = entry_arguments(intervention, values)
         component = entry.pop("component", "embeddings" if is_noise else "block_output")
         embed_dim = entry.pop("embed_dim", None)
@@ -229,21 +234,21 @@ class ReftConfig:
             representations = [representations]
         if isinstance(representations, str) or not isinstance(representations, Sequence):
             raise ValueError(
-                f"representations {representations!r}: expected an entry or a list of entries"
+                f"representations {brief(representations)}: expected an entry or a list of entries"
             )
         self.representations = []
         for index, entry in enumerate(representations):
             where = f"representations[{index}]"
             if not isinstance(entry, Mapping | RepresentationConfig):
-                raise ValueError(f"{where}: expected a mapping, got {entry!r}")
+                raise ValueError(f"{where}: expected a mapping, got {brief(entry)}")
             self.representations.append(RepresentationConfig.from_dict(entry, where))
         self.peft = None if peft is None else read_peft(peft)
-        if isinstance(modules_to_save, str) or not all(
-            isinstance(name, str) and name for name in modules_to_save or ()
-        ):
-            raise ValueError(f"modules_to_save {modules_to_save!r}: expected a list of names")
-        self.modules_to_save = None if modules_to_save is None else list(modules_to_save)
-        self.token_rows = None if token_rows is None else _tokens(token_rows)
+        trained = plain(modules_to_save, "modules_to_save")
+        is_list = trained is None or isinstance(trained, list)
+        if not is_list or not all(isinstance(name, str) and name for name in trained or ()):
+            raise ValueError(f"modules_to_save {brief(modules_to_save)}: expected a list of names")
+        self.modules_to_save = trained
+        self.token_rows = None if token_rows is None else _tokens(plain(token_rows, "token_rows"))
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values, without sections that are None."""
@@ -260,7 +265,7 @@ class ReftConfig:
         """A config from such a mapping; a ValueError names an unknown key."""
         possible = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping) or "representations" not in values:
-            raise ValueError(f"expected a mapping with 'representations', got {values!r}")
+            raise ValueError(f"expected a mapping with 'representations', got {brief(values)}")
         if unknown := [key for key in values if key not in possible]:
             raise ValueError(f"unknown key {unknown[0]!r}; {nearest(unknown[0], possible)}")
         return cls(**values)
@@ -297,12 +302,11 @@ class ReftConfig:
 
 
 def _tokens(token_rows: Any) -> list[int]:
-    is_list = isinstance(token_rows, Sequence) and not isinstance(token_rows, str | bytes)
-    tokens = list(token_rows) if is_list else []
+    tokens = token_rows if isinstance(token_rows, list) else []
     if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
-        raise ValueError(f"token_rows {token_rows!r}: expected a list of ids of tokens")
+        raise ValueError(f"token_rows {brief(token_rows)}: expected a list of ids of tokens")
     if len(set(tokens)) < len(tokens):
-        raise ValueError(f"token_rows {token_rows!r}: every token may occur once")
+        raise ValueError(f"token_rows {brief(token_rows)}: every token may occur once")
     return tokens
 
 

@@ -180,6 +180,8 @@ def test_the_directory_holds_config_weights_and_card(tmp_path: Path) -> None:
     assert {path.name for path in directory.iterdir()} == FILES  # no pickle among them
     description = json.loads((directory / "reft_config.json").read_text(encoding="utf-8"))
     sample = description["base_model"].pop("sample")
+    assert description["base_model"].pop("vocabulary")["size"] == base.config.vocab_size
+    assert description["base_model"].pop("rope_parameters") == base.config.rope_parameters
     assert sample
     for name, values in sample.items():
         weight = base.get_parameter(name).flatten().tolist()

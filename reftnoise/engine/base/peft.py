@@ -85,9 +85,9 @@ def section_of(base: nn.Module, section: Mapping[str, Any] | None) -> dict[str, 
             )
         return section
     active: Any = base.active_peft_config
-    own = as_section(active)
     if section is None and not any(parameter.requires_grad for parameter in base.parameters()):
         return None
+    own = as_section(active)
     names = list(base.peft_config)  # type: ignore[arg-type]  # PEFT's dictionary of adapters
     if names != ["default"]:
         raise ValueError(

@@ -4,7 +4,6 @@ The processes run distributed_worker.py, all cases of a kind in one launch. Expe
 from the same loop in this process, on the whole batch.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import reftnoise as rn
 from support.models.architectures import tiny_model
@@ -166,8 +166,8 @@ def test_what_is_saved_is_whole(case: str, trained: Launch) -> None:
     weights = trained[case]["weights"]
     final = trained.folder / case.replace("killed, resumed", "killed") / "final"
     assert set(SAVED) <= {path.name for path in final.iterdir()}
-    vocabulary = json.loads((final / "tokenizer.json").read_text())["model"]["vocab"]
-    loaded = rn.ReftModel.from_pretrained(tiny_model(vocab_size=len(vocabulary)), final)
+    size = len(AutoTokenizer.from_pretrained(final))
+    loaded = rn.ReftModel.from_pretrained(tiny_model(vocab_size=size), final)
     found = dict(loaded.interventions.named_parameters())
     assert set(found) == set(weights)
     assert all(torch.equal(found[name], weights[name]) for name in weights)
