@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from ._util.errors import brief, is_finite_number
 from .adapters import saving
-from .adapters.base_methods import OTHER_WRAPPER, REFUSED
 from .adapters.library import OWN, AdapterChoice, AdapterLibrary
 from .adapters.mixin import AdapterMixin
 from .adapters.pyreft.calling import TakesBatches, in_forms_of_pyreft
 from .adapters.pyreft.methods import expect_native
 from .adapters.vocabulary import expect_tokens
 from .config.representations import ReftConfig
+from .engine.base.methods import OTHER_WRAPPER, REFUSED
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .engine.base.quantization import keep_differentiable
 from .engine.base.running import exclusive, innermost
@@ -39,7 +39,7 @@ class ReftModel(TakesBatches, AdapterMixin):
     It is called like the base and returns the base's output class; `generate` returns token ids.
     `adapters.pyreft.forms` has the other forms of a call: those of pyreft.
     Attributes that it does not have itself (`config`, `device`, `generation_config`,
-    `gradient_checkpointing_enable`, …) are the base's, but for those in `adapters.base_methods`.
+    `gradient_checkpointing_enable`, …) are the base's, but for those in `engine.base.methods`.
 
     Args:
         config: the units.

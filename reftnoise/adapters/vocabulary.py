@@ -137,7 +137,8 @@ def saved_rows(model: PreTrainedModel, tokens: Sequence[int] | None) -> dict[str
             )
     rows = torch.tensor(tokens)
     return {
-        f"{PREFIX}{kind}": table.detach()[rows.to(table.device)] for kind, table in tables.items()
+        f"{PREFIX}{kind}": table.detach()[rows.to(table.device)].cpu()
+        for kind, table in tables.items()
     }
 
 

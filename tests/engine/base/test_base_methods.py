@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import reftnoise as rn
-from reftnoise.adapters.base_methods import REFUSED
+from reftnoise.engine.base.methods import REFUSED
 from support.models.architectures import tiny_model
 from support.models.peft_bases import QV
 
