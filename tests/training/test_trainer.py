@@ -351,7 +351,7 @@ def test_a_checkpoint_without_the_kept_prompts_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        cached_run(tmp_path, "none", stop=5).train()
+        cached_run(tmp_path, "none", stop=6).train()
     with caplog.at_level("WARNING", "reftnoise"), pytest.raises(KeyboardInterrupt):
         cached_run(tmp_path, "memory", stop=6).train(resume_from_checkpoint=True)
     assert "no prefix_cache_0.pt in it; prompts are computed in other batches" in caplog.text
