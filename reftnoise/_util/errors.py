@@ -4,7 +4,8 @@ import difflib
 import functools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from typing_extensions import TypeIs
 
@@ -43,6 +44,25 @@ def brief(value: object) -> str:
     except (RecursionError, ValueError):  # the second: of integers with too many digits
         return type(value).__name__
     return text if len(text) < 100 and "\n" not in text else type(value).__name__
+
+
+def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """Where two plain values differ first, and what stands there; None where they are equal.
+
+    The place is one such as `representations[0].positions`. A key that one of them lacks has None.
+    """
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = list(dict.fromkeys([*before, *now]))
+        parts = [
+            (f"{where}.{name}" if where else str(name), before.get(name), now.get(name))
+            for name in names
+        ]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        parts = [(f"{where}[{index}]", *pair) for index, pair in pairs]
+    else:
+        return None if before == now else (where, before, now)
+    return next(filter(None, (first_difference(b, n, w) for w, b, n in parts)), None)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import brief
 
-_SCRATCH = ".saving-"
+SCRATCH = ".saving-"
 """The beginning of a scratch folder's name, in the directory that is saved into."""
 
 _PATIENCE = 60.0
@@ -46,13 +46,25 @@ def replace_all(directory: Path, files: Mapping[str, bytes]) -> None:
     """
     with _saving_alone(directory) as is_alone:
         if is_alone:  # the owner of any other scratch folder is dead, or it would hold the lock
-            for leftover in directory.glob(f"{_SCRATCH}*"):
+            for leftover in directory.glob(f"{SCRATCH}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=directory) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=directory) as scratch:
             for name, content in files.items():
                 (Path(scratch) / name).write_bytes(content)
             for name in files:
                 os.replace(Path(scratch) / name, directory / name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, at one instant; nothing if it is missing.
+
+    A kill leaves a scratch folder, which `replace_all` removes.
+    """
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=path.parent) as scratch:
+        os.replace(path, Path(scratch) / path.name)
 
 
 @contextlib.contextmanager

@@ -61,9 +61,15 @@ def run_recipe(
     run.expect_trainable()
     is_scored = bool(run.scored_rows or run.recipe.evaluation.lm_eval)
     with RunDirectory(run.recipe, resume=resume, overwrite=overwrite) as directory:
-        model, tokenizer, summary = _train(run, directory, console)
-        if not is_scored or not is_main_process():
-            return summary, []
+        if not directory.is_trained:
+            model, tokenizer, summary = _train(run, directory, console)
+            if not is_scored or not is_main_process():
+                return summary, []
+        elif is_main_process():  # killed before its scores were written
+            summary = directory.reopen()
+            model, tokenizer = load_trained(run)
+        else:
+            return {}, []
         entries, predictions = score(run, model, tokenizer, console=console)
         save_scores(directory.path, entries, predictions)
         return summary, entries

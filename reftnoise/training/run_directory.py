@@ -1,7 +1,8 @@
 """The directory of a run: when a run may begin there, and who writes; no torch, if possible."""
 
+import json
+import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -11,13 +12,27 @@ from typing import Any
 from filelock import FileLock, Timeout
 from typing_extensions import Self
 
-from .._util.files import json_lines, json_text, local_path, read_lines, replace_all
+from .._util.errors import first_difference
+from .._util.files import (
+    SCRATCH,
+    json_lines,
+    json_text,
+    local_path,
+    read_lines,
+    remove,
+    replace_all,
+)
 from .._util.options import read_file
 from .recipe import Recipe
 from .run_files import ADAPTER, CHECKPOINTS, LOCK, LOG, PREDICTIONS, RECIPE, SCORES, SUMMARY
 
-_FILES = (ADAPTER, LOG, SUMMARY, SCORES, PREDICTIONS)  # what is written, but for the recipe
-_SECTIONS = ("data", "training")
+_FILES = (SUMMARY, CHECKPOINTS, ADAPTER, LOG, SCORES, PREDICTIONS)
+"""What is written, but for the recipe, in the order in which it is removed.
+
+Without the first two, what is left is no finished run and none to continue.
+"""
+
+logger = logging.getLogger(__name__)
 
 
 def is_main_process() -> bool:
@@ -61,6 +76,8 @@ class RunDirectory:
             with alone(self.path):  # raises before the base is loaded
                 pass
         self.checkpoint = self._find_checkpoint()
+        self.is_trained = resume and (self.path / SUMMARY).exists()
+        """Whether it lacks only its scores."""
 
     def __enter__(self) -> Self:
         return self
@@ -73,15 +90,30 @@ class RunDirectory:
 
         A resumed one keeps its recipe, and the log's lines up to the step.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(alone(self.path))
-        if self._find_checkpoint() != self.checkpoint:
-            raise ValueError(f"output_dir {self.path}: another process has written there")
+        self._hold()
         if self.checkpoint is None:
+            if self._resume:
+                logger.warning("%s: no complete checkpoint, the run starts over", self.path)
             self._clear()
             replace_all(self.path, {RECIPE: self._recipe.to_yaml().encode()})
         lines = [line for line in read_lines(self.path / LOG) if line["step"] <= step]
         replace_all(self.path, {LOG: json_lines(lines)})
+
+    def reopen(self) -> dict[str, Any]:
+        """Keep other processes from a trained run, and read its summary."""
+        self._hold()
+        remove(self.path / CHECKPOINTS)  # unless the run was killed before this
+        try:
+            summary: dict[str, Any] = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.path / SUMMARY}: damaged ({error})") from None
+        return summary
+
+    def _hold(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(alone(self.path))
+        if self._find_checkpoint() != self.checkpoint:
+            raise ValueError(f"output_dir {self.path}: another process has written there")
 
     def log(self, line: dict[str, Any]) -> None:
         """Add a line to the log."""
@@ -91,39 +123,53 @@ class RunDirectory:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which says that the run is finished, and remove its checkpoints."""
         replace_all(self.path, {SUMMARY: json_text(summary, indent=2).encode() + b"\n"})
-        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        remove(self.path / CHECKPOINTS)
 
     def _find_checkpoint(self) -> str | None:
         """Where to go on from; None for a new run, which must not take the place of another."""
         path = self.path
         if path.exists() and not path.is_dir():
             raise ValueError(f"output_dir {path}: expected a directory, found a file")
-        if self._resume and not (path / SUMMARY).exists():
-            _expect_same(self._recipe, path / RECIPE)
-            from .trainer import last_complete_checkpoint
-
-            return last_complete_checkpoint(str(path / CHECKPOINTS))
+        is_whole = (path / SUMMARY).exists()
+        if self._resume and not (is_whole and (self._is_unscored or (path / SCORES).exists())):
+            return self._resumed()
         if self._overwrite:
             return None
         # The Trainer makes an empty folder of checkpoints before anything is trained.
         is_begun = any((path / CHECKPOINTS).glob("checkpoint-*"))
-        file = next((name for name in (RECIPE, *_FILES) if (path / name).exists()), None)
+        names = (RECIPE, *(name for name in _FILES if name != CHECKPOINTS))
+        file = next((name for name in names if (path / name).exists()), None)
         if file is None and not is_begun:
             return None
         held, instead = f"{file} already", "choose another --output_dir"
-        if (path / SUMMARY).exists():
+        if is_whole:
             held = "a finished run"
         elif is_begun:
             held, instead = "an unfinished run", "--resume it"
         raise ValueError(f"output_dir {path} holds {held}: {instead}, or --overwrite it")
 
+    @property
+    def _is_unscored(self) -> bool:
+        """Whether the recipe names nothing to score."""
+        evaluation = self._recipe.evaluation
+        return evaluation.data is None and not evaluation.lm_eval
+
+    def _resumed(self) -> str | None:
+        """The checkpoint of a run that was killed; None if it has none, or needs none any more."""
+        path = self.path
+        if path.is_dir() and not (path / RECIPE).exists() and _holds_nothing(path):
+            return None  # killed before its recipe was written
+        _expect_same(self._recipe, path / RECIPE)
+        if (path / SUMMARY).exists():
+            return None
+        from .trainer import complete_checkpoints
+
+        return next(iter(complete_checkpoints(str(path / CHECKPOINTS))), None)
+
     def _clear(self) -> None:
         """Remove what an earlier run left, and nothing else."""
-        for path in (self.path / name for name in (*_FILES, CHECKPOINTS)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for name in _FILES:
+            remove(self.path / name)
 
 
 def _expect_same(recipe: Recipe, path: Path) -> None:
@@ -133,12 +179,14 @@ def _expect_same(recipe: Recipe, path: Path) -> None:
     before, now = asdict(read_file(Recipe, path)), asdict(recipe)
     for name in ("output_dir", "device", "evaluation"):
         del before[name], now[name]
-    for name, value in before.items():
-        if value != now[name]:
-            parts = [n for n in value if value[n] != now[name].get(n)] if name in _SECTIONS else []
-            where, old = (f"{name}.{parts[0]}", value[parts[0]]) if parts else (name, value)
-            new = now[name][parts[0]] if parts else now[name]
-            raise ValueError(
-                f"{where} {new!r}: the run that is to be resumed has {old!r}; leave it, or "
-                "--overwrite the run"
-            )
+    if difference := first_difference(before, now):
+        where, old, new = difference
+        raise ValueError(
+            f"{where} {new!r}: the run that is to be resumed has {old!r}; leave it, or "
+            "--overwrite the run"
+        )
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Whether a directory has no more than the lock and the folders that a run begins with."""
+    return all(p.name in (LOCK, CHECKPOINTS) or p.name.startswith(SCRATCH) for p in path.iterdir())

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils.generic import find_labels
 
-from .._util.errors import one_line
+from .._util.errors import first_difference, one_line
 from .._util.files import local_path
 from ..adapters import saving
 from ..adapters.directory import AdapterFiles
@@ -25,6 +26,7 @@ from ..engine.planning import FROZEN_UNITS
 from ..engine.training_pass.prefix_cache import Place, PrefixCache
 from ..engine.training_pass.runner import SplitMode
 from ..model import ReftModel
+from .divergence import Divergence
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class ReftTrainer(Trainer):
     """A `transformers.Trainer` whose checkpoints are adapter directories.
 
     Everything else is the Trainer's: evaluation, best model, accumulation, devices, reporting.
+    Training stops with a ValueError when trained weights, or all losses, are not finite any more.
     A run that was killed resumes from its last complete checkpoint and ends with the same weights
     as one that was not.
 
@@ -66,6 +69,7 @@ class ReftTrainer(Trainer):
                     "tokenizer and processing_class are the same argument: expected one of them"
                 )
             trainer_arguments["processing_class"] = tokenizer
+        self._divergence = Divergence(reads_losses=False)
         self._prefix_cache: PrefixCache | None = None
         if isinstance(prefix_cache, PrefixCache):
             self._prefix_cache = prefix_cache
@@ -104,6 +108,13 @@ class ReftTrainer(Trainer):
         elif resume_from_checkpoint:
             path = local_path(resume_from_checkpoint, "resume_from_checkpoint")
             resume_from_checkpoint = str(path)
+        one_process = self.args.world_size == 1  # others would wait for one that looks alone
+        self._divergence = Divergence(reads_losses=self.args.logging_nan_inf_filter and one_process)
+        output = self._train(resume_from_checkpoint, **kwargs)
+        self._expect_finite(is_due=True)
+        return output
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> Any:
         if self._prefix_cache is None:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         adapter = self.accelerator.unwrap_model(self.model)
@@ -140,6 +151,34 @@ class ReftTrainer(Trainer):
         if model.training and not returns_outputs and isinstance(adapter, ReftModel):
             inputs = {"return_logits": False} | inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        self._divergence.see(loss)
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Each of the three waits for the device; a save replaces the last good checkpoint.
+        control = self.control
+        due = control.should_log or control.should_save or control.should_evaluate
+        self._expect_finite(is_due=due)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _expect_finite(self, *, is_due: bool) -> None:
+        """Raise a ValueError once a trained parameter, or the loss for good, is not finite."""
+        problem = self._divergence.problem(self.accelerator.unwrap_model(self.model), is_due=is_due)
+        if self.args.world_size > 1 and is_due:
+            flag = torch.tensor(int(problem is not None), device=self.args.device)
+            if self.accelerator.reduce(flag) and problem is None:
+                problem = "another process has what is not finite"
+        if problem is None:
+            return
+        args, last = self.args, next(complete_checkpoints(self.args.output_dir), None)
+        kept = "" if last is None else f"; the last good checkpoint is {last}"
+        raise ValueError(
+            f"training diverged at step {self.state.global_step}: {problem}; lower learning_rate "
+            f"({args.learning_rate:g}) or max_grad_norm ({args.max_grad_norm:g}){kept}"
+        )
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kw: Any
@@ -213,7 +252,15 @@ class ReftTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: ReftModel | None = None
     ) -> None:
-        saving.load_weights(model or self.model, AdapterFiles.read(resume_from_checkpoint))
+        adapter = AdapterFiles.read(resume_from_checkpoint)
+        target: Any = self.accelerator.unwrap_model(model or self.model)
+        if difference := first_difference(adapter.config.to_dict(), target.reft_config.to_dict()):
+            where, old, new = difference
+            raise ValueError(
+                f"{adapter.config_path}: {where} is {old!r}, but the model has {new!r}: expected a "
+                "model with the checkpoint's config"
+            )
+        saving.load_weights(model or self.model, adapter)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:  # whose optimizer has weights of its own
@@ -228,11 +275,18 @@ ReftTrainerForCausalLMDistributed = ReftTrainer
 
 
 def last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint whose trainer state, the last file that is written, can be read.
+    """The newest checkpoint that is complete.
 
     Raises:
         ValueError: there is none.
     """
+    for checkpoint in complete_checkpoints(output_dir):
+        return checkpoint
+    raise ValueError(f"{output_dir}: no complete checkpoint to resume from")
+
+
+def complete_checkpoints(output_dir: str) -> Iterator[str]:
+    """Checkpoints whose trainer state, the last file that is written, can be read; newest first."""
     skipped: list[str] = []
     folder = local_path(output_dir, "output_dir")
     steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
@@ -248,5 +302,4 @@ def last_complete_checkpoint(output_dir: str) -> str:
                 f"{output_dir}: {', '.join(skipped)} incomplete, resuming from {checkpoint.name}",
                 stacklevel=3,
             )
-        return str(checkpoint)
-    raise ValueError(f"{output_dir}: no complete checkpoint to resume from")
+        yield str(checkpoint)

@@ -2,9 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import reftnoise as rn
 from reftnoise._util import yaml
+from reftnoise._util.files import remove
 from reftnoise._util.options import read, read_file, read_yaml
 from reftnoise.cli.main import COMMANDS
 from reftnoise.data.sources import load_rows
@@ -189,6 +191,67 @@ def test_a_run_that_was_stopped_goes_on(
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     log = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert log == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("moment", "more"),
+    [
+        pytest.param("_clear", (), id="before the recipe"),
+        pytest.param("log", ("--training.save_steps", 2), id="before a checkpoint"),
+        pytest.param("finish", ("--training.save_steps", 2), id="before the summary"),
+        pytest.param("save_scores", (), id="before the scores"),
+    ],
+)
+def test_a_run_that_was_killed_anywhere_goes_on(
+    moment: str,
+    more: tuple[Any, ...],
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    place = "run" if moment == "save_scores" else "run_directory.RunDirectory"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"reftnoise.training.{place}.{moment}", killed)
+        assert command(*quick(run, *more), "--quiet") == 130
+    assert not (run / "scores.json").exists()
+    capsys.readouterr()
+    assert command(*quick(run, *more), "--resume", "--quiet") == 0
+    starts_over = "the run starts over" in capsys.readouterr().err
+    assert starts_over == (moment in ("_clear", "log"))
+    for name in ("adapter/reft_model.safetensors", "scores.json", "predictions.jsonl"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+    names = {"adapter", "log.jsonl", "predictions.jsonl", "recipe.yaml", "scores.json"}
+    assert {path.name for path in run.iterdir()} == {*names, "summary.json", ".lock"}
+    assert command(*quick(run, *more), "--resume", "--quiet") == 2  # nothing is missing
+
+
+def test_a_run_that_is_being_replaced_is_never_taken_for_a_finished_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, *_: Any, **__: Any) -> None:
+        removed.append(path)
+        if len(removed) > count:
+            raise KeyboardInterrupt
+        remove(path)
+
+    count = 0
+    for count in range(6):  # what a kill at each removal leaves
+        run, removed = tmp_path / str(count), list[Path]()
+        shutil.copytree(finished, run)
+        with monkeypatch.context() as patch:
+            patch.setattr("reftnoise.training.run_directory.remove", killed)
+            recipe = replace(read_file(Recipe, run / "recipe.yaml"), output_dir=str(run))
+            directory = RunDirectory(recipe, resume=False, overwrite=True)
+            with directory, pytest.raises(KeyboardInterrupt):
+                directory.begin(0)
+        assert (run / "summary.json").exists() == (count == 0)
+        if count:
+            assert RunDirectory(recipe, resume=True, overwrite=False).checkpoint is None
 
 
 def test_a_finished_run_is_replaced_only_if_asked(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -306,6 +307,90 @@ def test_a_killed_run_resumes_to_the_same_weights(tokenizer: Any, tmp_path: Path
         if isinstance(rotation, rn.LowRankRotation):
             error = rotation() @ rotation().T - torch.eye(4)
             assert error.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("entry", "difference"),
+    [
+        ({"positions": "l1"}, "positions is 'f1+l1', but the model has 'l1'"),
+        ({"act_fn": "gelu"}, "act_fn is None, but the model has 'gelu'"),
+        ({"dropout": 0.1}, "dropout is 0.2, but the model has 0.1"),
+        ({"layer": 0}, "layer is 'all', but the model has 0"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_a_checkpoint_of_another_config_is_refused(
+    entry: dict[str, Any], difference: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    arguments_ = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    model = wrapped(tokenizer, loreft(dropout=0.2))
+    rn.ReftTrainer(model, arguments_, **module(tokenizer, model)).train()
+    model = wrapped(tokenizer, loreft(**{"dropout": 0.2} | entry))
+    before = weights(model)
+    trainer = rn.ReftTrainer(model, arguments_, **module(tokenizer, model))
+    place = f"checkpoint-2/reft_config.json: representations[0].{difference}"
+    with pytest.raises(ValueError, match=re.escape(place)):
+        trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(model), before)
+
+
+class Poison(transformers.TrainerCallback):
+    """Makes a unit's weights infinite, as a step that is too long does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            rotation = next(
+                m for m in kwargs["model"].modules() if isinstance(m, rn.LowRankRotation)
+            )
+            rotation.weight.data[0, 0] = float("inf")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"logging_nan_inf_filter": False}, {"save_steps": 100}],
+    ids=["", "losses are not read", "nothing is saved"],
+)
+def test_a_diverged_training_stops_at_its_step_and_unit(
+    settings: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = wrapped(tokenizer)
+    saving = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1000}
+    args = arguments(tmp_path, max_steps=12, **saving | settings)
+    trainer = rn.ReftTrainer(model, args, callbacks=[Poison(5)], **module(tokenizer, model))
+    with pytest.raises(
+        ValueError, match=r"^training diverged at step \d+: interventions\."
+    ) as error:
+        trainer.train()
+    message = str(error.value)
+    assert "at step 6:" in message
+    assert "is not finite; lower learning_rate (0.01) or max_grad_norm (1)" in message
+    saved = ["checkpoint-2", "checkpoint-4"] if trainer.args.save_steps == 2 else []
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == saved
+    assert not saved or message.endswith(f"the last good checkpoint is {tmp_path}/checkpoint-4")
+
+
+def test_single_losses_that_are_not_finite_stop_nothing(tokenizer: Any, tmp_path: Path) -> None:
+    class Trainer(rn.ReftTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().training_step(*args, **kwargs)
+            lost = self.state.global_step in lost_steps
+            return loss * float("nan") if lost else loss
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + float("inf") if self.state.global_step in lost_steps else loss
+
+    for lost_steps in ({1, 4}, set(range(2, 30))):
+        model = wrapped(tokenizer)
+        trainer = Trainer(model, arguments(tmp_path, max_steps=14), **module(tokenizer, model))
+        if len(lost_steps) == 2:
+            trainer.train()
+            continue
+        with pytest.raises(ValueError, match="step 12: the loss was not finite in 10 batches"):
+            trainer.train()
 
 
 def cached_run(directory: Path, cache: rn.PrefixCache | str, stop: int = 0) -> rn.ReftTrainer:

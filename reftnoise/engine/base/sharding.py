@@ -59,6 +59,11 @@ def part_like(own: Tensor, whole: Tensor) -> Tensor:
     return known.redistribute(mesh, own.placements)
 
 
+def own_part(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this process holds."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def takes_weights_of_one_process(module: nn.Module) -> bool:
     """Whether accelerate is about to shard `module` by its `cpu_ram_efficient_loading`.
 

@@ -1,0 +1,61 @@
+"""Find out that a training has diverged, without waiting for the device more often than it does."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.base.sharding import own_part
+
+PATIENCE = 10
+"""Micro-batches in a row without a finite loss, after which finite weights are no excuse.
+
+A single one may have no label, or overflow in half precision, from which training recovers.
+"""
+
+
+class Divergence:
+    """The losses of a run, and whether it is time to look at the weights.
+
+    Args:
+        reads_losses: whether each loss is read at once, as the Trainer does to filter its log.
+    """
+
+    def __init__(self, *, reads_losses: bool) -> None:
+        self._reads_losses = reads_losses
+        self._is_suspect = False
+        self._in_a_row = torch.zeros((), dtype=torch.int64)
+
+    def see(self, loss: Tensor) -> None:
+        """Take note of the loss of a micro-batch."""
+        is_bad = ~loss.detach().isfinite().all()
+        self._in_a_row = (self._in_a_row.to(is_bad.device) + 1) * is_bad
+        if self._reads_losses and is_bad:
+            self._is_suspect = True
+
+    def problem(self, module: nn.Module, *, is_due: bool) -> str | None:
+        """What is not finite any more; None if all is, or if it is not the time to look.
+
+        Args:
+            module: the model, whose trained parameters are read.
+            is_due: whether to look although no loss was suspect.
+        """
+        if not (is_due or self._is_suspect):
+            return None
+        self._is_suspect = False
+        trained = {n: own_part(p) for n, p in module.named_parameters() if p.requires_grad}
+        finite = {name: part.detach().isfinite().all() for name, part in trained.items()}
+        if not all_of(finite.values()):
+            name = next(name for name, is_finite in finite.items() if not is_finite)
+            return f"{name} is not finite"
+        if (count := int(self._in_a_row)) >= PATIENCE:
+            return f"the loss was not finite in {count} batches in a row"
+        return None
+
+
+def all_of(flags: Iterable[Tensor]) -> bool:
+    """Whether all flags are set, with one synchronisation for each device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for flag in flags:
+        by_device.setdefault(flag.device, []).append(flag)
+    return all(bool(torch.stack(same).all()) for same in by_device.values())
