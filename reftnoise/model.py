@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ from .adapters.pyreft.calling import TakesBatches, in_forms_of_pyreft
 from .adapters.pyreft.methods import expect_native
 from .adapters.vocabulary import expect_tokens
 from .config.representations import ReftConfig
-from .engine.base.methods import OTHER_WRAPPER, REFUSED
+from .engine.base.methods import OTHER_WRAPPER, REFUSED, may_run_layers
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .engine.base.quantization import keep_differentiable
 from .engine.base.running import exclusive, innermost
@@ -97,7 +98,16 @@ class ReftModel(TakesBatches, AdapterMixin):
                 raise  # the second is accelerate's mark of one object, not of its base
             if name in REFUSED:
                 raise AttributeError(f"{name} {REFUSED[name]}") from None
-            return getattr(self.model, name)
+            attribute = getattr(self.model, name)
+            if not may_run_layers(inner_model(self.model), name, attribute):
+                return attribute
+
+            @functools.wraps(attribute)
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self.engine.expecting_no_edit(name):
+                    return attribute(*args, **kwargs)
+
+            return run
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("config", "generation_config"):

@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from typing_extensions import TypeIs
@@ -33,8 +34,8 @@ def one_line(error: BaseException) -> str:
 
 
 def is_finite_number(value: object) -> TypeIs[int | float]:
-    """Whether a setting is an integer or a float, but neither a bool, an infinity nor NaN."""
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    """Whether a setting is a real number, numpy's too, but neither a bool, an infinity nor NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def brief(value: object) -> str:

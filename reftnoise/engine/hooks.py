@@ -146,6 +146,30 @@ class Engine:
             finally:
                 self._call = outer
 
+    @contextlib.contextmanager
+    def expecting_no_edit(self, name: str) -> Iterator[None]:
+        """Within the block, a module that units edit must not run.
+
+        Args:
+            name: method of the base that runs within the block.
+
+        Raises:
+            ValueError: such a module runs, which would be without its edits.
+        """
+
+        def refuse(*_: Any) -> None:
+            raise ValueError(
+                f"{name} runs layers that units edit, and would leave edits out: call the model "
+                f"itself, or reft_model.model.{name} for the bare base"
+            )
+
+        with exclusive(inner_model(self.base)), contextlib.ExitStack() as hooks:
+            self.follow_base()
+            for site, units in self._by_site.items():
+                if any(placed.positions is not None for placed in units):
+                    hooks.callback(site.module.register_forward_pre_hook(refuse).remove)
+            yield
+
     # -- the calls of a pass -----------------------------------------------------------------------
 
     def _follow_calls(

@@ -171,6 +171,16 @@ def test_values_of_other_libraries_become_plain(key: str, value: Any, expected: 
     assert is_plain(entry)
 
 
+def test_scales_of_other_libraries_become_plain() -> None:
+    model = rn.get_reft_model(tiny_model(), rn.ReftConfig(BIAS))
+    model.scale = np.float32(0.5)
+    assert (model.scale, type(model.scale)) == (0.5, float)
+    for scale in (np.float32("nan"), True, "1"):
+        with pytest.raises(ValueError, match="expected a finite number"):
+            model.scale = scale
+    model.set_adapter({"default": np.float64(2)})
+
+
 def test_values_of_a_section_become_plain() -> None:
     section = LORA | {"layers_to_transform": range(2), "r": np.int64(4), "lora_alpha": Count.TWO}
     config = rn.ReftConfig(BIAS, peft=section | {"target_modules": {"v_proj", "q_proj"}})

@@ -3,6 +3,11 @@
 A `ReftModel` has all attributes of its base but these: each says what is right instead.
 """
 
+from types import MethodType
+from typing import Any
+
+from transformers import GenerationMixin, PreTrainedModel
+
 _UNEDITED = "would leave edits out: use generate"
 _OF_PEFT = "is PEFT's, for the base alone"
 _SECTION = (
@@ -50,3 +55,14 @@ REFUSED: dict[str, str] = {
     "register_for_auto_class": "is of the base's class: an adapter has no code to save",
 }
 """By name of an attribute, why the base's is not a `ReftModel`'s."""
+
+
+def may_run_layers(base: PreTrainedModel, name: str, attribute: Any) -> bool:
+    """Whether an attribute is a method that a model's class has and models in general have not.
+
+    Such methods, as `get_text_features` or `chat`, may run the base, past its `forward`.
+    """
+    if name.startswith("_") or not isinstance(attribute, MethodType):
+        return False
+    is_general = hasattr(PreTrainedModel, name) or hasattr(GenerationMixin, name)
+    return attribute.__self__ is base and not is_general

@@ -157,6 +157,27 @@ def test_what_a_base_refuses_stays_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert model.dequantize() is model
 
 
+def test_a_models_own_method_does_not_run_edited_layers_without_their_edits() -> None:
+    class Chatting(transformers.LlamaForCausalLM):
+        def chat(self, ids: torch.Tensor, *, layers: int = 1) -> torch.Tensor:
+            """Run the base past its forward."""
+            return self.model(input_ids=ids).last_hidden_state if layers else ids
+
+    base = Chatting(tiny_model().config).eval()
+    model = wrapped(base)
+    message = (
+        r"^chat runs layers that units edit, .* call the model itself, or reft_model.model.chat"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.chat(IDS)
+    assert torch.equal(model.chat(IDS, layers=0), IDS)
+    assert model.chat.__doc__ == base.chat.__doc__
+    assert model.model.chat(IDS).shape == (1, 9, 32)
+    assert not any(module._forward_pre_hooks for module in base.modules())
+    noise = rn.get_reft_model(base, rn.ReftConfig({"intervention": "neftune"}))
+    assert noise.chat(IDS).shape == (1, 9, 32)
+
+
 # -- wrappers of others ------------------------------------------------------------------------
 
 
