@@ -256,6 +256,12 @@ class ReftModel(TakesBatches, AdapterMixin):
                 "so does accelerate's regional compilation: compile the base's layers, or the "
                 "whole ReftModel"
             )
+        own = next(self.interventions.parameters(), None)
+        if own is not None and own.is_meta and self.device.type != "meta":
+            raise ValueError(
+                "the units are offloaded, and edits need their weights at once: offload the base "
+                "before it is wrapped, as by accelerate.cpu_offload(base)"
+            )
         if adapter_names is None and self.adapters.active == OWN:
             if subspaces is None:
                 return self._planner

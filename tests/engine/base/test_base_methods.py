@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -202,6 +203,13 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 def test_a_wrapper_of_peft_is_refused(wrapper: str, sections: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"freeze the units .* peft=\{'peft_type': 'lora'"):
         WRAPPERS[wrapper](wrapped(**sections))
+
+
+def test_offloaded_units_are_an_error_that_says_what_to_offload() -> None:
+    model = accelerate.cpu_offload(wrapped(), execution_device=torch.device("cpu"))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"^the units are offloaded, .*cpu_offload\(base\)"):
+            call(input_ids=IDS)
 
 
 @pytest.mark.parametrize(
