@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..adapters.library import AdapterLibrary
-from ..data.tokenization import Messages
+from ..data.conversations import Messages, prompt_text
 from ..engine.base.peft import inner_model
 from ..engine.base.sites import find_layers, is_encoder_decoder
 from ..engine.units import PlacedUnit
@@ -236,8 +236,8 @@ def _mean_loss(reft_model: ReftModel, batches: Sequence[Mapping[str, Any]]) -> f
 
 def _encode(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> dict[str, Tensor]:
     is_text = isinstance(prompt, str)
-    if not is_text:
-        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    if not isinstance(prompt, str):
+        prompt = prompt_text(tokenizer, prompt)
     # A chat template writes the special tokens itself.
     encoded = tokenizer(prompt, add_special_tokens=is_text, return_tensors="pt")
     if encoded["input_ids"].shape[1] == 0:

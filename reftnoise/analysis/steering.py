@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config.positions import Positions
-from ..data.tokenization import Messages
+from ..data.conversations import Messages
+from ..data.tokenization import prompt_tokens
 from ..engine.layout import named_tokens
 from ..engine.units import PlacedUnit
-from ..evaluation.generation import prompt_tokens
 from ..evaluation.scoring import evaluating
 from ..interventions import AdditionIntervention
 from ..model import ReftModel

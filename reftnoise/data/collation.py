@@ -71,8 +71,11 @@ def make_last_position_supervised_data_module(
         eval_completions: completions for evaluation, like `completions`.
         prompt_column: column of prompts in a dataset.
         completion_column: column of completions in a dataset.
-        messages_column: column of conversations, lists of `{"role", "content"}`; used, with the
-            tokenizer's chat template, where a dataset has it and not `prompt_column`.
+        messages_column: column of conversations, lists of `{"role", "content"}` with whatever else
+            the tokenizer's chat template reads, such as `tool_calls`; used where a dataset has it
+            and not `prompt_column`. Columns `tools`, `documents` and `chat_template_kwargs` are
+            handed on to the template. A message with `weight: 0` is not learned. Prompts and
+            completions may be lists of messages, too.
         subspaces_column: column of lists of dimensions, where a dataset has it: each row is trained
             in these dimensions of every unit's subspace, like `forward(subspaces=…)`.
         chat_template: whether plain prompts, too, become a user's turn of the chat template.
@@ -147,6 +150,7 @@ def _load_examples(source: Examples, completions: Sequence[str] | None, encoder:
 
 
 def _tokenized(rows: Rows, encoder: Encoder, *, repeats: bool) -> datasets.Dataset | ExampleStream:
+    encoder = replace(encoder, features=rows.features)
     if isinstance(rows, datasets.Dataset):
         return tokenize_once(rows, encoder)
     encoder.columns(column_names(rows))

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .tasks.base import RowError
-from .tokenization import Messages, tokenize_all, truncate
+from .conversations import HANDED_ON, Rendered, assistant_turns, rendered
+from .tasks.base import RowError, as_written
+from .tokenization import tokenize_all, truncate
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +19,7 @@ LOCATIONS = "intervention_locations"
 
 class _TextPair(NamedTuple):
     row: int
-    prompt: str | Messages
-    completion: str
+    text: Rendered
     subspaces: list[int] | None
 
 
@@ -65,14 +65,17 @@ class Encoder:
     max_length: int | None = None
     num_interventions: int | None = None
     name: str = "training"
+    features: Mapping[str, Any] | None = None
+    """Types of the columns, where they are known."""
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """The columns of a dataset that are read."""
-        subspaces = [self.subspaces_column] if self.subspaces_column in names else []
+        others = [self.subspaces_column, *HANDED_ON]
+        others = [name for name in others if name in names]
         if self.prompt_column in names and self.completion_column in names:
-            return [self.prompt_column, self.completion_column, *subspaces]
+            return [self.prompt_column, self.completion_column, *others]
         if self.messages_column in names:
-            return [self.messages_column, *subspaces]
+            return [self.messages_column, *others]
         raise ValueError(
             f"columns {', '.join(names)}: expected {self.prompt_column!r} and "
             f"{self.completion_column!r}, or {self.messages_column!r}; name yours with "
@@ -103,15 +106,34 @@ class Encoder:
 
     def _pairs(self, index: int, row: Mapping[str, Any]) -> Iterator[_TextPair]:
         columns = self.columns(list(row))
+        values = {name: as_written(row[name], (self.features or {}).get(name)) for name in columns}
         subspaces = None
         if self.subspaces_column in columns:
-            subspaces = self._subspaces(row[self.subspaces_column])
-        if self.messages_column in columns:
-            yield from self._assistant_turns(index, row[self.messages_column], subspaces)
+            subspaces = self._subspaces(values[self.subspaces_column])
+        for text in self._texts(values):
+            yield _TextPair(index, text, subspaces)
+
+    def _texts(self, values: Mapping[str, Any]) -> Iterator[Rendered]:
+        """One text of a prompt and its completion, or each assistant's turn of a conversation."""
+        tokenizer = self.tokenizer
+        variables = {name: values.get(name) for name in HANDED_ON}
+        if self.messages_column in values:
+            messages = values[self.messages_column]
+            yield from assistant_turns(tokenizer, [], messages, variables)
             return
-        prompt, completion = row[self.prompt_column], row[self.completion_column]
-        rendered = [{"role": "user", "content": prompt}] if self.chat_template else prompt
-        yield _TextPair(index, rendered, completion, subspaces)
+        prompt, completion = values[self.prompt_column], values[self.completion_column]
+        if isinstance(prompt, list):
+            if isinstance(completion, str):
+                completion = [{"role": "assistant", "content": completion}]
+            turns = list(assistant_turns(tokenizer, prompt, completion, variables))
+            if not turns:
+                raise ValueError(
+                    f"{self.completion_column}: no message of the assistant's to learn"
+                )
+            yield from turns
+            return
+        asked = [{"role": "user", "content": prompt}] if self.chat_template else prompt
+        yield rendered(tokenizer, asked, completion)
 
     def _subspaces(self, value: Any) -> list[int]:
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
@@ -121,23 +143,11 @@ class Encoder:
             )
         return list(value)
 
-    def _assistant_turns(
-        self, index: int, conversation: Any, subspaces: list[int] | None
-    ) -> Iterator[_TextPair]:
-        """Each assistant's message, with all messages before it."""
-        for turn, message in enumerate(conversation):
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise ValueError(
-                    f"message {turn} is {message!r}, expected a mapping with 'role' and 'content'"
-                )
-            if message["role"] == "assistant":
-                yield _TextPair(index, conversation[:turn], message["content"], subspaces)
-
     def _encode(self, batch: Sequence[_TextPair]) -> list[Example]:
         try:
-            pairs = [(pair.prompt, pair.completion) for pair in batch]
-            tokens = tokenize_all(self.tokenizer, pairs, self.nonstop)
-        except Exception as error:  # of the tokenizer or its chat template, too
+            texts = [pair.text for pair in batch]
+            tokens = tokenize_all(self.tokenizer, texts, self.nonstop)
+        except Exception as error:  # of the tokenizer, too
             if len(batch) == 1:
                 raise RowError(error, name=self.name, index=batch[0].row) from error
             return [example for pair in batch for example in self._encode([pair])]

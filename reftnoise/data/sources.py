@@ -20,7 +20,7 @@ from .._util.errors import one_line
 from .._util.files import local_path
 from ..engine.base import tiny
 from .files import LOADERS, expect_file, is_path
-from .tasks.base import RowError
+from .tasks.base import RowError, row_as_written
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -121,11 +121,11 @@ def map_rows(
 
     def indexed(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
-            return function(row)
+            return function(row_as_written(row, features_of_rows))
         except ValueError as error:
             raise RowError(error, name=name, index=index) from None
 
-    removed = column_names(rows)
+    removed, features_of_rows = column_names(rows), rows.features
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(indexed, with_indices=True, remove_columns=removed, features=features)
     with quiet():

@@ -5,7 +5,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .tokenization import Messages
+    from .conversations import Messages
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 
+from .conversations import HANDED_ON
 from .encoding import LOCATIONS, SUBSPACES, Counts, Encoder
 from .sources import file_digest, quiet, temporary_file
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 2**20
 """Rows of fewer bytes, which take a second or two, are tokenised in every run."""
-_VERSION = 1  # of what the files hold
+_VERSION = 2  # of what the files hold
 _BATCH = 1000
 _INT, _FLAG = datasets.Value("int32"), datasets.Value("bool")
 _FEATURES = {
@@ -84,6 +85,7 @@ def _key(rows: datasets.Dataset, encoder: Encoder) -> str:
     depends_on = {
         "version": [_VERSION, tokenizers.__version__, transformers.__version__],
         "settings": [encoder.chat_template, encoder.nonstop, encoder.max_length, rows.num_columns],
+        "columns": [name for name in rows.column_names if name in HANDED_ON],
         "locations": encoder.num_interventions,
         # Padding and truncation are left over from the last call.
         "backend": {n: v for n, v in backend.items() if n not in ("padding", "truncation")},

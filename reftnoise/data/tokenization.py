@@ -1,66 +1,42 @@
 """Token ids of a prompt, as generation will see them, and of its completion."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
-
-from jinja2 import TemplateError
+from collections.abc import Sequence
+from typing import Any
 
 from ..engine.base.peft import virtual_tokens
+from .conversations import Messages, Rendered, prompt_text
 
-Messages: TypeAlias = Sequence[Mapping[str, str]]
 
+def prompt_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:
+    """The tokens of a prompt, as in training.
 
-def tokenize(
-    tokenizer: Any, prompt: str | Messages, completion: str, nonstop: bool
-) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and completion, with an end-of-text token unless `nonstop`."""
-    return tokenize_all(tokenizer, [(prompt, completion)], nonstop)[0]
+    Raises:
+        ValueError: the prompt is empty, or the chat template cannot render it.
+    """
+    text = prompt if isinstance(prompt, str) else prompt_text(tokenizer, prompt)
+    (ids,) = _ids(tokenizer, [text], [isinstance(prompt, str)])
+    return _not_empty(ids)
 
 
 def tokenize_all(
-    tokenizer: Any, pairs: Sequence[tuple[str | Messages, str]], nonstop: bool
+    tokenizer: Any, texts: Sequence[Rendered], nonstop: bool
 ) -> list[tuple[list[int], list[int]]]:
-    """`tokenize` of each pair, many times faster with a fast tokenizer than one by one."""
-    texts = [_text(tokenizer, prompt, completion) for prompt, completion in pairs]
-    prompts = _ids(tokenizer, [text.prompt for text in texts], texts)
-    wholes = _ids(tokenizer, [text.prompt + text.completion for text in texts], texts)
+    """Token ids of prompts and completions, with an end-of-text token unless `nonstop`.
+
+    A fast tokenizer takes many at once, many times faster than one by one.
+    """
+    is_plain = [text.is_plain for text in texts]
+    prompts = _ids(tokenizer, [text.prompt for text in texts], is_plain)
+    wholes = _ids(tokenizer, [text.prompt + text.completion for text in texts], is_plain)
     rows = zip(texts, prompts, wholes, strict=True)
     return [_prompt_and_target(tokenizer, *row, nonstop) for row in rows]
 
 
-class _Rendered(NamedTuple):
-    """A pair as the tokenizer sees it."""
-
-    prompt: str
-    completion: str
-    is_plain: bool
-    ends_itself: bool
-
-
-def _text(tokenizer: Any, prompt: str | Messages, completion: str) -> _Rendered:
-    if not isinstance(completion, str):
-        raise ValueError(f"completion {completion!r}: expected a text")
-    if isinstance(prompt, str):
-        return _Rendered(prompt, completion, is_plain=True, ends_itself=False)
-    if not isinstance(prompt, list):
-        raise ValueError(f"prompt {prompt!r}: expected a text")
-    answer = {"role": "assistant", "content": completion}
-    try:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"chat template: {error}") from None
-    if not whole.startswith(text):
-        return _Rendered(text, completion, is_plain=False, ends_itself=False)
-    rest = whole.removeprefix(text)
-    return _Rendered(text, rest, is_plain=False, ends_itself=rest.strip() != completion.strip())
-
-
-def _ids(tokenizer: Any, texts: Sequence[str], kinds: Sequence[_Rendered]) -> list[list[int]]:
+def _ids(tokenizer: Any, texts: Sequence[str], are_plain: Sequence[bool]) -> list[list[int]]:
     """Token ids of texts; a chat template writes the special tokens itself."""
     all_ids: list[list[int]] = [[] for _ in texts]
-    for is_plain in {kind.is_plain for kind in kinds}:
-        indices = [index for index, kind in enumerate(kinds) if kind.is_plain == is_plain]
+    for is_plain in set(are_plain):
+        indices = [index for index, plain in enumerate(are_plain) if plain == is_plain]
         # Not verbose: texts that are too long are cut later, with a warning.
         encoded = tokenizer(
             [texts[index] for index in indices], add_special_tokens=is_plain, verbose=False
@@ -71,11 +47,10 @@ def _ids(tokenizer: Any, texts: Sequence[str], kinds: Sequence[_Rendered]) -> li
 
 
 def _prompt_and_target(
-    tokenizer: Any, text: _Rendered, prompt_ids: list[int], whole_ids: list[int], nonstop: bool
+    tokenizer: Any, text: Rendered, prompt_ids: list[int], whole_ids: list[int], nonstop: bool
 ) -> tuple[list[int], list[int]]:
     """The ids of the prompt, as generation will see them, and of the completion."""
-    if not prompt_ids:
-        raise ValueError("the prompt is empty, so there is no position to edit")
+    _not_empty(prompt_ids)
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         target_ids = whole_ids[len(prompt_ids) :]
     else:  # a token would reach across the boundary
@@ -86,6 +61,12 @@ def _prompt_and_target(
     if not target_ids:
         raise ValueError("the completion is empty, so there is nothing to learn")
     return prompt_ids, target_ids
+
+
+def _not_empty(prompt_ids: list[int]) -> list[int]:
+    if not prompt_ids:
+        raise ValueError("the prompt is empty, so there is no position to edit")
+    return prompt_ids
 
 
 def _tokenize_alone(tokenizer: Any, text: str) -> list[int]:

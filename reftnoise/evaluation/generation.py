@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from ..config.decoding import greedy_by_default
-from ..data.tokenization import Messages, padding_token, smallest_limit, tokenize
+from ..data.conversations import Messages
+from ..data.tokenization import padding_token, prompt_tokens, smallest_limit
 from .likelihood import Progress, TokenPair, without_beginnings
 
 
@@ -77,8 +78,3 @@ def ending_arguments(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Arguments of `generate`: the tokens that end a text, and the one that pads after them."""
     ends = ends_of(model, tokenizer)
     return {"pad_token_id": padding_token(tokenizer), "eos_token_id": ends or None}
-
-
-def prompt_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:
-    """The tokens of a prompt, as in training."""
-    return tokenize(tokenizer, prompt, " ", True)[0]  # any completion will do

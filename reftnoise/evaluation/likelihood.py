@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.tokenization import Messages, smallest_limit, tokenize_all, truncate
+from ..data.conversations import Messages, rendered
+from ..data.tokenization import smallest_limit, tokenize_all, truncate
 from ..model import ReftModel
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,11 @@ def choice_log_probs(
     A chat template may end choices with a token of its own. A prompt without room for a choice
     loses its beginning. In a batch, choices that differ in the last token alone count once.
     """
-    texts = [(p, text) for p, of_prompt in zip(prompts, choices, strict=True) for text in of_prompt]
+    texts = [
+        rendered(tokenizer, prompt, text)
+        for prompt, of_prompt in zip(prompts, choices, strict=True)
+        for text in of_prompt
+    ]
     pairs = tokenize_all(tokenizer, texts, nonstop=True)
     pairs = without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, model, None))
     groups = grouped(pairs)

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ..data.conversations import Messages, rendered
 from ..data.tasks.base import ParsedRow, RowError, Task, parse_rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.templates import fill
-from ..data.tokenization import Messages, smallest_limit, tokenize
+from ..data.tokenization import smallest_limit, tokenize_all
 from ..model import ReftModel
 from .generation import generated
 from .likelihood import Progress, choice_log_probs
@@ -186,7 +187,8 @@ def _needed_tokens(
     if needed is None:
         pairs = zip(prompts, parsed, strict=True)
         after = {c: prompt for prompt, (_, question) in pairs for c in question.choices}
-        needed = 1 + max(len(tokenize(tokenizer, p, c, True)[1]) for c, p in after.items())
+        texts = [rendered(tokenizer, prompt, choice) for choice, prompt in after.items()]
+        needed = 1 + max(len(ids) for _, ids in tokenize_all(tokenizer, texts, True))
     limit = smallest_limit(tokenizer, model, None)
     if limit is not None and needed > limit // 2:
         logger.warning(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from rich.console import Console
 from torch import Tensor
 from transformers import TextStreamer, set_seed
@@ -17,8 +16,7 @@ from transformers.utils import logging as transformers_logging
 from .._util.errors import nearest
 from ..config.decoding import GREEDY, Decoding
 from ..data.templates import check_template, fill
-from ..data.tokenization import smallest_limit
-from ..evaluation.generation import prompt_tokens
+from ..data.tokenization import prompt_tokens, smallest_limit
 from ..model import ReftModel
 from ..training.run_adapter import template_of
 from .loading import load_adapted
@@ -126,7 +124,7 @@ class Conversation:
     def _answer(self, text: str) -> None:
         try:
             tokens, room = self._prompt([*self.messages, {"role": "user", "content": text}])
-        except (TemplateError, ValueError) as error:
+        except ValueError as error:
             self._say(f"not answered: {error}")
             return
         printer = _Printer(self._tokenizer, self._console)

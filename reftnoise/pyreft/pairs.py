@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..data.conversations import whole_text
 from ..data.encoding import IGNORED_LABEL, LOCATIONS
 from .rows import ReftDataset, alpaca_prompt, prompt_and_answer, token_ids
 
@@ -88,7 +89,7 @@ class ReftRewardDataset(ReftDataset):
         if self.prompt_field is not None:
             prompt = {"role": "user", "content": row[self.prompt_field]}
             conversation = [prompt, {"role": "assistant", "content": conversation}]
-        text: str = self.tokenizer.apply_chat_template(conversation, tokenize=False)
+        text = whole_text(self.tokenizer, conversation)
         return text.replace(self.tokenizer.bos_token or "", "")
 
 

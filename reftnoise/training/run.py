@@ -28,9 +28,9 @@ from .._util.hardware import machine, peak_memory
 from .._util.progress import progress_of
 from ..data.classifiers import make_classifier_data_module
 from ..data.collation import make_last_position_supervised_data_module
-from ..data.examples import as_examples
 from ..data.sources import Rows
 from ..data.tasks.classifier import ClassifierTask
+from ..data.tasks.examples import as_examples
 from ..data.tokenization import smallest_limit
 from ..engine.base.loading import load_base
 from ..model import ReftModel, get_reft_model

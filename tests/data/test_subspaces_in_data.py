@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 import reftnoise as rn
 from reftnoise.data import token_cache
 from reftnoise.data.classifiers import make_classifier_data_module
-from reftnoise.data.examples import as_examples
 from reftnoise.data.tasks.classifier import ClassifierTask
+from reftnoise.data.tasks.examples import as_examples
 from reftnoise.data.tasks.registry import get_task
 from reftnoise.data.tasks.text import TextTask
 from support.tolerance import assert_close

@@ -11,9 +11,9 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import reftnoise as rn
-from reftnoise.data.examples import as_examples
 from reftnoise.data.sources import load_rows
 from reftnoise.data.tasks.base import Question, Task
+from reftnoise.data.tasks.examples import as_examples
 from reftnoise.data.tasks.text import TextTask
 from reftnoise.data.templates import fill
 from reftnoise.engine.base.tiny import DIRECTORY

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 import reftnoise as rn
 from reftnoise.data import token_cache, tokenization
-from reftnoise.data.examples import as_examples
 from reftnoise.data.sources import load_rows
+from reftnoise.data.tasks.examples import as_examples
 from reftnoise.data.tasks.text import TextTask
 from reftnoise.engine.base.tiny import DIRECTORY
 

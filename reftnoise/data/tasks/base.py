@@ -25,6 +25,57 @@ class Question:
     choice_answers: tuple[str, ...] = ()
 
 
+def as_written(value: Any, feature: Any) -> Any:
+    """A value of a dataset as its author wrote it.
+
+    Labels have their names. The keys that other rows have, which a table fills with nulls, are
+    gone.
+
+    Args:
+        value: value of a column in a row.
+        feature: type of the column, or None where it is not known.
+    """
+    if hasattr(feature, "int2str"):  # a ClassLabel; rows without a label have -1
+        return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
+    if isinstance(feature, Mapping) and isinstance(value, Mapping):
+        filled = {name: item for name, item in value.items() if item is not None}
+        return {name: as_written(item, feature.get(name)) for name, item in filled.items()}
+    item_feature = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
+    if item_feature is not None and isinstance(value, list):
+        return [as_written(item, item_feature) for item in value]
+    return value
+
+
+def row_as_written(row: Mapping[str, Any], features: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A row of a dataset as its author wrote it, like `as_written`."""
+    return {name: as_written(value, (features or {}).get(name)) for name, value in row.items()}
+
+
+def scalar_text(value: Any) -> str:
+    """A label as a text: `1`, `0.5`, `true` or the text itself.
+
+    Raises:
+        ValueError: the value is no text, number or bool.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise ValueError(f"{value!r}: expected a text, a number or a bool")
+
+
+def number_in(value: Any) -> Any:
+    """The number that a text holds, as in CSV files; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
 def column(row: Mapping[str, Any], name: str) -> str:
     """The text in a row's column.
 
@@ -97,13 +148,14 @@ def parse_rows(
     Raises:
         RowError: a row that the task cannot read.
     """
-    parsed = []
+    parsed, features = [], getattr(rows, "features", None)
     for index, row in enumerate(rows):
         if isinstance(row, ParsedRow):
             parsed.append(row)
             continue
+        written = row_as_written(row, features)
         try:
-            parsed.append(ParsedRow(row, task.question(row)))
+            parsed.append(ParsedRow(written, task.question(written)))
         except ValueError as error:
             raise RowError(error, name=name, index=index) from None
     return parsed

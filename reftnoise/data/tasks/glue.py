@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from ..._util.errors import is_finite_number
-from .base import column
+from .base import column, number_in
 from .classifier import ClassifierTask
 
 Metric: TypeAlias = Literal["accuracy", "matthews", "pearson"]
@@ -76,12 +76,13 @@ class GlueTask(ClassifierTask):
         if "label" not in row:
             raise ValueError(f"no column 'label' in {', '.join(map(str, row))}")
         label = row["label"]
+        if label in self.classes:
+            return self.classes.index(label)
+        label = number_in(label)
         if not self.classes:
             if is_finite_number(label):
                 return float(label)
             raise ValueError(f"label {label!r}: expected a number")
-        if label in self.classes:
-            return self.classes.index(label)
         if is_finite_number(label) and label in range(len(self.classes)):
             return int(label)
         raise ValueError(

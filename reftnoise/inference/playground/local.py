@@ -17,9 +17,9 @@ from ...adapters.library import AdapterChoice
 from ...analysis.inspection import EditNorms, observed
 from ...config.positions import POSITION_FIELDS
 from ...data.templates import fill
-from ...data.tokenization import smallest_limit
+from ...data.tokenization import prompt_tokens, smallest_limit
 from ...engine.base.sites import input_embeddings, layer_of
-from ...evaluation.generation import ends_of, prompt_tokens
+from ...evaluation.generation import ends_of
 from ...evaluation.scoring import evaluating
 from ...interventions import NoiseIntervention
 from ...interventions.registry import INTERVENTIONS, intervention_class

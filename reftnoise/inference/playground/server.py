@@ -7,8 +7,8 @@ from typing import Any
 
 import openai
 
+from ...data.conversations import Messages
 from ...data.templates import fill
-from ...data.tokenization import Messages
 from ..vllm import SCALE
 from .asking import Answer, Answerer, AnswerRequest
 

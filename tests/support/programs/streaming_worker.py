@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import reftnoise as rn
-from reftnoise.data.examples import as_examples
 from reftnoise.data.sources import load_rows
+from reftnoise.data.tasks.examples import as_examples
 from reftnoise.data.tasks.text import TextTask
 from reftnoise.engine.base.tiny import DIRECTORY
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import datasets
 
-from .sources import Rows, column_names, expect_no_subspaces, map_rows
-from .tasks.base import Task
-from .templates import check_template, fill
+from ..conversations import HANDED_ON
+from ..sources import Rows, column_names, expect_no_subspaces, map_rows
+from ..templates import check_template, fill
+from .base import Task
 
 _TEXT = datasets.Value("string")
 _PROMPTS = datasets.Features({"prompt": _TEXT, "completion": _TEXT})
@@ -19,8 +20,9 @@ def as_examples(
 ) -> Rows:
     """Rows of `prompt` and `completion`, which `make_last_position_supervised_data_module` reads.
 
-    With the template `chat` they are rows of `messages`, as are conversations, which the task
-    `text` leaves as they are. Errors have the dataset's name.
+    With the template `chat` they are rows of `messages`. Conversations, which the task `text`
+    leaves as they are, have the columns that the tokenizer's chat template reads. Errors have the
+    dataset's name.
 
     Raises:
         RowError: a row that the task or the template cannot read.
@@ -31,8 +33,11 @@ def as_examples(
     if template == "chat" and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("template 'chat': the tokenizer has no chat template")
     columns = column_names(rows)
+    handed_on = [name for name in HANDED_ON if name in columns]
     if task.name == "text" and "messages" in columns and "prompt" not in columns:
-        return rows.select_columns("messages")
+        return rows.select_columns(["messages", *handed_on])
+    if task.name == "text" and isinstance(next(iter(rows.take(1))).get("prompt"), list):
+        return rows.select_columns(["prompt", "completion", *handed_on])
 
     def example(row: Mapping[str, Any]) -> dict[str, Any]:
         question = task.question(row)
