@@ -1,7 +1,7 @@
 """The text around a prompt that a model reads; nothing heavy is imported here."""
 
-from collections.abc import Mapping
-from string import Formatter
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ ALPACA_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+_PART = re.compile(r"(?P<brace>\{\{|\}\})|\{(?P<name>[^{}]*)\}|(?P<text>[^{}]+)|(?P<lone>[{}])")
+_EXPECTED = "expected plain, chat, alpaca, or a text with {prompt} and columns in braces"
 
 
 def fill(template: str, prompt: str, row: Mapping[str, Any]) -> "str | Messages":
@@ -42,24 +44,37 @@ def fill(template: str, prompt: str, row: Mapping[str, Any]) -> "str | Messages"
             prompt, has_input = prompt.removesuffix(extra).rstrip(), True
         template = ALPACA_WITH_INPUT if has_input else ALPACA
     values = {**row, "prompt": prompt}
-    try:
-        return template.format_map(values)
-    except KeyError as error:
-        known = ", ".join(values)
-        raise ValueError(f"template: no column {error} in a row with {known}") from None
+    return "".join(_value(values, name) or text for text, name in _parts(template))
 
 
 def check_template(template: str) -> None:
     """Raise a ValueError unless `fill` knows the template."""
     if template in ("plain", "chat", "alpaca"):
         return
-    expected = "expected plain, chat, alpaca, or a text with {prompt} and columns in braces"
-    try:
-        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise ValueError(f"template {template!r}: {error}; {expected}") from None
-    if "prompt" not in fields:
-        raise ValueError(f"template {template!r}: {expected}")
-    for field in fields:
-        if not field.isidentifier():
-            raise ValueError(f"template {template!r}: {{{field}}} is no column; {expected}")
+    if "prompt" not in [name for _, name in _parts(template)]:
+        raise ValueError(f"template {template!r}: {_EXPECTED}")
+
+
+def _parts(template: str) -> Iterator[tuple[str, str | None]]:
+    """Texts, and names of columns. `str.format` would also evaluate attributes and widths."""
+    for match in _PART.finditer(template):
+        if match["lone"]:
+            raise ValueError(
+                f"template {template!r}: a single {match['lone']!r} at column {match.start() + 1}; "
+                f"{_EXPECTED}, and {match['lone'] * 2} for a brace"
+            )
+        name = match["name"]
+        if name is not None and not name.isidentifier():
+            raise ValueError(f"template {template!r}: {{{name}}} is no column; {_EXPECTED}")
+        yield (match["brace"] or "")[:1] + (match["text"] or ""), name
+
+
+def _value(values: Mapping[str, Any], name: str | None) -> str:
+    if name is None:
+        return ""
+    if name not in values:
+        raise ValueError(f"template: no column {name!r} in a row with {', '.join(values)}")
+    value = values[name]
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"template: column {name!r} is {value!r}: expected a text or a number")
+    return str(value)

@@ -53,6 +53,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
         ("plain", {}, "Why {so}?"),
         ("chat", {}, [{"role": "user", "content": "Why {so}?"}]),
         (INPUT, {"topic": "{rain}"}, "Why {so}? | {rain} | {literally}"),
+        ("}}{{{n}{prompt}{empty}", {"n": 1.5, "empty": ""}, "}{1.5Why {so}?"),
         ("{prompt}{prompt}", {"prompt": "the row's"}, "Why {so}?Why {so}?"),
     ],
 )
@@ -83,15 +84,23 @@ def test_alpaca(row: dict[str, Any], has_input: bool) -> None:
     [
         ("chta", "template 'chta': expected plain, chat, alpaca, or a text with {prompt} and"),
         ("{topic}", "template '{topic}': expected plain, chat, alpaca, or a text with {prompt}"),
-        ("{prompt", "template '{prompt': expected '}' before end of string; expected plain"),
+        ("{prompt", "template '{prompt': a single '{' at column 1; expected plain"),
+        ("{prompt}}", "template '{prompt}}': a single '}' at column 9; expected plain"),
+        ("{prompt[0].foo}", "template '{prompt[0].foo}': {prompt[0].foo} is no column; expected"),
+        ("{prompt!r}", "template '{prompt!r}': {prompt!r} is no column; expected plain"),
+        (
+            "{prompt:>4000000000}",
+            "template '{prompt:>4000000000}': {prompt:>4000000000} is no column; expected plain",
+        ),
+        ("{prompt}{n}", "template: column 'n' is None: expected a text or a number"),
         ("{prompt}{}", "template '{prompt}{}': {} is no column; expected plain"),
         ("{prompt}{a.b}", "template '{prompt}{a.b}': {a.b} is no column; expected plain"),
-        ("{prompt}{b}", "template: no column 'b' in a row with a, prompt"),
+        ("{prompt}{b}", "template: no column 'b' in a row with a, n, prompt"),
     ],
 )
 def test_mistaken_templates(template: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the message is compared
-        fill(template, "Why?", {"a": 1})
+        fill(template, "Why?", {"a": 1, "n": None})
     assert str(caught.value).startswith(message)
 
 
