@@ -77,7 +77,7 @@ def turns(tokenizer: Any, template: str, messages: Any, **columns: Any) -> list[
     return [text[:2] for text in assistant_turns(tokenizer, [], messages, columns)]
 
 
-# -- what the template makes of a turn --------------------------------------------------------------
+# -- what the template makes of a turn ------------------------------------------------------------
 
 HI = "<user>hi</s><assistant>"
 
@@ -171,7 +171,7 @@ def test_whether_the_template_ends_a_turn(
     assert text.ends_itself == ends
 
 
-# -- errors --------------------------------------------------------------
+# -- errors ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_mistaken_conversations(
         turns(tokenizer, template, messages, **columns)
 
 
-# -- rows --------------------------------------------------------------
+# -- rows ------------------------------------------------------------
 
 TALK = [user("hi"), assistant("", tool_calls=CALL)]
 
@@ -306,7 +306,7 @@ def test_an_error_names_the_row(tokenizer: Any) -> None:
         targets(tokenizer, rows)
 
 
-# -- one function --------------------------------------------------------------
+# -- one function ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", ["llama", "qwen", "mistral", "gemma", "hermes"])
