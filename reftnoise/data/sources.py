@@ -1,28 +1,34 @@
 """Rows of a file, of a hub dataset or of the embedded dataset."""
 
-import csv
 import glob
 import hashlib
+import json
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import uuid4
 
 import datasets
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.exceptions import DatasetsError
 from datasets.fingerprint import get_temporary_cache_files_directory
 
 from .._util.errors import one_line
 from .._util.files import local_path
 from ..engine.base import tiny
-from .files import LOADERS, expect_file, is_path
-from .tasks.base import RowError, row_as_written
+from .files import LOADERS, expect_file, is_path, placed_rows
+from .tasks.base import JSON, RowError, row_as_written
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+_FIRST_ROWS = 1000
+"""Number of rows that a stream knows its columns from."""
+_DTYPES = {str: "string", bool: "bool", int: "int64", float: "float64"}
 
 
 def load_rows(
@@ -35,8 +41,8 @@ def load_rows(
     """The rows of one split, in memory-mapped tables or, with `streaming`, as they are needed.
 
     Args:
-        source: JSONL, JSON, CSV or Parquet file, which is the whole of any split; name of a hub
-            dataset; "tiny-chat", the embedded dataset; or rows, which are returned as they are.
+        source: JSONL, JSON, CSV, TSV or Parquet file, which is the whole of any split; name of a
+            hub dataset; "tiny-chat", the embedded dataset; or rows, which are returned as they are.
         split: name of the split, or a slice of it such as `train[:-1000]`.
         subset: name of a subset, for hub datasets that have several.
         streaming: whether rows are read as they are needed; a stream has no slices.
@@ -147,31 +153,10 @@ def temporary_file() -> Path:
 def place_of(source: str | Path, split: str, index: int) -> str:
     """Where a row is: `rows.jsonl, line 3`, or `rows.parquet, row 3` where there are no lines."""
     path, name = local_path(source), re.match(r"\w+", split)
-    read = {".jsonl": _lines_of_json, ".csv": _lines_of_csv}.get(path.suffix)
-    if read is not None and name is not None and path.is_file():
-        lines = datasets.Dataset.from_dict({"line": list(read(path))})
-        if len(lines) == len(load_rows(source, split=name[0])):
-            return f"{source}, line {_take({name[0]: lines}, split, source)[index]['line']}"
+    if name is not None and LOADERS.get(path.suffix) is not None and path.is_file():
+        places = datasets.Dataset.from_dict({"place": [place for place, _ in placed_rows(path)]})
+        return f"{source}, {_take({name[0]: places}, split, source)[index]['place']}"
     return f"{source}, row {index}"
-
-
-def _lines_of_json(path: Path) -> Iterator[int]:
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number
-
-
-def _lines_of_csv(path: Path) -> Iterator[int]:
-    """The first line of each row; a row may have several."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        next(reader, None)  # the names of columns
-        before = reader.line_num
-        for row in reader:
-            if row:
-                yield before + 1
-            before = reader.line_num
 
 
 def file_digest(path: Path) -> str:
@@ -211,23 +196,77 @@ def _errors_raised_alone() -> Iterator[None]:
 
 def _load_file(path: Path, split: str, streaming: bool) -> Rows:
     expect_file(path)
-    kind = LOADERS[path.suffix]
+    if LOADERS[path.suffix] is None:
+        return _load_parquet(path, split, streaming)
+    if streaming:
+        first = [row for _, row in islice(placed_rows(path), _FIRST_ROWS)]
+        names = tuple(dict.fromkeys(name for row in first for name in row))
+        if not names:
+            raise ValueError(f"{path}: no rows in it")
+        return datasets.IterableDataset.from_generator(
+            _streamed, gen_kwargs={"path": path, "names": names}
+        )
+    features = _features(path)
+    if not features:
+        raise ValueError(f"{path}: no rows in it")
+    return datasets.Dataset.from_generator(
+        _stored,
+        features=features,
+        gen_kwargs={"path": path, "features": features, "digest": file_digest(path)},
+    )
+
+
+def _features(path: Path) -> datasets.Features:
+    """The type of each column: that of all its values, or JSON where that is no scalar."""
+    types: dict[str, set[type]] = defaultdict(set)
+    for _, row in placed_rows(path):
+        for name, value in row.items():
+            types[name].add(type(value))
+    features = datasets.Features()
+    for name, kinds in types.items():
+        kinds.discard(type(None))
+        kind = next(iter(kinds)) if len(kinds) == 1 else str if not kinds else dict
+        dtype, is_json = _DTYPES.get(kind, "string"), kind not in _DTYPES
+        features[name] = datasets.Value(dtype, id=JSON if is_json else None)
+    return features
+
+
+def _stored(path: Path, features: datasets.Features, **_: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file of text for a table, which datasets keeps by all arguments."""
+    names = [name for name, feature in features.items() if feature.id == JSON]
+    for _place, row in placed_rows(path):
+        filled = dict.fromkeys(features) | row
+        # As text: datasets' own type for JSON changes the last digits of numbers.
+        in_json = {n: json.dumps(filled[n]) for n in names if filled[n] is not None}
+        yield filled | in_json
+
+
+def _streamed(path: Path, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The rows of a file of text with all columns."""
+    for place, row in placed_rows(path):
+        if new := [name for name in row if name not in names]:
+            raise ValueError(
+                f"{path}, {place}: column {new[0]!r}, which none of the first {_FIRST_ROWS} rows "
+                "has: a stream needs it there"
+            )
+        yield dict.fromkeys(names) | row
+
+
+def _load_parquet(path: Path, split: str, streaming: bool) -> Rows:
     # datasets knows a file by its path and time; with the digest, by its content.
     name = None if streaming else file_digest(path)
     files = {split: glob.escape(str(path))}
-    # A stream should hold little in memory, and 10 MiB of lines are many times that as rows.
-    options = {"chunksize": 2**20} if streaming and kind == "json" else {}
     try:
         with _errors_raised_alone():
             rows = datasets.load_dataset(
-                kind, name, data_files=files, split=split, streaming=streaming, **options
+                "parquet", name, data_files=files, split=split, streaming=streaming
             )
             column_names(rows)  # of a stream, reads the file's beginning
-    except (DatasetGenerationError, StopIteration, ValueError) as error:
-        reason = one_line(error.__cause__ or error)
-        if not reason or "corresponds to no data" in reason:
+    except Exception as error:  # of a damaged file, of any kind
+        reason = one_line(error.__cause__ or error) or type(error).__name__
+        if isinstance(error, StopIteration) or "corresponds to no data" in reason:
             raise ValueError(f"{path}: no rows in it") from None
-        raise ValueError(f"{path}: not a readable {kind} file ({reason})") from None
+        raise ValueError(f"{path}: not a readable parquet file ({reason})") from None
     return rows
 
 
@@ -256,5 +295,5 @@ def _take(splits: Mapping[str, Any], split: str, source: str | Path) -> datasets
     parts = []
     for part in slices:
         first, end = part.from_ or 0, lengths[part.splitname] if part.to is None else part.to
-        parts.append(splits[part.splitname].select(range(first, end)))
+        parts.append(splits[part.splitname].select(range(first, end) or []))
     return datasets.concatenate_datasets(parts)

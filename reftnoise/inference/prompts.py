@@ -1,7 +1,6 @@
 """Answers to prompts, by an adapted model alone or with those of its base."""
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
@@ -15,6 +14,7 @@ from rich.text import Text
 from .._util.errors import nearest
 from .._util.files import json_lines, local_path, replace_all
 from ..config.decoding import GREEDY, Decoding
+from ..data.files import json_lines_of
 from ..data.templates import fill
 from ..data.tokenization import smallest_limit
 from ..evaluation.generation import ending_arguments, generated
@@ -151,20 +151,14 @@ def show(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], console: Con
 
 def read_jsonl(path: str | Path, column: str) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, each with a text in `column`."""
-    rows = []
-    lines = local_path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a mapping, got {row!r}")
-        if column not in row:
-            raise ValueError(f"{path}, line {number}: no {column!r}; {nearest(column, row)}")
-        if not isinstance(row[column], str) or not row[column]:
-            raise ValueError(f"{path}, line {number}: {column} {row[column]!r}, expected a text")
-        rows.append(row)
+    rows, place = [], local_path(path)
+    try:
+        for line, row in json_lines_of(place):
+            if column not in row:
+                raise ValueError(f"{line}: no {column!r}; {nearest(column, row)}")
+            if not isinstance(row[column], str) or not row[column]:
+                raise ValueError(f"{line}: {column} {row[column]!r}, expected a text")
+            rows.append(row)
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
     return rows

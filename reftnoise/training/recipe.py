@@ -14,8 +14,8 @@ class DataConfig:
     """Examples to train on. A recipe's task makes a prompt and a completion of each row.
 
     Args:
-        train: JSONL, JSON, CSV or Parquet file, name of a hub dataset, or tiny-chat, the embedded
-            dataset.
+        train: JSONL, JSON, CSV, TSV or Parquet file, name of a hub dataset, or tiny-chat, the
+            embedded dataset.
         train_split: split of train, or a slice of one, such as train[:-1000].
         eval: file or dataset, as for train, whose loss is measured during training.
         eval_split: split of eval, or a slice of one.

@@ -529,7 +529,7 @@ def test_a_missing_file(byte_bpe: Any, tmp_path: Path, as_text: bool) -> None:
 def test_a_file_of_another_kind(byte_bpe: Any, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text("hello", encoding="utf-8")
-    message = f"{path}: expected a file that ends in .jsonl, .json, .csv, .parquet"
+    message = f"{path}: expected a file that ends in .jsonl, .json, .csv, .tsv, .parquet"
     with pytest.raises(ValueError, match=exactly(message)):
         module(byte_bpe, path)
 
@@ -538,11 +538,6 @@ def test_a_file_of_another_kind(byte_bpe: Any, tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "prompt,completion\nhi,there\nyo,\n",
-            "training example 1: completion None: expected a text",
-        ),
-        ("prompt,completion\nhi,4\nyo,5\n", "training example 0: completion 4: expected a text"),
         (
             "prompt,answer\nhi,there\n",
             "columns prompt, answer: expected 'prompt' and 'completion', or 'messages'; name "
@@ -582,7 +577,7 @@ def test_a_conversation_of_another_form(byte_bpe: Any, messages: list[Any]) -> N
 def test_a_file_without_examples(byte_bpe: Any, tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: "):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}[:,] "):
         module(byte_bpe, path)
 
 

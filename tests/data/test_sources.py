@@ -10,6 +10,7 @@ import pytest
 
 import reftnoise as rn
 from reftnoise.data.sources import load_rows, place_of, rename_columns
+from reftnoise.data.tasks.base import row_as_written
 from support.data import REAL
 
 ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(10)]
@@ -126,6 +127,39 @@ def test_loading_is_silent(
     assert not datasets.are_progress_bars_disabled()
 
 
+CELLS = ["01234", "NA", "1.10", "None", "true", "", "1e5", "2020-01-01", "null", "-", " x"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_text_stays_text(tmp_path: Path, kind: str, streaming: bool) -> None:
+    path, separator = tmp_path / f"rows.{kind}", {"csv": ",", "tsv": "\t"}.get(kind)
+    lines = [f"{cell}{separator}b" for cell in ("a", *CELLS)]
+    if separator is None:
+        lines = [json.dumps({"a": cell}) for cell in CELLS]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    rows = list(load_rows(path, streaming=streaming))
+    assert [row["a"] for row in rows] == CELLS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_values_stay_as_they_are(tmp_path: Path, streaming: bool) -> None:
+    path = tmp_path / "rows.jsonl"
+    values = [1, 1.5, "1", True, None, [48.9, None], {"x": {}}, "2020-01-01"]
+    path.write_text("\n".join(json.dumps({"a": value, "b": 48.9}) for value in values))
+    rows = load_rows(path, streaming=streaming)
+    assert [row_as_written(row, rows.features) for row in rows] == [
+        {"a": value, "b": 48.9} for value in values
+    ]
+
+
+def test_a_column_that_a_stream_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n' * 1000 + '{"b": 1}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1001: column 'b', which none of"):
+        list(load_rows(path, streaming=True))
+
+
 # -- columns ---------------------------------------------------------------------------------------
 
 
@@ -165,17 +199,18 @@ def test_mistaken_columns(
 
 
 @pytest.mark.parametrize("split", ["train", "train[1:]", "train[-2:]", "train[2:]+train[:1]"])
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv", "rows.json"])
 def test_the_place_of_a_row(tmp_path: Path, name: str, split: str) -> None:
     texts = {  # whose rows hold their lines
         "rows.jsonl": '{"at": 1}\n\n{"at": 3}\n  \n\n{"at": 6}',
         "rows.csv": 'at,text\n2,"a\nb"\n4,c\n\n6,d\n',
+        "rows.tsv": 'at\ttext\n2\ta"b\n3\tc\n',
         "rows.json": '[{"at": 0},\n{"at": 1}, {"at": 2}]',
     }
     path = tmp_path / name
     path.write_text(texts[name])
     for index, row in enumerate(load_rows(path, split=split)):
-        place = f"row {index}" if name == "rows.json" else f"line {row['at']}"
+        place = f"{'row' if name == 'rows.json' else 'line'} {row['at']}"
         assert place_of(path, split, index) == f"{path}, {place}"
 
 
@@ -201,8 +236,18 @@ def test_an_unknown_name() -> None:
         ("a.jsonl", "", "no rows in it"),
         ("a.json", "[]", "no rows in"),
         ("a.csv", "a,b\n", "no rows in"),
-        ("a.jsonl", "{nonsense\n", "not a readable json file (JSON parse error"),
-        ("a.csv", "", "not a readable csv file (No columns"),
+        ("a.jsonl", "{nonsense\n", "line 1: not JSON (Expecting property name"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": NaN}', "line 3: not JSON (NaN is no number of JSON)"),
+        ("a.jsonl", '{"a": 1}\n3', "line 2: expected a mapping, got 3"),
+        ("a.jsonl", '{"a": ' + "[" * 100_000, "line 1: nested more than 100 levels deep"),
+        ("a.jsonl", '{"a": ' + "[" * 101 + "]" * 101 + "}", "line 1: nested more than 100 levels"),
+        ("a.jsonl", '{"a": ' + "9" * 30 + "}", "line 1: an integer of more than 64 bits"),
+        ("a.jsonl", '{"a": "\\ud800"}', "line 1: a text that is not UTF-8"),
+        ("a.json", '[{"a": 1}, "b"]', "row 1: expected a mapping, got 'b'"),
+        ("a.csv", "", "no rows in it"),
+        ("a.csv", "a,b\n1,2\n3\n", "line 3: 1 cells, expected 2 (a, b)"),
+        ("a.csv", 'a,b\n1,2\n"3\n', "line 3: unexpected end of data"),
+        ("a.csv", "a,a\n1,2\n", "line 1: two columns have one name: a, a"),
         ("a.parquet", "text", "not a readable parquet file (Parquet file size is 4 bytes"),
     ],
 )
@@ -211,7 +256,8 @@ def test_unreadable_files(
 ) -> None:
     path = tmp_path / name
     path.write_text(text)
-    assert mistake(path, streaming=streaming).startswith(f"{path}: {reason}")
+    separator = ", " if reason.startswith(("line", "row")) else ": "
+    assert mistake(path, streaming=streaming).startswith(f"{path}{separator}{reason}")
 
 
 @pytest.mark.parametrize(

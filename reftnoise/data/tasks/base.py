@@ -1,5 +1,6 @@
 """Tasks: how a row becomes a prompt, and how the text that a model writes is scored."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ class Question:
     choice_answers: tuple[str, ...] = ()
 
 
+JSON = "json"
+"""The id of a column of texts that are values in JSON."""
+
+
 def as_written(value: Any, feature: Any) -> Any:
     """A value of a dataset as its author wrote it.
 
@@ -35,6 +40,8 @@ def as_written(value: Any, feature: Any) -> Any:
         value: value of a column in a row.
         feature: type of the column, or None where it is not known.
     """
+    if getattr(feature, "id", None) == JSON:
+        return None if value is None else json.loads(value)
     if hasattr(feature, "int2str"):  # a ClassLabel; rows without a label have -1
         return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
     if isinstance(feature, Mapping) and isinstance(value, Mapping):

@@ -8,7 +8,7 @@ import datasets
 from ..conversations import HANDED_ON
 from ..sources import Rows, column_names, expect_no_subspaces, map_rows
 from ..templates import check_template, fill
-from .base import Task
+from .base import Task, row_as_written
 
 _TEXT = datasets.Value("string")
 _PROMPTS = datasets.Features({"prompt": _TEXT, "completion": _TEXT})
@@ -33,11 +33,12 @@ def as_examples(
     if template == "chat" and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("template 'chat': the tokenizer has no chat template")
     columns = column_names(rows)
-    handed_on = [name for name in HANDED_ON if name in columns]
     if task.name == "text" and "messages" in columns and "prompt" not in columns:
-        return rows.select_columns(["messages", *handed_on])
-    if task.name == "text" and isinstance(next(iter(rows.take(1))).get("prompt"), list):
-        return rows.select_columns(["prompt", "completion", *handed_on])
+        return rows.select_columns([name for name in ("messages", *HANDED_ON) if name in columns])
+    first = row_as_written(next(iter(rows.take(1)), {}), rows.features)
+    if task.name == "text" and isinstance(first.get("prompt"), list):
+        read = [name for name in ("prompt", "completion", *HANDED_ON) if name in columns]
+        return rows.select_columns(read)
 
     def example(row: Mapping[str, Any]) -> dict[str, Any]:
         question = task.question(row)
