@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from .._util.errors import brief
+from .._util.errors import brief, value_errors
 from ..engine.base.peft import inner_model, is_peft_model
+from ..engine.base.saved_peft import restore_section
 from ..engine.base.sharding import device_of, size
 from ..engine.base.sites import trained_modules
 from ..engine.hooks import Engine
@@ -199,10 +200,12 @@ class AdapterMixin(PyreftMethods):
         *,
         revision: str | None = None,
         token: str | bool | None = None,
+        allow_nan: bool = False,
     ) -> Self:
         """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode.
 
-        Arguments and errors as of `saving.read_adapter`.
+        Reads the directory and the base alone. `allow_nan` loads numbers that are not finite, too;
+        other arguments, and errors, as of `saving.read_adapter`.
         """
         if isinstance(directory, nn.Module):
             raise ValueError(
@@ -210,13 +213,25 @@ class AdapterMixin(PyreftMethods):
             )
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a model of transformers, got {brief(model)}")
-        return cls._of(_read(directory, model, revision=revision, token=token), model)
+        adapter = _read(directory, model, revision=revision, token=token)
+        return cls._of(adapter, model, allow_nan=allow_nan)
 
     @classmethod
-    def _of(cls, adapter: AdapterFiles, model: PreTrainedModel, include_model: bool = True) -> Self:
+    def _of(
+        cls,
+        adapter: AdapterFiles,
+        model: PreTrainedModel,
+        include_model: bool = True,
+        allow_nan: bool = False,
+    ) -> Self:
         make_room(adapter, model)
-        reft_model = cls(adapter.config, model)
-        saving.load_trained(reft_model, adapter, include_model)
+        config = saving.buildable_config(adapter, model, include_model, allow_nan)
+        with value_errors(adapter.config_path):
+            reft_model = cls(config, model)
+        if config is not adapter.config:
+            restore_section(reft_model.model, adapter.config.peft or {})
+            reft_model.reft_config = adapter.config
+        saving.load_trained(reft_model, adapter, include_model, allow_nan)
         reft_model.set_device(None)
         return reft_model.eval()
 
