@@ -26,6 +26,7 @@ from ..engine.planning import FROZEN_UNITS
 from ..engine.training_pass.prefix_cache import Place, PrefixCache
 from ..engine.training_pass.runner import SplitMode
 from ..model import ReftModel
+from .data_order import by_epoch, seed_workers
 from .divergence import Divergence
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,24 @@ class ReftTrainer(Trainer):
         finally:
             adapter.prefix_cache = before
             self._prefix_cache.clear()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        seeds_random = self.args.accelerator_config.use_seedable_sampler
+        return by_epoch(
+            super()._get_train_sampler(train_dataset), self._data_seed, seeds_random=seeds_random
+        )
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's loader of the training set."""
+        return seed_workers(super().get_train_dataloader(), self._data_seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's loader of an evaluation set, or of the one of that name."""
+        return seed_workers(super().get_eval_dataloader(eval_dataset), self._data_seed)
+
+    @property
+    def _data_seed(self) -> int:
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def _set_signature_columns_if_needed(self) -> None:
         # The Trainer leaves out columns that `forward` does not name: the base's may take more.
