@@ -7,13 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from . import yaml
 from .errors import nearest, one_line
 from .files import local_path
+from .types import expect_types
 
 Config = TypeVar("Config")
 
@@ -88,8 +89,18 @@ def built(config: type[Config], parser: ArgumentParser, parsed: Namespace) -> Co
         value = parsed[field.name]
         if is_dataclass(field.type) and not isinstance(value, Namespace):
             raise ArgumentError(None, f"{field.name}: expected a mapping, got {value!r}")
+        if any(map(is_dataclass, get_args(field.type))) and isinstance(value, list):
+            for index, item in enumerate(value):
+                if not isinstance(item, Namespace):
+                    where = f"{field.name}[{index}]"
+                    raise ArgumentError(None, f"{where}: expected a mapping, got {item!r}")
     values = parser.instantiate(parsed)
-    return config(**{field.name: values[field.name] for field in options})
+    result = config(**{field.name: values[field.name] for field in options})
+    try:
+        expect_types(result)  # jsonargparse lets null pass for anything
+    except ValueError as error:
+        raise ArgumentError(None, str(error)) from None
+    return result
 
 
 def option_values(parser: ArgumentParser) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
     if not commented or commented[0].startswith("-"):
         if "--config" in commented[:-1]:  # a file replaces what comes before it
             i = commented.index("--config")
+            read_yaml(commented[i + 1])
             commented = [*commented[i : i + 2], *commented[:i], *commented[i + 2 :]]
         return commented
     first, *rest = commented

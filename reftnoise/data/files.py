@@ -27,7 +27,7 @@ csv.field_size_limit(2**31 - 1)  # texts may be longer than the default of 2**17
 
 def is_path(source: str | Path) -> bool:
     """Whether a source is a path rather than a hub dataset's `owner/name`."""
-    path, text = local_path(source), str(source)
+    path, text = local_path(source, "data"), str(source)
     return (
         not isinstance(source, str)
         or path.suffix in LOADERS
@@ -48,7 +48,7 @@ def expect_file(source: str | Path) -> None:
     """
     if not is_path(source):
         return
-    path = local_path(source)
+    path = local_path(source, "data")
     is_known = path.suffix in LOADERS
     if not path.exists() or (is_known and not path.is_file()):
         raise FileNotFoundError(f"{path}: no such file")

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
-from .._util.errors import nearest
+from .._util.errors import nearest, one_line
 from .._util.files import local_path
+from .._util.types import expect_type
 from ..config.base_model import expect_base
 from ..config.positions import Positions
 from ..data.files import expect_file
@@ -22,7 +23,7 @@ from ..data.tasks.base import ParsedRow, RowError, parse_rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.registry import get_task
 from ..data.templates import check_template
-from .recipe import Recipe
+from .recipe import Recipe, TrainingConfig
 from .run_files import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -90,10 +91,7 @@ class ResolvedRun:
                 raise ValueError(f"intervention {name!r} is not registered; {names}")
             if isinstance(unit.get("positions"), str):
                 Positions.parse(unit["positions"])
-        for name in _POSITIVE:
-            value = getattr(training, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"training.{name} {value}: expected a positive number")
+        _expect_positive(training)
         if data.train is None:
             raise ValueError("data.train: expected a file, the name of a hub dataset, or tiny-chat")
         if data.streaming and training.max_steps < 1:
@@ -140,20 +138,26 @@ class ResolvedRun:
             "disable_tqdm": True,
             "report_to": "none",
         }
-        known = [field.name for field in fields(TrainingArguments) if field.init]
-        for name in further:
+        known = {field.name: field for field in fields(TrainingArguments) if field.init}
+        hints = get_type_hints(TrainingArguments)
+        for name, value in further.items():
             if name not in known:
                 raise ValueError(
                     f"training.arguments: transformers.TrainingArguments has no {name!r}; "
                     + nearest(name, known, "see its documentation")
                 )
+            if name == "output_dir":  # where `resume` would not look for checkpoints
+                raise ValueError("training.arguments: output_dir is the recipe's own")
+            if value is None or value != known[name].default:  # some of which break their own type
+                expect_type(f"training.arguments.{name}", value, hints[name])
         try:
             arguments = TrainingArguments(**settings | further)
-            if not isinstance(arguments.seed, int):
-                raise ValueError(f"seed {arguments.seed!r}: expected an integer")
-            return arguments
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"training: {error}") from None
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise ValueError(f"training: {one_line(error)}") from None
+        if isinstance(arguments.lr_scheduler_kwargs, str):  # no JSON, which it would have read
+            raise ValueError("training.arguments.lr_scheduler_kwargs: expected a mapping")
+        _expect_positive(arguments)
+        return arguments
 
     @cached_property
     def training_rows(self) -> "dict[str, Rows]":
@@ -210,6 +214,13 @@ class ResolvedRun:
             }[error.name]
             place = place_of(source or "", split, error.index)
             raise ValueError(f"{option} {place}: {error.reason}") from None
+
+
+def _expect_positive(training: "TrainingConfig | TrainingArguments") -> None:
+    for name in _POSITIVE:
+        value = getattr(training, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"training.{name} {value}: expected a positive number")
 
 
 @cache

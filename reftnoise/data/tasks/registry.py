@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ..._util.errors import nearest
+from ..._util.errors import brief, nearest
 from .base import Task
 
 TASKS = {
@@ -43,7 +43,7 @@ def get_task(spec: str | Mapping[str, Any]) -> Task:
     if "name" not in arguments:
         raise ValueError(f"task {arguments}: expected a 'name', one of {', '.join(TASKS)}")
     name = arguments.pop("name")
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise ValueError(f"task {name!r} is not known; {nearest(name, TASKS)}")
     module, _, attribute = TASKS[name].partition(".")
     cls = getattr(importlib.import_module(f".{module}", __package__), attribute)
@@ -62,5 +62,8 @@ def get_task(spec: str | Mapping[str, Any]) -> Task:
             f"task {name!r} lacks its argument {missing[0]!r}: expected "
             f"{{name: {name}, {missing[0]}: …}}"
         )
-    task: Task = cls(**own, **arguments)
+    try:
+        task: Task = cls(**own, **arguments)
+    except TypeError as error:
+        raise ValueError(f"task {name!r}, {brief(arguments)}: {error}") from None
     return task
