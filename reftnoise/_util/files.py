@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -38,13 +39,34 @@ def local_path(path: str | os.PathLike[str], name: str = "path") -> Path:
     return Path(os.path.expanduser(text))  # Path.expanduser refuses a file named ~draft
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within the block, a failed write is an OSError that names a file, or else the path.
+
+    Python leaves the name out where a file was open already. tokenizers and safetensors raise
+    exceptions of their own, and torch a RuntimeError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    except Exception as error:
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # of Rust
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error):
+            raise OSError(f"{path}: a write failed, is the disk full?") from None
+        raise
+
+
 def replace_all(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write files under temporary names; when all are whole, rename them one by one, in order.
 
     Where several processes or threads save into a directory, one waits for the other, so that all
     files are of one save. What a killed save has left there is removed.
     """
-    with _saving_alone(directory) as is_alone:
+    with writing(directory), _saving_alone(directory) as is_alone:
         if is_alone:  # the owner of any other scratch folder is dead, or it would hold the lock
             for leftover in directory.glob(f"{SCRATCH}*"):
                 shutil.rmtree(leftover, ignore_errors=True)

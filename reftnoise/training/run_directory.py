@@ -21,6 +21,7 @@ from .._util.files import (
     read_lines,
     remove,
     replace_all,
+    writing,
 )
 from .._util.options import read_file
 from .recipe import Recipe
@@ -117,7 +118,8 @@ class RunDirectory:
 
     def log(self, line: dict[str, Any]) -> None:
         """Add a line to the log."""
-        with (self.path / LOG).open("a", encoding="utf-8") as file:
+        path = self.path / LOG
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json_text(line) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:

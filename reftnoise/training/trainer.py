@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils.generic import find_labels
 
 from .._util.errors import first_difference, one_line
-from .._util.files import local_path
+from .._util.files import local_path, writing
 from ..adapters import saving
 from ..adapters.directory import AdapterFiles
 from ..data.encoding import LOCATIONS
@@ -218,6 +218,10 @@ class ReftTrainer(Trainer):
         self._save(output_dir, whole_state(adapter, is_kept=self.args.should_save))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:

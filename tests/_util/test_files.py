@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import reftnoise as rn
-from reftnoise._util.files import local_path
+from reftnoise._util.files import local_path, writing
 from reftnoise.analysis.report import write_report
 from reftnoise.config.base_model import expect_base
 from reftnoise.data.sources import load_rows
@@ -56,6 +56,22 @@ def test_what_is_no_path_is_one_line(path: Any) -> None:
     with pytest.raises(ValueError, match=r"^output_dir .*: expected a path, such as") as error:
         local_path(path, "output_dir")
     assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), r"No space left on device: 'a/b'"),
+        (OSError(13, "Permission denied", "a/c"), r"Permission denied: 'a/c'"),
+        (Exception("No space left on device (os error 28)"), r"No space left on device: 'a/b'"),
+        (RuntimeError("PytorchStreamWriter failed writing file"), r"a/b: a write failed"),
+    ],
+)
+def test_a_failed_write_names_its_path(error: Exception, message: str) -> None:
+    with pytest.raises(OSError, match=message), writing(Path("a/b")):
+        raise error
+    with pytest.raises(RuntimeError, match="of the model"), writing(Path("a/b")):
+        raise RuntimeError("of the model")
 
 
 def test_a_run_in_the_home_is_one_directory_and_resumes(

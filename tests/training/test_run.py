@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -252,6 +253,34 @@ def test_a_run_that_is_being_replaced_is_never_taken_for_a_finished_one(
         assert (run / "summary.json").exists() == (count == 0)
         if count:
             assert RunDirectory(recipe, resume=True, overwrite=False).checkpoint is None
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpoint-4 incomplete, resuming:UserWarning")
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, saves = tmp_path / "run", []
+    save = transformers.PreTrainedTokenizerBase.save_pretrained
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        saves.append(args)
+        if len(saves) == 2:  # as tokenizers says it
+            raise Exception("No space left on device (os error 28)")
+        return save(*args, **kwargs)
+
+    steps = ("--training.save_steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full)
+        assert command(*quick(run, *steps), "--quiet") == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "reftnoise" in line]
+    assert line.endswith(f"No space left on device: '{run}/checkpoints/checkpoint-4'")
+    assert command(*quick(run, *steps), "--quiet", "--resume") == 0
+    assert "starts over" not in capsys.readouterr().err
+    for name in ("adapter/reft_model.safetensors", "scores.json"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_a_finished_run_is_replaced_only_if_asked(tmp_path: Path) -> None:

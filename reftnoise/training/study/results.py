@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TypedDict, cast
 
-from ..._util.files import json_text, local_path, read_lines
+from ..._util.files import json_text, local_path, read_lines, writing
 from ..run_files import RESULTS
 
 
@@ -36,7 +36,8 @@ def read_results(directory: str | Path) -> list[Result]:
 
 def append_result(directory: Path, result: Result) -> None:
     """Add a finished cell, on a new line even where the last line was cut off."""
-    with (directory / RESULTS).open("a+b") as file:
+    path = directory / RESULTS
+    with writing(path), path.open("a+b") as file:
         text = json_text(result) + "\n"
         if file.tell():
             file.seek(-1, os.SEEK_END)
