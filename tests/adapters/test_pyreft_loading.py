@@ -214,7 +214,8 @@ def test_a_repository_of_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     arguments = {"local_directory": "here", "from_huggingface_hub": True}
     loaded = rn.ReftModel.load("someone/theirs", tiny_model(), **arguments)
     assert_close(logits(loaded), theirs(model))
-    assert asked == [("someone/theirs", "here", False), ("someone/theirs", "here", True)]
+    here = Path("here")
+    assert asked == [("someone/theirs", here, False), ("someone/theirs", here, True)]
 
 
 def test_units_that_share_a_site_need_positions_by_name(tmp_path: Path) -> None:
