@@ -66,25 +66,28 @@ def orthonormal_rows(
         result that needs no synchronisation with the device, unlike an exception.
     """
     matrices = raw.reshape(-1, *raw.shape[-2:])
+    # torch.compile traces no function that has a derivative in forward mode.
+    function = _CholeskyQR if torch.compiler.is_compiling() else _CholeskyQRBothWays
     with torch.autocast(raw.device.type, enabled=False):
-        basis: Tensor = _CholeskyQR.apply(matrices)  # type: ignore[no-untyped-call]  # torch's
+        basis: Tensor = function.apply(matrices)[0]  # type: ignore[no-untyped-call]  # torch's
     return basis.view(raw.shape)
 
 
 class _CholeskyQR(torch.autograd.Function):
-    r"""Its gradient in closed form, in a third of the time that autograd takes.
+    r"""R and $L^{-1}$, with the gradient in closed form, in a third of the time of autograd's.
 
     With $G$ the gradient of R and $M = \mathrm{tril}(GR^\top)$, that of X is
     $L^{-\top}(G - (M + \mathrm{tril}(M, -1)^\top)R)$.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, raw: Float[Tensor, "batch rank hidden"]) -> Tensor:
+    def forward(raw: Float[Tensor, "batch rank hidden"]) -> tuple[Tensor, Tensor]:
         rows = raw.to(torch.float32 if raw.device.type == "mps" else torch.float64)
         gram = rows @ rows.mT
         lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        gram /= lengths[..., :, None]
-        gram /= lengths[..., None, :]
+        gram = gram / lengths[..., :, None] / lengths[..., None, :]
         lower, info = torch.linalg.cholesky_ex(gram)
         # A row's pivot is its distance from the span of the rows before it.
         pivot = lower.diagonal(dim1=-2, dim2=-1).amin(-1)
@@ -92,17 +95,45 @@ class _CholeskyQR(torch.autograd.Function):
         lower = lower.masked_fill(dependent[..., None, None], float("nan")) * lengths[..., None]
         inverse = _inverse(lower)
         basis = (inverse @ rows).to(torch.promote_types(raw.dtype, torch.float32))
-        ctx.save_for_backward(raw, inverse.to(basis.dtype), basis)
-        return basis
+        return basis, inverse.to(basis.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        basis, inverse = output
+        ctx.mark_non_differentiable(inverse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, inverse, basis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> Tensor | None:
+        if gradient is None:
+            return None
         raw, inverse, basis = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second gradients, L as a function of X
             inverse = _inverse(raw @ basis.mT)
         below = (gradient @ basis.mT).tril()
         symmetric = below + below.tril(-1).mT
         return inverse.mT @ torch.baddbmm(gradient, symmetric, basis, alpha=-1)
+
+
+class _CholeskyQRBothWays(_CholeskyQR):
+    r"""The same, also in forward mode: with $S = L^{-1}\dot X R^\top$ and $T = S + S^\top$,
+    $\dot R = L^{-1}\dot X - (\mathrm{tril}(T) - \tfrac12\mathrm{diag}(T))R$.
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        _CholeskyQR.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(output[1], output[0])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:
+        inverse, basis = ctx.saved_tensors
+        step = inverse @ tangent
+        below = step @ basis.mT
+        below = below + below.mT
+        below = below.tril() - torch.diag_embed(below.diagonal(dim1=-2, dim2=-1) / 2)
+        return step - below @ basis, None
 
 
 def _inverse(lower: Tensor) -> Tensor:
@@ -127,7 +158,8 @@ class LowRankRotation(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(rank, hidden_size, dtype=wide))
         self._shared: Tensor | None = None
-        self._frozen: tuple[tuple[object, ...], Tensor] | None = None
+        self._frozen: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+        """A weight, its state, and its R."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -165,13 +197,17 @@ class LowRankRotation(nn.Module):
             return self._shared
         if self.is_trained or torch.compiler.is_compiling():
             return orthonormal_rows(self.weight)
-        version = 0 if self.weight.is_inference() else self.weight._version
-        key = (id(self.weight), self.weight.data_ptr(), version, _steps_taken)
-        if self._frozen is None or self._frozen[0] != key:
+        weight, frozen = self.weight, self._frozen
+        try:
+            version = 0 if weight.is_inference() else weight._version
+            state = (weight.data_ptr(), version, _steps_taken)
+        except RuntimeError:  # within vmap
+            return orthonormal_rows(weight)
+        if frozen is None or frozen[0] is not weight or frozen[1] != state:
             # Outside inference mode: the cached R may meet autograd later.
             with torch.inference_mode(False), torch.no_grad():
-                self._frozen = key, orthonormal_rows(self.weight)
-        return self._frozen[1]
+                frozen = self._frozen = weight, state, orthonormal_rows(weight)
+        return frozen[2]
 
     def train(self, mode: bool = True) -> "LowRankRotation":
         self._frozen = None

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._util.errors import brief, is_finite_number
+from ._util.errors import brief
 from .adapters import saving
 from .adapters.library import OWN, AdapterChoice, AdapterLibrary
 from .adapters.mixin import AdapterMixin
@@ -19,6 +19,7 @@ from .adapters.pyreft.calling import TakesBatches, in_forms_of_pyreft
 from .adapters.pyreft.methods import expect_native
 from .adapters.vocabulary import expect_tokens
 from .config.representations import ReftConfig
+from .engine.base.forks import undone_in_children
 from .engine.base.methods import OTHER_WRAPPER, REFUSED, may_run_layers
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .engine.base.quantization import keep_differentiable
@@ -84,7 +85,6 @@ class ReftModel(TakesBatches, AdapterMixin):
         self._planner = Planner(self.engine)
         self._passes = ForwardPasses(self.engine)
         self._checks = TrainingChecks(self._planner)
-        self._is_disabled = False
         self.interventions.train(model.training)
         self.training = model.training
         self.register_state_dict_post_hook(saving.keep_trained)  # type: ignore[no-untyped-call]  # torch's
@@ -150,9 +150,10 @@ class ReftModel(TakesBatches, AdapterMixin):
             input_ids: token ids.
             attention_mask: 1 at tokens, 0 at padding, on either side.
             labels: as the base takes them.
-            prompt_lengths: attended tokens in each row's prompt. By default the prompt ends before
-                the first label that is not -100, and is the whole input where there are no labels.
-                With a filled cache and no such information, all that is cached is the prompt.
+            prompt_lengths: attended tokens in each row's prompt, cached ones and those of later
+                calls included: a prompt that is longer than the input goes on. By default it ends
+                before the first label that is not -100, and is the whole input where there are no
+                labels. With a filled cache and no such information, what is cached is the prompt.
             unit_locations: `{"sources->base": (None, locations)}` with columns nested as
                 interventions × batch × positions, instead of the config's positions.
             adapter_names: in evaluation, for each row the name of a loaded adapter, a list of
@@ -173,7 +174,7 @@ class ReftModel(TakesBatches, AdapterMixin):
         inputs.update({name: value for name, value in named.items() if value is not None})
         if input_ids is not None:
             inputs["input_ids"] = input_ids
-        if self._is_disabled:
+        if self.engine.settings.now.is_disabled:
             with self._bare() as base:
                 return self._call(base, inputs)
         if self.training and self.scale != 1.0:
@@ -188,7 +189,8 @@ class ReftModel(TakesBatches, AdapterMixin):
     def _run(self, planner: Planner, batch: Batch, return_logits: bool | None) -> Any:
         """A pass with the model's own units."""
         rows = batch.rows
-        if self.training and any(getattr(p.unit, "paired", False) for p in self.engine.units):
+        is_noised = self.training or self.engine.settings.now.is_noised
+        if is_noised and any(getattr(p.unit, "paired", False) for p in self.engine.units):
             batch = in_pairs(batch)
         plans = planner.plans(batch)
         if self.training and not torch.compiler.is_compiling():
@@ -236,7 +238,7 @@ class ReftModel(TakesBatches, AdapterMixin):
         if inputs is not None:
             kwargs[inner_model(self.model).main_input_name] = inputs
         kwargs.pop("prompt_lengths", None)  # of a collated batch: here the input is the prompt
-        if self._is_disabled:
+        if self.engine.settings.now.is_disabled:
             with self._bare() as base:
                 return base.generate(**kwargs)
         batch = Batch.of(kwargs, unit_locations=unit_locations)
@@ -262,7 +264,8 @@ class ReftModel(TakesBatches, AdapterMixin):
                 "the units are offloaded, and edits need their weights at once: offload the base "
                 "before it is wrapped, as by accelerate.cpu_offload(base)"
             )
-        if adapter_names is None and self.adapters.active == OWN:
+        active = self.adapters.active
+        if adapter_names is None and active == OWN:
             if subspaces is None:
                 return self._planner
             units, device = self.engine.units, self.device
@@ -275,8 +278,9 @@ class ReftModel(TakesBatches, AdapterMixin):
         if batch.unit_locations is not None or subspaces is not None:
             name = "subspaces" if batch.unit_locations is None else "unit_locations"
             raise ValueError(f"{name} are of the model's own units: leave them out")
-        planner = self.adapters.planner(adapter_names, batch.rows)
-        if self.reft_config.peft and not all(adapter_names or [self.adapters.active]):
+        names = [active] * batch.rows if adapter_names is None else adapter_names
+        planner = self.adapters.planner(names, batch.rows)
+        if self.reft_config.peft and not all(names):
             raise ValueError(
                 "adapter_names has None, but the peft section acts on every row, so none is the "
                 "bare base: use `with model.disabled():`"
@@ -298,38 +302,15 @@ class ReftModel(TakesBatches, AdapterMixin):
             raise ValueError(f"split {mode!r}: expected 'auto', 'always' or 'never'")
         self._split = mode
 
-    @property
-    def scale(self) -> float:
-        """s in h + s·edit(h), for evaluation and generation: 1 as trained, 0 without edits.
-
-        It is not saved, and concerns neither noise nor a `peft` section.
-        """
-        return self.engine.settings.scale
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        if not is_finite_number(value):
-            raise ValueError(f"scale {value!r}: expected a finite number, 1.0 for edits as trained")
-        self.engine.settings.scale = float(value)
-
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator["ReftModel"]:
-        """Within the block, the model is its bare base."""
-        before, self._is_disabled = self._is_disabled, True
-        try:
-            yield self
-        finally:
-            self._is_disabled = before
-
     @contextlib.contextmanager
     def _bare(self) -> Iterator[PreTrainedModel]:
         base = inner_model(self.model)
-        with exclusive(base), innermost(base):
-            if self.reft_config.peft is not None:
-                with without_peft(self.model):
-                    yield base
-            else:
-                yield self.model
+        has_peft = self.reft_config.peft is not None
+        with exclusive(base), undone_in_children() as stack:
+            stack.enter_context(innermost(base))
+            if has_peft:
+                stack.enter_context(without_peft(self.model))
+            yield base if has_peft else self.model
 
     def _call(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Any:
         if not inputs.get("fused_lm_head") or self._fused_forward is None:

@@ -43,6 +43,7 @@ ENGINE = [
     {"layout"},
     {"locations"},
     {"units"},
+    {"settings"},
     {"calls"},
     {"hooks"},
     {"generation", "planning", "tracing"},

@@ -1,10 +1,14 @@
 """Adapters by name on one base, and which of them the rows of a batch get."""
 
-from collections import Counter
+import contextlib
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import EllipsisType
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
+from typing_extensions import Self
 
 from .._util.errors import is_finite_number, nearest
 from .._util.recent import RecentlyUsed
@@ -15,6 +19,7 @@ from ..engine.base.sharding import device_of
 from ..engine.base.sites import Site, layer_of, num_layers, stacks_of
 from ..engine.hooks import Engine
 from ..engine.planning import Planner
+from ..engine.units import PlacedUnit
 from .frozen import FrozenAdapter, UnitShape, stacked_units
 
 AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
@@ -37,15 +42,13 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
         own: the base with the units that it was wrapped with, whose name is `default`.
     """
 
-    active: AdapterChoice = OWN
-    """The choice for calls that make none."""
-
     def __init__(self, own: Engine) -> None:
         self._own, self._base = own, own.base
         self._adapters: dict[str, FrozenAdapter] = {}
         self._shapes: dict[tuple[UnitShape, ...], tuple[UnitShape, ...]] = {}
         self._engines = RecentlyUsed[tuple[FrozenAdapter, ...], Engine](_KEPT)
         self._frozen_own: FrozenAdapter | None = None
+        self._own_state: list[Any] = []
 
     def __getitem__(self, name: str) -> FrozenAdapter:
         return self._adapters[name]
@@ -55,6 +58,12 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
 
     def __len__(self) -> int:
         return len(self._adapters)
+
+    @property
+    def active(self) -> AdapterChoice:
+        """The choice for calls that make none."""
+        choice: AdapterChoice = self._own.settings.now.adapter
+        return choice
 
     @property
     def _device(self) -> torch.device:
@@ -140,22 +149,24 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
 
     def activate(self, choice: AdapterChoice) -> None:
         """Set the choice for calls that make none."""
-        self._chosen([_scales(choice)])
-        self.active = choice
+        self._own.settings.set("adapter", self.checked(choice))
 
-    def planner(self, rows: Sequence[AdapterChoice] | None, batch: int) -> Planner:
+    def checked(self, choice: AdapterChoice) -> AdapterChoice:
+        """A choice as it is; a ValueError for one that no row can have."""
+        self._chosen([_scales(choice)])
+        return choice
+
+    def planner(self, rows: Sequence[AdapterChoice], batch: int) -> Planner:
         """The units that act in a pass, and what each row gets of them.
 
         Args:
-            rows: a choice for each row of the batch; None for the active one.
+            rows: a choice for each row of the batch.
             batch: number of rows.
 
         Raises:
             ValueError: another number of choices, a name that is not loaded, or a scale that is
                 not a finite number.
         """
-        if rows is None:
-            rows = [self.active] * batch
         if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence) or len(rows) != batch:
             raise ValueError(
                 f"adapter_names {rows!r}: expected a list of {batch}, one choice per row of the "
@@ -179,17 +190,12 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
 
     def _freeze_own(self) -> FrozenAdapter:
         """The model's own units as they are now; the same object as long as they stay the same."""
-        now, before = FrozenAdapter.of(self._own.units), self._frozen_own
-        if (
-            before is None
-            or before.shapes != now.shapes
-            or before.others != now.others
-            or before.weights.device != now.weights.device
-            or not torch.equal(before.weights, now.weights)
-        ):
-            self._forget(before)
-            self._frozen_own = before = now
-        return before
+        with exclusive(inner_model(self._base)):
+            state = _state_of(self._own.units)
+            if self._frozen_own is None or not _are_equal(self._own_state, state):
+                self._forget(self._frozen_own)
+                self._frozen_own, self._own_state = FrozenAdapter.of(self._own.units), state
+            return self._frozen_own
 
     def _engine(self, adapters: tuple[FrozenAdapter, ...]) -> Engine:
         def stacked() -> Engine:
@@ -198,6 +204,24 @@ class AdapterLibrary(Mapping[str, FrozenAdapter]):
 
         with exclusive(inner_model(self._base)):  # a server may run a thread for each adapter
             return self._engines.get(adapters, stacked)
+
+
+def _state_of(units: Sequence[PlacedUnit]) -> list[Any]:
+    """What units are, and bytes of all their tensors."""
+    tensors = defaultdict[tuple[torch.dtype, torch.device], list[Tensor]](list)
+    for placed in units:
+        for tensor in (*placed.unit.parameters(), *placed.unit.buffers()):
+            tensors[tensor.dtype, tensor.device].append(tensor.detach().flatten())
+    acts = [getattr(placed.unit, "act_fn", None) for placed in units]
+    joint = [torch.cat(parts).view(torch.uint8) for parts in tensors.values()]
+    return [list(units), acts, list(tensors), *joint]
+
+
+def _are_equal(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    return len(before) == len(now) and all(
+        torch.equal(a, b) if isinstance(b, Tensor) else a == b
+        for a, b in zip(before, now, strict=True)
+    )
 
 
 def _scales(choice: AdapterChoice) -> dict[str, float]:
@@ -215,3 +239,69 @@ def _scales(choice: AdapterChoice) -> dict[str, float]:
             "finite scales, or None for the bare base"
         )
     return {name: float(scale) for name, scale in scales.items()}
+
+
+class CallChoiceMixin:
+    """What the calls of a model choose: adapters, the scale of edits, or the bare base."""
+
+    adapters: AdapterLibrary
+    """Loaded adapters by name."""
+    engine: Engine
+    """The base with the model's own units."""
+
+    def set_adapter(self, choice: AdapterChoice) -> None:
+        """Choose what acts in calls that do not choose; values as in their `adapter_names`."""
+        self.adapters.activate(choice)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget a loaded adapter that is not the active one."""
+        self.adapters.delete(adapter_name)
+
+    @property
+    def scale(self) -> float:
+        """s in h + s·edit(h), for evaluation and generation: 1 as trained, 0 without edits.
+
+        It is not saved, and concerns neither noise nor a `peft` section.
+        """
+        return self.engine.settings.now.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self.engine.settings.set("scale", _checked_scale(value))
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[Self]:
+        """Within the block, the model is its bare base; other threads' calls are not concerned."""
+        with self.engine.settings.block(is_disabled=True):
+            yield self
+
+    @contextlib.contextmanager
+    def using(
+        self, *, adapter: AdapterChoice | EllipsisType = ..., scale: float | None = None
+    ) -> Iterator[Self]:
+        """Within the block, calls have another adapter or scale; other threads' calls do not.
+
+        `set_adapter` and `scale = …` are for all threads; within a block that chooses the same,
+        they change what the block chooses. A thread that is started within the block is in it if it
+        runs in a copy of the context: `Thread(target=contextvars.copy_context().run, args=…)`.
+
+        Args:
+            adapter: choice as of `set_adapter`; by default the present one.
+            scale: factor as of `scale`; by default the present one.
+
+        Raises:
+            ValueError: an adapter that is not loaded, or a scale that is not a finite number.
+        """
+        changes: dict[str, Any] = {}
+        if not isinstance(adapter, EllipsisType):
+            changes["adapter"] = self.adapters.checked(adapter)
+        if scale is not None:
+            changes["scale"] = _checked_scale(scale)
+        with self.engine.settings.block(**changes):
+            yield self
+
+
+def _checked_scale(value: float) -> float:
+    if not is_finite_number(value):
+        raise ValueError(f"scale {value!r}: expected a finite number, 1.0 for edits as trained")
+    return float(value)

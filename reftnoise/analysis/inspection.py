@@ -7,14 +7,16 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..adapters.library import AdapterLibrary
+from ..adapters.library import OWN, AdapterLibrary
 from ..data.conversations import Messages, prompt_text
+from ..engine.base.forks import undone_in_children
 from ..engine.base.peft import inner_model
 from ..engine.base.sites import find_layers, is_encoder_decoder
 from ..engine.units import PlacedUnit
@@ -97,12 +99,8 @@ def observed(
             moved = (after.float() - before.float()).norm(dim=-1)
             see(str(placed[0].site), moved / before.float().norm(dim=-1))
 
-    settings = reft_model.engine.settings
-    before, settings.observer = settings.observer, observer
-    try:
+    with reft_model.engine.settings.block(observer=observer):
         yield
-    finally:
-        settings.observer = before
 
 
 def subspaces(reft_model: ReftModel) -> dict[str, Float[Tensor, "rank hidden"]]:
@@ -211,12 +209,10 @@ def noise_losses(
     noises = [u for u in reft_model.interventions.values() if isinstance(u, NoiseIntervention)]
     if not noises:
         raise ValueError("the config has no noise: there are no two losses to compare")
-    with evaluating(reft_model, seed):
+    with evaluating(reft_model, seed), reft_model.using(adapter=OWN):
         clean = _mean_loss(reft_model, batches)  # which draws nothing
-        reft_model.training = True  # the model itself pairs rows; its parts stay as they are
-        for unit in noises:
-            unit.train()
-        return NoiseLosses(clean, [_mean_loss(reft_model, batches) for _ in range(draws)])
+        with reft_model.engine.settings.block(is_noised=True):
+            return NoiseLosses(clean, [_mean_loss(reft_model, batches) for _ in range(draws)])
 
 
 def _mean_loss(reft_model: ReftModel, batches: Sequence[Mapping[str, Any]]) -> float:
@@ -252,21 +248,18 @@ def _outputs(base: Any) -> Iterator[tuple[list[Tensor], list[nn.Module]]]:
     around = next(m for m in base.modules() if any(child is layers for child in m.children()))
     outputs: list[Tensor] = []
     final: list[nn.Module] = []
+    thread = get_ident()  # others may run the base meanwhile
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        if get_ident() == thread:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
 
     def follow(module: nn.Module, *_: Any) -> None:
-        if len(outputs) == len(layers):
+        if get_ident() == thread and len(outputs) == len(layers):
             final.append(module)
 
     others = [child for child in around.children() if child is not layers]
-    hooks = [
-        *(layer.register_forward_hook(keep) for layer in layers),
-        *(child.register_forward_hook(follow) for child in others),
-    ]
-    try:
+    with undone_in_children() as stack:
+        for module, hook in [*((m, keep) for m in layers), *((m, follow) for m in others)]:
+            stack.callback(module.register_forward_hook(hook).remove)
         yield outputs, final
-    finally:
-        for hook in hooks:
-            hook.remove()

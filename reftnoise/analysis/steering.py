@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..config.positions import Positions
 from ..data.conversations import Messages
 from ..data.tokenization import prompt_tokens
+from ..engine.base.forks import undone_in_children
 from ..engine.layout import named_tokens
 from ..engine.units import PlacedUnit
 from ..evaluation.scoring import evaluating
@@ -122,12 +124,15 @@ def _states(
 def _recorded(units: Sequence[PlacedUnit]) -> Iterator[dict[str, Tensor]]:
     """The states that reach each unit's site within the block, by unit key."""
     seen: dict[str, Tensor] = {}
-    with contextlib.ExitStack() as stack:
+    thread = get_ident()  # others may run the base meanwhile
+    with undone_in_children() as stack:
         for unit in units:
 
             def record(
                 _: Any, args: Any, kwargs: Any, output: Any, unit: PlacedUnit = unit
             ) -> None:
+                if get_ident() != thread:
+                    return
                 if unit.site.is_input:
                     output = args[0] if args else kwargs["hidden_states"]
                 seen[unit.key] = output[0] if isinstance(output, tuple) else output

@@ -5,6 +5,7 @@ several: a prompt, perhaps in parts, and each generated token. In each call, a s
 are edited where the plan's selections fall into the columns of the call.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -18,6 +19,7 @@ from ..config.components import Stack
 from ..interventions import NoiseIntervention, RowSubspaces
 from .base.running import mask_after_convolutions, shaped_like
 from .layout import PromptLayout, Selection, cached_length
+from .settings import MODEL_CHOICES, CallChoices
 from .units import PlacedUnit
 
 Gates: TypeAlias = Float[Tensor, "batch k"] | RowSubspaces
@@ -49,6 +51,8 @@ class EditPlan:
     noise: Callable[[NoiseIntervention, Tensor, int], Tensor] | None = None
     """The noise of a unit for a call's hidden states, from its first column on, where the base's
     rows are shifted against the layout; each call draws its own otherwise."""
+    choices: CallChoices = MODEL_CHOICES
+    """How much is edited and who looks on."""
 
     def settle(self, _: Bool[Tensor, "batch width"], __: int) -> "EditPlan":
         """The plan itself, as of a `DeferredPlan`."""
@@ -65,6 +69,8 @@ class DeferredPlan:
     """The layers that are edited, in an encoder-decoder model."""
     decodes: bool = False
     """Whether tokens that generation appends are edited."""
+    choices: CallChoices = MODEL_CHOICES
+    """How much is edited and who looks on."""
 
 
 Plan: TypeAlias = EditPlan | DeferredPlan
@@ -84,7 +90,7 @@ class Call:
     length: int
     rows: int
     is_noised: bool = True
-    """Whether noise acts on units in training mode."""
+    """Whether noise acts."""
     _edited: dict[tuple[Selection, ...], "EditedRows"] = field(default_factory=dict)
 
     @property
@@ -135,7 +141,7 @@ class TokenlessCall:
     mask: Tensor | None
     """Of what the base reads, such as samples of sound."""
     is_noised: bool = True
-    """Whether noise acts on units in training mode."""
+    """Whether noise acts."""
     _calls: dict[tuple[int, int], Call] = field(default_factory=dict)
 
     def at(self, hidden: Tensor) -> Call:
@@ -152,6 +158,44 @@ class TokenlessCall:
 
 
 AnyCall: TypeAlias = Call | TokenlessCall
+
+
+class CachedEdits:
+    """What the tokens of a cache were edited at, by the calls that put them there."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, Mapping[str, Selection]]] = []
+        """The first column of each call, and the selections of its plan."""
+
+    @classmethod
+    def of(cls, cache: Any) -> "CachedEdits | None":
+        """Those of a cache, which go with its copies; None for one that no plan has filled."""
+        edits: CachedEdits | None = getattr(cache, "reftnoise_edits", None)
+        return edits
+
+    @classmethod
+    def note(cls, cache: Any, call: AnyCall | None) -> None:
+        """Remember a call that has put its tokens into a cache."""
+        if cache is None or not isinstance(call, Call):
+            return
+        edits = cls.of(cache) or cls()
+        kept = [part for part in edits._parts if part[0] < call.offset]
+        edits._parts = [*kept, (call.offset, call.plan.selections)]
+        cache.reftnoise_edits = edits
+
+    def differ_from(self, plan: EditPlan, past: int) -> bool:
+        """Whether a plan would have edited other ones of the first `past` tokens."""
+        ends = [start for start, _ in self._parts[1:]] + [past]
+        for (start, selections), end in zip(self._parts, ends, strict=True):
+            if selections.keys() != plan.selections.keys() or not start < end <= past:
+                continue  # other units, or fewer tokens than were put there
+            for key, selection in selections.items():
+                before, now = (
+                    s.dense(max(start, 0), end) for s in (selection, plan.selections[key])
+                )
+                if before.shape == now.shape and not torch.equal(before, now.to(before.device)):
+                    return True
+        return False
 
 
 class EditedRows(NamedTuple):
@@ -187,7 +231,7 @@ class CallReader:
         if placed.site.stack != self.plan.stack:
             return False
         if isinstance(placed.unit, NoiseIntervention):
-            return placed.unit.training and self._is_noised
+            return self._is_noised and (placed.unit.training or self.plan.choices.is_noised)
         return self._settled is None or placed.key in self._settled.selections
 
     def read(
@@ -225,7 +269,7 @@ def _attended(mask: Any, batch: int, width: int, tokens: Tensor) -> Bool[Tensor,
 # -- edits -----------------------------------------------------------------------------------------
 
 
-def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden, scale: float) -> Hidden:
+def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
     """Apply a site's units in their order.
 
     Edits that no noise stands between read equal states, unless the plan has them act in turn.
@@ -251,24 +295,28 @@ def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden, scal
         if not isinstance(placed.unit, NoiseIntervention):
             edits.append(placed)
             if call.plan.in_turn:
-                hidden, edits = _add_edits(edits, call, hidden, scale), []
+                hidden, edits = _add_edits(edits, call, hidden), []
             continue
-        hidden, edits = _add_edits(edits, call, hidden, scale), []
-        if not (call.is_noised and placed.unit.training):
+        hidden, edits = _add_edits(edits, call, hidden), []
+        unit = placed.unit
+        if not unit.training and call.plan.choices.is_noised:
+            unit = copy.copy(unit)  # its mode is of all threads
+            unit.training = True
+        if not (call.is_noised and unit.training):
             continue
         if call.plan.noise is None:
-            hidden = placed.unit(hidden, **call.tokens(hidden.device))
+            hidden = unit(hidden, **call.tokens(hidden.device))
         else:
-            hidden = hidden + call.plan.noise(placed.unit, hidden, call.offset)
-    return _add_edits(edits, call, hidden, scale)
+            hidden = hidden + call.plan.noise(unit, hidden, call.offset)
+    return _add_edits(edits, call, hidden)
 
 
-def _add_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden, scale: float) -> Hidden:
+def _add_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> Hidden:
     """Add the edits of all units to the states that all of them read.
 
     Those of few positions are applied at once.
     """
-    if call.offset + call.length <= call.plan.cut or scale == 0.0:
+    if call.offset + call.length <= call.plan.cut or call.plan.choices.scale == 0.0:
         return hidden
     edited, few = hidden, []
     for placed in units:
@@ -282,16 +330,14 @@ def _add_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden, scale: f
                 f"embed_dim={hidden.shape[-1]}"
             )
         if selection.columns is None:
-            edited = _edit_rows(edited, hidden, [placed], call, scale)
+            edited = _edit_rows(edited, hidden, [placed], call)
         else:
             few.append(placed)
-    return _edit_rows(edited, hidden, few, call, scale) if few else edited
+    return _edit_rows(edited, hidden, few, call) if few else edited
 
 
-def _edit_rows(
-    edited: Hidden, hidden: Hidden, units: Sequence[PlacedUnit], call: Call, scale: float
-) -> Hidden:
-    """Add each unit's edit of `hidden`, times `scale`, to those rows of `edited` in the mask.
+def _edit_rows(edited: Hidden, hidden: Hidden, units: Sequence[PlacedUnit], call: Call) -> Hidden:
+    """Add each unit's edit of `hidden`, times the scale, to those rows of `edited` in the mask.
 
     Rows outside the mask are added exact zeros, which keeps every shape static: no
     synchronisation with the device, and a NaN in padding stays where it is.
@@ -304,19 +350,20 @@ def _edit_rows(
         states = flat.masked_fill(~mask, 0)
         if getattr(units[0].unit, "has_own_forward", False):  # which may divide by their norm
             states = torch.where(mask, flat, flat.nan_to_num())
-        delta = _delta(units[0], call, states, scale)
+        delta = _delta(units[0], call, states)
         return shaped_like(hidden, target + delta.masked_fill(~mask, 0))
     indices = rows.indices.to(hidden.device)
     parts = flat.index_select(0, indices).split_with_sizes(rows.counts)
-    deltas = [_delta(unit, call, part, scale) for unit, part in zip(units, parts, strict=True)]
+    deltas = [_delta(unit, call, part) for unit, part in zip(units, parts, strict=True)]
     delta = torch.cat(deltas).masked_fill(~mask, 0)
     return shaped_like(hidden, target.index_add(0, indices, delta))
 
 
 def _delta(
-    placed: PlacedUnit, call: Call, hidden: Float[Tensor, "n hidden"], scale: float
+    placed: PlacedUnit, call: Call, hidden: Float[Tensor, "n hidden"]
 ) -> Float[Tensor, "n hidden"]:
     unit: Any = placed.unit
+    scale = call.plan.choices.scale
     gates = call.gates(placed.key)
     if gates is None and not unit.has_own_forward:
         delta: Tensor = unit.delta(hidden)

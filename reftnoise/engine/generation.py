@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .base.peft import virtual_tokens
-from .layout import Batch, UnitLocations
+from .layout import Batch, UnitLocations, cached_length
 from .locations import has_columns
-from .planning import Planner
+from .planning import Planner, expect_same_edits
 
 
 def generate_edited(
@@ -26,6 +26,9 @@ def generate_edited(
         kwargs["attention_mask"] = mask
     prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
     plans = planner.plans(Batch.of(prompt, unit_locations=unit_locations))
+    cache = kwargs.get("past_key_values")
+    if past := cached_length(cache):
+        expect_same_edits(cache, plans[0], past - virtual_tokens(engine.base))
     scale = _setting("guidance_scale", planner, kwargs)
     if scale not in (None, 1) and planner.stacks == (None,):
         if unit_locations is not None and has_columns(unit_locations):

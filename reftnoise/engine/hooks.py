@@ -8,14 +8,15 @@ as tensors, and shared by all layers: no loop over the batch, no synchronisation
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, KeysView, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..interventions import LowRankRotation, shared_bases
+from .base.forks import undone_in_children
 from .base.peft import inner_model, may_add_to_loss, virtual_tokens
 from .base.running import (
     as_written,
@@ -32,25 +33,12 @@ from .base.running import (
     module_at,
 )
 from .base.sites import Site, find_stack
-from .calls import AnyCall, CallReader, Hidden, Plan, apply_units
+from .calls import AnyCall, CachedEdits, CallReader, Hidden, Plan, apply_units
 from .layout import cached_length
+from .settings import CallSettings
 from .units import PlacedUnit
 
 CallAt: TypeAlias = Callable[[Site], AnyCall | None]
-Observer: TypeAlias = Callable[[Sequence[PlacedUnit], Tensor, Tensor], None]
-
-
-@dataclass
-class EditSettings:
-    """Settings of edits, which engines on one base may share."""
-
-    scale: float = 1.0
-    """Factor of all edits."""
-    observer: Observer | None = None
-    """Called with the units of a site, and the hidden states before and after them."""
-
-    def __reduce__(self) -> Any:
-        return EditSettings, (self.scale,)  # a copy has no observer
 
 
 class Engine:
@@ -59,16 +47,16 @@ class Engine:
     Args:
         base: the model whose sites the units edit.
         units: in the order in which they act where several share a site.
-        settings: settings of the edits.
+        settings: choices of calls that make none.
     """
 
     def __init__(
         self,
         base: PreTrainedModel,
         units: Sequence[PlacedUnit],
-        settings: EditSettings | None = None,
+        settings: CallSettings | None = None,
     ) -> None:
-        self.base, self.settings = base, settings or EditSettings()
+        self.base, self.settings = base, settings or CallSettings()
         self._place(units)
         self._call: AnyCall | None = None
         self._is_inside = False
@@ -118,7 +106,7 @@ class Engine:
         """
         base = inner_model(self.base)
         checkpointed = checkpointed_modules(self.base)
-        with exclusive(base), contextlib.ExitStack() as stack:
+        with exclusive(base), undone_in_children() as stack:
             self.follow_base()
             readers = [CallReader(plan, is_noised=not is_generation) for plan in plans]
             if not any(reader.has(placed) for reader in readers for placed in self.units):
@@ -126,7 +114,7 @@ class Engine:
                     stack.enter_context(as_written(self.base, self._hooked_modules(base)))
                 yield stack.enter_context(innermost(base))
                 return
-            outer = self._call
+            stack.enter_context(self._apart_from_outer_call())
             for placed in self.units:
                 gather_for(placed.unit, "delta")
             # What is recomputed in the backward pass must not depend on what is computed outside:
@@ -141,10 +129,17 @@ class Engine:
             leaves_early = is_generation and not (edits_decode or is_assisted)
             for reader in readers:
                 self._follow_calls(reader, is_ours, hooks, leaves_early)
-            try:
-                yield is_ours
-            finally:
-                self._call = outer
+            yield is_ours
+
+    @contextlib.contextmanager
+    def _apart_from_outer_call(self) -> Iterator[None]:
+        """Within the block, there is no call yet: this pass may be within another's."""
+        outer = self._call, self._is_inside
+        self._call, self._is_inside = None, False
+        try:
+            yield
+        finally:
+            self._call, self._is_inside = outer
 
     @contextlib.contextmanager
     def expecting_no_edit(self, name: str) -> Iterator[None]:
@@ -189,9 +184,10 @@ class Engine:
             self._call = reader.read(module, args, kwargs, virtual)
             return args, self.with_edited_embeddings(self._call, kwargs)
 
-        def end(*_: Any) -> None:
+        def end(_: nn.Module, __: Any, output: Any) -> None:
             if is_ours():
                 self._is_inside = False
+                CachedEdits.note(getattr(output, "past_key_values", None), self._call)
 
         def leave(_: nn.Module, __: Any, kwargs: dict[str, Any], ___: Any) -> None:
             """Remove our hooks once the whole prompt is in the cache."""
@@ -295,9 +291,9 @@ class Engine:
         return self._edit(units, call, hidden)
 
     def _edit(self, units: list[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
-        edited = apply_units(units, call, hidden, self.settings.scale)
-        if self.settings.observer is not None:
-            self.settings.observer(units, hidden, edited)
+        edited = apply_units(units, call, hidden)
+        if call.plan.choices.observer is not None:
+            call.plan.choices.observer(units, hidden, edited)
         return edited
 
     def with_edited_embeddings(self, call: AnyCall, inputs: dict[str, Any]) -> dict[str, Any]:

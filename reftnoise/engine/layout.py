@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from ..config.positions import Positions
@@ -82,15 +82,21 @@ class Batch:
     @property
     def attended(self) -> Bool[Tensor, "batch width"]:
         """Which of the cached and given tokens are not padding."""
-        shape = self.rows, self.past + self.length
-        mask: Tensor | None = self.inputs.get("attention_mask")
+        rows, width = shape = self.rows, self.past + self.length
+        mask: Any = self.inputs.get("attention_mask")
+        if isinstance(mask, Mapping):  # one for each kind of layer
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
         if mask is None:
             device = None if self.tokens is None else self.tokens.device
             return torch.ones(shape, dtype=torch.bool, device=device)
-        if mask.shape != shape:
+        given = tuple(mask.shape) if isinstance(mask, Tensor) else ()
+        if len(given) == 4 and given[0] in (1, rows) and given[2] == self.length <= given[3]:
+            return tokens_that_are_seen(mask[..., :width], self.past).expand(shape)
+        if given != shape:
+            kind = f"of shape {given}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"attention_mask of shape {tuple(mask.shape)}: expected {shape}, one entry per "
-                "token, cached ones included"
+                f"attention_mask {kind}: expected {shape}, one entry per token, cached ones "
+                f"included, or a mask of 4 dimensions, ({rows}, heads, {self.length}, {width})"
             )
         return mask.bool()
 
@@ -117,6 +123,14 @@ class Selection:
             return self
         columns = None if self.columns is None else self.columns.repeat_interleave(times, 0)
         return replace(self, columns=columns, mask=self.mask.repeat_interleave(times, 0))
+
+    def dense(self, start: int, end: int) -> Bool[Tensor, "batch columns"]:
+        """Whether each column from `start` to `end` is selected."""
+        indices, mask = self.within(start, end - start)
+        if indices is not None:
+            rows = self.mask.shape[0] * (end - start)
+            mask = mask.new_zeros(rows).index_put((indices,), mask, accumulate=True)
+        return mask.view(self.mask.shape[0], -1)
 
     def within(
         self, offset: int, length: int
@@ -265,6 +279,23 @@ def named_tokens(
     return (named & in_prompt) | ~in_prompt if positions.decode else named & in_prompt
 
 
+def tokens_that_are_seen(
+    mask: Shaped[Tensor, "batch heads length width"], past: int
+) -> Bool[Tensor, "batch width"]:
+    """The tokens that a mask of pairs does not hide: those that see themselves, or are cached and
+    seen by any.
+
+    Args:
+        mask: whether a token sees another, or what is added to its score: hardly less than 0.
+        past: number of cached tokens.
+    """
+    if mask.is_floating_point():
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    sees = mask.bool().any(1)
+    own = sees[:, :, past:].diagonal(dim1=1, dim2=2)
+    return torch.cat([sees[:, :, :past].any(1), own], dim=1)
+
+
 def document_starts(
     attended: Bool[Tensor, "batch width"], position_ids: Int[Tensor, "batch width"]
 ) -> Bool[Tensor, "batch width"]:
@@ -287,7 +318,7 @@ def has_token_labels(labels: Tensor | None, attended: Bool[Tensor, "batch width"
 def checked_lengths(
     lengths: Tensor, attended: Bool[Tensor, "batch width"]
 ) -> Int[Tensor, " batch"]:
-    """Prompt lengths, at least 0 and at most the attended tokens; a ValueError for another form."""
+    """Prompt lengths, at least 0; a ValueError for another form."""
     lengths = torch.as_tensor(lengths, device=attended.device)
     rows = attended.shape[0]
     if lengths.shape != (rows,) or lengths.is_floating_point():
@@ -295,7 +326,7 @@ def checked_lengths(
             f"prompt_lengths of shape {tuple(lengths.shape)} and {lengths.dtype}: expected "
             f"({rows},) integers, one per row"
         )
-    return torch.minimum(lengths, attended.sum(1)).clamp(min=0)
+    return lengths.long().clamp(min=0)
 
 
 def prompt_lengths_from_labels(
@@ -334,7 +365,9 @@ def read_layout(batch: Batch, *, continues: bool) -> PromptLayout:
     position_ids = batch.inputs.get("position_ids")
     if position_ids is not None and position_ids.shape == attended[:1].shape:
         position_ids = position_ids.expand_as(attended)  # one row for all
-    if batch.inputs.get("attention_mask") is None and not past and position_ids is not None:
+    mask = batch.inputs.get("attention_mask")
+    is_flat = isinstance(mask, Tensor) and mask.dim() == 2
+    if not is_flat and not past and position_ids is not None:
         # Without a mask, transformers attends within documents whose position ids start again.
         is_packed = position_ids.shape == attended.shape and (
             torch.compiler.is_compiling()

@@ -13,8 +13,9 @@ from .._util.errors import warn_once
 from ..config.components import Stack
 from ..config.positions import Positions
 from .base.peft import inner_model
+from .base.running import is_transformed
 from .base.sites import can_generate, stacks_of
-from .calls import DeferredPlan, EditPlan, Gates, Plan
+from .calls import CachedEdits, DeferredPlan, EditPlan, Gates, Plan
 from .hooks import Engine
 from .layout import (
     Batch,
@@ -25,6 +26,7 @@ from .layout import (
     read_layout,
 )
 from .locations import EditedPlace, EditedPlaces, EveryColumn, parse_unit_locations
+from .settings import CallChoices
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +69,13 @@ class Planner:
             )
         is_known = self.stacks == (None,) and batch.tokens is not None  # the length of sequences
         places = self._places(batch, batch.length if is_known else None)
+        choices = self.engine.settings.now
         if is_known:
             layout = read_layout(batch, continues=self.labels_end_prompts)
-            return [self._plan(layout, places, batch)]
+            plan = self._plan(layout, places, batch, choices)
+            if batch.past and batch.length > 1 and batch.prompt_lengths is not None:
+                expect_same_edits(batch.inputs["past_key_values"], plan, batch.past)
+            return [plan]
         has_columns = any(isinstance(place, Tensor) for place in places.values())
         if has_columns or batch.prompt_lengths is not None:
             raise ValueError(
@@ -77,13 +83,20 @@ class Planner:
                 "sequences only when it runs, so unit_locations and prompt_lengths cannot be "
                 "given: use the config's positions"
             )
-        settle, decodes = functools.partial(self._settle, batch, places), _decodes(places)
+        settle, decodes = functools.partial(self._settle, batch, places, choices), _decodes(places)
         return [
-            DeferredPlan(functools.partial(settle, stack), stack, decodes) for stack in self.stacks
+            DeferredPlan(functools.partial(settle, stack), stack, decodes, choices)
+            for stack in self.stacks
         ]
 
     def _settle(
-        self, batch: Batch, places: EditedPlaces, stack: Stack | None, attended: Tensor, past: int
+        self,
+        batch: Batch,
+        places: EditedPlaces,
+        choices: CallChoices,
+        stack: Stack | None,
+        attended: Tensor,
+        past: int,
     ) -> EditPlan:
         labels, lengths = batch.labels, None
         if stack == "decoder":  # which reads a start token, then what it writes or labels say
@@ -95,7 +108,7 @@ class Planner:
             lengths = attended.sum(1).clamp(max=1)
         elif past:
             lengths = attended[:, :past].sum(1)
-        return self._plan(PromptLayout(attended, lengths), places, batch, stack)
+        return self._plan(PromptLayout(attended, lengths), places, batch, choices, stack)
 
     def _places(self, batch: Batch, width: int | None) -> EditedPlaces:
         """Where units edit: as the call says, or else the config."""
@@ -110,7 +123,12 @@ class Planner:
         return {placed.key: place for placed, place in located if place is not None}
 
     def _plan(
-        self, layout: PromptLayout, places: EditedPlaces, batch: Batch, stack: Stack | None = None
+        self,
+        layout: PromptLayout,
+        places: EditedPlaces,
+        batch: Batch,
+        choices: CallChoices,
+        stack: Stack | None = None,
     ) -> EditPlan:
         def select(place: EditedPlace, prefix: int, suffix: int) -> Selection:
             if isinstance(place, Positions):
@@ -130,7 +148,23 @@ class Planner:
         }
         gates = {key: gate.repeat(batch.copies, 1) for key, gate in self._gates.items()}
         in_turn = batch.unit_locations is not None
-        return EditPlan(layout, selections, gates, stack, _decodes(places), in_turn=in_turn)
+        decodes = _decodes(places)
+        return EditPlan(layout, selections, gates, stack, decodes, in_turn=in_turn, choices=choices)
+
+
+def expect_same_edits(cache: Any, plan: Plan, past: int) -> None:
+    """Warn of cached tokens that keep edits which a pass over the whole prompt would not make."""
+    if torch.compiler.is_compiling() or not isinstance(plan, EditPlan):
+        return
+    edits = CachedEdits.of(cache)
+    if edits is not None and edits.differ_from(plan, past):
+        warn_once(
+            logger,
+            "past_key_values: cached tokens were edited at other positions than this prompt's, so "
+            "logits differ from those without the cache: give prompt_lengths beyond the input to "
+            "the call that fills a cache which the prompt goes on after, or leave the cache of an "
+            "earlier turn out",
+        )
 
 
 def _decodes(places: EditedPlaces) -> bool:
@@ -151,7 +185,7 @@ class TrainingChecks:
         is_located = batch.prompt_lengths is not None or batch.unit_locations is not None
         units = self._planner.engine.units
         after_prompt = any(placed.positions and placed.positions.decode for placed in units)
-        is_clear = is_located or after_prompt or not self._planner.continues
+        is_clear = is_located or after_prompt or not self._planner.continues or is_transformed()
         if not isinstance(plan, EditPlan) or is_clear or not torch.is_grad_enabled():
             return
         # Edits in what counts as a prompt and is none would be trained where generation has none.

@@ -13,6 +13,7 @@ from ..data.tasks.base import ParsedRow, RowError, Task, parse_rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.templates import fill
 from ..data.tokenization import smallest_limit, tokenize_all
+from ..engine.base.modes import in_evaluation_mode, seeded
 from ..model import ReftModel
 from .generation import generated
 from .likelihood import Progress, choice_log_probs
@@ -151,16 +152,8 @@ def _parsed(task: Task, rows: Iterable[Mapping[str, Any] | ParsedRow]) -> list[P
 @contextmanager
 def evaluating(model: Any, seed: int = 0) -> Iterator[None]:
     """Evaluation mode, no gradients and a seed; modes and random state are restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    devices = [model.device] if model.device.type == "cuda" else []
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.no_grad(), in_evaluation_mode(model), seeded(seed, model.device):
+        yield
 
 
 def _prompts(

@@ -102,6 +102,7 @@ class Conversation:
         self._decoding = decoding
         self.messages: list[dict[str, str]] = []
         self.is_on = True
+        self._scale: float | None = None  # the model's
         self._template = decoding.template_or("chat")
         if self._template != "chat":
             self._say("Each line is a prompt of its own, in the template of the run.")
@@ -134,6 +135,7 @@ class Conversation:
         with contextlib.ExitStack() as stack:
             stack.callback(printer.end)
             stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+            stack.enter_context(self._model.using(scale=self._scale))
             if not self.is_on:
                 stack.enter_context(self._model.disabled())
             self._model.generate(
@@ -188,8 +190,9 @@ class Conversation:
                 self._say("The adapted model answers.")
             case "/scale":
                 try:
-                    self._model.scale = float(rest)
-                    self._say(f"Edits are multiplied by {self._model.scale:g}.")
+                    with self._model.using(scale=float(rest)):
+                        self._scale = self._model.scale
+                    self._say(f"Edits are multiplied by {self._scale:g}.")
                 except ValueError:
                     self._say(f"/scale {rest}: expected a number such as 0.5; 1 is as trained")
             case "/reset":

@@ -21,7 +21,7 @@ from ..adapters.directory import AdapterFiles
 from ..data.encoding import LOCATIONS
 from ..engine.base.peft import inner_model
 from ..engine.base.sharding import whole_state
-from ..engine.layout import has_token_labels, prompt_lengths_from_labels
+from ..engine.layout import Batch, has_token_labels, prompt_lengths_from_labels
 from ..engine.planning import FROZEN_UNITS
 from ..engine.training_pass.prefix_cache import Place, PrefixCache
 from ..engine.training_pass.runner import SplitMode
@@ -162,7 +162,7 @@ class ReftTrainer(Trainer):
         mask = inputs.get("attention_mask")
         is_packed = mask is None and "position_ids" in inputs
         if not ("prompt_lengths" in inputs or tokens is None or labels is None or is_packed):
-            attended = torch.ones_like(tokens).bool() if mask is None else mask.bool()
+            attended = Batch.of(inputs).attended
             if has_token_labels(labels, attended) and getattr(adapter, "labels_end_prompts", True):
                 lengths = prompt_lengths_from_labels(labels, attended)
                 inputs = inputs | {"prompt_lengths": lengths}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import reftnoise as rn
+from reftnoise.adapters.frozen import FrozenAdapter
 from reftnoise.analysis.inspection import library_overlaps, subspace_cosine, subspaces
 from support.adapters import ENTRIES, wrapped
 from support.models.architectures import tiny_model
@@ -222,6 +223,17 @@ def test_the_own_units_are_put_side_by_side_anew_only_when_they_change() -> None
     assert second.settings is reft_model.engine.settings
 
 
+def test_the_own_units_are_frozen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reft_model = wrapped(ENTRIES["last"], tiny_model().eval(), seed=9)
+    with torch.no_grad():
+        next(reft_model.interventions.parameters()).fill_(float("nan"))  # equals nothing
+    counted, freeze = [], FrozenAdapter.of
+    monkeypatch.setattr(FrozenAdapter, "of", lambda units: counted.append(1) or freeze(units))
+    for _ in range(3):
+        reft_model.adapters.planner(["default"], batch=1)
+    assert len(counted) == 1
+
+
 # -- the library ---------------------------------------------------------------------------------
 
 
@@ -326,8 +338,7 @@ def test_an_adapter_that_would_spoil_the_rows_of_others_is_not_loaded(tmp_path: 
     broken = wrapped(ENTRIES["last"], tiny_model(), seed=0)
     with torch.no_grad():
         next(iter(broken.interventions.values())).learned_source.bias[0] = math.nan
-    with pytest.warns(UserWarning, match="1 of 9 tensors that are saved hold numbers that are not"):
-        broken.save_pretrained(tmp_path)
+    broken.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds numbers that are not finite"):
         rn.get_reft_model(tiny_model()).load_adapter(tmp_path, "broken")
 

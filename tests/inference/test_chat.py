@@ -196,7 +196,8 @@ def test_edits_are_scaled(talk: Talk, loaded: tuple[rn.ReftModel, Any]) -> None:
     for scale in ("0", "0.5", "1"):
         assert talk.say(f"/scale {scale}") == f"Edits are multiplied by {scale}."
         answers[scale] = talk.say(QUESTIONS[0])
-        assert answers[scale] == answer(reft_model, tokenizer, [user(QUESTIONS[0])])
+        with reft_model.using(scale=float(scale)):
+            assert answers[scale] == answer(reft_model, tokenizer, [user(QUESTIONS[0])])
         talk.say("/reset")
     with reft_model.disabled():
         assert answers["0"] == answer(reft_model, tokenizer, [user(QUESTIONS[0])])

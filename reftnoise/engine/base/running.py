@@ -16,7 +16,7 @@ import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from threading import RLock, get_ident
+from threading import get_ident
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,7 +27,9 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-_LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
+from .forks import ForkSafeLock, undone_in_children
+
+_LOCKS: "WeakKeyDictionary[nn.Module, ForkSafeLock]" = WeakKeyDictionary()
 _PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()
 
 _CHECKPOINT_FUNCTIONS = ("checkpoint_fn", "_gradient_checkpointing_func")
@@ -37,9 +39,9 @@ _CHECKPOINT_FUNCTIONS = ("checkpoint_fn", "_gradient_checkpointing_func")
 # -- passes and threads --------------------------------------------------------------------------
 
 
-def exclusive(base: nn.Module) -> RLock:
+def exclusive(base: nn.Module) -> ForkSafeLock:
     """The lock of `base`, which a thread holds while it runs a pass."""
-    return _LOCKS.setdefault(base, RLock())
+    return _LOCKS.setdefault(base, ForkSafeLock())
 
 
 @contextlib.contextmanager
@@ -48,9 +50,14 @@ def innermost(base: nn.Module) -> Iterator[Callable[[], bool]]:
     passes, mine, thread = _PASSES.setdefault(base, []), object(), get_ident()
     passes.append(mine)
     try:
-        yield lambda: passes[-1] is mine and get_ident() == thread
+        yield lambda: passes[-1:] == [mine] and get_ident() == thread
     finally:
         passes.remove(mine)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` runs: it can read no value of a tensor."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # -- compiled code -------------------------------------------------------------------------------
@@ -230,20 +237,15 @@ def is_awaited(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def alone(base: nn.Module) -> Iterator[None]:
-    """Within the block, the base is uncompiled, no foreign hook runs, and modes may change."""
-    modes = [(module, module.training) for module in base.modules()]
-    watched = [module for module in base.modules() if is_watched(module)]
-    hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in watched]
-    for module in watched:
-        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-    try:
-        with as_written(base, base.modules()):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for module, after, before in hooks:
-            module._forward_hooks, module._forward_pre_hooks = after, before
+    """Within the block, the base is uncompiled, and no foreign hook runs."""
+    with undone_in_children() as stack:
+        for module in base.modules():
+            if is_watched(module):
+                for name in ("_forward_hooks", "_forward_pre_hooks"):
+                    stack.callback(setattr, module, name, getattr(module, name))
+                    setattr(module, name, OrderedDict())
+        stack.enter_context(as_written(base, base.modules()))
+        yield
 
 
 # -- modules and weights as they are now ---------------------------------------------------------

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import RLock
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..._util.files import local_path
+from ..base.forks import ForkSafeLock
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,10 @@ class PrefixCache:
         self.directory = None if directory is None else local_path(directory, "directory")
         self.hits = self.misses = 0
         self._random = random.Random(0)  # of its own: the global state stays as it is
-        self.lock = RLock()
+        self.lock = ForkSafeLock()
         self.stamp: tuple[object, ...] = ()
         self._awaited: Mapping[str, Any] | None = None
+        self._process = os.getpid()
         self.clear()
 
     def __reduce__(self) -> Any:  # a copy of a model starts with an empty one
@@ -131,10 +132,13 @@ class PrefixCache:
         return _digest(tokens) in self._prompts
 
     def belongs_to(self, stamp: tuple[object, ...]) -> None:
-        """Forget everything that was stored under another stamp, such as of other weights."""
-        if stamp != self.stamp:
+        """Forget everything that was stored under another stamp, such as of other weights.
+
+        A child starts with an empty cache: on disk, it would write into its parent's.
+        """
+        if stamp != self.stamp or self._process != os.getpid():
             self.clear()
-            self.stamp = stamp
+            self.stamp, self._process = stamp, os.getpid()
         if self._awaited is not None:
             state, self._awaited = self._awaited, None
             self._take(state)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
+from ..base.modes import in_evaluation_mode
 from ..base.running import alone
 from .loss import Head
 from .split import PromptStates
@@ -40,8 +41,7 @@ def probe(base: PreTrainedModel) -> Abilities:
     tokens = torch.arange(TOKENS, device=base.device)[None]
     seen: list[ModelOutput] = []
     try:
-        with torch.no_grad(), alone(base):
-            base.eval()
+        with torch.no_grad(), alone(base), in_evaluation_mode(base):
             with base.base_model.register_forward_hook(lambda _, __, out: seen.append(out)):
                 plain = base(input_ids=tokens, labels=tokens)
             if len(seen) == 1:

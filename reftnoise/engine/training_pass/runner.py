@@ -28,6 +28,7 @@ from ..base.running import (
     innermost,
     is_awaited,
     is_spread,
+    is_transformed,
     is_watched,
 )
 from ..base.sites import takes_position_ids
@@ -87,7 +88,7 @@ class ForwardPasses:
         if torch.compiler.is_compiling():
             outputs = self._tracer.run(plan, batch)
             return outputs if batch.copies == 1 else first_of_pairs(outputs, rows)
-        if torch.is_grad_enabled() and not self._is_checked:
+        if torch.is_grad_enabled() and not self._is_checked and not is_transformed():
             check_gradients(self._engine.base)
             self._is_checked = True
         whole = next(self._against_label_loss(plan, batch, return_logits), None)
@@ -228,6 +229,9 @@ class ForwardPasses:
             yield "there are no labels"
         if return_logits:
             yield "return_logits is True"
+        if is_transformed():
+            yield "a transform of torch.func runs"
+            return
         is_continued = inputs.get("past_key_values") is not None
         if is_continued or not has_token_labels(batch.labels, plan.layout.attended):
             yield "labels are not one per token"
@@ -259,6 +263,9 @@ class ForwardPasses:
             yield "an input requires a gradient"
         if unknown := named(inputs) - _SPLIT_INPUTS:
             yield f"{', '.join(sorted(unknown))} concern the whole batch"
+        mask = inputs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            yield "attention_mask is not one entry per token"
         config = inner_model(self._engine.base).config
         if config.output_hidden_states or config.output_attentions:
             yield "the base's config asks for what it computes in between"

@@ -22,15 +22,15 @@ def in_pairs(batch: Batch) -> Batch:
             "training (label smoothing and compute_loss_func take them away); call eval() for "
             "outputs without noise"
         )
-    doubled = {
-        name: torch.cat([value, value])
-        if isinstance(value, Tensor)
-        and value.dim()
-        and value.shape[0] == rows
-        and name not in ("num_items_in_batch", "logits_to_keep")
-        else value
-        for name, value in inputs.items()
-    }
+
+    def twice(value: Any) -> Any:
+        if isinstance(value, Mapping):  # masks, one for each kind of layer
+            return {name: twice(part) for name, part in value.items()}
+        has_rows = isinstance(value, Tensor) and value.dim() and value.shape[0] == rows
+        return torch.cat([value, value]) if has_rows else value
+
+    whole = ("num_items_in_batch", "logits_to_keep")
+    doubled = {n: value if n in whole else twice(value) for n, value in inputs.items()}
     places = inputs.get("position_ids")
     if isinstance(places, Tensor) and places.dim() == 3:  # axes × rows × tokens, of images in text
         doubled["position_ids"] = torch.cat([places, places], 1)

@@ -1,8 +1,10 @@
 """Answers of a model in this process: base and adapters as rows of one batch."""
 
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import copy_context
 from queue import Queue
 from typing import Any
 
@@ -28,8 +30,8 @@ from ..loading import BASE
 from ..prompts import default_template, generate_arguments
 from .asking import NO_NOISE, TOGETHER, Answer, Answerer, AnswerRequest
 
-_PART = "part of "
-"""Before an adapter's name: the part of it at the chosen layers and positions."""
+_PARTS = itertools.count()
+"""Numbers of the requests, whose parts of adapters have names of their own."""
 
 
 class LocalModel(Answerer):
@@ -56,7 +58,8 @@ class LocalModel(Answerer):
         tokens = self._tokens(request)
         ends = ends_of(self._model, self._tokenizer)
         writing = _Writing(self._tokenizer, tokens, request.names, ends)
-        choices = self._choices(request)
+        prefix = f"part {next(_PARTS)} of "
+        choices = self._choices(request, prefix)
         errors: list[Exception] = []
 
         def generate() -> None:
@@ -77,7 +80,9 @@ class LocalModel(Answerer):
             finally:
                 writing.answers.put(None)
 
-        thread = threading.Thread(target=generate, name="reftnoise", daemon=True)
+        thread = threading.Thread(
+            target=copy_context().run, args=(generate,), name="reftnoise", daemon=True
+        )
         thread.start()
         try:
             while (answers := writing.answers.get()) is not None:
@@ -85,7 +90,7 @@ class LocalModel(Answerer):
         finally:
             writing.stop.set()
             thread.join()
-            for part in [name for name in self._model.adapters if name.startswith(_PART)]:
+            for part in [name for name in self._model.adapters if name.startswith(prefix)]:
                 self._model.delete_adapter(part)
         if errors:
             raise errors[0]
@@ -102,17 +107,20 @@ class LocalModel(Answerer):
             )
         return tokens
 
-    def _choices(self, request: AnswerRequest) -> dict[str, AdapterChoice]:
-        """By answer's name, the adapters that edit its row."""
+    def _choices(self, request: AnswerRequest, prefix: str) -> dict[str, AdapterChoice]:
+        """By answer's name, the adapters that edit its row.
+
+        Of an adapter, its part at the chosen layers and positions has `prefix` before its name.
+        """
         layers, positions = request.layers, request.positions
         is_part = layers is not None or positions is not None
         scales = {}
         for name in self.scaled:
+            chosen = prefix + name if is_part else name
             if is_part:
-                part = _PART + name
-                self._model.adapters.derive(part, name, layers=layers, positions=positions)
-            scales[_PART + name if is_part else name] = request.scales.get(name, 1.0)
-        alone = {name.removeprefix(_PART): {name: scale} for name, scale in scales.items()}
+                self._model.adapters.derive(chosen, name, layers=layers, positions=positions)
+            scales[chosen] = request.scales.get(name, 1.0)
+        alone = {name.removeprefix(prefix): {name: scale} for name, scale in scales.items()}
         return {BASE: None, **alone, TOGETHER: scales}
 
     def _inputs(self, request: AnswerRequest, tokens: list[int]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Answers of a running server of the OpenAI API, such as vLLM with our plugin."""
 
 from collections.abc import Iterator, Mapping
+from contextvars import copy_context
 from threading import Event, Thread
 from time import sleep
 from typing import Any
@@ -54,7 +55,10 @@ class Server(Answerer):
             except Exception as error:  # of any kind: the page shows it
                 errors.append(ValueError(f"{name}: {error}"))
 
-        threads = [Thread(target=read, args=(name,), daemon=True) for name in request.names]
+        threads = [
+            Thread(target=copy_context().run, args=(read, name), daemon=True)
+            for name in request.names
+        ]
         for thread in threads:
             thread.start()
         try:

@@ -1,0 +1,92 @@
+"""What a model's modules and torch share between threads: evaluation mode and the random state.
+
+Blocks of several threads may overlap. The last one to end puts things back as the first found them.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from threading import get_ident
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .forks import ForkSafeLock, undone_in_children
+
+_LOCK = ForkSafeLock()
+_MODES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+"""The own modes of modules that blocks keep in evaluation mode."""
+_BLOCKS: dict[object, tuple[int, set[nn.Module]]] = {}
+"""The thread and the modules of each block."""
+_STATES: list[dict[str, Tensor]] = []
+"""The random states that blocks put back, by device; the innermost block's last."""
+
+
+@contextlib.contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, a model is in evaluation mode."""
+    block, modules = object(), set(model.modules())
+    with _LOCK:
+        for module in modules:
+            _MODES.setdefault(module, module.training)
+        _BLOCKS[block] = get_ident(), modules
+        model.eval()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            del _BLOCKS[block]
+            _restore()
+
+
+def _restore() -> None:
+    """Give modules that are in no block their own modes back."""
+    kept = set[nn.Module]().union(*(modules for _, modules in _BLOCKS.values()))
+    for module, mode in list(_MODES.items()):
+        if module not in kept:
+            module.training = mode
+            del _MODES[module]
+
+
+def _in_child() -> None:
+    """End the blocks of threads that a child does not have, at whatever point they were."""
+    for block, (thread, _) in list(_BLOCKS.items()):
+        if thread != get_ident():
+            del _BLOCKS[block]
+    _restore()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block, torch draws by a seed on the CPU and a device; its state comes back.
+
+    Draws of overlapping blocks mix, since torch has one state for all threads.
+    """
+    on_gpu = device.type == "cuda"
+
+    def restore() -> None:
+        with _LOCK:
+            index = next(i for i, saved in enumerate(_STATES) if saved is states)
+            del _STATES[index]
+            if index < len(_STATES):  # a block that began later ends later
+                _STATES[index].update(states)
+                return
+            torch.set_rng_state(states["cpu"])
+            for name in states.keys() - {"cpu"}:
+                torch.cuda.set_rng_state(states[name], name)
+
+    with undone_in_children() as stack:
+        with _LOCK:
+            states: dict[str, Any] = {"cpu": torch.get_rng_state()}
+            if on_gpu:
+                states[str(device)] = torch.cuda.get_rng_state(device)
+            _STATES.append(states)
+            stack.callback(restore)
+            torch.manual_seed(seed)
+        yield
