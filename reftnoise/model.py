@@ -19,11 +19,11 @@ from .adapters.pyreft.calling import TakesBatches, in_forms_of_pyreft
 from .adapters.pyreft.methods import expect_native
 from .adapters.vocabulary import expect_tokens
 from .config.representations import ReftConfig
-from .engine.base.forks import undone_in_children
 from .engine.base.methods import OTHER_WRAPPER, REFUSED, may_run_layers
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .engine.base.quantization import keep_differentiable
 from .engine.base.running import exclusive, innermost
+from .engine.base.threads import undone_in_children
 from .engine.generation import generate_edited
 from .engine.hooks import Engine
 from .engine.layout import Batch, UnitLocations

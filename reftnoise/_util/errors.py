@@ -1,14 +1,18 @@
 """Parts of error messages, and the check of numbers that several settings share."""
 
+import contextlib
 import difflib
 import functools
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
 from typing_extensions import TypeIs
+
+_LONGEST = 1000
+"""Of the characters in a message."""
 
 
 def nearest(name: object, possible: Iterable[str], rest: str | None = None) -> str:
@@ -28,14 +32,38 @@ def nearest(name: object, possible: Iterable[str], rest: str | None = None) -> s
     return hint + (rest or f"possible: {', '.join(names) or 'none'}")
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())
+def one_line(text: object) -> str:
+    """An error's message, or another text, without line breaks, and cut where it is very long."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
+
+
+@contextlib.contextmanager
+def value_errors(where: object) -> Iterator[None]:
+    """Within the block, which reads what others wrote, any error is a ValueError of one line.
+
+    A ValueError, FileNotFoundError or ImportError of ours says what is wrong; of any other the
+    name is said. Long values in messages are cut.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, Warning):  # the last, where a user asks for errors
+        raise
+    except Exception as error:
+        text = one_line(error)
+        if not isinstance(error, ValueError):
+            text = f"damaged ({type(error).__name__}: {text})"
+        if not text.startswith(f"{where}: "):
+            text = f"{where}: {text}"
+        raise ValueError(text) from None
 
 
 def is_finite_number(value: object) -> TypeIs[int | float]:
     """Whether a setting is a real number, numpy's too, but neither a bool, an infinity nor NaN."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float can be
+        return False
 
 
 def brief(value: object) -> str:

@@ -1,11 +1,15 @@
 """The model card of an adapter directory."""
 
+import json
+import re
 from typing import Any
 
 import transformers
 
 from ..config.representations import ReftConfig
 from ..engine.base.tiny import NAME
+
+_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 _CARD = """\
 ---
@@ -45,14 +49,21 @@ def card(config: ReftConfig, *, base: Any, name: str, trained: int, total: int) 
             "`pip install 'reftnoise[peft]'`."
         )
     return _CARD.format(
-        metadata=f"base_model: {name}\n" if name.count("/") == 1 else "",
-        base=name or "a base model without a name",
-        units="\n".join(f"| {' | '.join(str(row.get(c, '')) for c in columns)} |" for row in rows),
+        metadata=f"base_model: {name}\n" if _ON_HUB.fullmatch(name) else "",
+        base=_in_line(name) or "a base model without a name",
+        units="\n".join(
+            f"| {' | '.join(_in_line(row.get(c, '')) for c in columns)} |" for row in rows
+        ),
         parameters=trained,
         share=trained / total,
         peft_note=peft_note,
         load=_loading(base, name),
     )
+
+
+def _in_line(value: Any) -> str:
+    """A value as text that ends neither a line, nor code, nor the cell of a table."""
+    return " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
 
 
 def _loading(base: Any, name: str) -> str:
@@ -67,5 +78,5 @@ def _loading(base: Any, name: str) -> str:
     labels = f", num_labels={base.config.num_labels}" if "Classification" in loader else ""
     return (
         f"from transformers import {loader}\n\n"
-        f'model = {loader}.from_pretrained("{name or "NAME"}"{labels})'
+        f"model = {loader}.from_pretrained({json.dumps(name or 'NAME')}{labels})"
     )

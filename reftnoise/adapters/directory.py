@@ -1,5 +1,6 @@
 """Adapter directories, read without a base."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .._util.errors import one_line
+from .._util.errors import brief, one_line, value_errors
 from ..config.representations import ReftConfig
 from .location import CONFIG_NAME, SECTIONS, WEIGHTS_NAME
 from .snapshot import Snapshot, read_snapshot
@@ -45,10 +46,8 @@ class AdapterFiles:
         snapshot = read_snapshot(directory)
         directory, description = snapshot.directory, snapshot.description
         sections = {name: description[name] for name in SECTIONS if name in description}
-        try:
+        with value_errors(Path(directory) / CONFIG_NAME):
             config = ReftConfig.from_dict(sections)
-        except ValueError as error:
-            raise ValueError(f"{directory / CONFIG_NAME}: {error}") from None
         return cls(
             directory=directory,
             config=config,
@@ -83,8 +82,15 @@ class AdapterFiles:
         try:
             return dict(sorted(safetensors.torch.load(self.snapshot.weights).items()))
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            problem = one_line(error)
-            raise ValueError(f"{self.weights_path}: truncated or damaged ({problem})") from None
+            raise ValueError(
+                f"{self.weights_path}: truncated or damaged ({one_line(error)})"
+            ) from None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors by name; errors as in `weights`."""
+        assert self.snapshot is not None
+        with value_errors(self.weights_path):
+            return self.snapshot.shapes
 
     def identity(self) -> str:
         """A digest of config and weights: adapters with the same digest edit alike.
@@ -103,7 +109,7 @@ class AdapterFiles:
             if self.base.get(key) != mine:
                 raise ValueError(
                     f"{self.config_path}: the adapter's base ({self.base_name}) has {key} "
-                    f"{self.base.get(key)!r}, {whose} ({called(name)}) {mine!r}"
+                    f"{brief(self.base.get(key))}, {whose} ({called(name)}) {mine!r}"
                 )
 
     @property
@@ -131,4 +137,20 @@ def by_unit(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def called(name: object) -> object:
     """A base's name for a message; a base that was made from a config has none."""
-    return name or "which has no name"
+    return " ".join(str(name).split())[:200] if name else "which has no name"
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors with numbers that are infinite or NaN."""
+    return [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+
+
+def warn_of_not_finite(directory: Path, state: Mapping[str, Tensor]) -> None:
+    """Warn of tensors that are about to be saved with numbers that are not finite."""
+    if spoilt := not_finite(state):
+        warnings.warn(
+            f"{directory}: {len(spoilt)} of {len(state)} tensors that are saved hold numbers that "
+            f"are not finite, as after training that diverged: {', '.join(spoilt[:3])}"
+            f"{', …' if spoilt[3:] else ''}; loading refuses them unless allow_nan is True",
+            stacklevel=4,
+        )

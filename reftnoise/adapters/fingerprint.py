@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..engine.base.peft import inner_model
 from ..engine.base.running import is_part
+from ..engine.base.sites import hidden_size, num_layers
 
 TENSORS, VALUES = 6, 4
 """The number of tensors that are read, and of values of each."""
@@ -23,6 +24,23 @@ SMALLEST = 1e-6
 """Absolute, for values that float16 rounds to zero."""
 
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """The shape that an adapter needs of its base, without the vocabulary, which may be resized."""
+    if not hasattr(inner_model(model), "config"):  # a plain module inside PEFT
+        name = type(inner_model(model)).__name__
+        return {"model_type": name, "hidden_size": None, "num_hidden_layers": None}
+    layers: int | None
+    try:
+        layers = num_layers(model)
+    except ValueError:  # units at dotted paths do not need it
+        layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return {
+        "model_type": model.config.model_type,
+        "hidden_size": hidden_size(model),
+        "num_hidden_layers": layers,
+    }
 
 
 def sample_weights(model: PreTrainedModel, trained: Collection[str]) -> dict[str, list[float]]:
@@ -61,7 +79,10 @@ def other_values(
 ) -> str | None:
     """The name of the first matrix that differs between two samples; None where none does."""
     for name, values in sample.items():
-        if name in other and differs(torch.tensor(other[name]), torch.tensor(values)).any():
+        if name not in other:
+            continue
+        mine, theirs = torch.tensor(other[name]), torch.tensor(values)
+        if mine.shape != theirs.shape or differs(mine, theirs).any():
             return name
     return None
 

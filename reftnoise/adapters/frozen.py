@@ -23,7 +23,7 @@ from ..interventions import (
     has_factors,
 )
 from .directory import AdapterFiles
-from .saving import load_weights
+from .saving import buildable_config, load_weights
 from .vocabulary import expect_rows
 
 
@@ -130,6 +130,7 @@ def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
             f"{adapter.config_path}: has {own}, and rows of a batch share the base's weights: "
             "adapters are loaded by name if they edit hidden states alone"
         )
+    buildable_config(adapter, base)
     if adapter.config.token_rows is not None:
         expect_rows(adapter, adapter.weights(), base)
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():

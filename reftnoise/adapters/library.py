@@ -253,9 +253,10 @@ class CallChoiceMixin:
         """Choose what acts in calls that do not choose; values as in their `adapter_names`."""
         self.adapters.activate(choice)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget a loaded adapter that is not the active one."""
-        self.adapters.delete(adapter_name)
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Forget a loaded adapter, or several, that are not active."""
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            self.adapters.delete(name)
 
     @property
     def scale(self) -> float:

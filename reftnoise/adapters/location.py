@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .._util.errors import brief, nearest
+from .._util.errors import brief, is_finite_number, nearest
 from .._util.files import local_path
 
 CONFIG_NAME = "reft_config.json"
@@ -13,6 +13,7 @@ CARD_NAME = "README.md"
 SCHEMA_VERSION = 1
 SECTIONS = ("representations", "peft", "modules_to_save", "token_rows")
 """The keys of the file that are a `ReftConfig`'s."""
+_MOST_LAYERS = 100_000
 _KEYS = ("schema_version", "base_model", "base_parameters", "weights_sha256", *SECTIONS)
 
 
@@ -29,13 +30,13 @@ def checked_description(text: str, path: Path) -> dict[str, Any]:
     try:
         description: dict[str, Any] = json.loads(text)
         schema = description["schema_version"]
-        description["base_model"] = dict(description["base_model"])
+        description["base_model"] = _base_model(description["base_model"])
         if not isinstance(description["representations"], list):
             raise TypeError("representations is no list")
         names = description.get("base_parameters", ())
         description["base_parameters"] = [str(name) for name in names]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged or not an adapter's config ({brief(error)})") from None
     if schema != SCHEMA_VERSION:
         raise ValueError(
             f"{path}: schema version {brief(schema)}, but this reftnoise reads version "
@@ -44,6 +45,20 @@ def checked_description(text: str, path: Path) -> dict[str, Any]:
     if unknown := [key for key in description if key not in _KEYS]:
         raise ValueError(f"{path}: unknown key {brief(unknown[0])}; {nearest(unknown[0], _KEYS)}")
     return description
+
+
+def _base_model(value: Any) -> dict[str, Any]:
+    """The section about the base, whose values others compare, print and look up."""
+    base = dict(value)
+    if not isinstance(base.get("name_or_path", ""), str):
+        raise TypeError("base_model.name_or_path is no text")
+    layers = base.get("num_hidden_layers")
+    if layers is not None and (type(layers) is not int or not 0 <= layers <= _MOST_LAYERS):
+        raise ValueError(f"base_model.num_hidden_layers {brief(layers)}")
+    for name, values in base.get("sample", {}).items():
+        if not isinstance(values, list) or not all(map(is_finite_number, values)):
+            raise TypeError(f"base_model.sample has no list of numbers for {brief(name)}")
+    return base
 
 
 def expect_place(directory: str | Path) -> None:

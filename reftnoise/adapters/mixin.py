@@ -3,17 +3,20 @@
 import inspect
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
-from .._util.errors import brief
+from .._util.errors import brief, nearest, value_errors, warn_once
+from .._util.files import local_path
 from ..engine.base.peft import inner_model, is_peft_model
+from ..engine.base.saved_peft import restore_section
 from ..engine.base.sharding import device_of, size
 from ..engine.base.sites import trained_modules
 from . import saving
@@ -25,6 +28,66 @@ from .pyreft.methods import PyreftMethods
 from .vocabulary import make_room
 
 logger = logging.getLogger(__name__)
+
+
+class FormOptions(TypedDict, total=False):
+    """Arguments of transformers and PEFT about the form of saved files."""
+
+    save_function: Any
+    safe_serialization: bool
+    max_shard_size: int | str | None
+    save_peft_format: bool
+    save_original_format: bool
+    use_temp_dir: bool | None
+    variant: str | None
+    distributed_checkpoint: bool
+    selected_adapters: list[str] | None
+    save_embedding_layers: bool | str
+    path_initial_model_for_weight_conversion: str | None
+
+
+class SaveOptions(FormOptions, total=False):
+    """Further arguments of `save_pretrained` in transformers and PEFT: those of an upload, too."""
+
+    repo_id: str
+    commit_message: str
+    commit_description: str | None
+    private: bool | None
+    token: str | bool | None
+    revision: str | None
+    create_pr: bool
+
+
+_OF_UPLOADS = {
+    *("repo_id", "commit_message", "commit_description", "private", "token", "revision"),
+    "create_pr",
+}
+
+_POSSIBLE: dict[str, tuple[Any, ...]] = {
+    "variant": (None,),
+    "distributed_checkpoint": (False,),
+    "selected_adapters": (None, ["default"]),
+    "save_embedding_layers": ("auto", False),
+    "path_initial_model_for_weight_conversion": (None,),
+}
+"""Options of which other values ask for files that an adapter does not have."""
+
+
+def _upload_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are about uploads, once all are known and possible."""
+    values = dict(options)
+    for name, value in values.items():
+        if name not in SaveOptions.__annotations__:
+            raise TypeError(
+                f"save_pretrained has no argument {name!r}; "
+                f"{nearest(name, SaveOptions.__annotations__)}"
+            )
+        if name in _POSSIBLE and value not in _POSSIBLE[name]:
+            expected = " or ".join(repr(known) for known in _POSSIBLE[name])
+            raise ValueError(f"{name} {brief(value)}: expected {expected}")
+    if values.get("safe_serialization") is False:
+        warn_once(logger, "safe_serialization False: adapters are saved as safetensors")
+    return {name: value for name, value in values.items() if name in _OF_UPLOADS}
 
 
 class AdapterMixin(CallChoiceMixin, PyreftMethods):
@@ -131,6 +194,9 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
         save_directory: str | Path,
         state_dict: dict[str, Tensor] | None = None,
         is_main_process: bool = True,
+        *,
+        push_to_hub: bool = False,
+        **options: Unpack[SaveOptions],
     ) -> None:
         """Write the adapter: the units and what is trained of the base (see `saving`).
 
@@ -139,22 +205,45 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
             state_dict: tensors to write instead of the model's own, when these are sharded. What
                 is frozen of the base is left out.
             is_main_process: whether this process writes.
+            push_to_hub: whether to upload it, too, by default to a repository of the directory's
+                name.
+            options: further arguments of `push_to_hub`, and those of transformers and PEFT about
+                the form of files, of which an adapter has one: they have no effect.
+
+        Raises:
+            ValueError: an option that asks for another form.
+            TypeError: an argument that neither transformers nor PEFT has.
         """
+        if isinstance(state_dict, bool):
+            raise ValueError(
+                f"state_dict {state_dict}: expected tensors by name; name the argument that is "
+                "meant, such as is_main_process"
+            )
+        upload = _upload_options(options)
         if is_main_process:
             state = None if state_dict is None else saving.without_frozen(self, state_dict)
             saving.save_adapter(self, save_directory, state)
+            if push_to_hub:
+                name = local_path(save_directory, "save_directory").absolute().name
+                self.push_to_hub(**{"repo_id": name, **upload})
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
-        commit_message: str = "Upload adapter",
+        commit_message: str | None = "Upload adapter",
+        commit_description: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        **options: Unpack[FormOptions],
     ) -> str:
-        """Upload the adapter directory; arguments as in `huggingface_hub`. Returns its address."""
+        """Upload the adapter directory; arguments as in `huggingface_hub`. Returns its address.
+
+        Options are those of `save_pretrained` about the form of files.
+        """
+        _upload_options(options)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
@@ -163,6 +252,7 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
                 repo_id=repo_id,
                 folder_path=directory,
                 commit_message=commit_message,
+                commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
             )
@@ -193,10 +283,12 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
         *,
         revision: str | None = None,
         token: str | bool | None = None,
+        allow_nan: bool = False,
     ) -> Self:
         """Wrap `model` with the adapter of a directory or a hub repository, in evaluation mode.
 
-        Arguments and errors as of `saving.read_adapter`.
+        Reads the directory and the base alone. `allow_nan` loads numbers that are not finite, too;
+        other arguments, and errors, as of `saving.read_adapter`.
         """
         if isinstance(directory, nn.Module):
             raise ValueError(
@@ -204,13 +296,25 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
             )
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a model of transformers, got {brief(model)}")
-        return cls._of(_read(directory, model, revision=revision, token=token), model)
+        adapter = _read(directory, model, revision=revision, token=token)
+        return cls._of(adapter, model, allow_nan=allow_nan)
 
     @classmethod
-    def _of(cls, adapter: AdapterFiles, model: PreTrainedModel, include_model: bool = True) -> Self:
+    def _of(
+        cls,
+        adapter: AdapterFiles,
+        model: PreTrainedModel,
+        include_model: bool = True,
+        allow_nan: bool = False,
+    ) -> Self:
         make_room(adapter, model)
-        reft_model = cls(adapter.config, model)
-        saving.load_trained(reft_model, adapter, include_model)
+        config = saving.buildable_config(adapter, model, include_model, allow_nan)
+        with value_errors(adapter.config_path):
+            reft_model = cls(config, model)
+        if config is not adapter.config:
+            restore_section(reft_model.model, adapter.config.peft or {})
+            reft_model.reft_config = adapter.config
+        saving.load_trained(reft_model, adapter, include_model, allow_nan)
         reft_model.set_device(None)
         return reft_model.eval()
 

@@ -6,24 +6,31 @@ temporary name and renamed, so that a directory holds the old or the new adapter
 
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .._util.errors import one_line, value_errors
 from .._util.files import local_path, replace_all
 from ..config.representations import ReftConfig
-from ..engine.base.peft import inner_model, own_state
+from ..engine.base.peft import inner_model, is_peft_model, own_state, section_of
 from ..engine.base.running import is_part
+from ..engine.base.saved_peft import built_from_file, meta_state
 from ..engine.base.sharding import part_like, size, takes_weights_of_one_process
-from ..engine.base.sites import hidden_size, num_layers, trained_modules
+from ..engine.base.sites import trained_modules
+from ..engine.units import place_units
+from ..interventions.arguments import dtype_name
 from .card import card
-from .directory import AdapterFiles, called
-from .fingerprint import other_weights, rope_parameters, sample_weights
+from .directory import AdapterFiles, called, not_finite, warn_of_not_finite
+from .fingerprint import fingerprint, other_weights, rope_parameters, sample_weights
 from .location import (
     CARD_NAME,
     CONFIG_NAME,
@@ -40,6 +47,9 @@ from .vocabulary import (
     sample_vocabulary,
     saved_rows,
 )
+
+_CASTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""Dtypes that weights may have in a file, whichever of them they have in a new model."""
 
 
 class ModelWithUnits(Protocol):
@@ -93,6 +103,7 @@ def save_adapter(
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     tensors |= saved_rows(reft_model.model, reft_model.reft_config.token_rows)
+    warn_of_not_finite(directory, tensors)
     of_base = sorted(name for name in tensors if name.startswith("model."))
     description = {
         "schema_version": SCHEMA_VERSION,
@@ -180,10 +191,13 @@ def read_adapter(
 
 
 def load_trained(
-    reft_model: ModelWithUnits, adapter: AdapterFiles, include_model: bool = True
+    reft_model: ModelWithUnits,
+    adapter: AdapterFiles,
+    include_model: bool = True,
+    allow_nan: bool = False,
 ) -> None:
     """Load an adapter's weights into a model of its config; what it trained is to be trained."""
-    loaded = load_weights(reft_model, adapter, include_model=include_model)
+    loaded = load_weights(reft_model, adapter, include_model=include_model, allow_nan=allow_nan)
     for name, parameter in reft_model.model.named_parameters():
         if adapter.config.peft is None:  # else PEFT has said what it trains
             parameter.requires_grad_(f"model.{name}" in loaded)
@@ -191,33 +205,136 @@ def load_trained(
         part.requires_grad_(True)
 
 
-def load_weights(reft_model: Any, adapter: AdapterFiles, include_model: bool = True) -> set[str]:
+def buildable_config(
+    adapter: AdapterFiles,
+    base: PreTrainedModel,
+    include_model: bool = True,
+    allow_nan: bool = False,
+) -> ReftConfig:
+    """The config to build for a base, after what it says is compared to the file's tensors.
+
+    It says the sizes of units and PEFT's layers on the meta device, which take no memory. The base
+    stays as it is. The `peft` section is that of `built_from_file`.
+
+    Raises:
+        ValueError: it does not fit the base or the weights.
+    """
+    config, others = adapter.config, (PREFIX,) if include_model else (PREFIX, "model.")
+    shapes = {n: shape for n, shape in adapter.shapes().items() if not n.startswith(others)}
+    own: dict[str, Any] | None = dict(base.named_parameters()) | dict(base.named_buffers())
+    with value_errors(adapter.config_path):
+        section = section_of(base, config.peft)
+        if section is not None and not is_peft_model(base):
+            section = built_from_file(section, base, shapes)
+            names = [name.removeprefix("model.") for name in shapes]
+            own = meta_state(section, base, names if include_model else None)
+            config = replace(config, peft=section)
+        units = _units_without_values(config, base)
+    if own is not None and units is not None:
+        own = {f"model.{name}": tensor for name, tensor in own.items()}
+        _expect_fit(adapter, shapes, units, own | units, include_model)
+        state = {name: t for name, t in adapter.weights().items() if name in shapes}
+        _expect_values(adapter, state, own | units, allow_nan)
+    return config
+
+
+def _units_without_values(config: ReftConfig, base: PreTrainedModel) -> dict[str, Any] | None:
+    """The tensors of units on the meta device; None where a user's class cannot be built there."""
+    try:
+        with torch.device("meta"):
+            placed = place_units(config, base)
+    except Exception:
+        if all(
+            entry.unit_class.__module__.startswith("reftnoise.") for entry in config.representations
+        ):
+            raise
+        return None
+    modules = nn.ModuleDict({unit.key: unit.unit for unit in placed})
+    return dict(modules.state_dict(prefix="interventions."))
+
+
+def _expect_fit(
+    adapter: AdapterFiles,
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Iterable[str],
+    own: Mapping[str, Any],
+    include_model: bool,
+) -> None:
+    """Raise a ValueError where a file holds other tensors than a model of its config.
+
+    Args:
+        adapter: the adapter.
+        shapes: the shapes of what is loaded of its file.
+        expected: the names of all tensors of units.
+        own: the tensors of the model by name, on any device.
+        include_model: whether what it trained of the base is loaded, too.
+    """
+    path, expected = adapter.weights_path, list(expected)
+    of_base = adapter.base_parameters if include_model else []
+    if missing := [name for name in (*expected, *of_base) if name not in shapes]:
+        raise ValueError(
+            f"{path}: the config names {one_line(missing[0])}, the file does not hold it"
+        )
+    announced = {*expected, *adapter.base_parameters} & set(own)
+    if unknown := [name for name in shapes if name not in announced]:
+        raise ValueError(
+            f"{path}: holds {one_line(unknown[0])}, which neither the config nor the base has"
+        )
+    for name, shape in shapes.items():
+        if tuple(own[name].shape) != shape:
+            raise ValueError(
+                f"{path}: {name} has shape {shape}, the config says {tuple(own[name].shape)}"
+            )
+
+
+def _expect_values(
+    adapter: AdapterFiles, state: Mapping[str, Tensor], own: Mapping[str, Any], allow_nan: bool
+) -> None:
+    """Raise a ValueError for tensors of a file whose dtypes or numbers no model can compute with.
+
+    Arguments are as in `_expect_fit`; `state` is what is loaded.
+    """
+    for name, tensor in state.items():
+        if tensor.dtype != own[name].dtype and not {tensor.dtype, own[name].dtype} <= _CASTABLE:
+            raise ValueError(
+                f"{adapter.weights_path}: {name} has dtype {dtype_name(tensor.dtype)}, the model's "
+                f"has {dtype_name(own[name].dtype)}"
+            )
+    if not allow_nan and (spoilt := not_finite(state)):
+        raise ValueError(
+            f"{adapter.weights_path}: {spoilt[0]} holds numbers that are not finite, as after "
+            "training that diverged; from_pretrained(…, allow_nan=True) loads them"
+        )
+
+
+def load_weights(
+    reft_model: Any, adapter: AdapterFiles, include_model: bool = True, allow_nan: bool = False
+) -> set[str]:
     """Load an adapter's weights into a model, or another module with the same `interventions`.
 
-    Everything is checked before anything changes. `include_model=False` leaves out what it trained
-    of the base.
+    Everything is checked before anything changes.
+
+    Args:
+        reft_model: the model.
+        adapter: the adapter.
+        include_model: whether to load what it trained of the base, too.
+        allow_nan: whether to load numbers that are not finite.
 
     Returns:
         The names of the weights.
     """
-    path, state = adapter.weights_path, adapter.weights()
+    state = adapter.weights()
     rows = {name: state.pop(name) for name in list(state) if name.startswith(PREFIX)}
     if not include_model:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
     expected = [name for name in reft_model.state_dict() if name.startswith("interventions.")]
     own = {**dict(reft_model.named_parameters()), **dict(reft_model.named_buffers())}
-    if missing := [name for name in expected if name not in state]:
-        raise ValueError(f"{path}: the config names {missing[0]}, the file does not hold it")
-    announced = {*expected, *adapter.base_parameters} & set(own)
-    if unknown := [name for name in state if name not in announced]:
-        raise ValueError(f"{path}: holds {unknown[0]}, which neither the config nor the base has")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _expect_fit(adapter, shapes, expected, own, include_model)
+    _expect_values(adapter, state, own, allow_nan)
     for name, tensor in state.items():
-        if own[name].shape != tensor.shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, the config says "
-                f"{tuple(own[name].shape)}"
-            )
-        if own[name].dtype != tensor.dtype:  # as it was when it was saved
+        is_unit = not name.startswith("model.")  # the base's dtypes are the base's
+        if is_unit and own[name].dtype != tensor.dtype:  # as it was when it was saved
             own[name].data = own[name].data.to(tensor.dtype)
     if include_model and hasattr(reft_model, "model"):
         put_rows(adapter, rows, reft_model.model)
@@ -265,27 +382,10 @@ def _kept(module: ModelWithUnits) -> set[str]:
     return trained if module.reft_config.peft is None else trained | own_state(base)
 
 
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """The shape that an adapter needs of its base, without the vocabulary, which may be resized."""
-    if not hasattr(inner_model(model), "config"):  # a plain module inside PEFT
-        name = type(inner_model(model)).__name__
-        return {"model_type": name, "hidden_size": None, "num_hidden_layers": None}
-    layers: int | None
-    try:
-        layers = num_layers(model)
-    except ValueError:  # units at dotted paths do not need it
-        layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    return {
-        "model_type": model.config.model_type,
-        "hidden_size": hidden_size(model),
-        "num_hidden_layers": layers,
-    }
-
-
 def _base_name(model: PreTrainedModel) -> str:
     """A hub name, or the last part of a path: the rest of it stays on the machine."""
     name = _full_name(model)
-    return Path(name).name if Path(name).exists() else name
+    return Path(name).name if os.path.exists(name) else name  # any text
 
 
 def _full_name(model: PreTrainedModel) -> str:

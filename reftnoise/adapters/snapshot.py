@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .._util.errors import brief, warn_once
 from .._util.files import local_path
 from .location import CONFIG_NAME, WEIGHTS_NAME, checked_description
 
@@ -101,14 +102,14 @@ def read_snapshot(directory: str | Path) -> Snapshot:
         return Snapshot(directory, description, None, content)
     if named == digest:
         if own is not None and _canonical(own) != _canonical(description):
-            logger.warning("%s: edited, or damaged, since it was saved", path)
+            warn_once(logger, f"{path}: edited, or damaged, since it was saved")
         return Snapshot(directory, description, digest, content)
     if own is None:
         raise ValueError(
             f"{directory / WEIGHTS_NAME}: damaged, or not the weights that {CONFIG_NAME} was saved "
             "with"
         )
-    logger.warning("%s: of another save than %s, whose own config is read", path, WEIGHTS_NAME)
+    warn_once(logger, f"{path}: of another save than {WEIGHTS_NAME}, whose own config is read")
     return Snapshot(directory, own, digest, content)
 
 
@@ -132,7 +133,7 @@ def _read_config(path: Path) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: damaged or not an adapter's config ({error!r})") from None
+        raise ValueError(f"{path}: damaged or not an adapter's config ({brief(error)})") from None
 
 
 def _read_weights(path: Path) -> bytes | None:
@@ -150,7 +151,7 @@ def _read_weights(path: Path) -> bytes | None:
             ends = [entry["data_offsets"][1] for n, entry in header.items() if n != _METADATA]
             expected = 8 + length + max(ends, default=0)
         except (KeyError, TypeError, IndexError) as error:
-            raise _damaged(path, repr(error)) from None
+            raise _damaged(path, brief(error)) from None
         if expected != size:
             raise _damaged(path, f"tensors up to byte {expected:,} in a file of {size:,}")
         file.seek(0)
@@ -169,7 +170,7 @@ def _header(content: bytes, path: Path) -> dict[str, Any]:
         if not isinstance(header, dict) or not isinstance(header.get(_METADATA, {}), dict):
             raise TypeError("its header is no mapping")
     except (ValueError, TypeError, RecursionError) as error:
-        raise _damaged(path, repr(error)) from None
+        raise _damaged(path, brief(error)) from None
     return header
 
 

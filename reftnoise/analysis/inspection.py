@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..adapters.library import OWN, AdapterLibrary
 from ..data.conversations import Messages, prompt_text
-from ..engine.base.forks import undone_in_children
 from ..engine.base.peft import inner_model
 from ..engine.base.sites import find_layers, is_encoder_decoder
+from ..engine.base.threads import undone_in_children
 from ..engine.units import PlacedUnit
 from ..evaluation.scoring import evaluating
 from ..interventions import NoiseIntervention, has_factors

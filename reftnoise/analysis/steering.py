@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config.positions import Positions
 from ..data.conversations import Messages
 from ..data.tokenization import prompt_tokens
-from ..engine.base.forks import undone_in_children
+from ..engine.base.threads import undone_in_children
 from ..engine.layout import named_tokens
 from ..engine.units import PlacedUnit
 from ..evaluation.scoring import evaluating

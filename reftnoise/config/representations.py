@@ -88,8 +88,8 @@ class RepresentationConfig:
             case "all":
                 layers = list(range(count))
             case str(text):
-                first, last = text.split("-")
-                layers = list(range(int(first), int(last) + 1))
+                first, last = map(int, text.split("-"))
+                layers = list(range(first, min(last, max(first, count)) + 1))  # one too many
             case int(layer):
                 layers = [layer]
             case _:

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..interventions import LowRankRotation, shared_bases
-from .base.forks import undone_in_children
 from .base.peft import inner_model, may_add_to_loss, virtual_tokens
 from .base.running import (
     as_written,
@@ -33,6 +32,7 @@ from .base.running import (
     module_at,
 )
 from .base.sites import Site, find_stack
+from .base.threads import undone_in_children
 from .calls import AnyCall, CachedEdits, CallReader, Hidden, Plan, apply_units
 from .layout import cached_length
 from .settings import CallSettings

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .base.forks import ForkSafeLock
+from .base.threads import ForkSafeLock
 from .units import PlacedUnit
 
 Observer: TypeAlias = Callable[[Sequence[PlacedUnit], Tensor, Tensor], None]

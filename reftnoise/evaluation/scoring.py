@@ -13,7 +13,7 @@ from ..data.tasks.base import ParsedRow, RowError, Task, parse_rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.templates import fill
 from ..data.tokenization import smallest_limit, tokenize_all
-from ..engine.base.modes import in_evaluation_mode, seeded
+from ..engine.base.threads import in_evaluation_mode, seeded
 from ..model import ReftModel
 from .generation import generated
 from .likelihood import Progress, choice_log_probs

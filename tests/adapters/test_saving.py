@@ -386,6 +386,57 @@ def test_a_state_that_was_gathered_elsewhere_is_written(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(other))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"save_function": torch.save},
+        {"safe_serialization": True},
+        {"safe_serialization": False},
+        {"max_shard_size": "5GB", "variant": None, "token": None},
+        {"selected_adapters": ["default"], "save_embedding_layers": "auto"},
+        {"push_to_hub": False, "commit_message": "one"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_arguments_of_transformers_and_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    reft_model = train(wrapped(LOREFT))
+    reft_model.save_pretrained(tmp_path, is_main_process=True, **options)
+    loaded = rn.ReftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(logits(loaded), logits(reft_model))
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"variant": "fp16"}, ValueError, "variant 'fp16': expected None"),
+        ({"selected_adapters": ["x"]}, ValueError, "selected_adapters ['x']: expected None or"),
+        (
+            {"save_functio": 1},
+            TypeError,
+            "no argument 'save_functio'; did you mean 'save_func",
+        ),
+        ({"state_dict": False}, ValueError, "state_dict False: expected tensors by name"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_that_ask_for_another_form(
+    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        wrapped(LOREFT).save_pretrained(tmp_path / "adapter", **options)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_save_may_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(rn.ReftModel, "push_to_hub", lambda _, **options: calls.append(options))
+    reft_model = wrapped(LOREFT)
+    reft_model.save_pretrained(tmp_path / "mine", push_to_hub=True, token="secret")
+    reft_model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/other")
+    assert calls == [{"repo_id": "mine", "token": "secret"}, {"repo_id": "me/other"}]
+
+
 # -- a save that fails ---------------------------------------------------------------------------
 
 

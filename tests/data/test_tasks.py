@@ -5,13 +5,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
-from reftnoise.data.tasks.base import Question
+import reftnoise as rn
+from reftnoise._util import yaml
+from reftnoise.data.tasks.base import Question, parse_rows
 from reftnoise.data.tasks.classifier import ClassifierTask
+from reftnoise.data.tasks.examples import as_examples
 from reftnoise.data.tasks.glue import SUBSETS, score
 from reftnoise.data.tasks.registry import TASKS, get_task
+from reftnoise.engine.base.tiny import DIRECTORY
 from support.data import REAL
 
 COMMONSENSE = {
@@ -53,6 +59,12 @@ def test_every_name_is_its_tasks(name: str) -> None:
         ({"labels": []}, r"task {'labels': \[\]}: expected a 'name'"),
         ({"name": "classification", "labels": "good"}, "labels 'good': expected a list of two"),
         ({"name": "classification", "labels": ["a", "a"]}, "two or more different labels"),
+        ({"name": "classification", "labels": 3}, "labels 3: expected a list of two or more"),
+        ({"name": "classification", "labels": [1, "1"]}, "two or more different labels"),
+        (
+            {"name": "classification", "labels": ["a", None]},
+            "label None: expected a text, a number",
+        ),
         ({"name": "classification", "labels": ["a", " b"]}, "label ' b': expected a text without"),
         ({"name": "glue", "subset": "wnli"}, "subset 'wnli': expected one of mnli, sst2"),
         ({"name": "aqua", "letter": "any"}, "letter 'any': expected 'first' or 'last'"),
@@ -102,6 +114,60 @@ def test_rows_that_are_no_classification(row: dict[str, Any], expected: str) -> 
     task = get_task({"name": "classification", "labels": ["good", "bad"]})
     with pytest.raises(ValueError, match=expected):
         task.question(row)
+
+
+@pytest.mark.parametrize(
+    ("labels", "value", "completion"),
+    [
+        ([0, 1], 1, "1"),
+        ([0, 1], "1", "1"),
+        ([0, 1], 1.0, "1"),  # a column with nulls in it
+        ([0.5, 1.5], 0.5, "0.5"),
+        ([True, False], True, "true"),
+        ([True, False], " false", " false"),
+        (["01", "1"], "01", "01"),
+    ],
+)
+def test_labels_of_any_scalar_type(labels: list[Any], value: Any, completion: str) -> None:
+    task = get_task({"name": "classification", "labels": labels})
+    question = task.question({"prompt": "a", "completion": value})
+    assert (question.completion, question.answer) == (completion, completion.strip())
+    assert completion in question.choices
+
+
+def test_a_recipes_yes_and_no() -> None:
+    task = get_task({"name": "classification", "labels": yaml.load("[yes, no]")})
+    with pytest.raises(ValueError, match="'yes': expected one of true, false; a recipe's yes and"):
+        task.question({"prompt": "a", "completion": "yes"})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_labels_have_their_names(streaming: bool) -> None:
+    label = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"prompt": datasets.Value("string"), "completion": label})
+    columns = {"prompt": ["a", "b"], "completion": [1, 0]}
+    rows: Any = datasets.Dataset.from_dict(columns, features=features)
+    rows = rows.to_iterable_dataset() if streaming else rows
+    task = get_task({"name": "classification", "labels": ["good", "bad"]})
+    assert [row.question.answer for row in parse_rows(task, rows)] == ["good", "bad"]
+    examples = as_examples(rows, task, "plain", None)
+    assert [row["completion"] for row in examples] == ["good", "bad"]
+    if not streaming:
+        tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+        module = rn.make_last_position_supervised_data_module(tokenizer, None, rows, nonstop=True)
+        texts = [
+            tokenizer.decode(row["input_ids"][row["prompt_lengths"] :])
+            for row in module["train_dataset"]
+        ]
+        assert texts == ["good", "bad"]
+
+
+def test_labels_of_glue_as_texts() -> None:
+    classes, numbers = (get_task({"name": "glue", "subset": name}) for name in ("sst2", "stsb"))
+    assert isinstance(classes, ClassifierTask)
+    assert isinstance(numbers, ClassifierTask)
+    assert [classes.label({"label": label}) for label in ("1", "negative", 1.0)] == [1, 0, 1]
+    assert numbers.label({"label": "3.5"}) == 3.5
 
 
 def test_instructions() -> None:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 import reftnoise as rn
 from reftnoise.analysis.inspection import edit_norms, logit_lens, noise_losses, observed
-from reftnoise.engine.base.forks import ForkSafeLock
-from reftnoise.engine.base.modes import in_evaluation_mode, seeded
+from reftnoise.engine.base.threads import ForkSafeLock, in_evaluation_mode, seeded
 from reftnoise.engine.training_pass.prefix_cache import PrefixCache
 from support.adapters import moved
 from support.models.architectures import tiny_model

@@ -50,6 +50,10 @@ class PyreftFiles(AdapterFiles):
         """All tensors by name."""
         return dict(self.state)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+
 
 def is_pyreft(directory: Path) -> bool:
     """Whether a directory holds units of pyreft or pyvene."""

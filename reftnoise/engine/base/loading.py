@@ -22,7 +22,7 @@ def load_base(
     padding_side: str = "left",
     **arguments: Any,
 ) -> tuple[Any, Any]:
-    """A model in evaluation mode, and its tokenizer.
+    """A model in evaluation mode, and its tokenizer. Code that comes with a model is not run.
 
     Args:
         name: directory or hub name, or tiny-chat.
@@ -35,7 +35,7 @@ def load_base(
         arguments: further arguments of its `from_pretrained`, such as num_labels.
 
     Raises:
-        ValueError: an unknown dtype or device.
+        ValueError: an unknown dtype or device, or a model that needs code of its own.
         OSError: no such model.
     """
     expect_base(name, dtype)
@@ -50,9 +50,18 @@ def load_base(
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            directory, revision=revision, padding_side=padding_side
+            directory, revision=revision, padding_side=padding_side, trust_remote_code=False
         )
-        model = auto_class.from_pretrained(directory, revision=revision, dtype=dtype, **arguments)
+        model = auto_class.from_pretrained(
+            directory, revision=revision, dtype=dtype, trust_remote_code=False, **arguments
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name}: comes with code of its own, which is not run: load the model with "
+            "transformers and give it to get_reft_model"
+        ) from None
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise OSError(f"{name}: no directory of a model here, and of the hub: {reason}") from None

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from .forks import ForkSafeLock, undone_in_children
+from .threads import ForkSafeLock, undone_in_children
 
 _LOCKS: "WeakKeyDictionary[nn.Module, ForkSafeLock]" = WeakKeyDictionary()
 _PASSES: "WeakKeyDictionary[nn.Module, list[object]]" = WeakKeyDictionary()

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..._util.files import local_path
-from ..base.forks import ForkSafeLock
+from ..base.threads import ForkSafeLock
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
-from ..base.modes import in_evaluation_mode
 from ..base.running import alone
+from ..base.threads import in_evaluation_mode
 from .loss import Head
 from .split import PromptStates
 
