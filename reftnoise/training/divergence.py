@@ -22,7 +22,7 @@ class Divergence:
     """
 
     def __init__(self, *, reads_losses: bool) -> None:
-        self._reads_losses = reads_losses
+        self.reads_losses = reads_losses
         self._is_suspect = False
         self._in_a_row = torch.zeros((), dtype=torch.int64)
 
@@ -30,7 +30,7 @@ class Divergence:
         """Take note of the loss of a micro-batch."""
         is_bad = ~loss.detach().isfinite().all()
         self._in_a_row = (self._in_a_row.to(is_bad.device) + 1) * is_bad
-        if self._reads_losses and is_bad:
+        if self.reads_losses and is_bad:
             self._is_suspect = True
 
     def problem(self, module: nn.Module, *, is_due: bool) -> str | None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils.generic import find_labels
 
-from .._util.errors import first_difference, one_line
+from .._util.errors import first_difference, one_line, warn_once
 from .._util.files import local_path, writing
 from ..adapters import saving
 from ..adapters.directory import AdapterFiles
@@ -170,6 +170,23 @@ class ReftTrainer(Trainer):
         if model.training and not returns_outputs and isinstance(adapter, ReftModel):
             inputs = {"return_logits": False} | inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's micro-batches of a step, and their number of labels, at least 1.
+
+        The Trainer divides by it. A step without labels, as where a truncation has cut them off,
+        then has the loss 0 and no gradient.
+        """
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if count is None:
+            return batches, None
+        count = torch.as_tensor(count)
+        if self._divergence.reads_losses and not count:
+            warn_once(
+                logger,
+                "a step had no label but -100 and taught nothing: was the end of its rows cut off?",
+            )
+        return batches, count.clamp(min=1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)
