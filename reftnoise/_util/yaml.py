@@ -1,6 +1,10 @@
-"""YAML 1.1 as people mean it: `1e-3` is a number, `n` a text, and a key may occur once."""
+"""YAML 1.1 as people mean it: `1e-3` is a number, `n` a text, and a key may occur once.
+
+`012` and `1:30`, numbers of base 8 and 60 there, are texts.
+"""
 
 import io
+import re
 import warnings
 from typing import Any
 
@@ -30,11 +34,13 @@ class _Constructor(SafeConstructor):
             return node.value
         return bool(self.construct_yaml_bool(node))
 
-    def construct_number(self, node: ScalarNode) -> int | float:
-        """As ruamel.yaml does; `59:59:…`, a number of base 60, takes quadratic time."""
+    def construct_number(self, node: ScalarNode) -> int | float | str:
+        """As ruamel.yaml does, but codes and times are texts; it would take `012` for 10."""
         if len(node.value) > MAX_DIGITS:
             raise _marked(f"expected a number of at most {MAX_DIGITS} characters", node)
         is_int = node.tag == "tag:yaml.org,2002:int"
+        if ":" in node.value or (is_int and re.match(r"[-+]?0[0-9_]", node.value)):
+            return str(node.value)
         construct = self.construct_yaml_int if is_int else self.construct_yaml_float
         number: int | float = construct(node)
         return number

@@ -104,6 +104,13 @@ def test_yaml_keeps_labels_of_one_letter() -> None:
     assert yaml.load("[y, n, yes, no]") == ["y", "n", True, False]
 
 
+def test_yaml_takes_codes_and_times_as_texts() -> None:
+    codes = ["012", "08", "-01", "00", "1:30", "1:30.5"]
+    assert yaml.load(f"[{', '.join(codes)}]") == codes
+    assert yaml.load(yaml.dump(codes)) == codes
+    assert yaml.load("[0, 10, -0, 0x1f, 0.5, 00.5]") == [0, 10, 0, 31, 0.5, 0.5]
+
+
 # -- runs ----------------------------------------------------------------------------------------
 
 
