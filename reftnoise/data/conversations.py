@@ -26,6 +26,8 @@ _WRITTEN = ("tool_calls", "function_call", *_REASONING)
 """What an assistant's message may hold for the model to write, apart from its content."""
 _USUAL_ROLES = ("system", "user", "assistant")
 _WEIGHT = "weight"
+_OTHER_WEIGHTS = ("loss", "loss_mask", "train", "trainable", "training")
+"""Names that other libraries have for it."""
 _PROBE = "reftnoise"
 
 
@@ -100,6 +102,11 @@ def assistant_turns(
     first, handed_on = len(before), _handed_on(tokenizer, variables)
     messages, weights = [*before, *conversation], []
     for index, message in enumerate(messages):
+        if other := next((name for name in _OTHER_WEIGHTS if name in message), None):
+            raise ValueError(
+                f"message {index}: {other} {message[other]!r}: expected weight, 0 for a message "
+                "that is not learned"
+            )
         weight = message.pop(_WEIGHT, 1)
         if weight not in (0, 1):
             raise ValueError(f"message {index}: weight {weight!r}: expected 0 or 1")

@@ -230,6 +230,7 @@ def test_whether_the_template_ends_a_turn(
             "message 0: the assistant speaks first: the chat template has no prompt for that",
         ),
         ("llama", [assistant("yo", weight=2)], {}, "message 0: weight 2: expected 0 or 1"),
+        ("llama", [assistant("yo", train=False)], {}, "message 0: train False: expected weight, 0"),
         (
             "rewriting",
             [user("hi"), assistant("yo")],
