@@ -24,6 +24,7 @@ def generate_edited(
     mask = _inferred_mask(planner, kwargs)
     if mask is not None:
         kwargs["attention_mask"] = mask
+    _expect_all_tokens(kwargs)
     prompt = {n: v for n, v in kwargs.items() if n not in ("labels", "past_key_values")}
     plans = planner.plans(Batch.of(prompt, unit_locations=unit_locations))
     cache = kwargs.get("past_key_values")
@@ -41,6 +42,18 @@ def generate_edited(
     is_assisted = any(_setting(name, planner, kwargs) is not None for name in drafts)
     with engine.running(*plans, is_generation=True, is_assisted=is_assisted):
         return engine.base.generate(**kwargs)
+
+
+def _expect_all_tokens(kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError for new tokens alone beside a cache: no prompt could be told from them."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if ids is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return
+    if cached_length(kwargs.get("past_key_values")) and mask.shape[1] > ids.shape[1]:
+        raise ValueError(
+            f"input_ids of {ids.shape[1]} tokens, attention_mask of {mask.shape[1]}: with a cache, "
+            "generate takes all tokens, cached ones included"
+        )
 
 
 def _inferred_mask(planner: Planner, kwargs: dict[str, Any]) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._util.errors import warn_once
 from ..config.components import Stack
 from ..config.positions import Positions
-from .base.peft import inner_model
+from .base.peft import inner_model, virtual_tokens
 from .base.running import is_transformed
 from .base.sites import can_generate, stacks_of
 from .calls import CachedEdits, DeferredPlan, EditPlan, Gates, Plan
@@ -66,6 +66,12 @@ class Planner:
             raise ValueError(
                 "cache_params hold states, which do not tell how many tokens they are of: give the "
                 "whole input, or use generate"
+            )
+        mask = batch.inputs.get("attention_mask")
+        if getattr(mask, "ndim", 2) == 4 and virtual_tokens(self.engine.base):
+            raise ValueError(
+                "attention_mask of 4 dimensions: PEFT puts the columns of its virtual tokens "
+                "before masks of 2 dimensions alone"
             )
         is_known = self.stacks == (None,) and batch.tokens is not None  # the length of sequences
         places = self._places(batch, batch.length if is_known else None)

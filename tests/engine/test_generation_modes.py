@@ -102,6 +102,15 @@ def test_a_quantized_cache(positions: str) -> None:
     assert torch.equal(generated(model, batch, **settings)[0], torch.stack(expected))
 
 
+@torch.no_grad()
+def test_new_tokens_alone_beside_a_cache_do_not_tell_the_prompt() -> None:
+    model, ids = wrapped(tiny_model(), "l1"), alone(0)["input_ids"]
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    mask = torch.ones(1, ids.shape[1] + 2).long()
+    with pytest.raises(ValueError, match="input_ids of 2 tokens, attention_mask of"):
+        model.generate(input_ids=ids[:, :2], attention_mask=mask, past_key_values=cache)
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
 def test_a_decoding_loop_of_the_callers(positions: str) -> None:

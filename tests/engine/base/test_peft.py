@@ -173,6 +173,13 @@ def test_positions_count_the_users_tokens(name: str, positions: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_masks_of_4_dimensions_have_no_columns_for_virtual_tokens() -> None:
+    model, ids = composed("prefix_tuning", LOREFT).eval(), batch()["input_ids"]
+    mask = torch.ones(len(ids), 1, ids.shape[1], ids.shape[1]).tril().bool()
+    with pytest.raises(ValueError, match="attention_mask of 4 dimensions: PEFT puts"):
+        model(input_ids=ids, attention_mask=mask)
+
+
 @pytest.mark.parametrize("name", VIRTUAL)
 def test_virtual_tokens_stay_without_noise(name: str) -> None:
     model = composed(name, {"intervention": "neftune", "alpha": 50.0}).train()
