@@ -77,8 +77,8 @@ class RunDirectory:
             with alone(self.path):  # raises before the base is loaded
                 pass
         self.checkpoint = self._find_checkpoint()
-        self.is_trained = resume and (self.path / SUMMARY).exists()
-        """Whether it lacks only its scores."""
+        self.is_trained = resume and (self.path / SUMMARY).exists() and not self._is_finished
+        """Whether the run that is resumed lacks only its scores."""
 
     def __enter__(self) -> Self:
         return self
@@ -132,8 +132,7 @@ class RunDirectory:
         path = self.path
         if path.exists() and not path.is_dir():
             raise ValueError(f"output_dir {path}: expected a directory, found a file")
-        is_whole = (path / SUMMARY).exists()
-        if self._resume and not (is_whole and (self._is_unscored or (path / SCORES).exists())):
+        if self._resume and not self._is_finished:
             return self._resumed()
         if self._overwrite:
             return None
@@ -144,17 +143,19 @@ class RunDirectory:
         if file is None and not is_begun:
             return None
         held, instead = f"{file} already", "choose another --output_dir"
-        if is_whole:
+        if (path / SUMMARY).exists():
             held = "a finished run"
         elif is_begun:
             held, instead = "an unfinished run", "--resume it"
         raise ValueError(f"output_dir {path} holds {held}: {instead}, or --overwrite it")
 
     @property
-    def _is_unscored(self) -> bool:
-        """Whether the recipe names nothing to score."""
+    def _is_finished(self) -> bool:
+        """Whether the directory holds the summary, and scores if the recipe names what to score."""
         evaluation = self._recipe.evaluation
-        return evaluation.data is None and not evaluation.lm_eval
+        is_scored = evaluation.data is not None or bool(evaluation.lm_eval)
+        names = (SUMMARY, SCORES) if is_scored else (SUMMARY,)
+        return all((self.path / name).exists() for name in names)
 
     def _resumed(self) -> str | None:
         """The checkpoint of a run that was killed; None if it has none, or needs none any more."""
@@ -164,9 +165,9 @@ class RunDirectory:
         _expect_same(self._recipe, path / RECIPE)
         if (path / SUMMARY).exists():
             return None
-        from .trainer import complete_checkpoints
+        from .trainer import find_checkpoint
 
-        return next(iter(complete_checkpoints(str(path / CHECKPOINTS))), None)
+        return find_checkpoint(str(path / CHECKPOINTS))
 
     def _clear(self) -> None:
         """Remove what an earlier run left, and nothing else."""

@@ -4,7 +4,6 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -209,7 +208,7 @@ class ReftTrainer(Trainer):
                 problem = "another process has what is not finite"
         if problem is None:
             return
-        args, last = self.args, next(complete_checkpoints(self.args.output_dir), None)
+        args, last = self.args, find_checkpoint(self.args.output_dir)
         kept = "" if last is None else f"; the last good checkpoint is {last}"
         raise ValueError(
             f"training diverged at step {self.state.global_step}: {problem}; lower learning_rate "
@@ -320,13 +319,14 @@ def last_complete_checkpoint(output_dir: str) -> str:
     Raises:
         ValueError: there is none.
     """
-    for checkpoint in complete_checkpoints(output_dir):
-        return checkpoint
-    raise ValueError(f"{output_dir}: no complete checkpoint to resume from")
+    checkpoint = find_checkpoint(output_dir)
+    if checkpoint is None:
+        raise ValueError(f"{output_dir}: no complete checkpoint to resume from")
+    return checkpoint
 
 
-def complete_checkpoints(output_dir: str) -> Iterator[str]:
-    """Checkpoints whose trainer state, the last file that is written, can be read; newest first."""
+def find_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint whose trainer state, the last file that is written, can be read."""
     skipped: list[str] = []
     folder = local_path(output_dir, "output_dir")
     steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
@@ -342,4 +342,5 @@ def complete_checkpoints(output_dir: str) -> Iterator[str]:
                 f"{output_dir}: {', '.join(skipped)} incomplete, resuming from {checkpoint.name}",
                 stacklevel=3,
             )
-        yield str(checkpoint)
+        return str(checkpoint)
+    return None

@@ -302,6 +302,12 @@ def test_a_finished_run_is_replaced_only_if_asked(tmp_path: Path) -> None:
     assert (run / "notes.txt").read_text() == "mine"
 
 
+def test_a_finished_run_is_not_scored_again_in_place_of_another(finished: Path) -> None:
+    recipe = replace(read_file(Recipe, finished / "recipe.yaml"), output_dir=str(finished), seed=7)
+    directory = RunDirectory(recipe, resume=True, overwrite=True)
+    assert (directory.checkpoint, directory.is_trained) == (None, False)
+
+
 def test_what_is_not_a_runs_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,6 +383,7 @@ def test_a_mistake_costs_no_finished_run(mistake: tuple[Any, ...], finished: Pat
 def test_the_base_itself_is_trained_where_a_recipe_says_so(tmp_path: Path) -> None:
     run = tmp_path / "full"
     more = ("--representations", "[]", "--modules_to_save", '["model", "lm_head"]')
+    more += ("--training.learning_rate", "1e-5")  # weights of half precision diverge at that of R
     assert command(*quick(run, *more), "--quiet") == 0
     summary = json.loads((run / "summary.json").read_text())
     base = rn.load_tiny_model()[0]
