@@ -165,7 +165,7 @@ class CachedEdits:
 
     def __init__(self) -> None:
         self._parts: list[tuple[int, Mapping[str, Selection]]] = []
-        """The first column of each call, and the selections of its plan."""
+        """The first column of the calls of one plan, and its selections."""
 
     @classmethod
     def of(cls, cache: Any) -> "CachedEdits | None":
@@ -179,8 +179,9 @@ class CachedEdits:
         if cache is None or not isinstance(call, Call):
             return
         edits = cls.of(cache) or cls()
-        kept = [part for part in edits._parts if part[0] < call.offset]
-        edits._parts = [*kept, (call.offset, call.plan.selections)]
+        edits._parts = [part for part in edits._parts if part[0] < call.offset]
+        if not edits._parts or edits._parts[-1][1] is not call.plan.selections:
+            edits._parts.append((call.offset, call.plan.selections))
         cache.reftnoise_edits = edits
 
     def differ_from(self, plan: EditPlan, past: int) -> bool:

@@ -282,15 +282,15 @@ def named_tokens(
 def tokens_that_are_seen(
     mask: Shaped[Tensor, "batch heads length width"], past: int
 ) -> Bool[Tensor, "batch width"]:
-    """The tokens that a mask of pairs does not hide: those that see themselves, or are cached and
-    seen by any.
+    """The tokens that a mask of pairs does not hide: they see themselves, or are cached and seen.
 
     Args:
-        mask: whether a token sees another, or what is added to its score: hardly less than 0.
+        mask: whether a token sees another, or what is added to its score, by which its weight is
+            multiplied by exp(mask): 0 in fp32 from −104 down.
         past: number of cached tokens.
     """
     if mask.is_floating_point():
-        mask = mask > torch.finfo(mask.dtype).min / 2
+        mask = mask.float().exp() > 0
     sees = mask.bool().any(1)
     own = sees[:, :, past:].diagonal(dim1=1, dim2=2)
     return torch.cat([sees[:, :, :past].any(1), own], dim=1)

@@ -32,7 +32,8 @@ def pairs(attended: Tensor, kind: str) -> Any:
     sees = torch.ones(width, width).tril().bool() & attended[:, None, None, :].bool()
     if kind == "bool":
         return sees
-    return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    hidden = torch.finfo(torch.float32).min if kind == "float" else float(kind)
+    return torch.zeros(sees.shape).masked_fill(~sees, hidden)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,9 +53,10 @@ def test_they_edit_what_flat_masks_edit(reft_model: rn.ReftModel, kind: str, sid
     assert_close(actual.loss, expected.loss)
 
 
-def test_masks_by_kind_of_layer() -> None:
+@pytest.mark.parametrize("kind", [*KINDS, "-10000"])
+def test_masks_by_kind_of_layer(kind: str) -> None:
     attended = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
-    masks = {"sliding_attention": None, "full_attention": pairs(attended, "float")}
+    masks = {"sliding_attention": None, "full_attention": pairs(attended, kind)}
     batch = Batch.of({"input_ids": IDS, "attention_mask": masks, "labels": IDS})
     assert torch.equal(batch.attended, attended.bool())
     doubled = in_pairs(batch)
