@@ -12,7 +12,7 @@ from typing import Any
 from typing_extensions import TypeIs
 
 _LONGEST = 1000
-"""Of the characters in a message."""
+"""The most characters of a message."""
 
 
 def nearest(name: object, possible: Iterable[str], rest: str | None = None) -> str:
@@ -42,20 +42,20 @@ def one_line(text: object) -> str:
 def value_errors(where: object) -> Iterator[None]:
     """Within the block, which reads what others wrote, any error is a ValueError of one line.
 
-    A ValueError, FileNotFoundError or ImportError of ours says what is wrong; of any other the
-    name is said. Long values in messages are cut.
+    A ValueError says what is wrong. Any other error is named, and stays the cause, since it may be
+    one of ours. Long values in messages are cut.
     """
     try:
         yield
     except (OSError, ImportError, MemoryError, Warning):  # the last, where a user asks for errors
         raise
     except Exception as error:
-        text = one_line(error)
-        if not isinstance(error, ValueError):
-            text = f"damaged ({type(error).__name__}: {text})"
+        text, is_clear = one_line(error), isinstance(error, ValueError)
+        if not is_clear:
+            text = f"cannot be used ({type(error).__name__}: {text})"
         if not text.startswith(f"{where}: "):
             text = f"{where}: {text}"
-        raise ValueError(text) from None
+        raise ValueError(text) from (None if is_clear else error)
 
 
 def is_finite_number(value: object) -> TypeIs[int | float]:

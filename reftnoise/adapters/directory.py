@@ -46,7 +46,7 @@ class AdapterFiles:
         snapshot = read_snapshot(directory)
         directory, description = snapshot.directory, snapshot.description
         sections = {name: description[name] for name in SECTIONS if name in description}
-        with value_errors(Path(directory) / CONFIG_NAME):
+        with value_errors(directory / CONFIG_NAME):
             config = ReftConfig.from_dict(sections)
         return cls(
             directory=directory,
@@ -67,6 +67,11 @@ class AdapterFiles:
         return self.directory / WEIGHTS_NAME
 
     @property
+    def _files(self) -> Snapshot:
+        assert self.snapshot is not None, "another library's directory has methods of its own"
+        return self.snapshot
+
+    @property
     def sha256(self) -> str | None:
         """The digest of the weights; None for an adapter that was saved without one."""
         return None if self.snapshot is None else self.snapshot.sha256
@@ -78,9 +83,8 @@ class AdapterFiles:
             FileNotFoundError: the directory has no file of weights.
             ValueError: the file is damaged.
         """
-        assert self.snapshot is not None
         try:
-            return dict(sorted(safetensors.torch.load(self.snapshot.weights).items()))
+            return dict(sorted(safetensors.torch.load(self._files.weights).items()))
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{self.weights_path}: truncated or damaged ({one_line(error)})"
@@ -88,9 +92,8 @@ class AdapterFiles:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all tensors by name; errors as in `weights`."""
-        assert self.snapshot is not None
         with value_errors(self.weights_path):
-            return self.snapshot.shapes
+            return self._files.shapes
 
     def identity(self) -> str:
         """A digest of config and weights: adapters with the same digest edit alike.
@@ -98,8 +101,7 @@ class AdapterFiles:
         Raises:
             FileNotFoundError: the directory has no file of weights.
         """
-        assert self.snapshot is not None
-        return self.snapshot.identity()
+        return self._files.identity()
 
     def expect_base(
         self, shape: Mapping[str, Any], name: object, whose: str = "the given model"
