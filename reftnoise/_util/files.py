@@ -85,7 +85,10 @@ def remove(path: Path) -> None:
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=path.parent) as scratch:
+    with (
+        _saving_alone(path.parent),
+        tempfile.TemporaryDirectory(prefix=SCRATCH, dir=path.parent) as scratch,
+    ):
         os.replace(path, Path(scratch) / path.name)
 
 
