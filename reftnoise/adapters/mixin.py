@@ -58,10 +58,7 @@ class SaveOptions(FormOptions, total=False):
     create_pr: bool
 
 
-_OF_UPLOADS = {
-    *("repo_id", "commit_message", "commit_description", "private", "token", "revision"),
-    "create_pr",
-}
+_OF_UPLOADS = SaveOptions.__annotations__.keys() - FormOptions.__annotations__.keys()
 
 _POSSIBLE: dict[str, tuple[Any, ...]] = {
     "variant": (None,),

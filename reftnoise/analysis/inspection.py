@@ -232,10 +232,9 @@ def _mean_loss(reft_model: ReftModel, batches: Sequence[Mapping[str, Any]]) -> f
 
 def _encode(reft_model: ReftModel, tokenizer: Any, prompt: Prompt) -> dict[str, Tensor]:
     is_text = isinstance(prompt, str)
-    if not isinstance(prompt, str):
-        prompt = prompt_text(tokenizer, prompt)
+    text = prompt if isinstance(prompt, str) else prompt_text(tokenizer, prompt)
     # A chat template writes the special tokens itself.
-    encoded = tokenizer(prompt, add_special_tokens=is_text, return_tensors="pt")
+    encoded = tokenizer(text, add_special_tokens=is_text, return_tensors="pt")
     if encoded["input_ids"].shape[1] == 0:
         raise ValueError(f"prompt {prompt!r}: it has no tokens")
     return {n: encoded[n].to(reft_model.device) for n in ("input_ids", "attention_mask")}

@@ -177,12 +177,10 @@ def _handed_on(tokenizer: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
     further = values.pop(VARIABLES, {})
     if not isinstance(further, Mapping):
         raise ValueError(f"{VARIABLES} {brief(further)}: expected a mapping")
-    for name in further:
-        if (
-            name in inspect.signature(tokenizer.apply_chat_template).parameters
-            or name == "messages"
-        ):
-            raise ValueError(f"{VARIABLES}: {name!r} is no variable of the template")
+    if further:
+        arguments = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+        if taken := [name for name in further if name in arguments]:
+            raise ValueError(f"{VARIABLES}: {taken[0]!r} is no variable of the template")
     # Templates ask whether there are tools; an empty list would say so.
     return {**further, **{name: value for name, value in values.items() if value}}
 

@@ -224,10 +224,11 @@ def _features(path: Path) -> datasets.Features:
             types[name].add(type(value))
     features = datasets.Features()
     for name, kinds in types.items():
-        kinds.discard(type(None))
-        kind = next(iter(kinds)) if len(kinds) == 1 else str if not kinds else dict
-        dtype, is_json = _DTYPES.get(kind, "string"), kind not in _DTYPES
-        features[name] = datasets.Value(dtype, id=JSON if is_json else None)
+        kind, *others = kinds - {type(None)} or {str}
+        is_scalar = not others and kind in _DTYPES
+        features[name] = (
+            datasets.Value(_DTYPES[kind]) if is_scalar else datasets.Value("string", id=JSON)
+        )
     return features
 
 

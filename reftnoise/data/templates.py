@@ -44,7 +44,8 @@ def fill(template: str, prompt: str, row: Mapping[str, Any]) -> "str | Messages"
             prompt, has_input = prompt.removesuffix(extra).rstrip(), True
         template = ALPACA_WITH_INPUT if has_input else ALPACA
     values = {**row, "prompt": prompt}
-    return "".join(_value(values, name) or text for text, name in _parts(template))
+    parts = _parts(template)
+    return "".join(text if name is None else _value(values, name) for text, name in parts)
 
 
 def check_template(template: str) -> None:
@@ -56,7 +57,10 @@ def check_template(template: str) -> None:
 
 
 def _parts(template: str) -> Iterator[tuple[str, str | None]]:
-    """Texts, and names of columns. `str.format` would also evaluate attributes and widths."""
+    """Texts, and names of columns, one of the two each time.
+
+    `str.format` would also evaluate attributes and widths.
+    """
     for match in _PART.finditer(template):
         if match["lone"]:
             raise ValueError(
@@ -66,12 +70,11 @@ def _parts(template: str) -> Iterator[tuple[str, str | None]]:
         name = match["name"]
         if name is not None and not name.isidentifier():
             raise ValueError(f"template {template!r}: {{{name}}} is no column; {_EXPECTED}")
-        yield (match["brace"] or "")[:1] + (match["text"] or ""), name
+        text = match["text"] or ""
+        yield match["brace"][0] if match["brace"] else text, name
 
 
-def _value(values: Mapping[str, Any], name: str | None) -> str:
-    if name is None:
-        return ""
+def _value(values: Mapping[str, Any], name: str) -> str:
     if name not in values:
         raise ValueError(f"template: no column {name!r} in a row with {', '.join(values)}")
     value = values[name]

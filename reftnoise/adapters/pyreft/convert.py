@@ -68,10 +68,8 @@ def convert(
         ValueError: the source is damaged, for another base, pickles more than tensors or has a
             class that the other library does not; the output holds something else.
     """
-    source, output = (
-        local_directory(source, [CONFIG_NAME, WEIGHTS_NAME, *FILES]),
-        local_path(output, "output"),
-    )
+    source = local_directory(source, [CONFIG_NAME, WEIGHTS_NAME, *FILES])
+    output = local_path(output, "output")
     kinds = _kinds(source)
     if not kinds:
         raise FileNotFoundError(
