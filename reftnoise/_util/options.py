@@ -85,15 +85,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def built(config: type[Config], parser: ArgumentParser, parsed: Namespace) -> Config:
     """A dataclass from what such a parser has parsed."""
     options = fields(config)  # type: ignore[arg-type]  # all of them are dataclasses
-    for field in options:
-        value = parsed[field.name]
-        if is_dataclass(field.type) and not isinstance(value, Namespace):
-            raise ArgumentError(None, f"{field.name}: expected a mapping, got {value!r}")
-        if any(map(is_dataclass, get_args(field.type))) and isinstance(value, list):
-            for index, item in enumerate(value):
-                if not isinstance(item, Namespace):
-                    where = f"{field.name}[{index}]"
-                    raise ArgumentError(None, f"{where}: expected a mapping, got {item!r}")
+    _expect_sections(config, parsed)
     values = parser.instantiate(parsed)
     result = config(**{field.name: values[field.name] for field in options})
     try:
@@ -101,6 +93,21 @@ def built(config: type[Config], parser: ArgumentParser, parsed: Namespace) -> Co
     except ValueError as error:
         raise ArgumentError(None, str(error)) from None
     return result
+
+
+def _expect_sections(config: Any, parsed: Namespace, where: str = "") -> None:
+    """Raise an ArgumentError where a dataclass, or a list of them, is to be something else."""
+    for field in fields(config):
+        name, value = f"{where}{field.name}", parsed[field.name]
+        parts = [(name, value, field.type)]
+        if isinstance(value, list) and (items := get_args(field.type)):
+            parts = [(f"{name}[{i}]", item, items[0]) for i, item in enumerate(value)]
+        for place, part, expected in parts:
+            if not is_dataclass(expected):
+                continue
+            if not isinstance(part, Namespace):
+                raise ArgumentError(None, f"{place}: expected a mapping, got {part!r}")
+            _expect_sections(expected, part, f"{place}.")
 
 
 def option_values(parser: ArgumentParser) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def check(command: str, text: str, directory: Path) -> str | None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(8), 13, 67, 123])  # which failed once
 def test_a_mutated_file_runs_or_is_one_line(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
