@@ -147,6 +147,15 @@ def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     return [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
 
 
+def expect_finite(adapter: AdapterFiles, state: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for tensors of an adapter with numbers that are infinite or NaN."""
+    if spoilt := not_finite(state):
+        raise ValueError(
+            f"{adapter.weights_path}: {spoilt[0]} holds numbers that are not finite, as after "
+            "training that diverged; from_pretrained(…, allow_nan=True) loads them"
+        )
+
+
 def warn_of_not_finite(directory: Path, state: Mapping[str, Tensor]) -> None:
     """Warn of tensors that are about to be saved with numbers that are not finite."""
     if spoilt := not_finite(state):

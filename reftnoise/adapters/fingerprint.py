@@ -90,8 +90,10 @@ def other_values(
 def differs(mine: Tensor, theirs: Tensor) -> Tensor:
     """Where values are others, and not those of another dtype."""
     mine, theirs = mine.float(), theirs.float()
+    other_kind = mine.isnan() ^ theirs.isnan()  # NaN is not greater than any tolerance
+    mine, theirs = mine.nan_to_num(), theirs.nan_to_num()
     largest = torch.maximum(mine.abs(), theirs.abs())
-    return (mine - theirs).abs() > TOLERANCE * largest + SMALLEST
+    return other_kind | ((mine - theirs).abs() > TOLERANCE * largest + SMALLEST)
 
 
 def is_readable(tensor: Tensor) -> bool:

@@ -25,7 +25,7 @@ from .frozen import freeze
 from .library import CallChoiceMixin
 from .location import CONFIG_NAME, WEIGHTS_NAME, checkpoint_adapter, local_directory
 from .pyreft.methods import PyreftMethods
-from .vocabulary import make_room
+from .vocabulary import room_for
 
 logger = logging.getLogger(__name__)
 
@@ -304,8 +304,8 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
         include_model: bool = True,
         allow_nan: bool = False,
     ) -> Self:
-        make_room(adapter, model)
-        config = saving.buildable_config(adapter, model, include_model, allow_nan)
+        with room_for(adapter, model):
+            config = saving.buildable_config(adapter, model, include_model, allow_nan)
         with value_errors(adapter.config_path):
             reft_model = cls(config, model)
         if config is not adapter.config:

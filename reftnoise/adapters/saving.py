@@ -29,7 +29,7 @@ from ..engine.base.sites import trained_modules
 from ..engine.units import place_units
 from ..interventions.arguments import dtype_name
 from .card import card
-from .directory import AdapterFiles, called, not_finite, warn_of_not_finite
+from .directory import AdapterFiles, called, expect_finite, warn_of_not_finite
 from .fingerprint import fingerprint, other_weights, rope_parameters, sample_weights
 from .location import (
     CARD_NAME,
@@ -300,11 +300,8 @@ def _expect_values(
                 f"{adapter.weights_path}: {name} has dtype {dtype_name(tensor.dtype)}, the model's "
                 f"has {dtype_name(own[name].dtype)}"
             )
-    if not allow_nan and (spoilt := not_finite(state)):
-        raise ValueError(
-            f"{adapter.weights_path}: {spoilt[0]} holds numbers that are not finite, as after "
-            "training that diverged; from_pretrained(…, allow_nan=True) loads them"
-        )
+    if not allow_nan:
+        expect_finite(adapter, state)
 
 
 def load_weights(
@@ -332,6 +329,8 @@ def load_weights(
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _expect_fit(adapter, shapes, expected, own, include_model)
     _expect_values(adapter, state, own, allow_nan)
+    if include_model and not allow_nan:
+        expect_finite(adapter, rows)
     for name, tensor in state.items():
         is_unit = not name.startswith("model.")  # the base's dtypes are the base's
         if is_unit and own[name].dtype != tensor.dtype:  # as it was when it was saved

@@ -5,7 +5,8 @@ values of some: the last, where tokens are added, and a few before. Rows that th
 `token_rows` names are among its weights, and are put back where it is loaded.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,13 +143,25 @@ def saved_rows(model: PreTrainedModel, tokens: Sequence[int] | None) -> dict[str
     }
 
 
-def make_room(adapter: AdapterFiles, model: PreTrainedModel) -> None:
-    """Resize a base that has fewer embeddings than the base of an adapter that saved rows."""
-    tables = _tables(model)
+@contextlib.contextmanager
+def room_for(adapter: AdapterFiles, model: PreTrainedModel) -> Iterator[None]:
+    """Resize a base that has fewer embeddings than the base of an adapter that saved rows.
+
+    Where the block, which checks the adapter, ends in an error, the base has its own size again.
+    """
+    tables, base = _tables(model), inner_model(model)
     if adapter.config.token_rows is None or not tables or "vocabulary" not in adapter.base:
+        yield
         return
-    if _size(adapter) > len(tables["input"]):
-        inner_model(model).resize_token_embeddings(_size(adapter), mean_resizing=False)
+    own = len(tables["input"])
+    if _size(adapter) > own:
+        base.resize_token_embeddings(_size(adapter), mean_resizing=False)
+    try:
+        yield
+    except BaseException:
+        if _size(adapter) > own:
+            base.resize_token_embeddings(own)
+        raise
 
 
 def put_rows(adapter: AdapterFiles, rows: Mapping[str, Tensor], model: PreTrainedModel) -> None:

@@ -168,7 +168,9 @@ def _joined(index: int, parts: Sequence[Any]) -> str:
 
 def _handed_on(tokenizer: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
     """What a row hands on to the template, by the argument's name."""
-    values = {name: _parsed(name, value) for name, value in columns.items() if value is not None}
+    # An empty cell of a CSV file, and a null in JSON, say that a row has none.
+    values = {name: _parsed(name, value) for name, value in columns.items() if value != ""}
+    values = {name: value for name, value in values.items() if value is not None}
     for name in (TOOLS, DOCUMENTS):
         entries = values.get(name, [])
         is_list = isinstance(entries, list)

@@ -236,3 +236,29 @@ def test_a_file_that_lacks_rows(tmp_path: Path) -> None:
     (tmp_path / "reft_config.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=r"token_rows.input is not in it, expected \(3, 32\)"):
         rn.ReftModel.from_pretrained(resized(1), tmp_path)
+
+
+def test_an_adapter_that_is_refused_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+    wrapped(resized(1), token_rows=ADDED).save_pretrained(tmp_path)
+    content = description(tmp_path)
+    content["representations"][0]["low_rank_dimension"] += 1
+    (tmp_path / "reft_config.json").write_text(json.dumps(content), encoding="utf-8")
+    base = tiny_model()
+    embeddings = base.get_input_embeddings().weight.clone()
+    with pytest.raises(ValueError, match="has shape"):
+        rn.ReftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(base.get_input_embeddings().weight, embeddings)
+    assert base.config.vocab_size == SIZE
+
+
+def test_rows_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = wrapped(resized(1), token_rows=ADDED)
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[ADDED[1], 3] = torch.nan
+    with pytest.warns(UserWarning, match=r"not finite.*token_rows\.input"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"token_rows\.input holds numbers that are not finite"):
+        rn.ReftModel.from_pretrained(resized(1), tmp_path)
+    rn.ReftModel.from_pretrained(resized(1), tmp_path, allow_nan=True)
+    with pytest.raises(ValueError, match="which the base has not"):
+        rn.get_reft_model(resized(1)).load_adapter(tmp_path, "spoilt")

@@ -124,6 +124,8 @@ HI = "<user>hi</s><assistant>"
             {"chat_template_kwargs": {"enable_thinking": False}},
             [(f"{HI}<think></think>", "yo</s>")],
         ),
+        ("hermes", [user("hi"), assistant("yo")], {"tools": ""}, [(HI, "yo</s>")]),
+        ("hermes", [user("hi"), assistant("yo")], {"tools": "null"}, [(HI, "yo</s>")]),
         ("mistral", [user("hi"), assistant("yo")], {}, [("[INST] hi [/INST]", " yo</s>")]),
         ("gemma", [user("hi"), assistant("yo")], {}, [("<user>hi<end>\n<model>", "yo<end>\n")]),
         ("llama", [assistant("yo"), user("hi")], {}, [("<assistant>", "yo</s>")]),
