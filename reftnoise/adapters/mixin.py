@@ -306,12 +306,12 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
     ) -> Self:
         with room_for(adapter, model):
             config = saving.buildable_config(adapter, model, include_model, allow_nan)
-        with value_errors(adapter.config_path):
-            reft_model = cls(config, model)
-        if config is not adapter.config:
-            restore_section(reft_model.model, adapter.config.peft or {})
-            reft_model.reft_config = adapter.config
-        saving.load_trained(reft_model, adapter, include_model, allow_nan)
+            with value_errors(adapter.config_path):
+                reft_model = cls(config, model)
+            if config is not adapter.config:
+                restore_section(reft_model.model, adapter.config.peft or {})
+                reft_model.reft_config = adapter.config
+            saving.load_trained(reft_model, adapter, include_model, allow_nan)
         reft_model.set_device(None)
         return reft_model.eval()
 

@@ -147,7 +147,7 @@ def saved_rows(model: PreTrainedModel, tokens: Sequence[int] | None) -> dict[str
 def room_for(adapter: AdapterFiles, model: PreTrainedModel) -> Iterator[None]:
     """Resize a base that has fewer embeddings than the base of an adapter that saved rows.
 
-    Where the block, which checks the adapter, ends in an error, the base has its own size again.
+    Where the block, which loads the adapter, ends in an error, the base has its own size again.
     """
     tables, base = _tables(model), inner_model(model)
     if adapter.config.token_rows is None or not tables or "vocabulary" not in adapter.base:

@@ -257,8 +257,10 @@ def test_rows_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         model.model.get_input_embeddings().weight[ADDED[1], 3] = torch.nan
     with pytest.warns(UserWarning, match=r"not finite.*token_rows\.input"):
         model.save_pretrained(tmp_path)
+    base = tiny_model()
     with pytest.raises(ValueError, match=r"token_rows\.input holds numbers that are not finite"):
-        rn.ReftModel.from_pretrained(resized(1), tmp_path)
+        rn.ReftModel.from_pretrained(base, tmp_path)
+    assert len(base.get_input_embeddings().weight) == SIZE
     rn.ReftModel.from_pretrained(resized(1), tmp_path, allow_nan=True)
     with pytest.raises(ValueError, match="which the base has not"):
         rn.get_reft_model(resized(1)).load_adapter(tmp_path, "spoilt")
