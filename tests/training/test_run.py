@@ -415,7 +415,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
             ("--data.train", labelled, *classes, *unscored),
             "labelled.jsonl, line 3: completion ' bed'",
         ),
-        "blank": (("--data.train", blank, *unscored), "blank.csv, line 4: column 'prompt'"),
+        "blank": (("--data.train", blank, *unscored), "blank.csv, line 4: the prompt is empty"),
         "bare": (("--data.train", bare, *unscored), "bare.jsonl, line 1: "),
         "evaluated": (
             ("--evaluation.data", labelled, *classes, "--evaluation.split", "test[1:]"),
