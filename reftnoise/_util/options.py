@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from . import yaml
 from .errors import nearest, one_line
 from .files import local_path
-from .types import expect_types
+from .types import as_yaml, expect_types
 
 Config = TypeVar("Config")
 
@@ -78,7 +78,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping, got {values!r}")
+        raise ValueError(f"{path}: expected a mapping, got {as_yaml(values)}")
     return values
 
 
@@ -106,7 +106,7 @@ def _expect_sections(config: Any, parsed: Namespace, where: str = "") -> None:
             if not is_dataclass(expected):
                 continue
             if not isinstance(part, Namespace):
-                raise ArgumentError(None, f"{place}: expected a mapping, got {part!r}")
+                raise ArgumentError(None, f"{place}: expected a mapping, got {as_yaml(part)}")
             _expect_sections(expected, part, f"{place}.")
 
 

@@ -47,12 +47,16 @@ def expect_types(config: Any, where: str = "") -> None:
         expect_type(f"{where}{field.name}", getattr(config, field.name), hints[field.name])
 
 
+def as_yaml(value: Any) -> str:
+    """A value in a few words, with the null of YAML for None."""
+    return "null" if value is None else brief(value)
+
+
 def expect_type(name: str, value: Any, hint: Any) -> None:
     """Raise a ValueError for a value of another type, as in `expect_types`."""
     if not fits(value, hint):
         null = "; leave it out for its default" if value is None else ""
-        shown = "null" if value is None else brief(value)
-        raise ValueError(f"{name}: expected {described(hint)}, got {shown}{null}")
+        raise ValueError(f"{name}: expected {described(hint)}, got {as_yaml(value)}{null}")
     if is_dataclass(value):
         expect_types(value, f"{name}.")
     elif isinstance(value, list) and any(map(is_dataclass, value)):

@@ -178,7 +178,8 @@ class RunDirectory:
 def _expect_same(recipe: Recipe, path: Path) -> None:
     """Raise a ValueError if a recipe would train differently than that of the resumed run."""
     if not path.exists():
-        raise ValueError(f"{path.parent}: no {RECIPE} in it, so there is no run to resume")
+        lack = f"no {RECIPE} in it" if path.parent.exists() else "no such directory"
+        raise ValueError(f"{path.parent}: {lack}, so there is no run to resume")
     before, now = asdict(read_file(Recipe, path)), asdict(recipe)
     for name in ("output_dir", "device", "evaluation"):
         del before[name], now[name]

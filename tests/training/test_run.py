@@ -473,6 +473,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         ("traning: {learning_rate: 1}", "unknown key 'traning'; did you mean 'training'?"),
         ("training: {learnin_rate: 1}", "training: unknown key 'learnin_rate'"),
         ("training: 3", "training: expected a mapping, got 3"),
+        ("training:", "training: expected a mapping, got null"),
+        ("", "expected a mapping, got null"),
         ("- a", "expected a mapping"),
         ("training: [", "no YAML: line 1, column 12: "),
         ("seed: 1\nseed: 2", 'line 2, column 1: found duplicate key "seed"'),
