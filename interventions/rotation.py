@@ -28,9 +28,6 @@ register_optimizer_step_post_hook(_count_step)
 SMALLEST_PIVOT = 1e-6
 """Of rows of length 1. What rounding to fp32 leaves of a dependent row is below it."""
 
-_SHIFT = 64
-"""Of the diagonal of a singular matrix of products, in units of rounding."""
-
 LARGEST_ROUNDING = 1e-5
 """Of an element of RRᵀ − I: fp32 stays below 1e-6, bf16 and what pyreft distorts are above 1e-3."""
 
@@ -65,8 +62,8 @@ def orthonormal_rows(
         raw: X, any floating dtype.
 
     Returns:
-        R in the dtype of X, at least fp32. Where a row of X depends on those before it, or is
-        zero, so is the row of R, and has no effect; the others are orthonormal.
+        R in the dtype of X, at least fp32. All NaN where X has linearly dependent rows: a loud
+        result that needs no synchronisation with the device, unlike an exception.
     """
     matrices = raw.reshape(-1, *raw.shape[-2:])
     # torch.compile traces no function that has a derivative in forward mode.
@@ -90,24 +87,13 @@ class _CholeskyQR(torch.autograd.Function):
         rows = raw.to(torch.float32 if raw.device.type == "mps" else torch.float64)
         gram = rows @ rows.mT
         lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        lengths = lengths.masked_fill(lengths == 0, 1.0)
         gram = gram / lengths[..., :, None] / lengths[..., None, :]
         lower, info = torch.linalg.cholesky_ex(gram)
         # A row's pivot is its distance from the span of the rows before it.
         pivot = lower.diagonal(dim1=-2, dim2=-1).amin(-1)
-        dependent = ((info != 0) | ~(pivot >= SMALLEST_PIVOT))[..., None]
-        # Computed always: to ask first would wait for a GPU. The shift shows which rows depend on
-        # others; without these, the matrix is regular.
-        shift = _SHIFT * torch.finfo(gram.dtype).eps
-        gram = gram + shift * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        shifted, _ = torch.linalg.cholesky_ex(gram)
-        smallest = max(SMALLEST_PIVOT, 4 * shift**0.5)
-        is_zero = dependent & (shifted.diagonal(dim1=-2, dim2=-1) < smallest)
-        gram = gram.masked_fill(is_zero[..., None] | is_zero[..., None, :], 0.0)
-        gram = gram + torch.diag_embed(is_zero.to(gram))
-        regular, _ = torch.linalg.cholesky_ex(gram)
-        lower = torch.where(dependent[..., None], regular, lower)
-        inverse = _inverse(lower * lengths[..., None]).masked_fill(is_zero[..., None], 0.0)
+        dependent = (info != 0) | ~(pivot >= SMALLEST_PIVOT)
+        lower = lower.masked_fill(dependent[..., None, None], float("nan")) * lengths[..., None]
+        inverse = _inverse(lower)
         basis = (inverse @ rows).to(torch.promote_types(raw.dtype, torch.float32))
         return basis, inverse.to(basis.dtype)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._util.errors import brief, one_line, value_errors
 from ..config.representations import ReftConfig
+from ..interventions import orthonormal_rows
 from .location import CONFIG_NAME, SECTIONS, WEIGHTS_NAME
 from .snapshot import Snapshot, read_snapshot
 
@@ -143,16 +144,23 @@ def called(name: object) -> object:
 
 
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors with numbers that are infinite or NaN."""
-    return [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+    """The names of tensors with numbers that are infinite or NaN, or that make an R of NaN."""
+    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    return [
+        name
+        for name, tensor in floating.items()
+        if not tensor.isfinite().all()
+        or (name.endswith(".rotate_layer.weight") and not orthonormal_rows(tensor).isfinite().all())
+    ]
 
 
 def expect_finite(adapter: AdapterFiles, state: Mapping[str, Tensor]) -> None:
     """Raise a ValueError for tensors of an adapter with numbers that are infinite or NaN."""
     if spoilt := not_finite(state):
         raise ValueError(
-            f"{adapter.weights_path}: {spoilt[0]} holds numbers that are not finite, as after "
-            "training that diverged; from_pretrained(…, allow_nan=True) loads them"
+            f"{adapter.weights_path}: {spoilt[0]} holds numbers that are not finite, or dependent "
+            "rows of R, as after training that diverged; from_pretrained(…, allow_nan=True) loads "
+            "them"
         )
 
 
@@ -161,7 +169,8 @@ def warn_of_not_finite(directory: Path, state: Mapping[str, Tensor]) -> None:
     if spoilt := not_finite(state):
         warnings.warn(
             f"{directory}: {len(spoilt)} of {len(state)} tensors that are saved hold numbers that "
-            f"are not finite, as after training that diverged: {', '.join(spoilt[:3])}"
-            f"{', …' if spoilt[3:] else ''}; loading refuses them unless allow_nan is True",
+            "are not finite, or dependent rows of R, as after training that diverged: "
+            f"{', '.join(spoilt[:3])}{', …' if spoilt[3:] else ''}; loading refuses them unless "
+            "allow_nan is True",
             stacklevel=4,
         )

@@ -273,6 +273,17 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     assert loaded.interventions[key].learned_source.bias[0].isnan()
 
 
+def test_dependent_rows_of_r_are_named(tmp_path: Path) -> None:
+    reft_model = rn.get_reft_model(tiny_model(), rn.ReftConfig([LOREFT])).eval()
+    key, unit = next(iter(reft_model.interventions.items()))
+    unit.rotate_layer.weight.data.zero_()
+    with pytest.warns(UserWarning, match=r"dependent rows of R.*rotate_layer\.weight"):
+        reft_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{key}\.rotate_layer\.weight holds .* dependent rows"):
+        rn.ReftModel.from_pretrained(tiny_model(), tmp_path)
+    rn.ReftModel.from_pretrained(tiny_model(), tmp_path, allow_nan=True)
+
+
 @pytest.mark.parametrize(
     "name",
     ["x/y\nlibrary_name: evil", 'a"); import os; os.system("x', "a```\n# b", "a|b/c", "x" * 999],

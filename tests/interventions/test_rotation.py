@@ -113,32 +113,24 @@ def test_autocast_does_not_lower_the_precision() -> None:
         pytest.param([[1.0, 2.0], [3.0, 1.0], [2.0, 5.0]], id="more rows than columns"),
     ],
 )
-def test_dependent_rows_are_zero(raw: list[list[float]]) -> None:
-    weight = torch.tensor(raw, requires_grad=True)
-    rows = orthonormal_rows(weight)
-    assert not rows[-1].any()
-    assert gap(rows[:-1].detach()) <= 1e-6
-    (rows * torch.randn_like(rows)).sum().backward()
-    assert weight.grad is not None
-    assert weight.grad.isfinite().all()
+def test_dependent_rows_give_nan(raw: list[list[float]]) -> None:
+    assert orthonormal_rows(torch.tensor(raw)).isnan().all()
 
 
 @quick
 @given(st.integers(0, 2**32), st.integers(2, 6))
-def test_a_row_in_the_span_of_the_others_is_zero(seed: int, rank: int) -> None:
+def test_a_row_in_the_span_of_the_others_gives_nan(seed: int, rank: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     raw = torch.randn(rank, WIDTH, generator=generator)
     raw[-1] = torch.randn(rank - 1, generator=generator) @ raw[:-1]
-    rows = orthonormal_rows(raw)
-    assert not rows[-1].any()
-    assert gap(rows[:-1]) <= 1e-6
+    assert orthonormal_rows(raw).isnan().all()
 
 
 def test_dependent_rows_spoil_no_other_matrix_of_the_batch() -> None:
     raw = torch.randn(3, 2, 8)
     raw[1] = 0
     rows = orthonormal_rows(raw)
-    assert not rows[1].any()
+    assert rows[1].isnan().all()
     assert gap(rows[[0, 2]]) <= 1e-6
 
 

@@ -372,6 +372,15 @@ def test_a_diverged_training_stops_at_its_step_and_unit(
     assert not saved or message.endswith(f"the last good checkpoint is {tmp_path}/checkpoint-4")
 
 
+def test_a_start_with_dependent_rows_of_r_stops_at_its_unit(tokenizer: Any, tmp_path: Path) -> None:
+    model = wrapped(tokenizer)
+    rotation = next(m for m in model.modules() if isinstance(m, rn.LowRankRotation))
+    rotation.weight.data.zero_()
+    trainer = rn.ReftTrainer(model, arguments(tmp_path, max_steps=4), **module(tokenizer, model))
+    with pytest.raises(ValueError, match=r"^training diverged at step \d: interventions\."):
+        trainer.train()
+
+
 def test_single_losses_that_are_not_finite_stop_nothing(tokenizer: Any, tmp_path: Path) -> None:
     class Trainer(rn.ReftTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -115,10 +115,9 @@ def to_pyreft_state(unit: ReftIntervention) -> dict[str, Tensor]:
     state: dict[str, Tensor] = unit.state_dict()
     raw = state.pop(RAW, None)
     if raw is not None:
-        rows = orthonormal_rows(raw).float()
-        if not distance_from_orthonormal(rows) <= LARGEST_ROUNDING:
+        basis = orthonormal_rows(raw).float().mT.contiguous()
+        if not basis.isfinite().all():
             raise ValueError(f"{RAW} has linearly dependent rows")
-        basis = rows.mT.contiguous()
         if isinstance(unit, LoreftIntervention):
             return {name: state[own] for name, own in SOURCE.items()} | {PLAIN: basis}
         layer = nn.Linear(basis.shape[1], basis.shape[0], bias=False, device="meta")
