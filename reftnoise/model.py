@@ -174,11 +174,14 @@ class ReftModel(TakesBatches, AdapterMixin):
         inputs.update({name: value for name, value in named.items() if value is not None})
         if input_ids is not None:
             inputs["input_ids"] = input_ids
-        if self.engine.settings.now.is_disabled:
+        choices = self.engine.settings.now
+        if choices.is_disabled:
             with self._bare() as base:
                 return self._call(base, inputs)
-        if self.training and self.scale != 1.0:
-            raise ValueError(f"scale {self.scale}: edits are trained as they are, with scale 1.0")
+        if self.training and choices.scale != 1.0:
+            raise ValueError(
+                f"scale {choices.scale}: edits are trained as they are, with scale 1.0"
+            )
         batch = Batch.of(inputs, prompt_lengths, unit_locations)
         planner = self._choose(batch, adapter_names, subspaces)
         if planner.engine is not self.engine:
@@ -264,7 +267,7 @@ class ReftModel(TakesBatches, AdapterMixin):
                 "the units are offloaded, and edits need their weights at once: offload the base "
                 "before it is wrapped, as by accelerate.cpu_offload(base)"
             )
-        active = self.adapters.active
+        active: AdapterChoice = self.engine.settings.now.adapter
         if adapter_names is None and active == OWN:
             if subspaces is None:
                 return self._planner

@@ -61,7 +61,12 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def plain_if_possible(value: Any) -> Any:
-    """As `plain`, but a value that no file holds is returned as it is."""
+    """As `plain`, but a value that no file holds is returned as it is, and so are tensors.
+
+    A module's attribute that is a tensor may be one of its weights.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
     try:
         return plain(value, "")
     except ValueError:

@@ -149,7 +149,8 @@ def test_weights_that_the_config_does_not_say(known: dict[str, Path], tmp_path: 
 def test_weights_that_are_not_finite(known: dict[str, Path], tmp_path: Path) -> None:
     broken = with_rows(tiny_model(), AXES[:4])
     next(iter(broken.interventions.values())).rotate_layer.weight.data[0] = math.nan
-    broken.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="not finite"):
+        broken.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layer_0.*: holds numbers that are not finite"):
         saved_overlaps({"first": known["first"], "broken": tmp_path})
 

@@ -5,7 +5,7 @@ from support.programs.touched_files import touched_files
 
 def test_a_training_pass_touches_few_files() -> None:
     first, later = touched_files()
-    assert len(later) <= 11
+    assert len(later) <= 13
     # A first pass also asks the base what it allows, and checks gradients of quantised layers.
-    assert len(first) <= 12
+    assert len(first) <= 14
     assert set(later) < set(first)
