@@ -355,10 +355,12 @@ def test_an_adapter_without_an_r(
     reft_model = adapter(tmp_path / "ours", entry("loreft"))
     for unit in reft_model.interventions.values():
         unit.rotate_layer.weight.data[1] = unit.rotate_layer.weight.data[0]
-    reft_model.save_pretrained(tmp_path / "ours")
+    with pytest.warns(UserWarning, match="dependent rows of R"):
+        reft_model.save_pretrained(tmp_path / "ours")
     with caplog_at_error():
         line = refused(capsys, tmp_path / "ours", tmp_path / "theirs", "--base", base)
-    assert line.endswith(": rotate_layer.weight has linearly dependent rows")
+    assert "rotate_layer.weight holds" in line
+    assert "dependent rows of R" in line
 
 
 @pytest.mark.parametrize("content", ["file", "strange", "source", "itself"])
