@@ -1,5 +1,6 @@
 """Adapter directories that were damaged by accident or on purpose, at random."""
 
+import copy
 import hashlib
 import json
 import math
@@ -43,17 +44,16 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 def _changed(chance: random.Random, value: Any) -> None:
     """Change a JSON value somewhere inside."""
     owner, key = chance.choice(list(_places(value)))
+    new = copy.deepcopy(chance.choice(VALUES))  # which a later change may change in turn
     match chance.randrange(6):
         case 0:
             del owner[key]
         case 1 if isinstance(owner, dict):
-            owner[chance.choice(("rank", "peft_type", "x", "layer", "embed_dim", "act_fn"))] = (
-                chance.choice(VALUES)
-            )
+            owner[chance.choice(("rank", "peft_type", "x", "layer", "embed_dim", "act_fn"))] = new
         case 2 if isinstance(owner, list):
-            owner.append(chance.choice((owner[key], *VALUES)))
+            owner.append(chance.choice((copy.deepcopy(owner[key]), new)))
         case _:
-            owner[key] = chance.choice(VALUES)
+            owner[key] = new
 
 
 def flipped(chance: random.Random, directory: Path) -> None:
