@@ -39,7 +39,7 @@ def expect_types(config: Any, where: str = "") -> None:
     """Raise a ValueError for the first field of a dataclass whose value is of another type.
 
     Args:
-        config: dataclass, perhaps of others.
+        config: dataclass, whose fields may be dataclasses.
         where: text before the field's name, such as `data.`.
     """
     hints = get_type_hints(type(config))

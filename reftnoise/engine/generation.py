@@ -45,7 +45,7 @@ def generate_edited(
 
 
 def _expect_all_tokens(kwargs: dict[str, Any]) -> None:
-    """Raise a ValueError for new tokens alone beside a cache: no prompt could be told from them."""
+    """Raise a ValueError for new tokens alone beside a cache: they do not tell the prompt."""
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     if ids is None or not isinstance(mask, Tensor) or mask.ndim != 2:
         return

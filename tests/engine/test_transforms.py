@@ -35,7 +35,7 @@ def weights_of(model: rn.ReftModel) -> Weights:
 def loss_of(model: rn.ReftModel) -> Callable[..., Tensor]:
     def loss(weights: Weights, ids: Tensor = IDS, labels: Tensor = LABELS) -> Tensor:
         inputs = {"input_ids": ids, "labels": labels}
-        return functional_call(model, weights, (), inputs).loss  # type: ignore[no-any-return]
+        return functional_call(model, weights, (), inputs).loss  # type: ignore[no-any-return]  # torch's
 
     return loss
 

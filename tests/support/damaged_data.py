@@ -1,4 +1,4 @@
-"""Data files that are damaged at random, or by somebody who means harm."""
+"""Data files that are damaged at random or on purpose."""
 
 import io
 import json

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-import regex  # type: ignore[import-untyped]
+import regex
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ _FIRST_VALUES = (
     *("megatron_config", "megatron_core"),
 )
 _OTHER_PLACES = ("adapters", "shadow_model")
-"""Arguments by which X-LoRA and Shadow load other models, without which they are nothing."""
+"""Arguments by which X-LoRA and Shadow load the other models that they need."""
 
 _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
 """Patterns where they are strings, and names in lists."""

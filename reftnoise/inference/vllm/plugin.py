@@ -236,7 +236,7 @@ def _output(original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **
 def _update_from_output(
     original: Callable[..., Any], scheduler: Scheduler, scheduled: Any, output: Any
 ) -> Any:
-    """End requests whose edits failed with an error; nobody reads the states that they left."""
+    """End requests whose edits failed with an error, and evict their states from the cache."""
     for name in getattr(output, "reftnoise_failed", ()):
         if name in scheduler.requests:
             blocks = scheduler.kv_cache_manager.get_block_ids(name)

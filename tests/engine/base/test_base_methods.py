@@ -1,4 +1,4 @@
-"""What a `ReftModel` does with each public attribute of its base, and with wrappers of others."""
+"""What a `ReftModel` does with its base's public attributes, and with other libraries' wrappers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -179,7 +179,7 @@ def test_a_models_own_method_does_not_run_edited_layers_without_their_edits() ->
     assert noise.chat(IDS).shape == (1, 9, 32)
 
 
-# -- wrappers of others ------------------------------------------------------------------------
+# -- wrappers of other libraries ---------------------------------------------------------------
 
 
 def lora() -> Any:
