@@ -23,6 +23,7 @@ from .engine.base.methods import OTHER_WRAPPER, REFUSED, may_run_layers
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
 from .engine.base.quantization import keep_differentiable
 from .engine.base.running import exclusive, innermost
+from .engine.base.sites import trained_modules
 from .engine.base.threads import undone_in_children
 from .engine.generation import generate_edited
 from .engine.hooks import Engine
@@ -70,8 +71,10 @@ class ReftModel(TakesBatches, AdapterMixin):
             )
         keep_differentiable(model)
         section = section_of(model, config.peft)
+        # First: where one of these raises, PEFT has changed nothing.
         expect_tokens(model, config.token_rows)
-        placed = place_units(config, model)  # first: where it raises, PEFT has changed nothing
+        trained_modules(model, config.modules_to_save)
+        placed = place_units(config, model)
         if section is not None and not is_peft_model(model):
             model = with_peft(model, section)
         self.reft_config = dataclasses.replace(config, peft=section)

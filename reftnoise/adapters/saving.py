@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._util.errors import one_line, value_errors
+from .._util.errors import brief, one_line, value_errors
 from .._util.files import local_path, replace_all
 from ..config.representations import ReftConfig
 from ..engine.base.peft import inner_model, is_peft_model, own_state, section_of
@@ -283,7 +283,7 @@ def _expect_fit(
     for name, shape in shapes.items():
         if tuple(own[name].shape) != shape:
             raise ValueError(
-                f"{path}: {name} has shape {shape}, the config says {tuple(own[name].shape)}"
+                f"{path}: {name} has shape {brief(shape)}, the config says {tuple(own[name].shape)}"
             )
 
 

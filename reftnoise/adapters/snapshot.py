@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .._util.errors import brief, warn_once
+from .._util.errors import brief, one_line, warn_once
 from .._util.files import local_path
 from .location import CONFIG_NAME, WEIGHTS_NAME, checked_description
 
@@ -58,8 +58,13 @@ class Snapshot:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, as the header of the weights has it."""
-        header = _header(self.weights, self.directory / WEIGHTS_NAME)
-        return {name: tuple(header[name]["shape"]) for name in header if name != _METADATA}
+        path = self.directory / WEIGHTS_NAME
+        header = _header(self.weights, path)
+        shapes = {name: tuple(header[name]["shape"]) for name in header if name != _METADATA}
+        for name, shape in shapes.items():
+            if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+                raise _damaged(path, f"{one_line(name)} has shape {brief(shape)}")
+        return shapes
 
     def identity(self) -> str:
         """A digest of config and weights: adapters with the same digest edit alike."""

@@ -1,6 +1,7 @@
 """Ways in which edits or weights were lost, or put elsewhere, without a word."""
 
 import copy
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -231,10 +232,20 @@ def test_a_section_that_leaves_out_what_the_model_has() -> None:
         rn.get_reft_model(base, rn.ReftConfig(LOREFT, peft=LORA))
 
 
-def test_a_config_that_does_not_fit_leaves_the_base_as_it_was() -> None:
+@pytest.mark.parametrize(
+    ("layer", "trained", "message"),
+    [
+        (99, None, "layer 99: the model has layers 0 to 2"),
+        (0, ["nrm"], "modules_to_save 'nrm': the model has no such module; did you mean 'norm'?"),
+    ],
+)
+def test_a_config_that_does_not_fit_leaves_the_base_as_it_was(
+    layer: int, trained: list[str] | None, message: str
+) -> None:
     base = tiny_model()
-    with pytest.raises(ValueError, match="layer 99: the model has layers 0 to 2"):
-        rn.get_reft_model(base, rn.ReftConfig(LOREFT | {"layer": 99}, peft=LORA))
+    config = rn.ReftConfig(LOREFT | {"layer": layer}, peft=LORA, modules_to_save=trained)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rn.get_reft_model(base, config)
     assert not hasattr(base, "peft_config")
     assert all(parameter.requires_grad for parameter in base.parameters())
 
