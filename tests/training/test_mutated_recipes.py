@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -19,6 +20,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import transformers
+import transformers.trainer
 
 from reftnoise._util import yaml
 from reftnoise.cli.main import main
@@ -116,11 +119,22 @@ def outcome(command: str, text: str, directory: Path) -> tuple[int, list[str]]:
     return code, [line for line in stderr.getvalue().splitlines() if line.startswith("reftnoise: ")]
 
 
+class StopSoon(transformers.TrainerCallback):
+    """Ends a run whose file asks for 10**40 steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= 3
+
+
 def check(command: str, text: str, directory: Path) -> str | None:
     """What is wrong with the answer to a file; None if nothing is."""
-    # What a study's cells do is what `train` does; their processes would take most of the time.
+    callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, StopSoon]
     started = time.monotonic()
-    with mock.patch("reftnoise.training.study.runner._run", return_value=[]):
+    # What a study's cells do is what `train` does; their processes would take most of the time.
+    with (
+        mock.patch("reftnoise.training.study.runner._run", return_value=[]),
+        mock.patch("transformers.trainer.DEFAULT_CALLBACKS", callbacks),
+    ):
         try:
             code, lines = outcome(command, text, directory)
         except KeyError as error:  # of the results that the cells would have written
@@ -196,15 +210,19 @@ def campaign(count: int, processes: int = 2) -> None:
     children = []
     for first in range(processes):
         if (child := os.fork()) == 0:
-            bad = 0
+            bad, slowest = 0, 0.0
             with tempfile.TemporaryDirectory() as directory:
                 os.chdir(directory)
                 for seed in range(first, count, processes):
+                    started = time.monotonic()
                     problem = check(*mutated(random.Random(seed)), Path(directory))
+                    slowest = max(slowest, time.monotonic() - started)
                     if problem is not None:
                         bad += 1
                         print(f"seed {seed}, {problem}", flush=True)
-            print(json.dumps({"process": first, "bad": bad}), flush=True)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            numbers = {"process": first, "bad": bad, "slowest s": slowest, "peak MiB": peak}
+            print(json.dumps(numbers), flush=True)
             os._exit(0)
         children.append(child)
     for child in children:
