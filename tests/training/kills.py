@@ -112,38 +112,39 @@ def killed(train: Callable[[Any, Path], None], cache: Any, directory: Path, seco
 
 
 def campaign(count: int, way: str = "command") -> tuple[int, int]:
-    """Start so many runs, each to be killed at a random instant.
+    """Kill so many runs at random instants, and resume them.
 
     Returns:
-        The number of runs that were killed before their end, and of those that ended otherwise than
-        the run that was not killed.
+        The number of kills after a checkpoint, and of runs that ended otherwise than the run that
+        was not killed.
     """
     import reftnoise.training.run  # noqa: F401  # before the fork
 
     train, files = WAYS[way]
-    draw, kills, bad = random.Random(0), 0, 0
+    draw, kills, later, bad = random.Random(0), 0, 0, 0
     with tempfile.TemporaryDirectory() as folder:
         lasts = {}
         for cache in CACHES:
             started = time.monotonic()
             assert not killed(train, cache, Path(folder) / f"whole-{cache}", 600)
             lasts[cache] = time.monotonic() - started
-        for index in range(count):
-            cache = CACHES[index % len(CACHES)]
+        while kills < count:
+            cache = CACHES[kills % len(CACHES)]
             run, whole = Path(folder) / "run", Path(folder) / f"whole-{cache}"
             shutil.rmtree(run, ignore_errors=True)
             if killed(train, cache, run, draw.uniform(0, lasts[cache])):
                 kills += 1
+                later += any(run.rglob("checkpoint-*/trainer_state.json"))
                 assert not killed(train, cache, run, 600)
             same = all((run / n).read_bytes() == (whole / n).read_bytes() for n in files)
             extra = {p.name for p in run.iterdir()} ^ {p.name for p in whole.iterdir()}
             if not same or extra:
                 bad += 1
-                print(f"run {index}, {cache}: {same=}, {extra=}", flush=True)
-    return kills, bad
+                print(f"kill {kills}, {cache}: {same=}, {extra=}", flush=True)
+    return later, bad
 
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    kills, bad = campaign(int(sys.argv[1]), *sys.argv[2:])
-    print(f"{sys.argv[1]} runs, {kills} killed before their end, {bad} differ")
+    later, bad = campaign(int(sys.argv[1]), *sys.argv[2:])
+    print(f"{sys.argv[1]} kills, {later} of them after a checkpoint; {bad} runs differ")
