@@ -1,6 +1,7 @@
 """`ReftModel`: a frozen base model with its units; called and generating like the base."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from ._util.errors import brief
 from .adapters import saving
@@ -124,6 +126,15 @@ class ReftModel(TakesBatches, AdapterMixin):
             self._fused_forward = getattr(value, "__func__", value)
         else:
             super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A call of another thread would be copied half done, with its hooks.
+        with exclusive(inner_model(self.model)):
+            copied = type(self).__new__(type(self))
+            memo[id(self)] = copied
+            state = copy.deepcopy(self.__dict__, memo)
+            copied.__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+            return copied
 
     def _is_setting_of_base(self, name: str) -> bool:
         """Whether the base has a property of that name, such as `loss_function`, and we do not."""

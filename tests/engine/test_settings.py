@@ -204,6 +204,22 @@ def test_a_copy_is_in_no_block(reft_model: rn.ReftModel) -> None:
         assert torch.equal(logits(copy.deepcopy(reft_model)), edited)
 
 
+def test_a_copy_waits_for_calls_of_other_threads(reft_model: rn.ReftModel) -> None:
+    edited, copies = logits(reft_model), list[rn.ReftModel]()
+    copying = threading.Thread(target=lambda: copies.append(copy.deepcopy(reft_model)))
+
+    def start(*_: Any) -> None:
+        handle.remove()
+        copying.start()
+        copying.join(0.5)  # for one that does not wait
+
+    handle = reft_model.model.model.norm.register_forward_hook(start)
+    logits_at(reft_model, 2.0)
+    copying.join(SECONDS)
+    assert torch.equal(logits(copies[0]), edited)
+    assert not any(module._forward_hooks for module in copies[0].model.modules())
+
+
 @pytest.mark.parametrize(
     "choice", [{"adapter": "nosuch"}, {"scale": float("nan")}, {"adapter": 3}, {"scale": "1"}]
 )
