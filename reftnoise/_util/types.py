@@ -6,13 +6,13 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import brief
+from .errors import brief, is_finite_number
 
 
 def fits(value: Any, hint: Any) -> bool:  # noqa: PLR0911  # one for each kind of type
     """Whether a plain value is of a type; an int is a float, and a text may name an Enum's member.
 
-    A kind of type that is not known fits everything.
+    Infinities and NaN are no floats here. A kind of type that is not known fits everything.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -23,9 +23,10 @@ def fits(value: Any, hint: Any) -> bool:  # noqa: PLR0911  # one for each kind o
         return True
     if hint in (None, NoneType):
         return value is None
-    if hint in (int, float):
-        kinds = (int, float) if hint is float else (int,)
-        return isinstance(value, kinds) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and is_finite_number(value)
     if origin is list:
         return isinstance(value, list | tuple) and all(fits(item, parts[0]) for item in value)
     if origin is dict:
@@ -68,4 +69,6 @@ def described(hint: Any) -> str:
     """A type in words: `str`, `dict[str, str]`, `none, memory or disk`."""
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
+    if hint is float:
+        return "finite float"
     return hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")

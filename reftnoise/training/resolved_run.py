@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
-from .._util.errors import nearest, one_line
+from .._util.errors import brief, nearest, one_line, value_errors
 from .._util.files import local_path
 from .._util.types import expect_type
 from ..config.base_model import expect_base
@@ -157,6 +157,7 @@ class ResolvedRun:
         if isinstance(arguments.lr_scheduler_kwargs, str):  # no JSON, which it would have read
             raise ValueError("training.arguments.lr_scheduler_kwargs: expected a mapping")
         _expect_positive(arguments)
+        _expect_schedule(arguments)
         return arguments
 
     @cached_property
@@ -221,6 +222,16 @@ def _expect_positive(training: "TrainingConfig | TrainingArguments") -> None:
         value = getattr(training, name)
         if value is not None and value <= 0:
             raise ValueError(f"training.{name} {value}: expected a positive number")
+
+
+def _expect_schedule(arguments: "TrainingArguments") -> None:
+    """Build the schedule of the learning rate as the Trainer does once the base is loaded."""
+    import torch
+    from transformers import get_scheduler
+
+    kind, further = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
+    with value_errors(f"training.arguments.lr_scheduler_kwargs {brief(further)}"):
+        get_scheduler(kind, torch.optim.SGD([torch.zeros(1)]), 0, 1, further)
 
 
 @cache

@@ -98,7 +98,7 @@ def mutated(draw: random.Random) -> tuple[str, str]:
         kind = draw.random()
         with contextlib.suppress(KeyError, IndexError, TypeError):
             if kind < 0.75:
-                put(values, path, draw.choice(WRONG))
+                put(values, path, copy.deepcopy(draw.choice(WRONG)))
             elif kind < 0.85:
                 put(values, (*path[:-1], draw.choice(("x", "", "learning_rte", 3))), 1)
             else:
@@ -181,6 +181,30 @@ def test_null_is_one_line_or_the_default(path: tuple[str, ...], tmp_path: Path) 
     code, lines = outcome("train", yaml.dump(values), tmp_path)
     assert (code, len(lines)) == (2, 1)
     assert f"{'.'.join(path)}: expected" in lines[0] or "data.train" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "value", "message"),
+    [
+        ("train", ("training", "warmup_steps"), float("inf"), "expected finite float, got inf"),
+        ("train", ("training", "learning_rate"), float("nan"), "expected finite float, got nan"),
+        (
+            "train",
+            ("training", "arguments", "lr_scheduler_kwargs"),
+            {"name": 1},
+            "training.arguments.lr_scheduler_kwargs {'name': 1}: cannot be used (TypeError",
+        ),
+        ("study", ("recipe", "representations", 0, 3), 1, "unknown key 3 for LoreftIntervention"),
+    ],
+)
+def test_wrong_values_that_ended_otherwise_once(
+    command: str, path: tuple[Any, ...], value: Any, message: str, tmp_path: Path
+) -> None:
+    values = copy.deepcopy(RECIPE if command == "train" else STUDY)
+    put(values, path, value)
+    code, lines = outcome(command, yaml.dump(values), tmp_path)
+    assert (code, len(lines)) == (2, 1)
+    assert message in lines[0]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -88,6 +88,7 @@ class Cell:
     def key(self) -> str:
         """A digest of all that decides its result."""
         decides = asdict(self.recipe) | {"output_dir": "", "device": ""}
+        decides = json.loads(json.dumps(decides))  # keys that are numbers cannot be sorted
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
