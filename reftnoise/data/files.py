@@ -7,7 +7,7 @@ import codecs
 import csv
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -130,9 +130,17 @@ def _mapping(row: Any, place: str) -> dict[str, Any]:
         raise ValueError(f"{place}: expected a mapping, got {brief(row)}")
     try:
         _expect_storable(row, 0)
+        _expect_columns(row)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     return row
+
+
+def _expect_columns(names: Iterable[str]) -> None:
+    """Raise a ValueError for a column's name that a table would cut off."""
+    for name in names:
+        if "\0" in name:
+            raise ValueError(f"column {brief(name)}: expected a name without NUL characters")
 
 
 def _expect_storable(value: Any, depth: int) -> None:
@@ -177,6 +185,8 @@ def _separated_rows(path: Path, delimiter: str) -> Iterator[PlacedRow]:
             try:
                 for cell in cells:
                     _expect_encodable(cell)
+                if names is None:
+                    _expect_columns(cells)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
             if names is None:

@@ -263,6 +263,8 @@ def _load_parquet(path: Path, split: str, streaming: bool) -> Rows:
                 "parquet", name, data_files=files, split=split, streaming=streaming
             )
             column_names(rows)  # of a stream, reads the file's beginning
+            if not streaming:
+                rows.data.table.validate(full=True)  # finds texts that are not UTF-8
     except Exception as error:  # of a damaged file, of any kind
         reason = one_line(error.__cause__ or error) or type(error).__name__
         if isinstance(error, StopIteration) or "corresponds to no data" in reason:

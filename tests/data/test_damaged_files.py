@@ -6,6 +6,7 @@ import resource
 import signal
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from support.damaged_data import damaged_file
 
 SECONDS, BYTES = 10, 2**29
 """Limits of a file, in seconds of processor time: with what the first file of a process imports."""
+FAILED_ONCE = (4510, 5775)
 _BATCH = 50
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
@@ -52,13 +54,13 @@ def outcome(tokenizer: Any, path: Path) -> str | None:
     return None if seconds < SECONDS and grown < BYTES else f"{seconds} s, {grown} bytes"
 
 
-def campaign(seeds: range, directory: Path) -> list[str]:
+def campaign(seeds: Sequence[int], directory: Path) -> list[str]:
     """What went wrong, by seed, in children that an alarm ends."""
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
     tokenizer.chat_template = TEMPLATE
     failures = []
-    for first in range(seeds.start, seeds.stop, _BATCH):
-        part = range(first, min(first + _BATCH, seeds.stop))
+    for first in range(0, len(seeds), _BATCH):
+        part = seeds[first : first + _BATCH]
         child = os.fork()
         if child == 0:
             signal.alarm(600)  # a hang
@@ -66,13 +68,13 @@ def campaign(seeds: range, directory: Path) -> list[str]:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:
-            failures.append(f"seeds from {first}: the child ended with {status}")
+            failures.append(f"seeds from {part[0]}: the child ended with {status}")
         else:
             failures += filter(None, (directory / f"{first}.failures").read_text().split("\0"))
     return failures
 
 
-def _failures(tokenizer: Any, seeds: range, directory: Path) -> str:
+def _failures(tokenizer: Any, seeds: Sequence[int], directory: Path) -> str:
     failures = []
     for seed in seeds:
         suffix, content = damaged_file(seed)
@@ -86,9 +88,13 @@ def _failures(tokenizer: Any, seeds: range, directory: Path) -> str:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "seeds", [range(20), pytest.param(range(20, 10_020), marks=pytest.mark.slow)], ids=len
+    "seeds",
+    [[*range(20), *FAILED_ONCE], pytest.param(range(20, 10_020), marks=pytest.mark.slow)],
+    ids=len,
 )
-def test_damaged_files(seeds: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_files(
+    seeds: Sequence[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert campaign(seeds, tmp_path) == []
 
@@ -98,6 +104,7 @@ def test_damaged_files(seeds: range, tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ("a.jsonl", '{"messages": ' + "[" * 100_000, "line 1: nested more than 100 levels deep"),
         ("a.csv", "prompt,completion\na,b\nc\n", "line 3: 1 cells, expected 2"),
+        ("a.csv", "prompt,completi\0n\na,b\n", "line 1: column 'completi\\x00n': expected a name"),
         ("a.json", "[3]", "row 0: expected a mapping, got 3"),
     ],
 )
