@@ -8,11 +8,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import brief, is_finite_number
 
+_LARGEST = 2.0**128 - 2.0**104
+"""Of float32."""
+
 
 def fits(value: Any, hint: Any) -> bool:  # noqa: PLR0911  # one for each kind of type
     """Whether a plain value is of a type; an int is a float, and a text may name an Enum's member.
 
-    Infinities and NaN are no floats here. A kind of type that is not known fits everything.
+    A float is a finite number of float32, as torch computes with. A kind of type that is not known
+    fits everything.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -26,7 +30,7 @@ def fits(value: Any, hint: Any) -> bool:  # noqa: PLR0911  # one for each kind o
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, int | float) and is_finite_number(value)
+        return is_finite_number(value) and abs(value) <= _LARGEST
     if origin is list:
         return isinstance(value, list | tuple) and all(fits(item, parts[0]) for item in value)
     if origin is dict:
@@ -70,5 +74,5 @@ def described(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     if hint is float:
-        return "finite float"
+        return "finite float32"
     return hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
