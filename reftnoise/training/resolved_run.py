@@ -148,7 +148,8 @@ class ResolvedRun:
                 )
             if name == "output_dir":  # where `resume` would not look for checkpoints
                 raise ValueError("training.arguments: output_dir is the recipe's own")
-            if value is None or value != known[name].default:  # some of which break their own type
+            default = known[name].default  # which may break its own type
+            if value is None or value != default or type(value) is not type(default):
                 expect_type(f"training.arguments.{name}", value, hints[name])
         try:
             arguments = TrainingArguments(**settings | further)
