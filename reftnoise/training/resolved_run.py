@@ -159,6 +159,7 @@ class ResolvedRun:
             raise ValueError("training.arguments.lr_scheduler_kwargs: expected a mapping")
         _expect_positive(arguments)
         _expect_schedule(arguments)
+        _expect_names(arguments)
         return arguments
 
     @cached_property
@@ -233,6 +234,21 @@ def _expect_schedule(arguments: "TrainingArguments") -> None:
     kind, further = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
     with value_errors(f"training.arguments.lr_scheduler_kwargs {brief(further)}"):
         get_scheduler(kind, torch.optim.SGD([torch.zeros(1)]), 0, 1, further)
+
+
+def _expect_names(arguments: "TrainingArguments") -> None:
+    """Look up the names that the Trainer looks up once the base is loaded."""
+    from transformers.training_args import trainer_log_levels
+
+    levels = list(trainer_log_levels)
+    names = {"log_level": levels, "log_level_replica": levels}
+    if arguments.torch_compile_mode is not None and arguments.torch_compile_backend == "inductor":
+        from torch._inductor import list_mode_options
+
+        names["torch_compile_mode"] = list(list_mode_options())
+    for option, possible in names.items():
+        if (name := getattr(arguments, option)) not in possible:
+            raise ValueError(f"training.arguments.{option} {name!r}: {nearest(name, possible)}")
 
 
 @cache

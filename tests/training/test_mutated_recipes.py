@@ -190,6 +190,8 @@ def test_null_is_one_line_or_the_default(path: tuple[str, ...], tmp_path: Path) 
         ("train", ("training", "warmup_steps"), float("inf"), "expected finite float32, got inf"),
         ("train", ("training", "learning_rate"), float("nan"), "expected finite float32, got nan"),
         ("train", ("training", "learning_rate"), 1e300, "expected finite float32, got 1e+300"),
+        ("train", ("training", "arguments", "log_level"), "warn", "did you mean 'warning'?"),
+        ("train", ("training", "arguments", "torch_compile_mode"), "x", "possible: default, "),
         ("train", ("training", "arguments", "use_cache"), 0, "use_cache: expected bool, got 0"),
         (
             "train",
