@@ -3,16 +3,17 @@
 import bisect
 import contextlib
 import gc
+import math
 import multiprocessing
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -31,56 +32,106 @@ class Times:
     """Seconds of each round."""
 
     seconds: tuple[float, ...]
+    peak_bytes: int | None = None
+    """The most memory of a GPU at once, with the bases and units of all methods of the run."""
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def __sub__(self, others: "Times") -> "Times":
+        """What each round took longer than the other's."""
+        pairs = zip(self.seconds, others.seconds, strict=True)
+        return Times(tuple(own - other for own, other in pairs))
+
+    def ratio(self, others: "Times") -> float:
+        """The median of each round's quotient: a machine is not as fast in all rounds."""
+        pairs = zip(self.seconds, others.seconds, strict=True)
+        return statistics.median(own / other for own, other in pairs)
+
     @property
     def spread(self) -> float:
         """Half the distance between the quartiles."""
+        if len(self.seconds) < 2:
+            return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / 2
 
 
+K = TypeVar("K")
+Failed = Callable[[K, Exception], None]
+"""What becomes of a method's error; the others go on."""
+
+
 def interleaved(
-    steps: Mapping[str, Step], rounds: int, device: str, warmup: int = 2
-) -> dict[str, Times]:
-    """Times of the steps, one after the other in every round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    steps: Mapping[K, Step],
+    rounds: int,
+    device: str,
+    warmup: int = 2,
+    deadline: float = math.inf,
+    failed: Failed[K] | None = None,
+) -> dict[K, Times]:
+    """Times of the steps, one after the other in every round.
+
+    Args:
+        steps: steps by the names of their methods.
+        rounds: number of rounds.
+        device: cpu or cuda.
+        warmup: number of rounds before, which do not count.
+        deadline: time of `time.monotonic` after which no round begins, but for the first, and no
+            step is run for the first time.
+        failed: receives a step's error, and the step is left out; raised, if None.
+    """
+    times: dict[K, list[float]] = {name: [] for name in steps}
+    peaks: dict[K, int] = {}
     gc.collect()
     gc.disable()  # a collection would slow a method at random
     try:
         for round_ in range(warmup + rounds):
-            for name, step in steps.items():
-                seconds = _seconds(step, device)
+            if round_ > warmup and time.monotonic() > deadline:
+                break
+            for name in list(times):
+                try:
+                    if round_ == 0 and time.monotonic() > deadline:
+                        raise TimeoutError("no time left")
+                    seconds, peak = _measured(steps[name], device)
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    failed(name, error)
+                    del times[name]
+                    continue
+                if peak is not None:
+                    peaks[name] = max(peak, peaks.get(name, 0))
                 if round_ >= warmup:
                     times[name].append(seconds)
             gc.collect()
     finally:
         gc.enable()
-    return {name: Times(tuple(seconds)) for name, seconds in times.items()}
+    return {name: Times(tuple(seconds), peaks.get(name)) for name, seconds in times.items()}
 
 
-def _seconds(step: Step, device: str) -> float:
+def _measured(step: Step, device: str) -> tuple[float, int | None]:
+    """Seconds of a step, and the most memory that a GPU held within it."""
     if device == "cpu":
         started = time.perf_counter()
         step()
-        return time.perf_counter() - started
+        return time.perf_counter() - started, None
     start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
+    torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     start.record()
     step()
     end.record()
     torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1000
+    return float(start.elapsed_time(end)) / 1000, int(torch.cuda.max_memory_allocated())
 
 
 def peak_bytes(work: Workload, method: str) -> int:
-    """The most memory that a step holds at once, weights included, in a process of its own.
+    """The most memory that a step on the CPU holds at once, in a process of its own.
 
-    On a GPU it is the device's memory, else that of the process, without its imports.
+    Weights are included, imports are not.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (work, method))
@@ -91,10 +142,6 @@ def _peak_here(work: Workload, method: str) -> int:
     imported = _resident()
     step = METHODS[method](Bench(work))
     step()
-    if work.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return int(torch.cuda.max_memory_allocated())
     with contextlib.suppress(OSError):  # Linux: forget the peak so far
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     step()

@@ -1,11 +1,14 @@
 """The methods that are compared: each makes a training step on a workload."""
 
+import contextlib
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.integrations.neftune import neftune_post_forward_hook
 from workload import SHAPES, Workload
@@ -16,29 +19,62 @@ Step = Callable[[], Any]
 """A training step; returns its loss."""
 
 
-def new_base(work: Workload) -> Any:
-    """A frozen base with random weights, the same at every call."""
+def new_base(work: Workload, layers: int | None = None) -> Any:
+    """A frozen base, the same at every call: of random weights, unless the workload names a model.
+
+    Args:
+        work: the workload.
+        layers: number of its layers, if it is another than the workload's.
+    """
     set_seed(0)
-    shape = SHAPES.get(work.shape or "") or {
-        "model_type": "llama",
-        "hidden_size": work.hidden_size,
-        "intermediate_size": int(2.75 * work.hidden_size),
-        "num_hidden_layers": work.layers,
-        "num_attention_heads": work.heads,
-        "vocab_size": work.vocabulary,
-        "max_position_embeddings": max(2048, work.prompt + work.completion),
-    }
-    config = AutoConfig.for_model(**shape, use_cache=False)
-    with torch.device(work.device):
-        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, work.dtype))
+    dtype = getattr(torch, work.dtype)
+    if work.model is not None and layers is None:
+        base = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype).to(work.device)
+        base.config.use_cache = False
+        return base.requires_grad_(False).train()
+    with torch.device(work.device):  # where random numbers for billions of weights take no time
+        base = AutoModelForCausalLM.from_config(_config(work, layers), dtype=dtype)
     return base.requires_grad_(False).train()
 
 
-class Bench:
-    """A workload's batch, and a base that methods share as long as they do not change it."""
+def _config(work: Workload, layers: int | None) -> Any:
+    if work.model is not None:
+        config = AutoConfig.from_pretrained(work.model, use_cache=False)
+    else:
+        llama = {
+            "model_type": "llama",
+            "hidden_size": work.hidden_size,
+            "intermediate_size": int(2.75 * work.hidden_size),
+            "num_hidden_layers": work.layers,
+            "num_attention_heads": work.heads,
+            "vocab_size": work.vocabulary,
+            "max_position_embeddings": max(2048, work.prompt + work.completion),
+        }
+        shape = llama if work.shape is None else SHAPES[work.shape]
+        config = AutoConfig.for_model(**shape, use_cache=False)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
 
-    def __init__(self, work: Workload) -> None:
-        self.work = work
+
+class Bench:
+    """A workload's batch, and a base that methods share as long as they do not change it.
+
+    Args:
+        work: the workload.
+        layers: number of the base's layers, if it is another than the workload's.
+        has_values: whether the base has weights, and not only their shapes.
+    """
+
+    def __init__(
+        self, work: Workload, *, layers: int | None = None, has_values: bool = True
+    ) -> None:
+        self.work, self._layers = work, layers
+        self._values = (
+            contextlib.nullcontext() if has_values else FakeTensorMode(allow_non_fake_inputs=True)
+        )
         set_seed(1)
         width = work.prompt + work.completion
         vocabulary = self.base.config.vocab_size
@@ -49,7 +85,20 @@ class Bench:
 
     @functools.cached_property
     def base(self) -> Any:
-        return new_base(self.work)
+        """The base that edits share."""
+        with self._values:
+            return new_base(self.work, self._layers)
+
+    def twin(self) -> Any:
+        """A base of its own for a method that changes it, with the same weights in memory."""
+        kept = (*self.base.parameters(), *self.base.buffers())
+        return copy.deepcopy(self.base, memo={id(tensor): tensor for tensor in kept})
+
+    @property
+    def prompts(self) -> dict[str, Tensor]:
+        """The batch without its completions."""
+        names = ("input_ids", "attention_mask")
+        return {name: self.batch[name][:, : self.work.prompt] for name in names}
 
     @property
     def first_edited(self) -> int:
@@ -70,15 +119,17 @@ class Bench:
 
         return run
 
-    def reft(self, *noises: dict[str, Any], base: Any = None) -> rn.ReftModel:
-        """LoReFT on the shared base, or on another."""
+    def reft(
+        self, *noises: dict[str, Any], positions: str | None = None, base: Any = None
+    ) -> rn.ReftModel:
+        """LoReFT on the shared base at the workload's positions, or on others."""
         work = self.work
         entry = {
             "layer": work.edited,
             "intervention": "loreft",
             "low_rank_dimension": work.rank,
-            "positions": work.positions,
-            "tied": False,
+            "positions": positions or work.positions,
+            "tied": work.tied,
         }
         set_seed(2)
         return rn.get_reft_model(base or self.base, rn.ReftConfig([entry, *noises])).train()
@@ -130,28 +181,35 @@ def compiled(bench: Bench) -> Step:
 
     Without the mask, which is all ones: eager models find that out and drop it, a graph cannot.
     """
-    model = torch.compile(bench.reft(base=new_base(bench.work)), fullgraph=True)
+    model = torch.compile(bench.reft(base=bench.twin()), fullgraph=True)
+    return bench.step(model, attention_mask=None)
+
+
+def compiled_lora(bench: Bench) -> Step:
+    """`lora` through `torch.compile`, likewise."""
+    model = torch.compile(lora_model(bench), fullgraph=True)
     return bench.step(model, attention_mask=None)
 
 
 def lora(bench: Bench) -> Step:
     """LoRA of rank 8 on queries and values, by peft."""
-    return bench.step(_lora_model(bench.work))
+    return bench.step(lora_model(bench))
 
 
 def neftune(bench: Bench) -> Step:
     """The same LoRA under transformers' NEFTune."""
-    model = _lora_model(bench.work)
+    model = lora_model(bench)
     embeddings = model.get_input_embeddings()
     embeddings.neftune_noise_alpha = 5.0
     embeddings.register_forward_hook(neftune_post_forward_hook)
     return bench.step(model)
 
 
-def _lora_model(work: Workload) -> Any:
+def lora_model(bench: Bench) -> Any:
+    """A base with LoRA of rank 8 on queries and values, by peft."""
     import peft
 
-    base = new_base(work)
+    base = bench.twin()
     set_seed(2)
     config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     return peft.get_peft_model(base, config).train()
@@ -159,14 +217,32 @@ def _lora_model(work: Workload) -> Any:
 
 def pyreft(bench: Bench) -> Step:
     """LoReFT of pyreft 0.1.0, its model driven directly: its trainer needs transformers 4."""
+    model, locations = pyreft_model(bench)
+    inputs = {name: bench.batch[name] for name in ("input_ids", "attention_mask")}
+    trained = [p for unit in model.interventions.values() for p in unit.parameters()]
+
+    def run() -> Tensor:
+        for parameter in trained:
+            parameter.grad = None
+        _, output = model(inputs, unit_locations=locations, labels=bench.batch["labels"])
+        output.loss.backward()
+        loss: Tensor = output.loss.detach()
+        return loss
+
+    return run
+
+
+def pyreft_model(bench: Bench) -> tuple[Any, dict[str, Any]]:
+    """A model of pyreft with LoReFT, and the places where it edits."""
     import pyreft
 
-    work, base = bench.work, new_base(bench.work)
+    work, base = bench.work, bench.twin()
     layers = range(base.config.num_hidden_layers)
     if work.edited != "all":
         start, end = work.edited.split("-")
         layers = range(int(start), int(end) + 1)
-    parts = rn.Positions.parse(work.positions).split()
+    whole = rn.Positions.parse(work.positions)
+    parts = [whole] if work.tied else whole.split()
     set_seed(2)
     representations = [
         {
@@ -182,29 +258,18 @@ def pyreft(bench: Bench) -> Step:
         for _ in parts
         for layer in layers
     ]
-    model = pyreft.get_reft_model(base, pyreft.ReftConfig(representations=representations))
-    model.set_device(work.device)
+    config = pyreft.ReftConfig(representations=representations)
+    model = pyreft.get_reft_model(base, config, set_device=False)
+    model.set_device(work.device, set_model=False)  # where the base is already
     columns = [[*range(part.first), *range(work.prompt - part.last, work.prompt)] for part in parts]
     locations = [[chosen] * work.batch_size for chosen in columns for _ in layers]
-    inputs = {name: bench.batch[name] for name in ("input_ids", "attention_mask")}
-    trained = [p for unit in model.interventions.values() for p in unit.parameters()]
-
-    def run() -> Tensor:
-        for parameter in trained:
-            parameter.grad = None
-        _, output = model(
-            inputs,
-            unit_locations={"sources->base": (None, locations)},
-            labels=bench.batch["labels"],
-        )
-        output.loss.backward()
-        loss: Tensor = output.loss.detach()
-        return loss
-
-    return run
+    return model, {"sources->base": (None, locations)}
 
 
 METHODS: dict[str, Callable[[Bench], Step]] = {
     method.__name__: method
-    for method in (floor, plain, split, reuse, symnoise, compiled, lora, neftune, pyreft)
+    for method in (
+        *(floor, plain, split, reuse, symnoise, compiled),
+        *(lora, neftune, compiled_lora, pyreft),
+    )
 }

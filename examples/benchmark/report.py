@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +12,51 @@ from rich.table import Table
 from reftnoise._util.hardware import machine
 
 Measurement = dict[str, Any]
-"""One method on one workload: `case`, `method`, `seconds`, `spread`, `tokens_per_second`, and where
-they were measured `peak_bytes` and `own_share`."""
+"""One method in one phase of a workload: `kind`, `phase`, `case`, `method`, `first` (the method
+that it is compared with), and where they were measured `seconds`, `spread`, `ratio`,
+`tokens_per_second`, `peak_bytes`, `own_share`, `operations` (a layer, beyond the first method's),
+`operations_once` (a step) and `operations_of_layer` (by operator); or the `error`."""
 
 
-def print_table(rows: Sequence[Measurement], title: str, console: Console) -> None:
-    """One workload's methods, relative to the floor, or else to the first of them."""
-    first = next((row for row in rows if row["method"] == "floor"), rows[0])
-    has_memory = any("peak_bytes" in row for row in rows)
-    table = Table("method", "median", "±", f"÷ {first['method']}", "tokens/s", title=title)
-    table.title_justify = "left"
-    if has_memory:
-        table.add_column("peak memory")
-        table.add_column(f"÷ {first['method']}")
-    table.add_column("own code")
-    for row in rows:
-        cells = [
-            row["method"],
-            _milliseconds(row["seconds"]),
-            _milliseconds(row["spread"]),
-            f"{row['seconds'] / first['seconds']:.2f}",
-            f"{row['tokens_per_second']:,.0f}",
-        ]
-        if has_memory:
-            cells += [f"{row['peak_bytes'] / 2**20:,.0f} MiB"]
-            cells += [f"{row['peak_bytes'] / first['peak_bytes']:.2f}"]
-        cells += [f"{row['own_share']:.1%}" if "own_share" in row else ""]
-        table.add_row(*cells)
-    console.print(table)
+def print_tables(rows: Sequence[Measurement], console: Console) -> None:
+    """A table for each phase of a workload, its methods relative to the first of them."""
+    for case in dict.fromkeys(row["case"] for row in rows):
+        own = [row for row in rows if row["case"] == case]
+        columns: dict[str, Callable[[Measurement], str]] = {
+            "method": lambda row: str(row["method"]),
+            "median": lambda row: _milliseconds(row["seconds"]),
+            "±": lambda row: _milliseconds(row["spread"]),
+            f"÷ {own[0]['first']}": lambda row: f"{row['ratio']:.3f}",
+            "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+            "peak memory": lambda row: _mebibytes(row["peak_bytes"]),
+            "own code": lambda row: f"{row['own_share']:.1%}",
+            "operations": _operations,
+            "error": lambda row: str(row["error"]),
+        }
+        cells = {name: [_cell(row, write) for row in own] for name, write in columns.items()}
+        filled = {name: column for name, column in cells.items() if any(column)}
+        table = Table(*filled, title=case)
+        table.title_justify = "left"
+        for line in zip(*filled.values(), strict=True):
+            table.add_row(*line)
+        console.print(table)
+
+
+def _cell(row: Measurement, write: Callable[[Measurement], str]) -> str:
+    try:
+        return write(row)
+    except KeyError:  # not measured
+        return ""
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / 2**20:,.0f} MiB"
+
+
+def _operations(row: Measurement) -> str:
+    """Operations a layer, and once a step: beyond the first method's, or its own."""
+    sign = "" if row["method"] == row["first"] else "+"
+    return f"{row['operations']:{sign},d} a layer, {row['operations_once']:{sign},d} a step"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -61,33 +78,37 @@ def write(folder: Path, rows: Sequence[Measurement], device: str) -> None:
 
 
 def markdown(rows: Sequence[Measurement], where: dict[str, Any]) -> str:
-    """Steps and generation as a table each: a workload a line, a method a column."""
-    groups: dict[bool, list[Measurement]] = {False: [], True: []}
-    for row in rows:
-        groups[row["method"] in ("base", "reftnoise")].append(row)
+    """Times of steps, times of generation, and operations: a workload a line, a method a column."""
     about = [f"{key} {value}" for key, value in where.items() if key not in ("date", "python")]
+    tables = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        tables.append(_pivot([row for row in own if "seconds" in row or "error" in row], _time))
+        tables.append(_pivot([row for row in own if "operations" in row], _operations))
     last = f"Measured on {where['date']}: {', '.join(about)}."
-    return "\n\n".join([_pivot(group) for group in groups.values() if group] + [last]) + "\n"
+    return "\n\n".join([table for table in tables if table] + [last]) + "\n"
 
 
-def _pivot(rows: Sequence[Measurement]) -> str:
-    """Times relative to the first method, and peak memory where it was measured."""
+def _pivot(rows: Sequence[Measurement], write: Callable[[Measurement], str]) -> str:
+    """Cells of all workloads and methods; none without rows."""
+    if not rows:
+        return ""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = ["| | " + " | ".join(methods) + " |", "|---" * (1 + len(methods)) + "|"]
     for case in dict.fromkeys(row["case"] for row in rows):
         own = {row["method"]: row for row in rows if row["case"] == case}
-        first = next(iter(own.values()))
-        cells = []
-        for row in (own.get(method) for method in methods):
-            if row is None:
-                cells.append("")
-                continue
-            ratio = f"{row['seconds'] / first['seconds']:.2f}"
-            cells.append(_milliseconds(row["seconds"]) if row is first else ratio)
-            if "peak_bytes" in row:
-                cells[-1] += f", {row['peak_bytes'] / 2**20:,.0f} MiB"
+        cells = [write(own[m]) if m in own else "" for m in methods]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _time(row: Measurement) -> str:
+    """Time relative to the first method's, or its own, and peak memory where it was measured."""
+    if "error" in row:
+        return str(row["error"])
+    is_first = row["method"] == row["first"]
+    cell = _milliseconds(row["seconds"]) if is_first else f"{row['ratio']:.3f}"
+    return f"{cell}, {_mebibytes(row['peak_bytes'])}" if "peak_bytes" in row else cell
 
 
 def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
@@ -99,7 +120,7 @@ def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def draw_bars(path: Path, rows: Sequence[Measurement]) -> None:
-    """Every workload's methods, relative to its floor."""
+    """Every workload's methods, relative to the first of them."""
     import matplotlib.pyplot as plt
 
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -110,15 +131,14 @@ def draw_bars(path: Path, rows: Sequence[Measurement]) -> None:
     )  # fmt: skip
     for axis, case in zip(axes[:, 0], cases, strict=True):
         own = [row for row in rows if row["case"] == case]
-        first = next((row for row in own if row["method"] == "floor"), own[0])
-        ratios = [row["seconds"] / first["seconds"] for row in own]
+        ratios = [row["ratio"] for row in own]
         colors = ["tab:blue" if row["is_ours"] else "tab:gray" for row in own]
         names = [row["method"] for row in own]
         bars = axis.barh(names, ratios, color=colors)
         axis.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xlim(0, max(ratios) * 1.12)
-        axis.set_title(f"{case}: time ÷ {first['method']}", fontsize=9, loc="left")
+        axis.set_title(f"{case}: time ÷ {own[0]['method']}", fontsize=9, loc="left")
         axis.invert_yaxis()
     _save(figure, path)
 

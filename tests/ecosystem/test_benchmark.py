@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from budget import Budget
+from generation import GENERATIONS
 from measure import Times, interleaved, own_share
-from methods import METHODS, Bench
+from methods import METHODS, Bench, Step
 from PIL import Image
 from report import exponent
-from run import NEEDS, benchmark
-from workload import SHAPES, SUITE, Workload
+from run import benchmark
+from running import NEEDS
+from suites import GUIDE, REAL_SHAPES, gpu_suite
+from workload import SHAPES, Case, Workload
 
 from reftnoise.cli.main import main, run
 from support.tolerance import assert_close
@@ -24,6 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprec
 SMALL = Workload(hidden_size=64, layers=2, vocabulary=128, batch_size=2, prompt=12, completion=4)
 FLAGS = [f"--work.{name}={value}" for name, value in vars(SMALL).items() if value is not None]
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmark"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds without collections, which take the most time here."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
 
 
 def bench(*arguments: str) -> int:
@@ -48,7 +59,8 @@ def test_the_old_command_says_where_it_went(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("positions", ["l1", "f3+l3"])
 def test_every_side_has_the_loss_of_its_method(positions: str) -> None:
     bench = Bench(Workload(**vars(SMALL) | {"positions": positions}))
-    methods = [method for method in METHODS if method not in ("pyreft", "compiled")]
+    others = ("pyreft", "compiled", "compiled_lora")
+    methods = [method for method in METHODS if method not in others]
     steps = {method: METHODS[method](bench) for method in methods}
     for _ in range(2):  # the second time, prompts are reused
         losses = {method: float(step()) for method, step in steps.items()}
@@ -100,9 +112,8 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFix
     table = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
     assert table[0] == "| | floor | plain | split | lora |"
     cells = [cell.strip() for cell in table[2].split("|")[1:-1]]
-    seconds = [row["seconds"] for row in written["rows"]]
     assert cells[0] == str(SMALL)
-    assert float(cells[4]) == pytest.approx(seconds[3] / seconds[0], abs=0.005)
+    assert float(cells[4]) == pytest.approx(written["rows"][3]["ratio"], abs=0.0005)
     assert "torch " + metadata.version("torch") in table[-1]
     with Image.open(tmp_path / "results.png") as picture:
         assert picture.width > 500
@@ -130,6 +141,8 @@ def test_varying_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["--vary=rank"], "vary 'rank' over []: expected values and"),
         (["--values=[1]"], "values [1]: expected vary, too"),
         (["--rounds=1"], "rounds 1: expected at least 2"),
+        (["--generation=[bass]"], "generation bass: expected base, prompt"),
+        (["--work.model=x", "--work.shape=toy"], "model 'x': expected no shape, got 'toy'"),
         (["--method"], "did you mean '--methods'?"),
         (["--work.hidden_size=65"], "hidden_size 65: expected a multiple of 64"),
     ],
@@ -142,16 +155,19 @@ def test_what_it_refuses(
     assert not (tmp_path / "out").exists()
 
 
-def test_generation_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("run.NEW_TOKENS", 3)
-    arguments = ["--methods=[floor]", "--generation=true", "--rounds=2"]
+def test_generation_is_measured(tmp_path: Path) -> None:
+    methods = ["base", "prompt", "addition", "loreft", "adapter", "adapters", "lora"]
+    arguments = [f"--generation=[{','.join(methods)}]", "--rounds=2"]
     assert bench(*FLAGS, *arguments, f"--output_dir={tmp_path}") == 0
     rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
-    generated = [(row["case"].split()[0], row["method"]) for row in rows[1:5]]
-    methods = ("base", "reftnoise")
-    assert generated == [(phase, method) for phase in ("prefill", "decode") for method in methods]
-    assert rows[1]["tokens_per_second"] == pytest.approx(12 / rows[1]["seconds"])
-    assert rows[3]["tokens_per_second"] == pytest.approx(3 / rows[3]["seconds"])
+    tokens = {"prefill": 2 * 12, "decode": 2 * 4, "generate": 2 * 5}
+    measured = [(row["phase"], row["method"]) for row in rows]
+    assert measured == [(phase, method) for phase in tokens for method in methods]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(tokens[row["phase"]] / row["seconds"])
+        assert row["is_ours"] == (row["method"] not in ("base", "lora"))
+    table = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
+    assert table[0] == "| | " + " | ".join(methods) + " |"
 
 
 def test_rounds_are_interleaved() -> None:
@@ -196,9 +212,93 @@ def test_peak_memory_counts_the_logits(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_workloads_are_told_apart() -> None:
-    names = [str(case.work) for case in SUITE]
-    assert len(set(names)) == len(names)
-    assert {method for case in SUITE for method in case.methods} <= set(METHODS)
+    known = {"training": METHODS, "generation": GENERATIONS}
+    for suite in (GUIDE, gpu_suite(REAL_SHAPES, "cuda"), gpu_suite(["toy"], "cpu")):
+        names = [(case.kind, str(case)) for case in suite]
+        assert len(set(names)) == len(names)
+        for case in suite:
+            assert set(case.methods) <= set(known[case.kind])
     assert set(NEEDS) <= set(METHODS)
-    assert str(Workload(shape="llama-3-8b", device="cuda")) != str(Workload(shape="qwen3-4b"))
-    assert all(shape["num_hidden_layers"] > 30 for shape in SHAPES.values())
+    assert all(SHAPES[shape]["num_hidden_layers"] > 30 for shape in REAL_SHAPES)
+
+
+def test_the_table_of_a_gpu_on_toys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Shape checks cannot be compiled, and other tests compile.
+    monkeypatch.setattr("torch.compile", lambda model, **_: model)
+    monkeypatch.setitem(METHODS, "lora", out_of_memory)
+    cases = gpu_suite(["toy"], "cpu")[:6]  # which include every kind
+    monkeypatch.setattr("run.gpu_suite", lambda *_: cases)
+    assert bench("--shapes=[toy]", "--seconds=600", f"--output_dir={tmp_path}") == 0
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert "skipped" not in capsys.readouterr().out
+    phases = {"training": 1, "generation": 3}
+    has_pyreft = importlib.util.find_spec("pyreft") is not None
+    methods = [
+        method
+        for case in cases
+        for method in case.methods * phases[case.kind]
+        if has_pyreft or method != "pyreft"
+    ]
+    assert sorted(row["method"] for row in rows) == sorted(methods)
+    for row in rows:
+        if row["kind"] == "training" and row["method"] == "lora":
+            assert row["error"] == "out of memory"
+        else:
+            assert "seconds" in row
+    assert "out of memory" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def out_of_memory(_: Bench) -> Step:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+
+def test_an_error_of_all_methods_is_the_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(METHODS, "floor", out_of_memory)
+    assert bench(*FLAGS, "--methods=[floor]", f"--output_dir={tmp_path}") == 2
+    assert "floor: out of memory" in capsys.readouterr().err
+
+
+def test_an_aborted_run_keeps_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def abort(_: Bench) -> Step:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(METHODS, "plain", abort)
+    cases = [Case("training", SMALL, (method,), rounds=2) for method in ("floor", "plain")]
+    monkeypatch.setattr("run.GUIDE", cases)
+    assert bench(f"--output_dir={tmp_path}") == 130
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows] == ["floor"]
+
+
+def test_cases_that_the_time_left_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    budget = Budget(100)
+    short, long = (Case("training", SMALL, (), seconds=seconds) for seconds in (10, 60))
+    assert budget.holds(long)
+    with budget.spending(short):
+        now[0] += 20  # twice what it says
+    assert budget.holds(short)
+    assert not budget.holds(long)
+    assert Budget(None).holds(long)
+
+
+def test_no_round_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def slow() -> None:
+        now[0] += 10
+
+    times = interleaved({"a": slow}, rounds=9, device="cpu", warmup=1, deadline=25)
+    assert len(times["a"].seconds) == 2
+    failures: dict[str, Exception] = {}
+    late = interleaved(
+        {"a": slow, "b": slow}, rounds=2, device="cpu", deadline=35, failed=failures.setdefault
+    )
+    assert list(late) == ["a"]
+    assert isinstance(failures["b"], TimeoutError)
