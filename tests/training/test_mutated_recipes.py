@@ -164,12 +164,13 @@ def test_every_key_with_every_wrong_value(
     config: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for path in keys_of(config):
-        for value in WRONG:
-            command, good = ("train", RECIPE) if config is Recipe else ("study", STUDY)
-            values = copy.deepcopy(good)
-            put(values, path, value)
-            assert check(command, yaml.dump(values), tmp_path) is None
+    command, good = ("train", RECIPE) if config is Recipe else ("study", STUDY)
+    problems = []
+    for path, value in itertools.product(keys_of(config), WRONG):
+        values = copy.deepcopy(good)
+        put(values, path, value)
+        problems.append(check(command, yaml.dump(values), tmp_path))
+    assert list(filter(None, problems)) == []
 
 
 NULLS = [path for path in keys_of(Recipe) if path != ("peft",)]
