@@ -91,6 +91,7 @@ def interleaved(
             if round_ > warmup and time.monotonic() > deadline:
                 break
             for name in list(times):
+                seconds = None
                 try:
                     if round_ == 0 and time.monotonic() > deadline:
                         raise TimeoutError("no time left")
@@ -99,7 +100,9 @@ def interleaved(
                     if failed is None:
                         raise
                     failed(name, error)
+                if seconds is None:  # now that the error no longer holds its frames
                     del times[name]
+                    gc.collect()
                     continue
                 if peak is not None:
                     peaks[name] = max(peak, peaks.get(name, 0))

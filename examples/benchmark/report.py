@@ -148,11 +148,12 @@ def draw_lines(path: Path, rows: Sequence[Measurement], vary: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
+    for phase, method in dict.fromkeys((row["phase"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["phase"], row["method"]) == (phase, method)]
         values, seconds = [row[vary] for row in own], [row["seconds"] for row in own]
-        axis.plot(values, [1000 * s for s in seconds], "o-", label=method)
-    axis.set(xlabel=vary, ylabel="milliseconds per step", xscale="log", yscale="log")
+        label = method if phase == "training" else f"{phase}, {method}"
+        axis.plot(values, [1000 * s for s in seconds], "o-", label=label)
+    axis.set(xlabel=vary, ylabel="milliseconds", xscale="log", yscale="log")
     axis.set_xticks(values, [f"{value:,d}" for value in values], minor=False)
     axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):

@@ -1,11 +1,13 @@
 """One case: times, memory and operations of its methods, as rows."""
 
 import functools
+import gc
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+import torch
 from generation import GENERATIONS
 from measure import Failed, Times, interleaved, own_share, peak_bytes
 from methods import METHODS, Bench, Step
@@ -43,6 +45,8 @@ def rows_of(case: Case, *, deadline: float, say: Callable[[str], None]) -> list[
         say(f"{method}: {errors[method]}")
 
     measured = _times(case, methods, deadline, failed) if case.rounds else {}
+    gc.collect()  # the bases, before those of the next case
+    torch.compiler.reset()
     if case.operations or not case.rounds:
         _count(case, [method for method in methods if method not in errors], failed, measured)
     first = next((method for method in methods if method not in errors), methods[0])
