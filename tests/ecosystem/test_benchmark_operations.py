@@ -100,9 +100,12 @@ def test_counts_depend_neither_on_weights_nor_on_depth(
     without_weights = count_case(wide, methods)
     monkeypatch.setattr("operations._LAYERS", 4)
     counts = count_case(case, methods, has_values=True)
-    assert {name: counts[name] for name in methods[1:]} == {
-        name: without_weights[name] for name in methods[1:]
-    }
+    for method in methods[1:]:
+        for phase, operations in counts[method].items():
+            other = without_weights[method][phase]
+            assert other.names == operations.names
+            # Whether a gradient of the first layer needs a copy depends on its strides.
+            assert other.step == pytest.approx(operations.step, abs=1)
 
 
 @pytest.mark.parametrize("method", ["floor", "plain", "lora"])
