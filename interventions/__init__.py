@@ -9,6 +9,7 @@ from .base import ReftIntervention as ReftIntervention
 from .base import has_factors as has_factors
 from .factors import Activation as Activation
 from .factors import Factors as Factors
+from .factors import ReadyEdit as ReadyEdit
 from .factors import StackedEdit as StackedEdit
 from .factors import side_by_side as side_by_side
 from .noise import BernoulliNoiseIntervention as BernoulliNoiseIntervention

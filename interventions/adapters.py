@@ -36,6 +36,8 @@ class BiasIntervention(_OfEveryToken):
     `"model.layers[3].mlp.down_proj.output"`.
     """
 
+    is_constant: ClassVar[bool] = True
+
     def __init__(
         self,
         *,
@@ -58,6 +60,7 @@ class AdditionIntervention(_OfEveryToken):
     Arguments as in `ReftIntervention`, without rank and `act_fn`. v starts at zero.
     """
 
+    is_constant: ClassVar[bool] = True
     vector: Tensor
 
     def __init__(

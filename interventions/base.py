@@ -27,7 +27,8 @@ from .arguments import (
     dtype_name,
     reject_unknown,
 )
-from .factors import Activation, Factors
+from .factors import Activation, Factors, ReadyEdit, ready_constant
+from .kept import KeepsForEvaluation
 from .own_forward import RowSubspaces, own_edit
 
 # pyvene announces on stdout that an optional backend is missing; importing us prints nothing.
@@ -168,11 +169,14 @@ class ReftIntervention(
         hidden: Float[Tensor, "*rows hidden"],
         gates: Float[Tensor, "*#rows gates"] | None = None,
     ) -> Float[Tensor, "*rows hidden"]:
-        dtypes = {tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()}
-        wide = hidden.to(functools.reduce(torch.promote_types, dtypes, hidden.dtype))
+        wide = hidden.to(self._wide_dtype(hidden))
         with torch.autocast(hidden.device.type, enabled=False):
             changed: Tensor = self.dropout(self._edit(wide, gates))
         return changed
+
+    def _wide_dtype(self, hidden: Tensor) -> torch.dtype:
+        dtypes = {tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()}
+        return functools.reduce(torch.promote_types, dtypes, hidden.dtype)
 
     def _edit(self, hidden: Tensor, gates: Tensor | None) -> Tensor:
         if gates is not None:
@@ -215,11 +219,13 @@ class ReftIntervention(
         return f"embed_dim={self.hidden_size}, {values}"
 
 
-class LowRankIntervention(ReftIntervention):
+class LowRankIntervention(KeepsForEvaluation, ReftIntervention):
     """An edit that has `Factors`, so that its adapters can share a batch and be served."""
 
     has_subspaces: ClassVar[bool] = True
     """Whether dimensions of its subspace can be edited without the others."""
+    is_constant: ClassVar[bool] = False
+    """Whether every state gets the same edit."""
 
     @abstractmethod
     def factors(self) -> Factors:
@@ -227,6 +233,31 @@ class LowRankIntervention(ReftIntervention):
 
     def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         return self.factors().to(hidden).edit(hidden)
+
+    def ready(
+        self,
+        like: Float[Tensor, "*rows hidden"],
+        scale: float = 1.0,
+        gates: Float[Tensor, "*#rows gates"] | None = None,
+    ) -> ReadyEdit:
+        """The edit of evaluation, of all states of the shape, dtype and device of `like`.
+
+        Args:
+            like: hidden states.
+            scale: factor of the edit.
+            gates: as of `delta`.
+        """
+        if gates is not None and not self.has_subspaces:
+            super()._edit(like, gates)  # which says so
+        name = (like.dtype, like.device, scale)
+
+        def new() -> ReadyEdit:
+            factors = self.factors().to(like.new_empty(0, dtype=self._wide_dtype(like)))
+            if self.is_constant and gates is None:
+                return ready_constant(scale * (factors.bias @ factors.up), like)
+            return factors.ready(like, scale, gates)
+
+        return self.kept(name, new) if gates is None else new()
 
     def _edit(self, hidden: Tensor, gates: Tensor | None) -> Tensor:
         if gates is None:

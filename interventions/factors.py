@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
+ReadyEdit: TypeAlias = Callable[[Tensor], Tensor]
+"""Of all hidden states in evaluation: without masks, indices and copies."""
+Activations: TypeAlias = tuple[tuple[str | Activation | None, int], ...]
 
 
 class Factors(NamedTuple):
@@ -25,7 +28,7 @@ class Factors(NamedTuple):
     down: Float[Tensor, "k hidden"]
     bias: Float[Tensor, " k"]
     up: Float[Tensor, "k hidden"]
-    acts: tuple[tuple[str | Activation | None, int], ...]
+    acts: "Activations"
     """Of each run of rows, the activation or its name, or None, and the number of rows."""
 
     def to(self, like: Tensor) -> "Factors":
@@ -46,16 +49,57 @@ class Factors(NamedTuple):
         """
         inner = F.linear(hidden, self.down, self.bias)
         if any(act for act, _ in self.acts):
-            parts = inner.split_with_sizes([count for _, count in self.acts], dim=-1)
-            activated = [
-                _activation(act)(part) if isinstance(act, str) else act(part) if act else part
-                for (act, _), part in zip(self.acts, parts, strict=True)
-            ]
-            inner = torch.cat(activated, dim=-1)
+            inner = activated(inner, self.acts)
         if gates is not None:
             blocks = inner.shape[-1] // gates.shape[-1]
             inner = inner * (gates if blocks == 1 else torch.cat([gates] * blocks, dim=-1))
         return inner @ self.up
+
+    def ready(
+        self,
+        like: Float[Tensor, "*rows hidden"],
+        scale: float = 1.0,
+        gates: Float[Tensor, "*#rows gates"] | None = None,
+    ) -> ReadyEdit:
+        """The edit of all states of the shape, dtype and device of `like`, in the factors' dtype.
+
+        It takes two products, those of φ, and a cast to that dtype and back.
+
+        Args:
+            like: hidden states.
+            scale: factor of the edit.
+            gates: as of `edit`.
+        """
+        down, bias, up, acts = self
+        dtype, narrow = up.dtype, like.dtype
+        transposed, up = down.mT.contiguous(), (up if scale == 1.0 else scale * up).contiguous()
+        if gates is not None:
+            gates = torch.cat([gates.to(up)] * (len(up) // gates.shape[-1]), dim=-1)
+            gates = gates.expand(*like.shape[:-1], len(up)).flatten(0, -2)
+        has_acts = any(act for act, _ in acts)
+
+        def edit(hidden: Tensor) -> Tensor:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            wide = flat if dtype is narrow else flat.to(dtype)
+            inner = torch.addmm(bias, wide, transposed)
+            if has_acts:
+                inner = activated(inner, acts)
+            if gates is not None:
+                inner = inner * gates
+            edited = torch.addmm(wide, inner, up)
+            return (edited if dtype is narrow else edited.to(narrow)).view(hidden.shape)
+
+        return edit
+
+
+def activated(inner: Float[Tensor, "*rows k"], acts: Activations) -> Float[Tensor, "*rows k"]:
+    """φ: the activation of each run of rows."""
+    parts = inner.split_with_sizes([count for _, count in acts], dim=-1)
+    values = [
+        _activation(act)(part) if isinstance(act, str) else act(part) if act else part
+        for (act, _), part in zip(acts, parts, strict=True)
+    ]
+    return torch.cat(values, dim=-1)
 
 
 def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " k"]]:
@@ -78,6 +122,11 @@ def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " k"]]:
     of = [torch.full_like(b, o, dtype=torch.long) for o, b in zip(owners, biases, strict=True)]
     acts = tuple((name or None, count) for name, count in counts.items())
     return Factors(torch.cat(downs), torch.cat(biases), torch.cat(ups), acts), torch.cat(of)
+
+
+def ready_constant(vector: Float[Tensor, " hidden"], like: Tensor) -> ReadyEdit:
+    """The addition of a vector to states of the dtype and device of `like`."""
+    return vector.to(like).add
 
 
 class StackedEdit(nn.Module):
@@ -113,9 +162,24 @@ class StackedEdit(nn.Module):
         wide = hidden.to(torch.promote_types(hidden.dtype, self.down.dtype))
         if gates is not None:
             gates = gates.to(wide).index_select(-1, self.owner)
-        factors = Factors(self.down, self.bias, self.up, self.acts)
         with torch.autocast(hidden.device.type, enabled=False):
-            return factors.to(wide).edit(wide, gates)
+            return self._factors.to(wide).edit(wide, gates)
+
+    def ready(
+        self,
+        like: Float[Tensor, "*rows hidden"],
+        scale: float = 1.0,
+        gates: Float[Tensor, "*#rows adapters"] | None = None,
+    ) -> ReadyEdit:
+        """The edit of all states of the shape, dtype and device of `like`; see `delta`."""
+        wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, self.down.dtype))
+        if gates is not None:
+            gates = gates.to(wide).index_select(-1, self.owner)
+        return self._factors.to(wide).ready(like, scale, gates)
+
+    @property
+    def _factors(self) -> Factors:
+        return Factors(self.down, self.bias, self.up, self.acts)
 
 
 @functools.cache

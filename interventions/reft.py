@@ -195,6 +195,8 @@ class LobireftIntervention(_Constant):
     Arguments as in `ReftIntervention`, without `act_fn`. Parameters: $rd + r$.
     """
 
+    is_constant: ClassVar[bool] = True
+
     def factors(self) -> Factors:
         basis = self.rotate_layer()
         return Factors(torch.zeros_like(basis), self.learned_source, basis, ((None, len(basis)),))

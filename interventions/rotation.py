@@ -13,17 +13,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-_steps_taken = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _steps_taken  # noqa: PLW0603  # fused optimizers do not raise a parameter's version
-    _steps_taken += 1
-
-
-register_optimizer_step_post_hook(_count_step)
+from .kept import KeepsForEvaluation
 
 SMALLEST_PIVOT = 1e-6
 """Of rows of length 1. What rounding to fp32 leaves of a dependent row is below it."""
@@ -141,16 +132,14 @@ def _inverse(lower: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
 
 
-class LowRankRotation(nn.Module):
+class LowRankRotation(KeepsForEvaluation):
     r"""$R \in \mathbb{R}^{r \times d}$ with orthonormal rows; call the module to get it.
 
     The parameter `weight` is the raw X of `orthonormal_rows`, fp32 or wider. It starts at half an
     orthonormal matrix: R moves then under Adam exactly as fast as pyreft's, whose coordinates
     receive twice the gradient.
 
-    In evaluation, R is computed at the first call and kept until an optimizer steps, the weight
-    changes, the module moves, or `train()` or `eval()` is called. (A change through `weight.data`
-    alone, which torch does not record, needs one of these calls.)
+    In evaluation, R is computed at the first call and kept, see `KeepsForEvaluation`.
     """
 
     def __init__(self, hidden_size: int, rank: int, dtype: torch.dtype = torch.float32) -> None:
@@ -158,8 +147,6 @@ class LowRankRotation(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(rank, hidden_size, dtype=wide))
         self._shared: Tensor | None = None
-        self._frozen: tuple[Tensor, tuple[object, ...], Tensor] | None = None
-        """A weight, its state, and its R."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -197,25 +184,7 @@ class LowRankRotation(nn.Module):
             return self._shared
         if self.is_trained or torch.compiler.is_compiling():
             return orthonormal_rows(self.weight)
-        weight, frozen = self.weight, self._frozen
-        try:
-            version = 0 if weight.is_inference() else weight._version
-            state = (weight.data_ptr(), version, _steps_taken)
-        except RuntimeError:  # within vmap
-            return orthonormal_rows(weight)
-        if frozen is None or frozen[0] is not weight or frozen[1] != state:
-            # Outside inference mode: the cached R may meet autograd later.
-            with torch.inference_mode(False), torch.no_grad():
-                frozen = self._frozen = weight, state, orthonormal_rows(weight)
-        return frozen[2]
-
-    def train(self, mode: bool = True) -> "LowRankRotation":
-        self._frozen = None
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "LowRankRotation":
-        self._frozen = None
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # of torch
+        return self.kept("basis", lambda: orthonormal_rows(self.weight))
 
     def extra_repr(self) -> str:
         rank, hidden_size = self.weight.shape

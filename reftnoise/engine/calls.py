@@ -16,12 +16,15 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..config.components import Stack
-from ..interventions import NoiseIntervention, RowSubspaces
+from ..interventions import NoiseIntervention, ReadyEdit, RowSubspaces, StackedEdit, has_factors
 from .base.running import mask_after_convolutions, shaped_like
 from .layout import PromptLayout, Selection, cached_length
 from .settings import MODEL_CHOICES, CallChoices
 from .units import PlacedUnit
 
+ReadySites: TypeAlias = dict[str, ReadyEdit | None]
+"""By the key of a site's first unit, the edit of all hidden states there; None where there is no
+such edit, since some are edited and some are not."""
 Gates: TypeAlias = Float[Tensor, "batch k"] | RowSubspaces
 
 # -- plans -----------------------------------------------------------------------------------------
@@ -53,6 +56,11 @@ class EditPlan:
     rows are shifted against the layout; each call draws its own otherwise."""
     choices: CallChoices = MODEL_CHOICES
     """How much is edited and who looks on."""
+    _ready: dict[int, ReadySites] = field(default_factory=dict, compare=False)
+
+    def ready_to_decode(self, rows: int) -> ReadySites:
+        """What calls that read generated tokens alone run at sites; all of them run the same."""
+        return self._ready.setdefault(rows, {})
 
     def settle(self, _: Bool[Tensor, "batch width"], __: int) -> "EditPlan":
         """The plan itself, as of a `DeferredPlan`."""
@@ -91,7 +99,44 @@ class Call:
     rows: int
     is_noised: bool = True
     """Whether noise acts."""
+    ready: ReadySites | None = None
+    """What it runs at sites, as far as they were reached; None where gradients are recorded."""
     _edited: dict[tuple[Selection, ...], "EditedRows"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        device = self.plan.layout.attended.device.type
+        is_autocast = torch.is_autocast_enabled(device)  # outside of which edits run
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_autocast:
+            return
+        is_decoding = self.offset >= self.plan.layout.attended.shape[1]
+        self.ready = self.plan.ready_to_decode(self.rows) if is_decoding else {}
+
+    def ready_edit(self, units: Sequence[PlacedUnit], hidden: Tensor) -> ReadyEdit | None:
+        """The edit of all hidden states of a site in evaluation; None if some are not edited."""
+        acting = [p for p in units if not isinstance(p.unit, NoiseIntervention)]
+        if len(acting) < len(units) and self.is_noised:
+            return None
+        reached = []
+        for placed in acting:
+            selection = self.plan.selections.get(placed.key)
+            reach = "none" if selection is None else selection.reach(self.offset, self.length)
+            if reach == "some":
+                return None
+            if reach == "all":
+                reached.append(placed)
+        if not reached or self.plan.choices.scale == 0.0:
+            return _as_they_are
+        if len(reached) > 1 or hidden.shape[-1] != reached[0].unit.hidden_size:
+            return None
+        unit: Any = reached[0].unit
+        gates = self.gates(reached[0].key)
+        is_ready = isinstance(unit, StackedEdit) or (has_factors(unit) and not unit.training)
+        if not is_ready or isinstance(gates, RowSubspaces):
+            return None
+        if gates is not None:
+            gates = gates.to(hidden.device)[:, None]
+        edit: ReadyEdit = unit.ready(hidden, self.plan.choices.scale, gates)
+        return edit
 
     @property
     def _times(self) -> int:
@@ -270,6 +315,10 @@ def _attended(mask: Any, batch: int, width: int, tokens: Tensor) -> Bool[Tensor,
 # -- edits -----------------------------------------------------------------------------------------
 
 
+def _as_they_are(hidden: Tensor) -> Tensor:
+    return hidden
+
+
 def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
     """Apply a site's units in their order.
 
@@ -291,6 +340,10 @@ def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden) -> H
             f"{site}: expected hidden states [{call.rows}, {call.length}, width], one per row "
             f"and token of the input, got {tuple(hidden.shape)}"
         )
+    if call.ready is not None:
+        edit = call.ready[units[0].key] = call.ready_edit(units, hidden)
+        if edit is not None:
+            return edit(hidden)
     edits: list[PlacedUnit] = []
     for placed in units:
         if not isinstance(placed.unit, NoiseIntervention):

@@ -33,7 +33,7 @@ from .base.running import (
 )
 from .base.sites import Site, find_stack
 from .base.threads import undone_in_children
-from .calls import AnyCall, CachedEdits, CallReader, Hidden, Plan, apply_units
+from .calls import AnyCall, CachedEdits, Call, CallReader, Hidden, Plan, apply_units
 from .layout import cached_length
 from .settings import CallSettings
 from .units import PlacedUnit
@@ -291,7 +291,8 @@ class Engine:
         return self._edit(units, call, hidden)
 
     def _edit(self, units: list[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
-        edited = apply_units(units, call, hidden)
+        ready = call.ready.get(units[0].key) if isinstance(call, Call) and call.ready else None
+        edited = apply_units(units, call, hidden) if ready is None else ready(hidden)
         if call.plan.choices.observer is not None:
             call.plan.choices.observer(units, hidden, edited)
         return edited

@@ -7,7 +7,7 @@ no difference. Everything is vectorised over the batch and stays on the batch's 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from ..config.positions import Positions
 
 UnitLocations = Mapping[str, Any]
 """pyvene's form: `{"sources->base": (None, locations)}`."""
+
+Reach: TypeAlias = Literal["all", "none", "some"]
 
 _MANY = 2**62
 """More tokens than any prompt has, within int64."""
@@ -109,6 +111,18 @@ class Selection:
     mask: Bool[Tensor, "batch positions"]
     decode: bool = False
     """Whether columns beyond the mask's width, which generation appends, are selected."""
+    is_full: bool = False
+    """Whether the mask is known to be True everywhere."""
+
+    def reach(self, offset: int, length: int) -> "Reach":
+        """Whether all, none or some of the columns of a call are selected, as far as is known."""
+        width = self.mask.shape[1]
+        is_within, is_beyond = offset < width, offset + length > width
+        if not is_within:
+            return "all" if self.decode else "none"
+        if self.is_full and offset >= 0 and (self.decode or not is_beyond):
+            return "all"
+        return "some"
 
     def first_column(self, width: int) -> Int[Tensor, " batch"]:
         """Each row's first selected column; `width` where nothing is selected."""
@@ -162,6 +176,8 @@ class PromptLayout:
 
     document_lengths: Int[Tensor, "batch width"] | None = None
     """For rows packed with several documents, the tokens of each column's document."""
+    _is_prompt = False
+    """Whether all tokens are known to be the prompt's."""
 
     def __init__(
         self,
@@ -169,11 +185,15 @@ class PromptLayout:
         prompt_lengths: Int[Tensor, " batch"] | None = None,
     ) -> None:
         lengths = attended.sum(1) if prompt_lengths is None else prompt_lengths
+        self._is_prompt = prompt_lengths is None
         self._set(attended, attended.cumsum(1) - 1, lengths[:, None])
 
     def _set(self, attended: Tensor, rank: Tensor, lengths: Tensor) -> None:
         """Take for each column the attended tokens before it, and those of its prompt."""
         self.attended, self._rank, self._lengths = attended, rank, lengths
+        # To find out waits for the device, which is worth it where edits of all tokens follow.
+        is_tracing = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        self._is_full = not is_tracing and bool(attended.all())
         self.prompt: Bool[Tensor, "batch width"] = attended & (rank < lengths)
 
     def select(self, positions: Positions, first: int = 0, last: int = 0) -> Selection:
@@ -183,7 +203,8 @@ class PromptLayout:
         """
         named = named_tokens(positions, self._rank, self._lengths, first, last) & self.attended
         if positions.all or positions.decode:
-            return Selection(None, named, positions.decode)
+            is_full = self._is_full and positions.all and (positions.decode or self._is_prompt)
+            return Selection(None, named, positions.decode, is_full)
         count = self._most(positions, named)
         if count is None:
             return Selection(None, named)
