@@ -9,9 +9,9 @@ from .base import ReftIntervention as ReftIntervention
 from .base import has_factors as has_factors
 from .factors import Activation as Activation
 from .factors import Factors as Factors
-from .factors import ReadyEdit as ReadyEdit
-from .factors import StackedEdit as StackedEdit
 from .factors import side_by_side as side_by_side
+from .formed import FormedIntervention as FormedIntervention
+from .formed import shared_factors as shared_factors
 from .noise import BernoulliNoiseIntervention as BernoulliNoiseIntervention
 from .noise import GaussianNoiseIntervention as GaussianNoiseIntervention
 from .noise import NeftuneIntervention as NeftuneIntervention
@@ -36,3 +36,9 @@ from .registry import registered_name as registered_name
 from .rotation import LowRankRotation as LowRankRotation
 from .rotation import orthonormal_rows as orthonormal_rows
 from .rotation import shared_bases as shared_bases
+from .row_edits import ALL_ROWS as ALL_ROWS
+from .row_edits import EditedRows as EditedRows
+from .row_edits import RowEdit as RowEdit
+from .row_edits import StackedEdit as StackedEdit
+from .row_edits import edit_rows as edit_rows
+from .row_edits import shaped_like as shaped_like

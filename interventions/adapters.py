@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .arguments import PyveneFields, reject_unknown
-from .base import LowRankIntervention
 from .factors import Activation, Factors
+from .formed import FormedIntervention
 
 
-class _OfEveryToken(LowRankIntervention):
+class _OfEveryToken(FormedIntervention):
     """An edit of every token by default, without a subspace to edit a part of."""
 
     default_positions: ClassVar[str] = "all+decode"
@@ -50,8 +50,11 @@ class BiasIntervention(_OfEveryToken):
         super().__init__(embed_dim=embed_dim, dropout=dropout, dtype=dtype, **pyvene)
         self.bias = nn.Parameter(torch.zeros(embed_dim, dtype=self.dtype))
 
-    def factors(self) -> Factors:
-        return _constant(self.bias)
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.bias,)
+
+    def form(self, *parts: Tensor) -> Factors:
+        return constant_factors(*parts)
 
 
 class AdditionIntervention(_OfEveryToken):
@@ -74,8 +77,11 @@ class AdditionIntervention(_OfEveryToken):
         super().__init__(embed_dim=embed_dim, dtype=dtype, **pyvene)
         self.register_buffer("vector", torch.zeros(embed_dim, dtype=self.dtype))
 
-    def factors(self) -> Factors:
-        return _constant(self.vector)
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.vector,)
+
+    def form(self, *parts: Tensor) -> Factors:
+        return constant_factors(*parts)
 
 
 class AdapterIntervention(_OfEveryToken):
@@ -109,18 +115,21 @@ class AdapterIntervention(_OfEveryToken):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def factors(self) -> Factors:
-        down, up = self.down, self.up
-        rank = len(down.weight)
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.down.weight, self.down.bias, self.up.weight, self.up.bias
+
+    def form(self, *parts: Tensor) -> Factors:
+        down, down_bias, up, up_bias = parts
+        rank = down.shape[-2]
         return Factors(
-            torch.cat([down.weight, torch.zeros_like(down.weight[:1])]),
-            torch.cat([down.bias, torch.ones_like(down.bias[:1])]),
-            torch.cat([up.weight.T, up.bias[None]]),
+            torch.cat([down, torch.zeros_like(down[..., :1, :])], dim=-2),
+            torch.cat([down_bias, torch.ones_like(down_bias[..., :1])], dim=-1),
+            torch.cat([up.mT, up_bias[..., None, :]], dim=-2),
             ((self.activation, rank), (None, 1)),
         )
 
 
-def _constant(vector: Tensor) -> Factors:
+def constant_factors(vector: Tensor) -> Factors:
     """A vector that is added to every state."""
-    up = vector[None]
-    return Factors(torch.zeros_like(up), torch.ones_like(up[:, 0]), up, ((None, 1),))
+    up = vector[..., None, :]
+    return Factors(torch.zeros_like(up), torch.ones_like(up[..., 0]), up, ((None, 1),))

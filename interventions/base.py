@@ -27,9 +27,10 @@ from .arguments import (
     dtype_name,
     reject_unknown,
 )
-from .factors import Activation, Factors, ReadyEdit, ready_constant
+from .factors import Activation, Factors
 from .kept import KeepsForEvaluation
 from .own_forward import RowSubspaces, own_edit
+from .row_edits import RowEdit
 
 # pyvene announces on stdout that an optional backend is missing; importing us prints nothing.
 with contextlib.redirect_stdout(io.StringIO()):
@@ -169,14 +170,15 @@ class ReftIntervention(
         hidden: Float[Tensor, "*rows hidden"],
         gates: Float[Tensor, "*#rows gates"] | None = None,
     ) -> Float[Tensor, "*rows hidden"]:
-        wide = hidden.to(self._wide_dtype(hidden))
+        wide = hidden.to(self.wide_dtype(hidden.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
             changed: Tensor = self.dropout(self._edit(wide, gates))
         return changed
 
-    def _wide_dtype(self, hidden: Tensor) -> torch.dtype:
+    def wide_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The widest of a dtype and those of the weights."""
         dtypes = {tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()}
-        return functools.reduce(torch.promote_types, dtypes, hidden.dtype)
+        return functools.reduce(torch.promote_types, dtypes, dtype)
 
     def _edit(self, hidden: Tensor, gates: Tensor | None) -> Tensor:
         if gates is not None:
@@ -234,30 +236,51 @@ class LowRankIntervention(KeepsForEvaluation, ReftIntervention):
     def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         return self.factors().to(hidden).edit(hidden)
 
-    def ready(
+    @property
+    def is_trained(self) -> bool:
+        """Whether weights must be differentiable now."""
+        is_differentiable = torch.is_grad_enabled() and any(
+            parameter.requires_grad for parameter in self.parameters()
+        )
+        return self.training or is_differentiable or torch.compiler.is_compiling()
+
+    def row_edit(
         self,
-        like: Float[Tensor, "*rows hidden"],
+        dtype: torch.dtype,
+        device: torch.device,
         scale: float = 1.0,
-        gates: Float[Tensor, "*#rows gates"] | None = None,
-    ) -> ReadyEdit:
-        """The edit of evaluation, of all states of the shape, dtype and device of `like`.
+        gates: Float[Tensor, "rows gates"] | None = None,
+    ) -> RowEdit:
+        """The edit as `edit_rows` takes it.
 
         Args:
-            like: hidden states.
+            dtype: dtype of its arithmetic.
+            device: device of the hidden states.
             scale: factor of the edit.
-            gates: as of `delta`.
+            gates: as of `delta`, for each row of hidden states.
         """
         if gates is not None and not self.has_subspaces:
-            super()._edit(like, gates)  # which says so
-        name = (like.dtype, like.device, scale)
+            super()._edit(gates, gates)  # which says so
 
-        def new() -> ReadyEdit:
-            factors = self.factors().to(like.new_empty(0, dtype=self._wide_dtype(like)))
-            if self.is_constant and gates is None:
-                return ready_constant(scale * (factors.bias @ factors.up), like)
-            return factors.ready(like, scale, gates)
+        def ready() -> Factors:
+            return self.factors().ready(dtype, device, scale)
 
-        return self.kept(name, new) if gates is None else new()
+        factors = ready() if self.is_trained else self.kept((dtype, device, scale), ready)
+        if gates is not None:
+            blocks = len(factors.up) // gates.shape[-1]
+            gates = torch.cat([gates.to(factors.up)] * blocks, dim=-1)
+        return RowEdit(factors, gates, self.dropout.p if self.dropout.training else 0.0)
+
+    def constant(
+        self, dtype: torch.dtype, device: torch.device, scale: float = 1.0
+    ) -> Float[Tensor, " hidden"]:
+        """The vector that a constant edit adds to every state; arguments as of `row_edit`."""
+
+        def vector() -> Tensor:
+            _, bias, up, _ = self.factors()
+            return (scale * (bias @ up)).to(device, dtype)
+
+        return vector() if self.is_trained else self.kept((dtype, device, scale, "all"), vector)
 
     def _edit(self, hidden: Tensor, gates: Tensor | None) -> Tensor:
         if gates is None:
@@ -275,7 +298,9 @@ def overrides_forward(cls: type) -> bool:
 
 def has_factors(unit: object) -> TypeGuard[LowRankIntervention]:
     """Whether `factors` are all that a unit adds: a `forward` of its own may do anything."""
-    return isinstance(unit, LowRankIntervention) and not unit.has_own_forward
+    if not isinstance(unit, LowRankIntervention) or unit.has_own_forward:
+        return False
+    return type(unit).edit is LowRankIntervention.edit
 
 
 class NoiseIntervention(SourcelessIntervention, LocalistRepresentationIntervention, ABC):

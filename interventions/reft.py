@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .arguments import PyreftFields, ReftArguments, reject_unknown
-from .base import LowRankIntervention
-from .factors import Factors
+from .factors import Activation, Factors
+from .formed import FormedIntervention
 from .pyreft_layers import PyreftRotation, state_of_ours
 from .rotation import LowRankRotation, expect_orthonormal
 
 
-class _Pyreft(LowRankIntervention):
+class _Pyreft(FormedIntervention):
     """A class that pyreft has too."""
 
     unread_arguments: ClassVar[frozenset[str]] = frozenset({"device", "init_orth", "add_bias"})
@@ -75,6 +75,9 @@ class _Rotated(_Pyreft):
         self.register_module("rotate_layer", rotation)
         self.learned_source = nn.Linear(embed_dim, low_rank_dimension, dtype=self.dtype)
 
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.rotate_layer(), self.learned_source.weight, self.learned_source.bias
+
 
 class LoreftIntervention(_Rotated):
     r"""LoReFT: $h + R^\top(\sigma(Wh + b) - Rh)$, R with orthonormal rows.
@@ -82,8 +85,8 @@ class LoreftIntervention(_Rotated):
     Arguments as in `ReftIntervention`. Parameters: $2rd + r$.
     """
 
-    def factors(self) -> Factors:
-        return _difference(self, self.rotate_layer())
+    def form(self, *parts: Tensor) -> Factors:
+        return difference(self.activation, *parts)
 
 
 class DireftIntervention(_Rotated):
@@ -92,8 +95,8 @@ class DireftIntervention(_Rotated):
     Arguments as in `ReftIntervention`. Parameters: $2rd + r$.
     """
 
-    def factors(self) -> Factors:
-        return _source(self, self.rotate_layer())
+    def form(self, *parts: Tensor) -> Factors:
+        return source(self.activation, *parts)
 
 
 class _Projected(_Pyreft):
@@ -119,6 +122,11 @@ class _Projected(_Pyreft):
         )
         self.learned_source = nn.Linear(embed_dim, low_rank_dimension, dtype=self.dtype)
 
+    def parts(self) -> tuple[Tensor, ...]:
+        source, projection = self.learned_source, self.proj_layer
+        offset = () if projection.bias is None else (projection.bias,)
+        return projection.weight, source.weight, source.bias, *offset
+
 
 class NoreftIntervention(_Projected):
     r"""NoReFT: $h + W_2^\top(\sigma(W_1h + b) - W_2h)$, W₂ unconstrained.
@@ -127,8 +135,8 @@ class NoreftIntervention(_Projected):
     Parameters: $2rd + r$.
     """
 
-    def factors(self) -> Factors:
-        return _difference(self, self.proj_layer.weight, self.proj_layer.bias)
+    def form(self, *parts: Tensor) -> Factors:
+        return difference(self.activation, *parts)
 
 
 class NodireftIntervention(_Projected):
@@ -140,8 +148,8 @@ class NodireftIntervention(_Projected):
 
     reads_bias: ClassVar[bool] = False
 
-    def factors(self) -> Factors:
-        return _source(self, self.proj_layer.weight)
+    def form(self, *parts: Tensor) -> Factors:
+        return source(self.activation, *parts)
 
 
 class ConstantArguments(PyreftFields, total=False):
@@ -177,6 +185,9 @@ class _Constant(_Pyreft):
         self.register_module("rotate_layer", rotation)
         self.learned_source = nn.Parameter(torch.rand(low_rank_dimension, dtype=self.dtype))
 
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.rotate_layer(), self.learned_source
+
 
 class ConsreftIntervention(_Constant):
     r"""ConsReFT: $h + R^\top(b - Rh)$, R with orthonormal rows.
@@ -184,9 +195,9 @@ class ConsreftIntervention(_Constant):
     Arguments as in `ReftIntervention`, without `act_fn`. Parameters: $rd + r$.
     """
 
-    def factors(self) -> Factors:
-        basis = self.rotate_layer()
-        return Factors(-basis, self.learned_source, basis, ((None, len(basis)),))
+    def form(self, *parts: Tensor) -> Factors:
+        basis, constant = parts
+        return Factors(-basis, constant, basis, ((None, basis.shape[-2]),))
 
 
 class LobireftIntervention(_Constant):
@@ -197,32 +208,36 @@ class LobireftIntervention(_Constant):
 
     is_constant: ClassVar[bool] = True
 
-    def factors(self) -> Factors:
-        basis = self.rotate_layer()
-        return Factors(torch.zeros_like(basis), self.learned_source, basis, ((None, len(basis)),))
+    def form(self, *parts: Tensor) -> Factors:
+        basis, constant = parts
+        return Factors(torch.zeros_like(basis), constant, basis, ((None, basis.shape[-2]),))
 
 
-def _source(unit: _Rotated | _Projected, projection: Tensor) -> Factors:
+def source(
+    act: str | Activation | None, projection: Tensor, weight: Tensor, bias: Tensor
+) -> Factors:
     r"""$P^\top\sigma(Wh + b)$ for a projection P."""
-    source = unit.learned_source
-    return Factors(source.weight, source.bias, projection, ((unit.activation, len(projection)),))
+    return Factors(weight, bias, projection, ((act, projection.shape[-2]),))
 
 
-def _difference(
-    unit: _Rotated | _Projected, projection: Tensor, offset: Tensor | None = None
+def difference(
+    act: str | Activation | None,
+    projection: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    offset: Tensor | None = None,
 ) -> Factors:
     r"""$P^\top(\sigma(Wh + b) - Ph - c)$ for a projection P and an offset c."""
-    weight, bias = unit.learned_source.weight, unit.learned_source.bias
+    rank = projection.shape[-2]
+    if act is None:  # one product for Wh - Ph
+        wide = torch.promote_types(weight.dtype, torch.float32)  # a difference loses digits
+        bias = bias.to(wide) if offset is None else bias.to(wide) - offset.to(wide)
+        return Factors(weight.to(wide) - projection.to(wide), bias, projection, ((None, rank),))
     if offset is None:
         offset = torch.zeros_like(bias)
-    rank = len(projection)
-    if unit.activation is None:  # one product for Wh - Ph
-        wide = torch.promote_types(weight.dtype, torch.float32)  # a difference loses digits
-        difference = weight.to(wide) - projection.to(wide)
-        return Factors(difference, bias.to(wide) - offset.to(wide), projection, ((None, rank),))
     return Factors(
-        torch.cat([weight, projection]),
-        torch.cat([bias, offset]),
-        torch.cat([projection, -projection]),
-        ((unit.activation, rank), (None, rank)),
+        torch.cat([weight, projection], dim=-2),
+        torch.cat([bias, offset], dim=-1),
+        torch.cat([projection, -projection], dim=-2),
+        ((act, rank), (None, rank)),
     )

@@ -31,6 +31,7 @@ from .engine.generation import generate_edited
 from .engine.hooks import Engine
 from .engine.layout import Batch, UnitLocations
 from .engine.planning import Planner, TrainingChecks
+from .engine.settings import Arithmetic
 from .engine.training_pass.fused_head import call_fused, expect_plain_head, has_fused_head
 from .engine.training_pass.prefix_cache import PrefixCache
 from .engine.training_pass.runner import ForwardPasses, SplitMode
@@ -318,6 +319,22 @@ class ReftModel(TakesBatches, AdapterMixin):
         if mode not in get_args(SplitMode):
             raise ValueError(f"split {mode!r}: expected 'auto', 'always' or 'never'")
         self._split = mode
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The dtype in which edits are computed: `"wide"` or `"base"`.
+
+        `"wide"` is the wider of the weights' dtype and the hidden states', so fp32 beside a base in
+        bf16. `"base"` is the hidden states' dtype: it leaves out the casts of each site, and rounds
+        what an edit computes to that dtype, as the base's own layers round.
+        """
+        return self.engine.settings.now.arithmetic
+
+    @arithmetic.setter
+    def arithmetic(self, choice: Arithmetic) -> None:
+        if choice not in get_args(Arithmetic):
+            raise ValueError(f"arithmetic {choice!r}: expected 'wide' or 'base'")
+        self.engine.settings.set("arithmetic", choice)
 
     @contextlib.contextmanager
     def _bare(self) -> Iterator[PreTrainedModel]:

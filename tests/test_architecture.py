@@ -45,14 +45,15 @@ ENGINE = [
     {"units"},
     {"settings"},
     {"calls"},
+    {"edits"},
     {"hooks"},
-    {"generation", "planning", "tracing"},
+    {"generation", "planning"},
     {"training_pass"},
 ]
 MAX_ENTRIES, MAX_LINES, MAX_BODY = 12, 400, 50
 EXCEPTIONS: dict[str, list[tuple[str, str]]] = {
     "private names stay private": [
-        ("interventions/rotation.py:_version", "torch tells of in-place changes nowhere else"),
+        ("interventions/kept.py:_version", "torch tells of in-place changes nowhere else"),
         ("training/study/cell.py:_exit", "os has no public name for it"),
     ],
     "hooks are registered in two rooms": [
@@ -65,7 +66,7 @@ OPTIONAL = {
     *("bitsandbytes", "deepspeed", "fastapi", "gradio", "lm_eval", "matplotlib", "openai", "peft"),
     *("torchao", "trl", "uvicorn", "vllm"),
 }
-FOREIGN_PRIVATE = ("engine/base/", "engine/tracing.py", "inference/vllm/")
+FOREIGN_PRIVATE = ("engine/base/", "engine/training_pass/tracing.py", "inference/vllm/")
 HOOKING = ("engine/", "analysis/")
 
 by_file = {"ids": lambda path: str(path.relative_to(ROOT))}

@@ -1,30 +1,28 @@
-"""What a pass over a base edits, the calls in which the base sees it, and the edits of one call.
+"""What a pass over a base edits, and the calls in which the base sees it.
 
 A plan says what is edited of all columns of a batch. The base sees these columns in one call or
 several: a prompt, perhaps in parts, and each generated token. In each call, a site's hidden states
 are edited where the plan's selections fall into the columns of the call.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..config.components import Stack
-from ..interventions import NoiseIntervention, ReadyEdit, RowSubspaces, StackedEdit, has_factors
-from .base.running import mask_after_convolutions, shaped_like
+from ..interventions import EditedRows, NoiseIntervention, RowSubspaces
+from .base.running import mask_after_convolutions
 from .layout import PromptLayout, Selection, cached_length
 from .settings import MODEL_CHOICES, CallChoices
 from .units import PlacedUnit
 
-ReadySites: TypeAlias = dict[str, ReadyEdit | None]
-"""By the key of a site's first unit, the edit of all hidden states there; None where there is no
-such edit, since some are edited and some are not."""
+ReadyEdit: TypeAlias = Callable[[Tensor], Tensor]
+"""Of the hidden states of a site in evaluation, all of which it edits, or none."""
 Gates: TypeAlias = Float[Tensor, "batch k"] | RowSubspaces
 
 # -- plans -----------------------------------------------------------------------------------------
@@ -56,10 +54,10 @@ class EditPlan:
     rows are shifted against the layout; each call draws its own otherwise."""
     choices: CallChoices = MODEL_CHOICES
     """How much is edited and who looks on."""
-    _ready: dict[int, ReadySites] = field(default_factory=dict, compare=False)
+    _ready: dict[int, dict[str, ReadyEdit]] = field(default_factory=dict, compare=False)
 
-    def ready_to_decode(self, rows: int) -> ReadySites:
-        """What calls that read generated tokens alone run at sites; all of them run the same."""
+    def ready_to_decode(self, rows: int) -> dict[str, ReadyEdit]:
+        """What all calls of so many rows run that read generated tokens alone; see `Call.ready`."""
         return self._ready.setdefault(rows, {})
 
     def settle(self, _: Bool[Tensor, "batch width"], __: int) -> "EditPlan":
@@ -99,44 +97,18 @@ class Call:
     rows: int
     is_noised: bool = True
     """Whether noise acts."""
-    ready: ReadySites | None = None
-    """What it runs at sites, as far as they were reached; None where gradients are recorded."""
-    _edited: dict[tuple[Selection, ...], "EditedRows"] = field(default_factory=dict)
+    ready: dict[str, ReadyEdit] = field(default_factory=dict)
+    """By the key of a site's first unit, what it runs there, as far as that is known."""
+    _edited: dict[tuple[Any, ...], EditedRows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        device = self.plan.layout.attended.device.type
-        is_autocast = torch.is_autocast_enabled(device)  # outside of which edits run
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_autocast:
-            return
-        is_decoding = self.offset >= self.plan.layout.attended.shape[1]
-        self.ready = self.plan.ready_to_decode(self.rows) if is_decoding else {}
+        if self.is_decoding and not torch.is_grad_enabled():
+            self.ready = self.plan.ready_to_decode(self.rows)
 
-    def ready_edit(self, units: Sequence[PlacedUnit], hidden: Tensor) -> ReadyEdit | None:
-        """The edit of all hidden states of a site in evaluation; None if some are not edited."""
-        acting = [p for p in units if not isinstance(p.unit, NoiseIntervention)]
-        if len(acting) < len(units) and self.is_noised:
-            return None
-        reached = []
-        for placed in acting:
-            selection = self.plan.selections.get(placed.key)
-            reach = "none" if selection is None else selection.reach(self.offset, self.length)
-            if reach == "some":
-                return None
-            if reach == "all":
-                reached.append(placed)
-        if not reached or self.plan.choices.scale == 0.0:
-            return _as_they_are
-        if len(reached) > 1 or hidden.shape[-1] != reached[0].unit.hidden_size:
-            return None
-        unit: Any = reached[0].unit
-        gates = self.gates(reached[0].key)
-        is_ready = isinstance(unit, StackedEdit) or (has_factors(unit) and not unit.training)
-        if not is_ready or isinstance(gates, RowSubspaces):
-            return None
-        if gates is not None:
-            gates = gates.to(hidden.device)[:, None]
-        edit: ReadyEdit = unit.ready(hidden, self.plan.choices.scale, gates)
-        return edit
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it reads generated tokens alone."""
+        return self.offset >= self.plan.layout.attended.shape[1]
 
     @property
     def _times(self) -> int:
@@ -146,16 +118,19 @@ class Call:
         """The call that a site's hidden states belong to: this one."""
         return self
 
-    def edited(self, units: Sequence[PlacedUnit]) -> "EditedRows":
+    def edited(self, units: Sequence[PlacedUnit], device: torch.device) -> EditedRows:
         """The rows of flattened hidden states that units edit, computed once for all sites."""
         selections = tuple(self.plan.selections[placed.key] for placed in units)
-        if selections not in self._edited:
+        key = (device, *selections)
+        if key not in self._edited:
             parts = [s.repeat(self._times).within(self.offset, self.length) for s in selections]
             indices, masks = zip(*parts, strict=True)
-            counts = [len(mask) for mask in masks]
-            joint = None if indices[0] is None else torch.cat(indices)
-            self._edited[selections] = EditedRows(joint, torch.cat(masks), counts)
-        return self._edited[selections]
+            joint = None if indices[0] is None else torch.cat(indices).to(device)
+            is_whole = all(s.covers(self.offset, self.length) for s in selections)
+            skipped = None if is_whole else ~torch.cat(masks)[:, None].to(device)
+            counts = () if len(masks) == 1 else tuple(len(mask) for mask in masks)
+            self._edited[key] = EditedRows(joint, skipped, counts)
+        return self._edited[key]
 
     def gates(self, key: str) -> Gates | None:
         """A unit's gates for the rows of this call."""
@@ -244,15 +219,6 @@ class CachedEdits:
         return False
 
 
-class EditedRows(NamedTuple):
-    """Rows of flattened hidden states that the units at a site edit, one unit after the other."""
-
-    indices: Int[Tensor, " n"] | None
-    """None for all rows, of a single unit."""
-    mask: Bool[Tensor, " n"]
-    counts: list[int]
-
-
 class CallReader:
     """Reads which columns of a plan each call of a base sees, one call after the other.
 
@@ -310,120 +276,3 @@ def _attended(mask: Any, batch: int, width: int, tokens: Tensor) -> Bool[Tensor,
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= width:
         return mask[:, -width:].bool()
     return torch.ones(batch, width, dtype=torch.bool, device=tokens.device)
-
-
-# -- edits -----------------------------------------------------------------------------------------
-
-
-def _as_they_are(hidden: Tensor) -> Tensor:
-    return hidden
-
-
-def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
-    """Apply a site's units in their order.
-
-    Edits that no noise stands between read equal states, unless the plan has them act in turn.
-
-    Raises:
-        ValueError: hidden states that are not one per row and token, or of another width than a
-            unit's.
-    """
-    site = units[0].site
-    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-        raise ValueError(
-            f"{site}: expected hidden states [batch, length, width], got "
-            f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
-        )
-    call = call.at(hidden)
-    if hidden.shape[:2] != (call.rows, call.length):
-        raise ValueError(
-            f"{site}: expected hidden states [{call.rows}, {call.length}, width], one per row "
-            f"and token of the input, got {tuple(hidden.shape)}"
-        )
-    if call.ready is not None:
-        edit = call.ready[units[0].key] = call.ready_edit(units, hidden)
-        if edit is not None:
-            return edit(hidden)
-    edits: list[PlacedUnit] = []
-    for placed in units:
-        if not isinstance(placed.unit, NoiseIntervention):
-            edits.append(placed)
-            if call.plan.in_turn:
-                hidden, edits = _add_edits(edits, call, hidden), []
-            continue
-        hidden, edits = _add_edits(edits, call, hidden), []
-        unit = placed.unit
-        if not unit.training and call.plan.choices.is_noised:
-            unit = copy.copy(unit)  # its mode is of all threads
-            unit.training = True
-        if not (call.is_noised and unit.training):
-            continue
-        if call.plan.noise is None:
-            hidden = unit(hidden, **call.tokens(hidden.device))
-        else:
-            hidden = hidden + call.plan.noise(unit, hidden, call.offset)
-    return _add_edits(edits, call, hidden)
-
-
-def _add_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> Hidden:
-    """Add the edits of all units to the states that all of them read.
-
-    Those of few positions are applied at once.
-    """
-    if call.offset + call.length <= call.plan.cut or call.plan.choices.scale == 0.0:
-        return hidden
-    edited, few = hidden, []
-    for placed in units:
-        selection = call.plan.selections.get(placed.key)
-        if selection is None:
-            continue
-        if hidden.shape[-1] != placed.unit.hidden_size:
-            raise ValueError(
-                f"{placed.site} has width {hidden.shape[-1]}, but its "
-                f"{type(placed.unit).__name__} has embed_dim {placed.unit.hidden_size}: pass "
-                f"embed_dim={hidden.shape[-1]}"
-            )
-        if selection.columns is None:
-            edited = _edit_rows(edited, hidden, [placed], call)
-        else:
-            few.append(placed)
-    return _edit_rows(edited, hidden, few, call) if few else edited
-
-
-def _edit_rows(edited: Hidden, hidden: Hidden, units: Sequence[PlacedUnit], call: Call) -> Hidden:
-    """Add each unit's edit of `hidden`, times the scale, to those rows of `edited` in the mask.
-
-    Rows outside the mask are added exact zeros, which keeps every shape static: no
-    synchronisation with the device, and a NaN in padding stays where it is.
-    """
-    rows = call.edited(units)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    target = edited.reshape(-1, hidden.shape[-1])
-    mask = rows.mask.to(hidden.device)[:, None]
-    if rows.indices is None:
-        states = flat.masked_fill(~mask, 0)
-        if getattr(units[0].unit, "has_own_forward", False):  # which may divide by their norm
-            states = torch.where(mask, flat, flat.nan_to_num())
-        delta = _delta(units[0], call, states)
-        return shaped_like(hidden, target + delta.masked_fill(~mask, 0))
-    indices = rows.indices.to(hidden.device)
-    parts = flat.index_select(0, indices).split_with_sizes(rows.counts)
-    deltas = [_delta(unit, call, part) for unit, part in zip(units, parts, strict=True)]
-    delta = torch.cat(deltas).masked_fill(~mask, 0)
-    return shaped_like(hidden, target.index_add(0, indices, delta))
-
-
-def _delta(
-    placed: PlacedUnit, call: Call, hidden: Float[Tensor, "n hidden"]
-) -> Float[Tensor, "n hidden"]:
-    unit: Any = placed.unit
-    scale = call.plan.choices.scale
-    gates = call.gates(placed.key)
-    if gates is None and not unit.has_own_forward:
-        delta: Tensor = unit.delta(hidden)
-    else:
-        if isinstance(gates, Tensor):
-            gates = gates.to(hidden.device)[:, None]
-        by_row = hidden.view(call.rows, -1, hidden.shape[-1])
-        delta = unit.delta(by_row, gates).flatten(0, 1)
-    return (delta if scale == 1.0 else scale * delta).to(hidden.dtype)

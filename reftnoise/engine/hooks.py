@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..interventions import LowRankRotation, shared_bases
+from ..interventions import shared_factors
 from .base.peft import inner_model, may_add_to_loss, virtual_tokens
 from .base.running import (
     as_written,
@@ -33,9 +33,10 @@ from .base.running import (
 )
 from .base.sites import Site, find_stack
 from .base.threads import undone_in_children
-from .calls import AnyCall, CachedEdits, Call, CallReader, Hidden, Plan, apply_units
+from .calls import AnyCall, CachedEdits, Call, CallReader, Hidden, Plan
+from .edits import apply_units
 from .layout import cached_length
-from .settings import CallSettings
+from .settings import CallChoices, CallSettings
 from .units import PlacedUnit
 
 CallAt: TypeAlias = Callable[[Site], AnyCall | None]
@@ -120,7 +121,7 @@ class Engine:
             # What is recomputed in the backward pass must not depend on what is computed outside:
             # with reentrant checkpointing, a shared basis would be differentiated several times.
             if not checkpointed:
-                stack.enter_context(self.sharing_bases())
+                stack.enter_context(self.sharing_factors(plans[0].choices))
             for module in checkpointed:
                 stack.enter_context(checkpointing(module, self._repeatable))
             hooks = stack.enter_context(contextlib.ExitStack())
@@ -291,7 +292,7 @@ class Engine:
         return self._edit(units, call, hidden)
 
     def _edit(self, units: list[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
-        ready = call.ready.get(units[0].key) if isinstance(call, Call) and call.ready else None
+        ready = call.ready.get(units[0].key) if isinstance(call, Call) else None
         edited = apply_units(units, call, hidden) if ready is None else ready(hidden)
         if call.plan.choices.observer is not None:
             call.plan.choices.observer(units, hidden, edited)
@@ -308,8 +309,10 @@ class Engine:
             return inputs
         return inputs | {"inputs_embeds": self._apply(units, call, embeds)}
 
-    def sharing_bases(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block, each unit's orthonormal rows are computed once."""
-        modules = [module for placed in self.units for module in placed.unit.modules()]
-        rotations = [module for module in modules if isinstance(module, LowRankRotation)]
-        return shared_bases([module for module in rotations if not is_part(module.weight)])
+    def sharing_factors(self, choices: CallChoices) -> contextlib.AbstractContextManager[None]:
+        """Within the block, what is computed of units' weights alone is computed once."""
+        units = [placed.unit for placed in self.units]
+        whole = [unit for unit in units if not any(map(is_part, unit.parameters()))]
+        weights = inner_model(self.base).parameters()
+        dtype = next((w.dtype for w in weights if w.is_floating_point()), torch.float32)
+        return shared_factors(whole, dtype, is_wide=choices.arithmetic == "wide")

@@ -7,19 +7,18 @@ no difference. Everything is vectorised over the batch and stays on the batch's 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..config.positions import Positions
+from .base.running import is_transformed, tokens_that_are_seen
 
 UnitLocations = Mapping[str, Any]
 """pyvene's form: `{"sources->base": (None, locations)}`."""
-
-Reach: TypeAlias = Literal["all", "none", "some"]
 
 _MANY = 2**62
 """More tokens than any prompt has, within int64."""
@@ -111,18 +110,17 @@ class Selection:
     mask: Bool[Tensor, "batch positions"]
     decode: bool = False
     """Whether columns beyond the mask's width, which generation appends, are selected."""
-    is_full: bool = False
-    """Whether the mask is known to be True everywhere."""
+    counting: range | None = None
+    """Columns that hold all slots, each of which is known to count; None where that is unknown."""
 
-    def reach(self, offset: int, length: int) -> "Reach":
-        """Whether all, none or some of the columns of a call are selected, as far as is known."""
-        width = self.mask.shape[1]
-        is_within, is_beyond = offset < width, offset + length > width
-        if not is_within:
-            return "all" if self.decode else "none"
-        if self.is_full and offset >= 0 and (self.decode or not is_beyond):
-            return "all"
-        return "some"
+    def covers(self, offset: int, length: int) -> bool:
+        """Whether all slots, or columns, of a call are known to count."""
+        known, end = self.counting, offset + length
+        if self.columns is None:
+            if offset >= self.mask.shape[1]:
+                return self.decode
+            return known is not None and offset >= 0 and (self.decode or end <= known.stop)
+        return known is not None and offset <= known.start and end >= known.stop
 
     def first_column(self, width: int) -> Int[Tensor, " batch"]:
         """Each row's first selected column; `width` where nothing is selected."""
@@ -176,8 +174,6 @@ class PromptLayout:
 
     document_lengths: Int[Tensor, "batch width"] | None = None
     """For rows packed with several documents, the tokens of each column's document."""
-    _is_prompt = False
-    """Whether all tokens are known to be the prompt's."""
 
     def __init__(
         self,
@@ -185,15 +181,11 @@ class PromptLayout:
         prompt_lengths: Int[Tensor, " batch"] | None = None,
     ) -> None:
         lengths = attended.sum(1) if prompt_lengths is None else prompt_lengths
-        self._is_prompt = prompt_lengths is None
         self._set(attended, attended.cumsum(1) - 1, lengths[:, None])
 
     def _set(self, attended: Tensor, rank: Tensor, lengths: Tensor) -> None:
         """Take for each column the attended tokens before it, and those of its prompt."""
         self.attended, self._rank, self._lengths = attended, rank, lengths
-        # To find out waits for the device, which is worth it where edits of all tokens follow.
-        is_tracing = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        self._is_full = not is_tracing and bool(attended.all())
         self.prompt: Bool[Tensor, "batch width"] = attended & (rank < lengths)
 
     def select(self, positions: Positions, first: int = 0, last: int = 0) -> Selection:
@@ -203,8 +195,7 @@ class PromptLayout:
         """
         named = named_tokens(positions, self._rank, self._lengths, first, last) & self.attended
         if positions.all or positions.decode:
-            is_full = self._is_full and positions.all and (positions.decode or self._is_prompt)
-            return Selection(None, named, positions.decode, is_full)
+            return selection(None, named, range(named.shape[1]), positions.decode)
         count = self._most(positions, named)
         if count is None:
             return Selection(None, named)
@@ -214,7 +205,8 @@ class PromptLayout:
         order = torch.argsort(key, dim=1, descending=True, stable=True)
         columns = order[:, :count]
         mask = named.gather(1, columns)
-        return Selection(torch.where(mask, columns, columns[:, :1]), mask)
+        columns = torch.where(mask, columns, columns[:, :1])
+        return selection(columns, mask, range(named.shape[1]))
 
     def _most(self, positions: Positions, named: Bool[Tensor, "batch width"]) -> int | None:
         """No row has more named tokens than this; None where only reading the mask would tell."""
@@ -300,23 +292,6 @@ def named_tokens(
     return (named & in_prompt) | ~in_prompt if positions.decode else named & in_prompt
 
 
-def tokens_that_are_seen(
-    mask: Shaped[Tensor, "batch heads length width"], past: int
-) -> Bool[Tensor, "batch width"]:
-    """The tokens that a mask of pairs does not hide: they see themselves, or are cached and seen.
-
-    Args:
-        mask: whether a token sees another, or what is added to its score, by which its weight is
-            multiplied by exp(mask): 0 in fp32 from −104 down.
-        past: number of cached tokens.
-    """
-    if mask.is_floating_point():
-        mask = mask.float().exp() > 0
-    sees = mask.bool().any(1)
-    own = sees[:, :, past:].diagonal(dim1=1, dim2=2)
-    return torch.cat([sees[:, :, :past].any(1), own], dim=1)
-
-
 def document_starts(
     attended: Bool[Tensor, "batch width"], position_ids: Int[Tensor, "batch width"]
 ) -> Bool[Tensor, "batch width"]:
@@ -325,10 +300,24 @@ def document_starts(
     return attended & ~follows
 
 
-def explicit_selection(columns: Int[Tensor, "batch positions"]) -> Selection:
-    """The selection of given columns; a column that a row repeats counts once."""
+def selection(
+    columns: Int[Tensor, "batch positions"] | None,
+    mask: Bool[Tensor, "batch positions"],
+    within: range,
+    decode: bool = False,
+) -> Selection:
+    """A selection of columns within a range.
+
+    It waits for the device once, to learn whether all slots count: every site needs no mask then.
+    """
+    is_known = not (mask.is_meta or torch.compiler.is_compiling() or is_transformed())
+    return Selection(columns, mask, decode, within if is_known and bool(mask.all()) else None)
+
+
+def explicit_selection(columns: Int[Tensor, "batch positions"], width: int) -> Selection:
+    """The selection of given columns of so many; a column that a row repeats counts once."""
     same = columns[:, :, None] == columns[:, None, :]
-    return Selection(columns, ~same.tril(-1).any(-1))
+    return selection(columns, ~same.tril(-1).any(-1), range(width))
 
 
 def has_token_labels(labels: Tensor | None, attended: Bool[Tensor, "batch width"]) -> bool:
@@ -336,9 +325,7 @@ def has_token_labels(labels: Tensor | None, attended: Bool[Tensor, "batch width"
     return labels is not None and labels.shape == attended.shape and not labels.is_floating_point()
 
 
-def checked_lengths(
-    lengths: Tensor, attended: Bool[Tensor, "batch width"]
-) -> Int[Tensor, " batch"]:
+def checked_lengths(lengths: Tensor, attended: Tensor) -> Int[Tensor, " batch"]:
     """Prompt lengths, at least 0; a ValueError for another form."""
     lengths = torch.as_tensor(lengths, device=attended.device)
     rows = attended.shape[0]

@@ -141,7 +141,8 @@ class Planner:
                 return layout.select(place, prefix, suffix)
             if isinstance(place, EveryColumn):
                 return Selection(None, torch.ones_like(layout.attended), place.decode)
-            return explicit_selection(place.to(layout.attended.device).repeat(batch.copies, 1))
+            columns = place.to(layout.attended.device).repeat(batch.copies, 1)
+            return explicit_selection(columns, layout.attended.shape[1])
 
         # Sites with equal places share one selection, hence one computation of row indices.
         share: Any = select

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from .base.threads import ForkSafeLock
 from .units import PlacedUnit
 
+Arithmetic: TypeAlias = Literal["wide", "base"]
 Observer: TypeAlias = Callable[[Sequence[PlacedUnit], Tensor, Tensor], None]
 
 
@@ -32,6 +33,9 @@ class CallChoices:
     """Whether the bare base runs."""
     is_noised: bool = False
     """Whether noise also acts on units in evaluation mode."""
+    arithmetic: Arithmetic = "wide"
+    """Whether low-rank edits are computed in the wider of the weights' and the hidden states'
+    dtypes, or in that of the hidden states."""
     observer: Observer | None = None
     """Called with the units of a site, and the hidden states before and after them."""
 

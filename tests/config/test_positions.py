@@ -369,7 +369,7 @@ def test_beams_repeat_each_row_in_succession(
 
 
 def test_explicit_columns_count_once() -> None:
-    selection = explicit_selection(torch.tensor([[4, 0, 4], [1, 1, 1]]))
+    selection = explicit_selection(torch.tensor([[4, 0, 4], [1, 1, 1]]), 5)
     assert edits(selection, 0, 5) == {(0, 4), (0, 0), (1, 1)}
 
 

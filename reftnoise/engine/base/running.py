@@ -22,6 +22,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -56,7 +57,9 @@ def innermost(base: nn.Module) -> Iterator[Callable[[], bool]]:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` runs: it can read no value of a tensor."""
+    """Whether a transform of `torch.func` runs, which can read no value, or forward mode."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -294,13 +297,21 @@ def mask_after_convolutions(base: nn.Module) -> Callable[[int, Tensor], Tensor] 
     return shorten
 
 
-def shaped_like(hidden: Tensor, flat: Tensor) -> Tensor:
-    """Fresh `flat` in the shape of `hidden`, not as a view.
+def tokens_that_are_seen(
+    mask: Shaped[Tensor, "batch heads length width"], past: int
+) -> Bool[Tensor, "batch width"]:
+    """The tokens that a mask of pairs does not hide: they see themselves, or are cached and seen.
 
-    FSDP2 gathers for the backward pass by a hook on a layer's output, which an in-place operation
-    on a view would drop.
+    Args:
+        mask: whether a token sees another, or what is added to its score, by which its weight is
+            multiplied by exp(mask): 0 in fp32 from −104 down.
+        past: number of cached tokens.
     """
-    return torch.ops.aten._unsafe_view(flat, hidden.shape)
+    if mask.is_floating_point():
+        mask = mask.float().exp() > 0
+    sees = mask.bool().any(1)
+    own = sees[:, :, past:].diagonal(dim1=1, dim2=2)
+    return torch.cat([sees[:, :, :past].any(1), own], dim=1)
 
 
 # -- shards ----------------------------------------------------------------------------------------

@@ -35,12 +35,12 @@ from ..base.sites import takes_position_ids
 from ..calls import EditPlan, Plan
 from ..hooks import Engine
 from ..layout import Batch, has_token_labels
-from ..tracing import Tracer
 from .loss import Head, label_loss, targets_of, with_lazy_logits, without_logits
 from .prefix_cache import PrefixCache
 from .probe import Abilities, check_gradients, is_random, probe
 from .split import PER_TOKEN, Alignment, SplitPass, align
 from .symnoise import first_of_pairs
+from .tracing import Tracer
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...adapters.frozen import FrozenAdapter, stacked_units
 from ...engine.layout import named_tokens
-from ...interventions import StackedEdit
+from ...interventions import EditedRows, StackedEdit, edit_rows
 
 
 class StepRequests(NamedTuple):
@@ -90,11 +90,17 @@ def apply_(
 
     A model that adds the residual in the next norm has its states in these two parts.
     """
-    deltas = []
+    if not edits:
+        return
+    dtype = hidden.dtype
     for edit in edits:
-        state = hidden.index_select(0, edit.rows)
-        if residual is not None:
-            state = state + residual.index_select(0, edit.rows)
-        deltas.append(edit.unit.delta(state, edit.gates).to(hidden.dtype))
-    for edit, delta in zip(edits, deltas, strict=True):
-        hidden.index_add_(0, edit.rows, delta)
+        dtype = edit.unit.wide_dtype(dtype)
+    rows = edits[0].rows if len(edits) == 1 else torch.cat([edit.rows for edit in edits])
+    counts = () if len(edits) == 1 else tuple(len(edit.rows) for edit in edits)
+    edit_rows(
+        hidden,
+        [edit.unit.row_edit(dtype, hidden.device, gates=edit.gates) for edit in edits],
+        EditedRows(rows, None, counts),
+        states=() if residual is None else (hidden, residual),
+        in_place=True,
+    )

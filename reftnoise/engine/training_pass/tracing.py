@@ -12,12 +12,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from .base.peft import inner_model
-from .base.running import hook_first, put_in_order, uncompiled
-from .base.sites import Site
-from .calls import AnyCall, Call, EditPlan, Plan, TokenlessCall
-from .hooks import Engine
-from .layout import Batch
+from ..base.peft import inner_model
+from ..base.running import hook_first, put_in_order, uncompiled
+from ..base.sites import Site
+from ..calls import AnyCall, Call, EditPlan, Plan, TokenlessCall
+from ..hooks import Engine
+from ..layout import Batch
 
 # torch.compile, which can call only functions of plain values while it traces, finds tracers here.
 _TRACERS: "WeakValueDictionary[str, Tracer]" = WeakValueDictionary()
@@ -58,7 +58,7 @@ class Tracer:
             call = TokenlessCall(plan, inner_model(base), batch.inputs.get("attention_mask"))
         self._call = call
         try:
-            with self._engine.sharing_bases():
+            with self._engine.sharing_factors(plan.choices):
                 return base(**self._engine.with_edited_embeddings(call, batch.inputs))
         finally:
             self._call = None

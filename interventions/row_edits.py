@@ -1,0 +1,293 @@
+r"""Low-rank edits of rows of hidden states: gather → edit → scatter of a site in one function.
+
+Training, evaluation, adapters by name and servers all call `edit_rows`. Of few rows, an edit costs
+a GPU what starting its operations costs. So each operation here has a reason, and the gradient has
+a closed form instead of a node for each of them.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from .factors import Factors, activated, side_by_side
+
+Hidden: TypeAlias = Float[Tensor, "*rows hidden"]
+
+
+@dataclass(frozen=True, eq=False)
+class RowEdit:
+    """A low-rank edit, ready for use: in the dtype of its arithmetic, with its scale."""
+
+    factors: Factors
+    gates: Float[Tensor, "rows k"] | None = None
+    """g of each row; all ones if None."""
+    dropout: float = 0.0
+    """Probability that an element of the edit is zeroed."""
+
+    def __post_init__(self) -> None:
+        has_acts = any(act for act, _ in self.factors.acts)
+        object.__setattr__(self, "_transposed", self.factors.down.mT)
+        object.__setattr__(self, "_has_acts", has_acts)
+        object.__setattr__(self, "is_linear", not (has_acts or self.dropout))
+
+    _transposed: Tensor = field(init=False)
+    _has_acts: bool = field(init=False)
+    is_linear: bool = field(init=False)
+    """Whether it is linear in h and has nothing random."""
+
+    def inner(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows k"]:
+        r"""$g \odot \phi(Dh + b)$."""
+        inner = torch.addmm(self.factors.bias, states, self._transposed)
+        if self._has_acts:
+            inner = activated(inner, self.factors.acts)
+        return inner if self.gates is None else inner * self.gates
+
+    def outer(self, inner: Float[Tensor, "rows k"]) -> Float[Tensor, "rows hidden"]:
+        r"""The change, $U^\top$ times what `inner` returns."""
+        delta = inner @ self.factors.up
+        return F.dropout(delta, self.dropout) if self.dropout else delta
+
+    def of_all(self, hidden: Hidden) -> Hidden:
+        """`edit_rows` of all rows outside autograd, with the least that it takes."""
+        narrow, up = hidden.dtype, self.factors.up
+        with _outside_autocast(hidden.device.type):
+            wide = hidden.reshape(-1, hidden.shape[-1]).to(up.dtype)
+            edited = torch.addmm(wide, self.inner(wide), up)
+        return edited.to(narrow).view(hidden.shape)
+
+
+class EditedRows(NamedTuple):
+    """Which rows of flattened hidden states the edits of a site change, edit after edit."""
+
+    indices: Int[Tensor, " n"] | None = None
+    """None for all rows, which a single edit changes."""
+    skipped: Bool[Tensor, "n 1"] | None = None
+    """Which of them stay as they are; None for none."""
+    counts: tuple[int, ...] = ()
+    """The number of rows of each edit, where there are several."""
+
+    def gather(self, flat: Float[Tensor, "rows hidden"]) -> Float[Tensor, "n hidden"]:
+        """The rows."""
+        return flat if self.indices is None else flat.index_select(0, self.indices)
+
+    def split(self, values: Tensor | None) -> Sequence[Any]:
+        """Of values of all rows, those of each edit."""
+        if not self.counts:
+            return (values,)
+        parts: tuple[Tensor, ...] | None
+        parts = None if values is None else values.split_with_sizes(self.counts)
+        return parts or [None] * len(self.counts)
+
+
+ALL_ROWS = EditedRows()
+
+
+def edit_rows(
+    hidden: Hidden,
+    edits: Sequence[RowEdit],
+    rows: EditedRows = ALL_ROWS,
+    *,
+    states: Sequence[Hidden] = (),
+    in_place: bool = False,
+    is_transformed: bool = False,
+) -> Hidden:
+    r"""$h_i \mapsto h_i + \sum U^\top(g \odot \phi(Dh_i + b))$ in rows i of flattened states.
+
+    All edits read the states as they are before any of them. The arithmetic has the dtype of the
+    factors, the result that of the hidden states. A skipped row adds nothing to a gradient, even if
+    it holds NaN.
+
+    Args:
+        hidden: hidden states that are edited.
+        edits: edits, all in one dtype.
+        rows: the rows that they change.
+        states: tensors whose sum the edits read instead of `hidden`.
+        in_place: whether `hidden` is overwritten, in indexed rows, outside autograd.
+        is_transformed: whether a transform of torch.func or forward mode runs, which asks for other
+            derivatives than a gradient.
+
+    Returns:
+        The edited hidden states, which are no view of others.
+    """
+    is_closed = not (in_place or states or is_transformed or torch.compiler.is_compiling())
+    with _outside_autocast(hidden.device.type):
+        if torch.is_grad_enabled() and is_closed and all(edit.is_linear for edit in edits):
+            gates = [edit.gates for edit in edits]
+            tensors = [tensor for edit in edits for tensor in edit.factors[:3]]
+            edited: Tensor = _EditRows.apply(hidden, rows, gates, *tensors)[0]  # type: ignore[no-untyped-call]  # torch's
+            return edited
+        return _edited(hidden, edits, rows, states, in_place=in_place)[0]
+
+
+def _outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Within the block there is no autocast; where there is none anyway, this takes no time."""
+    is_within = torch.compiler.is_compiling() or torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_within else contextlib.nullcontext()
+
+
+def _edited(
+    hidden: Hidden,
+    edits: Sequence[RowEdit],
+    rows: EditedRows,
+    states: Sequence[Hidden] = (),
+    *,
+    in_place: bool = False,
+) -> tuple[Hidden, Float[Tensor, "n hidden"], list[Float[Tensor, "count k"]]]:
+    """The edited hidden states; the states that the edits read; and what is between D and U."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    parts = [rows.gather(state.reshape(flat.shape)) for state in states or (flat,)]
+    whole = wide = sum(parts[1:], parts[0]).to(edits[0].factors.up.dtype)
+    if rows.skipped is not None:
+        wide = wide.masked_fill(rows.skipped, 0)
+    inners = [
+        edit.inner(part) if off is None else edit.inner(part).masked_fill(off, 0)
+        for edit, part, off in zip(edits, rows.split(wide), rows.split(rows.skipped), strict=True)
+    ]
+    if rows.indices is None and not states and not edits[0].dropout:
+        edited = torch.addmm(whole, inners[0], edits[0].factors.up).to(hidden.dtype)
+        return shaped_like(hidden, edited), wide, inners
+    deltas = [edit.outer(inner) for edit, inner in zip(edits, inners, strict=True)]
+    delta = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(hidden.dtype)
+    if in_place and rows.indices is not None:
+        flat.index_add_(0, rows.indices, delta)
+        return hidden, wide, inners
+    edited = flat + delta if rows.indices is None else flat.index_add(0, rows.indices, delta)
+    return shaped_like(hidden, edited), wide, inners
+
+
+def shaped_like(hidden: Tensor, flat: Tensor) -> Tensor:
+    """Fresh `flat` in the shape of `hidden`, not as a view.
+
+    FSDP2 gathers for the backward pass by a hook on a layer's output, which an in-place operation
+    on a view would drop.
+    """
+    return torch.ops.aten._unsafe_view(flat, hidden.shape)
+
+
+class _EditRows(torch.autograd.Function):
+    r"""`edit_rows` with its gradient in closed form.
+
+    With H the states that are read, $Q = g \odot (HD^\top + b)$, and G the gradient of the edited
+    rows, $P = g \odot GU^\top$: the gradient of U is $Q^\top G$, that of D is $P^\top H$, that of b
+    is the sum of P's rows, and that of H is $G + PD$. H and Q are outputs, too, so that gradients
+    of gradients reach what they were computed from.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, rows: EditedRows, gates: Sequence[Tensor | None], *tensors: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        edits = [
+            RowEdit(Factors(down, bias, up, ()), gate)
+            for down, bias, up, gate in zip(*(tensors[i::3] for i in range(3)), gates, strict=True)
+        ]
+        edited, wide, inners = _edited(hidden, edits, rows)
+        ctx.rows, ctx.gates, ctx.shape = rows, gates, hidden.shape
+        ctx.set_materialize_grads(False)
+        if rows.indices is None:  # hidden states take less memory in their own dtype
+            ctx.save_for_backward(hidden, *inners, *tensors)
+            return edited, None, *inners
+        ctx.save_for_backward(wide, *inners, *tensors)
+        return edited, wide, *inners
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor | None, of_states: Tensor | None, *of_inners: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            gradient = ctx.saved_tensors[0].new_zeros(ctx.shape)
+        with _outside_autocast(gradient.device.type):
+            of_hidden, of_tensors = _gradients(ctx, gradient, of_states, of_inners)
+        return of_hidden, None, None, *of_tensors
+
+
+def _gradients(
+    ctx: Any,
+    gradient: Tensor,
+    of_states: Tensor | None,
+    of_inners: Sequence[Tensor | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of hidden states, and of D, b and U of each edit."""
+    rows, count, needed = ctx.rows, len(ctx.gates), ctx.needs_input_grad
+    states, *rest = ctx.saved_tensors
+    inners, tensors = rest[:count], rest[count:]
+    dtype, skipped = tensors[2].dtype, rows.skipped
+    states = states.reshape(-1, states.shape[-1]).to(dtype)
+    flat = gradient.reshape(-1, states.shape[-1])
+    whole = wide = rows.gather(flat).to(dtype)
+    if skipped is not None:
+        states, wide = states.masked_fill(skipped, 0), wide.masked_fill(skipped, 0)
+    between, of_tensors = [], []
+    parts = zip(rows.split(wide), rows.split(states), rows.split(skipped), strict=True)
+    for index, (part, read, off) in enumerate(parts):
+        down, _, up = tensors[3 * index : 3 * index + 3]
+        product = part @ up.mT
+        if (extra := of_inners[index]) is not None:
+            product = product + (extra if off is None else extra.masked_fill(off, 0))
+        if (gates := ctx.gates[index]) is not None:
+            product = product * gates
+        of_down, of_bias, of_up = needed[3 * index + 3 : 3 * index + 6]
+        of_tensors += [
+            product.mT @ read if of_down else None,
+            product.sum(0) if of_bias else None,
+            inners[index].mT @ part if of_up else None,
+        ]
+        between.append((product, down))
+    if not needed[0]:
+        return None, of_tensors
+    if rows.indices is None:
+        return torch.addmm(whole, *between[0]).to(gradient.dtype).view(ctx.shape), of_tensors
+    of_read = [product @ down for product, down in between]
+    change = of_read[0] if count == 1 else torch.cat(of_read)
+    if of_states is not None:
+        change = change + (of_states if skipped is None else of_states.masked_fill(skipped, 0))
+    of_hidden = flat.index_add(0, rows.indices, change.to(flat.dtype))
+    return of_hidden.view(ctx.shape), of_tensors
+
+
+class StackedEdit(nn.Module):
+    """The edits of several adapters at a site as one: the gates say which of them a row gets.
+
+    Args:
+        parts: the edits.
+        owners: for each edit, the number of its adapter, which is the column of its gate.
+    """
+
+    has_own_forward: ClassVar[bool] = False
+
+    down: Tensor
+    bias: Tensor
+    up: Tensor
+    owner: Tensor
+
+    def __init__(self, parts: Sequence[Factors], owners: Sequence[int]) -> None:
+        super().__init__()
+        factors, of = side_by_side(parts)
+        for name in ("down", "bias", "up"):
+            self.register_buffer(name, getattr(factors, name), persistent=False)
+        self.register_buffer("owner", torch.tensor(owners, device=of.device)[of], persistent=False)
+        self.acts = factors.acts
+        self.hidden_size = factors.down.shape[1]
+
+    def wide_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The wider of a dtype and the weights'."""
+        return torch.promote_types(dtype, self.down.dtype)
+
+    def row_edit(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        scale: float = 1.0,
+        gates: Float[Tensor, "rows adapters"] | None = None,
+    ) -> RowEdit:
+        """The sum of the edits, each times its adapter's gate; arguments as of an intervention."""
+        factors = Factors(self.down, self.bias, self.up, self.acts).ready(dtype, device, scale)
+        if gates is not None:
+            gates = gates.to(factors.up).index_select(-1, self.owner)
+        return RowEdit(factors, gates)

@@ -1,0 +1,219 @@
+"""The edits of one call of a base at one site.
+
+Low-rank edits all go through `edit_rows`; other units say in `delta` what they add.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..interventions import (
+    NoiseIntervention,
+    RowEdit,
+    StackedEdit,
+    edit_rows,
+    has_factors,
+    shaped_like,
+)
+from .base.running import is_part, is_transformed
+from .calls import AnyCall, Call, Hidden, ReadyEdit
+from .units import PlacedUnit
+
+
+def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
+    """Apply a site's units in their order.
+
+    Edits that no noise stands between read equal states, unless the plan has them act in turn.
+
+    Raises:
+        ValueError: hidden states that are not one per row and token, or of another width than a
+            unit's.
+    """
+    site = units[0].site
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        raise ValueError(
+            f"{site}: expected hidden states [batch, length, width], got "
+            f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
+        )
+    call = call.at(hidden)
+    if hidden.shape[:2] != (call.rows, call.length):
+        raise ValueError(
+            f"{site}: expected hidden states [{call.rows}, {call.length}, width], one per row "
+            f"and token of the input, got {tuple(hidden.shape)}"
+        )
+    if (ready := _ready_edit(units, call, hidden)) is not None:
+        call.ready[units[0].key] = ready
+        return ready(hidden)
+    edits: list[PlacedUnit] = []
+    for placed in units:
+        if not isinstance(placed.unit, NoiseIntervention):
+            edits.append(placed)
+            if call.plan.in_turn:
+                hidden, edits = _add_edits(edits, call, hidden), []
+            continue
+        hidden, edits = _add_edits(edits, call, hidden), []
+        unit = placed.unit
+        if not unit.training and call.plan.choices.is_noised:
+            unit = copy.copy(unit)  # its mode is of all threads
+            unit.training = True
+        if not (call.is_noised and unit.training):
+            continue
+        if call.plan.noise is None:
+            hidden = unit(hidden, **call.tokens(hidden.device))
+        else:
+            hidden = hidden + call.plan.noise(unit, hidden, call.offset)
+    return _add_edits(edits, call, hidden)
+
+
+def _add_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> Hidden:
+    """Add the edits of all units to the states that all of them read.
+
+    Those of few positions are applied at once.
+    """
+    if call.offset + call.length <= call.plan.cut or call.plan.choices.scale == 0.0:
+        return hidden
+    groups: dict[tuple[bool | str, bool], list[PlacedUnit]] = {}
+    for placed in units:
+        selection = call.plan.selections.get(placed.key)
+        if selection is None or (call.is_decoding and not selection.decode):
+            continue
+        if hidden.shape[-1] != placed.unit.hidden_size:
+            raise ValueError(
+                f"{placed.site} has width {hidden.shape[-1]}, but its "
+                f"{type(placed.unit).__name__} has embed_dim {placed.unit.hidden_size}: pass "
+                f"embed_dim={hidden.shape[-1]}"
+            )
+        is_joint = selection.columns is not None
+        groups.setdefault((is_joint or placed.key, _is_low_rank(placed)), []).append(placed)
+    edited = hidden
+    for (_, is_low_rank), group in groups.items():
+        edit = _edit_low_rank if is_low_rank else _edit_by_delta
+        edited = edit(edited, hidden, group, call)
+    return edited
+
+
+def _ready_edit(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> ReadyEdit | None:
+    """The edit of a site in calls that read generated tokens alone; None where each makes its own.
+
+    It has no mask, index or copy. Such calls edit all tokens or none.
+    """
+    if not call.is_decoding or torch.is_grad_enabled():
+        return None
+    acting = []
+    for placed in units:
+        if isinstance(placed.unit, NoiseIntervention):
+            if call.is_noised:
+                return None
+        elif (selection := call.plan.selections.get(placed.key)) and selection.decode:
+            acting.append(placed)
+    if not acting or call.plan.choices.scale == 0.0:
+        return lambda hidden: hidden
+    [placed, *others] = acting
+    if others or not _is_low_rank(placed) or hidden.shape[-1] != placed.unit.hidden_size:
+        return None
+    if (vector := _constant(placed, call, hidden)) is not None:
+        return vector.add
+    [edit] = _row_edits([placed], call, hidden)
+    return edit.of_all
+
+
+def _is_low_rank(placed: PlacedUnit) -> bool:
+    """Whether the factors of a unit are at hand; FSDP2 gathers what is spread for its `delta`."""
+    if isinstance(placed.unit, StackedEdit):
+        return True
+    weight = next(placed.unit.parameters(), None)
+    return has_factors(placed.unit) and not (weight is not None and is_part(weight))
+
+
+def _edit_low_rank(
+    edited: Hidden, hidden: Hidden, units: Sequence[PlacedUnit], call: Call
+) -> Hidden:
+    """Add the edits of units, of which the factors are at hand, to their rows of `edited`."""
+    rows = call.edited(units, hidden.device)
+    is_whole = rows.indices is None and rows.skipped is None
+    if is_whole and (vector := _constant(units[0], call, hidden)) is not None:
+        return edited + vector
+    return edit_rows(
+        edited,
+        _row_edits(units, call, hidden),
+        rows,
+        states=() if edited is hidden else (hidden,),
+        is_transformed=not torch.compiler.is_compiling() and is_transformed(),
+    )
+
+
+def _constant(placed: PlacedUnit, call: Call, hidden: Hidden) -> Float[Tensor, " hidden"] | None:
+    """What a unit adds to all states, if that is a vector."""
+    unit: Any = placed.unit
+    if not getattr(unit, "is_constant", False) or call.gates(placed.key) is not None:
+        return None
+    if unit.dropout.training and unit.dropout.p:
+        return None
+    # The gradient of many tokens is summed up in the wider dtype.
+    if torch.is_grad_enabled() and unit.wide_dtype(hidden.dtype) is not hidden.dtype:
+        return None
+    vector: Tensor = unit.constant(hidden.dtype, hidden.device, call.plan.choices.scale)
+    return vector
+
+
+def _row_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> list[RowEdit]:
+    """The edits of units for the hidden states of a site."""
+    choices, dtype, edits = call.plan.choices, hidden.dtype, []
+    modules: list[Any] = [placed.unit for placed in units]
+    if choices.arithmetic == "wide":
+        for unit in modules:
+            dtype = unit.wide_dtype(dtype)
+    for placed, unit in zip(units, modules, strict=True):
+        gates: Any = call.gates(placed.key)
+        if gates is not None:
+            columns = call.plan.selections[placed.key].columns
+            slots = call.length if columns is None else columns.shape[1]
+            gates = gates.to(hidden.device).repeat_interleave(slots, 0)
+        edits.append(unit.row_edit(dtype, hidden.device, choices.scale, gates))
+    return edits
+
+
+def _edit_by_delta(
+    edited: Hidden, hidden: Hidden, units: Sequence[PlacedUnit], call: Call
+) -> Hidden:
+    """Add what any units say of `hidden`, times the scale, to their rows of `edited`.
+
+    Rows that are skipped are added exact zeros, which keeps every shape static: no synchronisation
+    with the device, and a NaN in padding stays where it is.
+    """
+    rows = call.edited(units, hidden.device)
+    flat, target = (states.reshape(-1, states.shape[-1]) for states in (hidden, edited))
+    states = rows.gather(flat)
+    if rows.indices is None and rows.skipped is not None:
+        states = states.masked_fill(rows.skipped, 0)
+        if getattr(units[0].unit, "has_own_forward", False):  # which may divide by their norm
+            states = torch.where(rows.skipped, flat.nan_to_num(), flat)
+    deltas = [
+        _delta(unit, call, part) for unit, part in zip(units, rows.split(states), strict=True)
+    ]
+    delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas)
+    if rows.skipped is not None:
+        delta = delta.masked_fill(rows.skipped, 0)
+    if rows.indices is None:
+        return shaped_like(hidden, target + delta)
+    return shaped_like(hidden, target.index_add(0, rows.indices, delta))
+
+
+def _delta(
+    placed: PlacedUnit, call: Call, hidden: Float[Tensor, "n hidden"]
+) -> Float[Tensor, "n hidden"]:
+    unit: Any = placed.unit
+    scale = call.plan.choices.scale
+    gates = call.gates(placed.key)
+    if gates is None and not unit.has_own_forward:
+        delta: Tensor = unit.delta(hidden)
+    else:
+        if isinstance(gates, Tensor):
+            gates = gates.to(hidden.device)[:, None]
+        by_row = hidden.view(call.rows, -1, hidden.shape[-1])
+        delta = unit.delta(by_row, gates).flatten(0, 1)
+    return (delta if scale == 1.0 else scale * delta).to(hidden.dtype)
