@@ -41,4 +41,3 @@ from .row_edits import EditedRows as EditedRows
 from .row_edits import RowEdit as RowEdit
 from .row_edits import StackedEdit as StackedEdit
 from .row_edits import edit_rows as edit_rows
-from .row_edits import shaped_like as shaped_like

@@ -239,10 +239,9 @@ class LowRankIntervention(KeepsForEvaluation, ReftIntervention):
     @property
     def is_trained(self) -> bool:
         """Whether weights must be differentiable now."""
-        is_differentiable = torch.is_grad_enabled() and any(
-            parameter.requires_grad for parameter in self.parameters()
-        )
-        return self.training or is_differentiable or torch.compiler.is_compiling()
+        if self.training or torch.compiler.is_compiling():
+            return True
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def row_edit(
         self,

@@ -51,7 +51,9 @@ def shared_factors(
         dtype: dtype of the hidden states that they edit.
         is_wide: whether edits are computed in the weights' dtype where it is wider.
     """
-    modules = list(dict.fromkeys(units))
+    # Of a base with many units, to look at all of them takes longer than one token.
+    may_train = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    modules = [unit for unit in dict.fromkeys(units) if may_train or unit.training]
     rotations = [m for unit in modules for m in unit.modules() if isinstance(m, LowRankRotation)]
     shared: list[FormedIntervention] = []
     try:

@@ -8,7 +8,7 @@ a closed form instead of a node for each of them.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .factors import Factors, activated, side_by_side
-
-Hidden: TypeAlias = Float[Tensor, "*rows hidden"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +51,7 @@ class RowEdit:
         delta = inner @ self.factors.up
         return F.dropout(delta, self.dropout) if self.dropout else delta
 
-    def of_all(self, hidden: Hidden) -> Hidden:
+    def of_all(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """`edit_rows` of all rows outside autograd, with the least that it takes."""
         narrow, up = hidden.dtype, self.factors.up
         with _outside_autocast(hidden.device.type):
@@ -63,7 +61,7 @@ class RowEdit:
 
 
 class EditedRows(NamedTuple):
-    """Which rows of flattened hidden states the edits of a site change, edit after edit."""
+    """Which rows of hidden states the edits of a site change, edit after edit."""
 
     indices: Int[Tensor, " n"] | None = None
     """None for all rows, which a single edit changes."""
@@ -89,15 +87,15 @@ ALL_ROWS = EditedRows()
 
 
 def edit_rows(
-    hidden: Hidden,
+    hidden: Float[Tensor, "rows hidden"],
     edits: Sequence[RowEdit],
     rows: EditedRows = ALL_ROWS,
     *,
-    states: Sequence[Hidden] = (),
+    states: Sequence[Float[Tensor, "rows hidden"]] = (),
     in_place: bool = False,
     is_transformed: bool = False,
-) -> Hidden:
-    r"""$h_i \mapsto h_i + \sum U^\top(g \odot \phi(Dh_i + b))$ in rows i of flattened states.
+) -> Float[Tensor, "rows hidden"]:
+    r"""$h_i \mapsto h_i + \sum U^\top(g \odot \phi(Dh_i + b))$ in rows i.
 
     All edits read the states as they are before any of them. The arithmetic has the dtype of the
     factors, the result that of the hidden states. A skipped row adds nothing to a gradient, even if
@@ -113,7 +111,7 @@ def edit_rows(
             derivatives than a gradient.
 
     Returns:
-        The edited hidden states, which are no view of others.
+        The edited hidden states, a fresh tensor unless it is in place.
     """
     is_closed = not (in_place or states or is_transformed or torch.compiler.is_compiling())
     with _outside_autocast(hidden.device.type):
@@ -132,16 +130,15 @@ def _outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def _edited(
-    hidden: Hidden,
+    hidden: Float[Tensor, "rows hidden"],
     edits: Sequence[RowEdit],
     rows: EditedRows,
-    states: Sequence[Hidden] = (),
+    states: Sequence[Float[Tensor, "rows hidden"]] = (),
     *,
     in_place: bool = False,
-) -> tuple[Hidden, Float[Tensor, "n hidden"], list[Float[Tensor, "count k"]]]:
+) -> tuple[Float[Tensor, "rows hidden"], Float[Tensor, "n hidden"], list[Float[Tensor, "count k"]]]:
     """The edited hidden states; the states that the edits read; and what is between D and U."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    parts = [rows.gather(state.reshape(flat.shape)) for state in states or (flat,)]
+    parts = [rows.gather(state) for state in states or (hidden,)]
     whole = wide = sum(parts[1:], parts[0]).to(edits[0].factors.up.dtype)
     if rows.skipped is not None:
         wide = wide.masked_fill(rows.skipped, 0)
@@ -151,23 +148,15 @@ def _edited(
     ]
     if rows.indices is None and not states and not edits[0].dropout:
         edited = torch.addmm(whole, inners[0], edits[0].factors.up).to(hidden.dtype)
-        return shaped_like(hidden, edited), wide, inners
+        return edited, wide, inners
     deltas = [edit.outer(inner) for edit, inner in zip(edits, inners, strict=True)]
     delta = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(hidden.dtype)
     if in_place and rows.indices is not None:
-        flat.index_add_(0, rows.indices, delta)
+        hidden.index_add_(0, rows.indices, delta)
         return hidden, wide, inners
-    edited = flat + delta if rows.indices is None else flat.index_add(0, rows.indices, delta)
-    return shaped_like(hidden, edited), wide, inners
-
-
-def shaped_like(hidden: Tensor, flat: Tensor) -> Tensor:
-    """Fresh `flat` in the shape of `hidden`, not as a view.
-
-    FSDP2 gathers for the backward pass by a hook on a layer's output, which an in-place operation
-    on a view would drop.
-    """
-    return torch.ops.aten._unsafe_view(flat, hidden.shape)
+    if rows.indices is None:
+        return hidden + delta, wide, inners
+    return hidden.index_add(0, rows.indices, delta), wide, inners
 
 
 class _EditRows(torch.autograd.Function):
@@ -218,9 +207,8 @@ def _gradients(
     states, *rest = ctx.saved_tensors
     inners, tensors = rest[:count], rest[count:]
     dtype, skipped = tensors[2].dtype, rows.skipped
-    states = states.reshape(-1, states.shape[-1]).to(dtype)
-    flat = gradient.reshape(-1, states.shape[-1])
-    whole = wide = rows.gather(flat).to(dtype)
+    states, whole = states.to(dtype), rows.gather(gradient).to(dtype)
+    wide = whole
     if skipped is not None:
         states, wide = states.masked_fill(skipped, 0), wide.masked_fill(skipped, 0)
     between, of_tensors = [], []
@@ -242,13 +230,12 @@ def _gradients(
     if not needed[0]:
         return None, of_tensors
     if rows.indices is None:
-        return torch.addmm(whole, *between[0]).to(gradient.dtype).view(ctx.shape), of_tensors
+        return torch.addmm(whole, *between[0]).to(gradient.dtype), of_tensors
     of_read = [product @ down for product, down in between]
     change = of_read[0] if count == 1 else torch.cat(of_read)
     if of_states is not None:
         change = change + (of_states if skipped is None else of_states.masked_fill(skipped, 0))
-    of_hidden = flat.index_add(0, rows.indices, change.to(flat.dtype))
-    return of_hidden.view(ctx.shape), of_tensors
+    return gradient.index_add(0, rows.indices, change.to(gradient.dtype)), of_tensors
 
 
 class StackedEdit(nn.Module):

@@ -63,6 +63,7 @@ class FrozenAdapter:
         self.shapes, self.weights, self.others = shapes, weights, others
 
     @classmethod
+    @torch.no_grad()
     def of(cls, units: Iterable[PlacedUnit]) -> "FrozenAdapter":
         """Freeze units as they are now, but for those without factors.
 
@@ -81,14 +82,14 @@ class FrozenAdapter:
                 others.append(placed)
                 continue
             assert placed.positions is not None
-            with torch.no_grad():
-                factors = unit.factors()
+            factors = unit.factors()
             place = (placed.site, placed.positions, placed.prefix, placed.suffix)
             rank, width = factors.down.shape
             parts.append((UnitShape(*place, rank, width, factors.acts), factors))
         return cls._joined(parts, others)
 
     @classmethod
+    @torch.no_grad()
     def _joined(
         cls, parts: Sequence[tuple[UnitShape, Factors]], others: Iterable[PlacedUnit]
     ) -> "FrozenAdapter":

@@ -17,9 +17,8 @@ from ..interventions import (
     StackedEdit,
     edit_rows,
     has_factors,
-    shaped_like,
 )
-from .base.running import is_part, is_transformed
+from .base.running import is_part, is_transformed, shaped_like
 from .calls import AnyCall, Call, Hidden, ReadyEdit
 from .units import PlacedUnit
 
@@ -137,13 +136,15 @@ def _edit_low_rank(
     is_whole = rows.indices is None and rows.skipped is None
     if is_whole and (vector := _constant(units[0], call, hidden)) is not None:
         return edited + vector
-    return edit_rows(
-        edited,
+    flat, target = (states.reshape(-1, states.shape[-1]) for states in (hidden, edited))
+    result = edit_rows(
+        target,
         _row_edits(units, call, hidden),
         rows,
-        states=() if edited is hidden else (hidden,),
+        states=() if edited is hidden else (flat,),
         is_transformed=not torch.compiler.is_compiling() and is_transformed(),
     )
+    return shaped_like(hidden, result)
 
 
 def _constant(placed: PlacedUnit, call: Call, hidden: Hidden) -> Float[Tensor, " hidden"] | None:

@@ -30,6 +30,7 @@ from .base.running import (
     innermost,
     is_part,
     module_at,
+    parameters_of,
 )
 from .base.sites import Site, find_stack
 from .base.threads import undone_in_children
@@ -312,7 +313,7 @@ class Engine:
     def sharing_factors(self, choices: CallChoices) -> contextlib.AbstractContextManager[None]:
         """Within the block, what is computed of units' weights alone is computed once."""
         units = [placed.unit for placed in self.units]
-        whole = [unit for unit in units if not any(map(is_part, unit.parameters()))]
+        whole = [unit for unit in units if not any(map(is_part, parameters_of(unit)))]
         weights = inner_model(self.base).parameters()
         dtype = next((w.dtype for w in weights if w.is_floating_point()), torch.float32)
         return shared_factors(whole, dtype, is_wide=choices.arithmetic == "wide")

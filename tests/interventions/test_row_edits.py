@@ -26,18 +26,17 @@ def states(*shape: int) -> Tensor:
 
 def by_row(hidden: Tensor, edits: Sequence[RowEdit], rows: EditedRows) -> Tensor:
     """The formula, a row at a time."""
-    flat = hidden.flatten(0, -2)
-    indices = range(len(flat)) if rows.indices is None else rows.indices.tolist()
+    indices = range(len(hidden)) if rows.indices is None else rows.indices.tolist()
     owners = [i for i, count in enumerate(rows.counts or (len(indices),)) for _ in range(count)]
     starts = [owners.index(owner) for owner in owners]
-    out = flat.clone()
+    out = hidden.clone()
     for slot, (row, owner, start) in enumerate(zip(indices, owners, starts, strict=True)):
         if rows.skipped is not None and rows.skipped[slot]:
             continue
         (down, bias, up, _), gates = edits[owner].factors, edits[owner].gates
-        inner = down @ flat[row] + bias
+        inner = down @ hidden[row] + bias
         out[row] += up.T @ (inner if gates is None else gates[slot - start] * inner)
-    return out.view(hidden.shape)
+    return out
 
 
 FEW, BOTH = torch.tensor([1, 4, 8]), torch.tensor([1, 4, 8, 4, 0])
@@ -89,10 +88,13 @@ def test_in_place_and_the_sum_of_two_states(name: str) -> None:
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 64])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (3, 1)])
-def test_batches_of_any_rank(rank: int, shape: tuple[int, int]) -> None:
+def test_any_rank_and_batch(rank: int, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     hidden, edit = states(*shape, 70), RowEdit(factors(rank, width=70))
-    assert_close(edit_rows(hidden, [edit]), by_row(hidden, [edit], ALL_ROWS))
+    expected = by_row(hidden.flatten(0, 1), [edit], ALL_ROWS)
+    assert_close(edit_rows(hidden.flatten(0, 1), [edit]), expected)
+    with torch.no_grad():
+        assert_close(edit.of_all(hidden), expected.view(hidden.shape))
 
 
 def tensors_of(edits: Sequence[RowEdit]) -> list[Tensor]:

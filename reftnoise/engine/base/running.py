@@ -74,7 +74,7 @@ def as_written(base: nn.Module, hooked: Iterable[nn.Module]) -> Iterator[None]:
     """
     modules = set(hooked)
     with contextlib.ExitStack() as stack:
-        for module in base.modules():
+        for module in modules_of(base):
             original = _written_forward(module)
             if original is None and module._compiled_call_impl is None:
                 continue
@@ -169,7 +169,7 @@ def checkpointed_modules(base: nn.Module) -> list[nn.Module]:
     """The modules whose layers gradient checkpointing would recompute now."""
     return [
         module
-        for module in base.modules()
+        for module in modules_of(base)
         if module.training
         and torch.is_grad_enabled()
         and any(name in vars(module) for name in _CHECKPOINT_FUNCTIONS)
@@ -242,16 +242,33 @@ def is_awaited(module: nn.Module) -> bool:
 def alone(base: nn.Module) -> Iterator[None]:
     """Within the block, the base is uncompiled, and no foreign hook runs."""
     with undone_in_children() as stack:
-        for module in base.modules():
+        for module in modules_of(base):
             if is_watched(module):
                 for name in ("_forward_hooks", "_forward_pre_hooks"):
                     stack.callback(setattr, module, name, getattr(module, name))
                     setattr(module, name, OrderedDict())
-        stack.enter_context(as_written(base, base.modules()))
+        stack.enter_context(as_written(base, modules_of(base)))
         yield
 
 
 # -- modules and weights as they are now ---------------------------------------------------------
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """`module.modules()`, in a tenth of its time, which would be some percent of a short pass."""
+    seen: dict[nn.Module, None] = {}
+    left: list[nn.Module | None] = [module]
+    while left:
+        if (child := left.pop()) is not None and child not in seen:
+            seen[child] = None
+            left.extend([*child._modules.values()][::-1])
+    return list(seen)
+
+
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """`module.parameters()`, in a tenth of its time; shared ones as often as they occur."""
+    owners = modules_of(module)
+    return [p for owner in owners for p in owner._parameters.values() if p is not None]
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -280,7 +297,9 @@ def weights_stamp(module: nn.Module) -> tuple[object, ...]:
 
     These are changes through `.data`, and those by fused optimizers.
     """
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters())
+    return tuple(
+        (p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters_of(module)
+    )
 
 
 # -- hidden states -------------------------------------------------------------------------------
@@ -314,6 +333,15 @@ def tokens_that_are_seen(
     return torch.cat([sees[:, :, :past].any(1), own], dim=1)
 
 
+def shaped_like(hidden: Tensor, flat: Tensor) -> Tensor:
+    """Fresh `flat` in the shape of `hidden`, not as a view.
+
+    FSDP2 gathers for the backward pass by a hook on a layer's output, which an in-place operation
+    on a view would drop.
+    """
+    return torch.ops.aten._unsafe_view(flat, hidden.shape)
+
+
 # -- shards ----------------------------------------------------------------------------------------
 # FSDP2 and ZeRO-3 gather a module's parameters while its forward runs.
 
@@ -325,9 +353,9 @@ def is_part(tensor: Tensor) -> bool:
 
 def is_spread(module: nn.Module) -> bool:
     """Whether processes hold parts of a module's parameters at least while it does not run."""
-    if any(isinstance(child, FSDPModule) for child in module.modules()):
+    if any(isinstance(child, FSDPModule) for child in modules_of(module)):
         return True
-    return any(is_part(parameter) for parameter in module.parameters())
+    return any(is_part(parameter) for parameter in parameters_of(module))
 
 
 def gather_for(module: nn.Module, method: str) -> None:

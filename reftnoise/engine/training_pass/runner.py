@@ -30,6 +30,8 @@ from ..base.running import (
     is_spread,
     is_transformed,
     is_watched,
+    modules_of,
+    parameters_of,
 )
 from ..base.sites import takes_position_ids
 from ..calls import EditPlan, Plan
@@ -96,7 +98,7 @@ class ForwardPasses:
         if isinstance(plan, EditPlan) and whole is None:
             alignment, plain = self._alignment(plan, batch, split, return_logits is not False)
         self._report(whole, plain, split)
-        trained = (parameter.requires_grad for parameter in self._engine.base.parameters())
+        trained = (parameter.requires_grad for parameter in parameters_of(self._engine.base))
         if prefix_cache is not None and alignment is None and any(trained):
             prefix_cache.clear()  # fused optimizers change weights without a trace
         logits = None
@@ -171,7 +173,7 @@ class ForwardPasses:
             self._engine, plan, alignment, inputs, position_ids=self._takes_position_ids
         )
         # Hooks may wait for the end of a layer's forward pass.
-        to_end = to_end or any(is_awaited(module) for module in self._engine.base.modules())
+        to_end = to_end or any(is_awaited(module) for module in modules_of(self._engine.base))
         last = None if to_end else self._abilities.last_cached
         outputs = split.run(last, prefix_cache)
         return outputs, split.hidden, split.all_hidden
@@ -285,11 +287,11 @@ class ForwardPasses:
         if split == "auto" and not alignment.is_worthwhile:
             yield "it would save less than a twentieth of the pass"
         base = self._engine.base  # last, since its reasons take a walk through it
-        if any(parameter.requires_grad for parameter in base.parameters()):
+        if any(parameter.requires_grad for parameter in parameters_of(base)):
             yield "parameters of the base are trained"
         if checkpointed_modules(base):
             yield "gradient checkpointing takes no cache"
-        if any(is_watched(module) for module in base.modules()):
+        if any(is_watched(module) for module in modules_of(base)):
             yield "a foreign hook reads the base"
         if self._abilities.no_prefill is not None:
             yield self._abilities.no_prefill
@@ -311,7 +313,7 @@ class ForwardPasses:
     def _is_random(self) -> bool:
         """Whether the base is random; it is asked again when the mode of a module has changed."""
         base = self._engine.base
-        modes = tuple(module.training for module in base.modules())
+        modes = tuple(module.training for module in modules_of(base))
         if self._randomness is None or self._randomness[0] != modes:
             inner = inner_model(base)
             with exclusive(inner), innermost(inner):

@@ -1,0 +1,145 @@
+"""What evaluation keeps of weights is theirs as they are now."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reftnoise.interventions import (
+    INTERVENTIONS,
+    LoreftIntervention,
+    LowRankIntervention,
+    RowEdit,
+    edit_rows,
+)
+from support.tolerance import assert_close
+
+LOW_RANK = {n: c for n, c in INTERVENTIONS.items() if issubclass(c, LowRankIntervention)}
+WIDTH = 6
+
+
+def build(cls: Any) -> Any:
+    rank = {"low_rank_dimension": 2} if cls not in (LOW_RANK["bias"], LOW_RANK["addition"]) else {}
+    unit = cls(embed_dim=WIDTH, **rank).eval()
+    with torch.no_grad():
+        for tensor in (*unit.parameters(), *unit.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_()
+    return unit
+
+
+@torch.no_grad()
+def edited(unit: Any, hidden: Tensor, **options: Any) -> Tensor:
+    return edit_rows(hidden, [unit.row_edit(hidden.dtype, hidden.device, **options)])
+
+
+def set_in_place(unit: nn.Module) -> None:
+    with torch.no_grad():
+        for tensor in (*unit.parameters(), *unit.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor))
+
+
+def step(unit: nn.Module, fused: bool = False) -> None:
+    for parameter in unit.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(unit.parameters(), lr=0.5, fused=fused).step()
+
+
+def load(unit: nn.Module) -> None:
+    unit.load_state_dict(build(type(unit)).state_dict())
+
+
+def replace(unit: nn.Module) -> None:
+    for module in unit.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                setattr(module, name, nn.Parameter(torch.randn_like(parameter)))
+
+
+def through_data(unit: nn.Module) -> None:
+    for parameter in unit.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    unit.eval()  # which torch's record lacks
+
+
+CHANGES: list[Callable[[Any], None]] = [
+    set_in_place,
+    step,
+    lambda unit: step(unit, fused=True),
+    load,
+    replace,
+    through_data,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("cls", LOW_RANK.values(), ids=list(LOW_RANK))
+def test_changed_weights_edit(cls: Any, change: Callable[[Any], None]) -> None:
+    unit, hidden = build(cls), torch.randn(3, WIDTH)
+    if change not in (set_in_place, load) and not list(unit.parameters()):
+        pytest.skip("has no parameters")
+    before = edited(unit, hidden)
+    assert torch.equal(edited(unit, hidden), before)
+    change(unit)
+    with torch.no_grad():
+        assert_close(edited(unit, hidden), unit(hidden[None])[0])
+    assert not torch.equal(edited(unit, hidden), before)
+
+
+def test_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit, hidden = build(LoreftIntervention), torch.randn(3, WIDTH)
+    calls: list[int] = []
+    form = LoreftIntervention.form
+    monkeypatch.setattr(LoreftIntervention, "form", lambda *a: calls.append(1) or form(*a))
+    for _ in range(3):
+        edited(unit, hidden)
+        edited(unit, hidden, scale=0.5)
+    assert len(calls) == 2  # one of each scale
+    for scale in range(20):
+        edited(unit, hidden, scale=scale / 3)
+    assert len(unit._kept[2]) <= 8
+
+
+@pytest.mark.parametrize("cls", LOW_RANK.values(), ids=list(LOW_RANK))
+def test_scale_and_gates(cls: Any) -> None:
+    unit, hidden = build(cls), torch.randn(3, WIDTH)
+    change = unit(hidden[None])[0] - hidden
+    assert_close(edited(unit, hidden, scale=-2.0), hidden - 2 * change)
+    if unit.has_subspaces:
+        gates = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
+        expected = torch.where(gates[:, :1] > 0, hidden + change, hidden)
+        assert_close(edited(unit, hidden, gates=gates), expected)
+    else:
+        with pytest.raises(ValueError, match="has no subspace"):
+            edited(unit, hidden, gates=torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("name", ["bias", "addition", "lobireft"])
+def test_the_vector_of_a_constant_edit(name: str) -> None:
+    unit, hidden = build(LOW_RANK[name]), torch.randn(3, WIDTH)
+    with torch.no_grad():
+        vector = unit.constant(hidden.dtype, hidden.device, 0.5)
+        assert_close(hidden + 2 * vector, unit(hidden[None])[0])
+        set_in_place(unit)
+        vector = unit.constant(hidden.dtype, hidden.device)
+        assert_close(hidden + vector, unit(hidden[None])[0])
+
+
+def test_inference_mode_and_copies() -> None:
+    unit, hidden = build(LoreftIntervention), torch.randn(3, WIDTH)
+    with torch.inference_mode():
+        first = edited(unit, hidden)
+    # What was kept there meets autograd here.
+    states = hidden.clone().requires_grad_()
+    unit.requires_grad_(False)
+    edit: RowEdit = unit.row_edit(states.dtype, states.device)
+    edit_rows(states, [edit]).sum().backward()
+    assert states.grad is not None
+    other = copy.deepcopy(unit)
+    set_in_place(other)
+    assert torch.equal(edited(unit, hidden), first)
+    assert_close(edited(other, hidden), other(hidden[None])[0])
