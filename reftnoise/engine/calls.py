@@ -54,11 +54,11 @@ class EditPlan:
     rows are shifted against the layout; each call draws its own otherwise."""
     choices: CallChoices = MODEL_CHOICES
     """How much is edited and who looks on."""
-    _ready: dict[int, dict[str, ReadyEdit]] = field(default_factory=dict, compare=False)
+    _ready: dict[tuple[int, int], dict[str, ReadyEdit]] = field(default_factory=dict, compare=False)
 
-    def ready_to_decode(self, rows: int) -> dict[str, ReadyEdit]:
-        """What all calls of so many rows run that read generated tokens alone; see `Call.ready`."""
-        return self._ready.setdefault(rows, {})
+    def ready_to_decode(self, rows: int, length: int) -> dict[str, ReadyEdit]:
+        """What calls run that read so many generated tokens of so many rows; see `Call.ready`."""
+        return self._ready.setdefault((rows, length), {})
 
     def settle(self, _: Bool[Tensor, "batch width"], __: int) -> "EditPlan":
         """The plan itself, as of a `DeferredPlan`."""
@@ -103,7 +103,7 @@ class Call:
 
     def __post_init__(self) -> None:
         if self.is_decoding and not torch.is_grad_enabled():
-            self.ready = self.plan.ready_to_decode(self.rows)
+            self.ready = self.plan.ready_to_decode(self.rows, self.length)
 
     @property
     def is_decoding(self) -> bool:

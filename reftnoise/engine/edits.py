@@ -117,7 +117,7 @@ def _ready_edit(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> Read
     if (vector := _constant(placed, call, hidden)) is not None:
         return vector.add
     [edit] = _row_edits([placed], call, hidden)
-    return edit.of_all
+    return None if edit.dropout else edit.of_all
 
 
 def _is_low_rank(placed: PlacedUnit) -> bool:

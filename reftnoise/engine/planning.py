@@ -140,7 +140,8 @@ class Planner:
             if isinstance(place, Positions):
                 return layout.select(place, prefix, suffix)
             if isinstance(place, EveryColumn):
-                return Selection(None, torch.ones_like(layout.attended), place.decode)
+                every = torch.ones_like(layout.attended)
+                return Selection(None, every, place.decode, range(every.shape[1]))
             columns = place.to(layout.attended.device).repeat(batch.copies, 1)
             return explicit_selection(columns, layout.attended.shape[1])
 

@@ -82,6 +82,22 @@ def test_generated_tokens_are_those_of_each_row_alone(
         assert tokens[row, 9:].tolist() == expected[0, ids.shape[1] :].tolist()
 
 
+def test_candidates_of_several_tokens_are_checked_with_the_rows_adapters(
+    reft_model: rn.ReftModel,
+) -> None:
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch |= {"adapter_names": [{"everywhere": 0.5, "houlsby": 1.0}]}
+    lengths = set()
+    decoder = reft_model.model.model
+    handle = decoder.register_forward_hook(lambda *call: lengths.add(call[-1][0].shape[1]))
+    found = reft_model.generate(**batch, **settings, prompt_lookup_num_tokens=3)
+    handle.remove()
+    assert lengths - {1, ids.shape[1]}, "no candidates were checked"
+    assert torch.equal(found, reft_model.generate(**batch, **settings))
+
+
 def test_beams_and_return_sequences_follow_their_row(
     reft_model: rn.ReftModel, directories: dict[str, Path]
 ) -> None:
@@ -155,6 +171,18 @@ def everywhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         entry = {"layer": "all", "intervention": kind, "low_rank_dimension": 3, "positions": "all"}
         wrapped([entry], tiny_model(), seed).save_pretrained(folder / name)
     return {name: folder / name for name in "abc"}
+
+
+@pytest.mark.parametrize("name", rn.interventions.INTERVENTIONS)
+def test_frozen_weights_have_no_gradient(name: str) -> None:
+    entry = {"layer": 0, "intervention": name, "low_rank_dimension": 2, "positions": "l1"}
+    if name in ("bias", "addition"):
+        del entry["low_rank_dimension"]
+    if issubclass(rn.interventions.INTERVENTIONS[name], rn.interventions.NoiseIntervention):
+        pytest.skip("noise is no part of a frozen adapter")
+    frozen = FrozenAdapter.of(rn.get_reft_model(tiny_model(), rn.ReftConfig([entry])).engine.units)
+    assert not frozen.weights.requires_grad
+    assert len(frozen.weights)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import QuantizedCache, TextIteratorStreamer, TextStreamer, pipeline
 
 import reftnoise as rn
+from support.adapters import moved
 from support.models.architectures import tiny_model
 from support.padded_rows import generated, padded, reference, rows, wrapped
 from support.waiting import PATIENCE
@@ -74,6 +75,26 @@ def test_padding_makes_no_difference(settings: dict[str, Any]) -> None:
             assert torch.equal(seeded(model, batch, **settings), torch.cat(found))
         with model.disabled():
             assert not torch.equal(seeded(model, alone(0), **settings), found[0])
+
+
+@torch.no_grad()
+def test_dropout_of_a_model_in_training_mode_acts_in_generation_too() -> None:
+    base = tiny_model()
+    entry = {"layer": "all", "intervention": "noreft", "low_rank_dimension": 4, "dropout": 0.5}
+    config = rn.ReftConfig([entry | {"positions": "decode"}])
+    model = moved(rn.get_reft_model(base, config))
+    batch = alone(0)
+    for training in (True, False):
+        model.train(training)
+        logits = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            outputs = model.generate(
+                **batch, max_new_tokens=4, eos_token_id=None, do_sample=False,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+            logits.append(outputs.logits[1])
+        assert torch.equal(*logits) is not training
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
