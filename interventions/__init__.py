@@ -36,7 +36,6 @@ from .registry import registered_name as registered_name
 from .rotation import LowRankRotation as LowRankRotation
 from .rotation import orthonormal_rows as orthonormal_rows
 from .rotation import shared_bases as shared_bases
-from .row_edits import ALL_ROWS as ALL_ROWS
 from .row_edits import EditedRows as EditedRows
 from .row_edits import RowEdit as RowEdit
 from .row_edits import StackedEdit as StackedEdit

@@ -36,8 +36,6 @@ class BiasIntervention(_OfEveryToken):
     `"model.layers[3].mlp.down_proj.output"`.
     """
 
-    is_constant: ClassVar[bool] = True
-
     def __init__(
         self,
         *,
@@ -63,7 +61,6 @@ class AdditionIntervention(_OfEveryToken):
     Arguments as in `ReftIntervention`, without rank and `act_fn`. v starts at zero.
     """
 
-    is_constant: ClassVar[bool] = True
     vector: Tensor
 
     def __init__(
@@ -132,4 +129,5 @@ class AdapterIntervention(_OfEveryToken):
 def constant_factors(vector: Tensor) -> Factors:
     """A vector that is added to every state."""
     up = vector[..., None, :]
-    return Factors(torch.zeros_like(up), torch.ones_like(up[..., 0]), up, ((None, 1),))
+    ones = torch.ones_like(up[..., 0])
+    return Factors(torch.zeros_like(up), ones, up, ((None, 1),), is_constant=True)

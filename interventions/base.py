@@ -8,9 +8,7 @@ pyvene interventions, so each also works inside a `pyvene.IntervenableModel`.
 import contextlib
 import functools
 import io
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -30,7 +28,7 @@ from .arguments import (
 from .factors import Activation, Factors
 from .kept import KeepsForEvaluation
 from .own_forward import RowSubspaces, own_edit
-from .row_edits import RowEdit
+from .row_edits import RowEdit, outside_autocast
 
 # pyvene announces on stdout that an optional backend is missing; importing us prints nothing.
 with contextlib.redirect_stdout(io.StringIO()):
@@ -67,7 +65,8 @@ class ReftIntervention(
     r"""An edit of hidden states: $h \mapsto h + \mathrm{dropout}(\mathrm{edit}(h))$.
 
     Subclasses give the formula in `edit`. The arithmetic runs in the wider of the parameters' and
-    the hidden states' dtypes, outside autocast; the output has the hidden states' dtype. Dropout
+    the hidden states' dtypes, outside autocast (that of a `LowRankIntervention` in the hidden
+    states', where `ReftModel.arithmetic` says so); the output has the hidden states' dtype. Dropout
     acts on the edit alone, so it never touches the residual stream.
 
     Args:
@@ -162,8 +161,8 @@ class ReftIntervention(
         narrow = min(own, key=lambda dtype: dtype.itemsize)
         return own_edit(self, hidden.to(torch.promote_types(hidden.dtype, narrow)), gates)
 
-    def _tensors(self) -> Iterable[Tensor]:
-        return itertools.chain(self.parameters(), self.buffers())
+    def _tensors(self) -> list[Tensor]:
+        return [*self.parameters(), *self.buffers()]
 
     def _delta(
         self,
@@ -182,7 +181,7 @@ class ReftIntervention(
 
     def _edit(self, hidden: Tensor, gates: Tensor | None) -> Tensor:
         if gates is not None:
-            raise ValueError(f"subspaces: {type(self).__name__} has no subspace to edit a part of")
+            raise no_subspace(self)
         return self.edit(hidden)
 
     def forward(
@@ -226,22 +225,17 @@ class LowRankIntervention(KeepsForEvaluation, ReftIntervention):
 
     has_subspaces: ClassVar[bool] = True
     """Whether dimensions of its subspace can be edited without the others."""
-    is_constant: ClassVar[bool] = False
-    """Whether every state gets the same edit."""
 
     @abstractmethod
     def factors(self) -> Factors:
-        """The edit in the form that all low-rank edits share, differentiable, without dropout."""
+        """The edit in the form that all low-rank edits share, differentiable, without dropout.
+
+        In evaluation, it is asked for once and kept until the weights, or an attribute of the unit,
+        change.
+        """
 
     def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         return self.factors().to(hidden).edit(hidden)
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether weights must be differentiable now."""
-        if self.training or torch.compiler.is_compiling():
-            return True
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def row_edit(
         self,
@@ -259,33 +253,30 @@ class LowRankIntervention(KeepsForEvaluation, ReftIntervention):
             gates: as of `delta`, for each row of hidden states.
         """
         if gates is not None and not self.has_subspaces:
-            super()._edit(gates, gates)  # which says so
+            raise no_subspace(self)
 
         def ready() -> Factors:
-            return self.factors().ready(dtype, device, scale)
+            return self._factors_in(dtype).ready(dtype, device, scale)
 
-        factors = ready() if self.is_trained else self.kept((dtype, device, scale), ready)
+        with outside_autocast(device.type):
+            if self.is_trained:
+                factors = ready()
+            else:
+                factors = self.kept((dtype, device, scale), lambda: ready().detach())
         if gates is not None:
             blocks = len(factors.up) // gates.shape[-1]
             gates = torch.cat([gates.to(factors.up)] * blocks, dim=-1)
         return RowEdit(factors, gates, self.dropout.p if self.dropout.training else 0.0)
 
-    def constant(
-        self, dtype: torch.dtype, device: torch.device, scale: float = 1.0
-    ) -> Float[Tensor, " hidden"]:
-        """The vector that a constant edit adds to every state; arguments as of `row_edit`."""
-
-        def vector() -> Tensor:
-            _, bias, up, _ = self.factors()
-            return (scale * (bias @ up)).to(device, dtype)
-
-        return vector() if self.is_trained else self.kept((dtype, device, scale, "all"), vector)
+    def _factors_in(self, _: torch.dtype) -> Factors:
+        """The factors, not rounded to less than a dtype."""
+        return self.factors()
 
     def _edit(self, hidden: Tensor, gates: Tensor | None) -> Tensor:
         if gates is None:
             return self.edit(hidden)
         if not self.has_subspaces:
-            return super()._edit(hidden, gates)
+            raise no_subspace(self)
         return self.factors().to(hidden).edit(hidden, gates.to(hidden))
 
 
@@ -297,9 +288,15 @@ def overrides_forward(cls: type) -> bool:
 
 def has_factors(unit: object) -> TypeGuard[LowRankIntervention]:
     """Whether `factors` are all that a unit adds: a `forward` of its own may do anything."""
-    if not isinstance(unit, LowRankIntervention) or unit.has_own_forward:
+    if not isinstance(unit, LowRankIntervention) or type(unit.dropout) is not nn.Dropout:
         return False
-    return type(unit).edit is LowRankIntervention.edit
+    names = ("forward", "delta", "edit", "_delta", "_edit")
+    return all(getattr(type(unit), n) is getattr(LowRankIntervention, n) for n in names)
+
+
+def no_subspace(unit: object) -> ValueError:
+    """That a unit has no dimensions to choose among."""
+    return ValueError(f"subspaces: {type(unit).__name__} has no subspace to edit a part of")
 
 
 class NoiseIntervention(SourcelessIntervention, LocalistRepresentationIntervention, ABC):

@@ -28,16 +28,25 @@ class Factors(NamedTuple):
     up: Float[Tensor, "k hidden"]
     acts: Activations
     """Of each run of rows, the activation or its name, or None, and the number of rows."""
+    is_constant: bool = False
+    """Whether D is 0, so that all hidden states get the same edit."""
+
+    def of(self, down: Tensor, bias: Tensor, up: Tensor) -> "Factors":
+        """The same form with other tensors."""
+        return Factors(down, bias, up, self.acts, self.is_constant)
 
     def to(self, like: Tensor) -> "Factors":
         """The factors in the dtype and on the device of a tensor."""
-        return Factors(self.down.to(like), self.bias.to(like), self.up.to(like), self.acts)
+        return self.ready(like.dtype, like.device)
 
     def ready(self, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> "Factors":
         """The factors in a dtype and on a device, of an edit that is so many times as strong."""
         up = self.up if scale == 1.0 else scale * self.up
-        down, bias, up = (tensor.to(device, dtype) for tensor in (self.down, self.bias, up))
-        return Factors(down, bias, up, self.acts)
+        return self.of(*(tensor.to(device, dtype) for tensor in (self.down, self.bias, up)))
+
+    def detach(self) -> "Factors":
+        """The factors outside of autograd."""
+        return self.of(*(tensor.detach() for tensor in self[:3]))
 
     def edit(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .base import LowRankIntervention
 from .factors import Factors
 from .rotation import LowRankRotation, shared_bases
+from .row_edits import outside_autocast
 
 
 class FormedIntervention(LowRankIntervention):
@@ -29,10 +30,19 @@ class FormedIntervention(LowRankIntervention):
 
     @abstractmethod
     def form(self, *parts: Tensor) -> Factors:
-        """The factors, of parts that may have a dimension of units before their own."""
+        """The factors, of parts that may have a dimension of units before their own.
+
+        They depend on the parts and on `activation` alone: one unit makes those of all.
+        """
 
     def factors(self) -> Factors:
         return self.form(*self.parts()) if self._shared is None else self._shared
+
+    def _factors_in(self, dtype: torch.dtype) -> Factors:
+        shared = self._shared
+        if shared is None or torch.promote_types(dtype, shared.up.dtype) is shared.up.dtype:
+            return self.factors()
+        return self.form(*self.parts())  # the hidden states are wider than was expected
 
     def wide_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if self._shared is None:
@@ -60,10 +70,11 @@ def shared_factors(
         with shared_bases(rotations):
             for (_, _, chosen, *_), group in _of_one_form(modules, dtype, is_wide).items():
                 stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
-                *tensors, acts = next(iter(group)).form(*stacked)
-                each = zip(*(tensor.to(chosen).unbind() for tensor in tensors), strict=True)
-                for unit, (down, bias, up) in zip(group, each, strict=True):
-                    unit._shared = Factors(down, bias, up, acts)
+                with outside_autocast(stacked[0].device.type):
+                    factors = next(iter(group)).form(*stacked)
+                each = zip(*(tensor.to(chosen).unbind() for tensor in factors[:3]), strict=True)
+                for unit, tensors in zip(group, each, strict=True):
+                    unit._shared = factors.of(*tensors)
                     shared.append(unit)
             yield
     finally:

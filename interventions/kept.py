@@ -25,8 +25,8 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class KeepsForEvaluation(nn.Module):
-    """A module that keeps values of its weights until an optimizer steps, a weight changes, the
-    module moves, or `train()` or `eval()` is called.
+    """A module that keeps values of its weights until an optimizer steps, a weight changes, an
+    attribute is set, the module moves, or `train()` or `eval()` is called.
 
     A change through `weight.data` alone, which torch does not record, needs one of these calls.
     """
@@ -36,24 +36,43 @@ class KeepsForEvaluation(nn.Module):
 
     def kept(self, name: Hashable, compute: Callable[[], Value]) -> Value:
         """The value of a name, computed outside autograd where it is not kept."""
-        tensors = [*self.parameters(), *self.buffers()]
+        tensors = self._tensors()
         try:
-            states = [_state(tensor) for tensor in tensors]
-        except RuntimeError:  # within vmap
+            states = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        except RuntimeError:  # within vmap, or tensors of inference mode, which count no changes
             return compute()
         states.append((_steps_taken, 0))
         kept = self._kept
         if kept is None or kept[1] != states or not all(map(operator.is_, kept[0], tensors)):
             kept = self._kept = tensors, states, {}
         values = kept[2]
-        if name not in values:
-            if len(values) == _MOST:
-                values.clear()
+        value: Value | None = values.get(name)
+        if value is None:
             # Outside inference mode: what is kept may meet autograd later.
             with torch.inference_mode(False), torch.no_grad():
-                values[name] = compute()
-        value: Value = values[name]
+                value = compute()
+            if len(values) >= _MOST:
+                values.clear()
+            values[name] = value
         return value
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.parameters(), *self.buffers()]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its tensors must be differentiable now, so that nothing is kept."""
+        if self.training or torch.compiler.is_compiling():
+            return True
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "_kept":
+            self.__dict__["_kept"] = None
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}
 
     def train(self, mode: bool = True) -> Any:
         self._kept = None
@@ -62,7 +81,3 @@ class KeepsForEvaluation(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._kept = None
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # of torch
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -206,11 +206,10 @@ class LobireftIntervention(_Constant):
     Arguments as in `ReftIntervention`, without `act_fn`. Parameters: $rd + r$.
     """
 
-    is_constant: ClassVar[bool] = True
-
     def form(self, *parts: Tensor) -> Factors:
         basis, constant = parts
-        return Factors(torch.zeros_like(basis), constant, basis, ((None, basis.shape[-2]),))
+        acts = ((None, basis.shape[-2]),)
+        return Factors(torch.zeros_like(basis), constant, basis, acts, is_constant=True)
 
 
 def source(

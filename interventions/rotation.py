@@ -167,11 +167,6 @@ class LowRankRotation(KeepsForEvaluation):
         expect_orthonormal(basis)
         self.weight.copy_(basis / 2)
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether R must be differentiable now, and so cannot come from the evaluation cache."""
-        return self.training or (torch.is_grad_enabled() and self.weight.requires_grad)
-
     def forward(
         self, hidden: Float[Tensor, "*rows hidden"] | None = None
     ) -> Float[Tensor, "rank hidden"] | Float[Tensor, "*rows rank"]:
@@ -182,7 +177,7 @@ class LowRankRotation(KeepsForEvaluation):
     def _basis(self) -> Float[Tensor, "rank hidden"]:
         if self._shared is not None:
             return self._shared
-        if self.is_trained or torch.compiler.is_compiling():
+        if self.is_trained:
             return orthonormal_rows(self.weight)
         return self.kept("basis", lambda: orthonormal_rows(self.weight))
 

@@ -7,8 +7,8 @@ a closed form instead of a node for each of them.
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .factors import Factors, activated, side_by_side
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RowEdit:
     """A low-rank edit, ready for use: in the dtype of its arithmetic, with its scale."""
 
@@ -29,15 +29,20 @@ class RowEdit:
     """Probability that an element of the edit is zeroed."""
 
     def __post_init__(self) -> None:
-        has_acts = any(act for act, _ in self.factors.acts)
-        object.__setattr__(self, "_transposed", self.factors.down.mT)
-        object.__setattr__(self, "_has_acts", has_acts)
-        object.__setattr__(self, "is_linear", not (has_acts or self.dropout))
+        self._transposed = self.factors.down.mT
+        self._has_acts = any(act for act, _ in self.factors.acts)
 
-    _transposed: Tensor = field(init=False)
-    _has_acts: bool = field(init=False)
-    is_linear: bool = field(init=False)
-    """Whether it is linear in h and has nothing random."""
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether its gradient has: it is linear in h, nothing is random, and gates are numbers."""
+        has_numbers = self.gates is None or not self.gates.requires_grad
+        return not (self._has_acts or self.dropout) and has_numbers
+
+    def vector(self, dtype: torch.dtype) -> Float[Tensor, " hidden"] | None:
+        """What it adds to all hidden states, if that is one vector."""
+        if not self.factors.is_constant or self.gates is not None or self.dropout:
+            return None
+        return (self.factors.bias[:, None] * self.factors.up).sum(0).to(dtype)
 
     def inner(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows k"]:
         r"""$g \odot \phi(Dh + b)$."""
@@ -51,13 +56,18 @@ class RowEdit:
         delta = inner @ self.factors.up
         return F.dropout(delta, self.dropout) if self.dropout else delta
 
+    def added(
+        self, states: Float[Tensor, "rows hidden"], inner: Float[Tensor, "rows k"]
+    ) -> Float[Tensor, "rows hidden"]:
+        """The states and their change, in one operation, without dropout."""
+        return torch.addmm(states, inner, self.factors.up)
+
     def of_all(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        """`edit_rows` of all rows outside autograd, with the least that it takes."""
-        narrow, up = hidden.dtype, self.factors.up
-        with _outside_autocast(hidden.device.type):
-            wide = hidden.reshape(-1, hidden.shape[-1]).to(up.dtype)
-            edited = torch.addmm(wide, self.inner(wide), up)
-        return edited.to(narrow).view(hidden.shape)
+        """`edit_rows` of all rows outside autograd, in the least time."""
+        with outside_autocast(hidden.device.type):
+            wide = hidden.reshape(-1, hidden.shape[-1]).to(self.factors.up.dtype)
+            edited = self.added(wide, self.inner(wide))
+        return edited.to(hidden.dtype).view(hidden.shape)
 
 
 class EditedRows(NamedTuple):
@@ -114,8 +124,8 @@ def edit_rows(
         The edited hidden states, a fresh tensor unless it is in place.
     """
     is_closed = not (in_place or states or is_transformed or torch.compiler.is_compiling())
-    with _outside_autocast(hidden.device.type):
-        if torch.is_grad_enabled() and is_closed and all(edit.is_linear for edit in edits):
+    with outside_autocast(hidden.device.type):
+        if torch.is_grad_enabled() and is_closed and all(edit.has_closed_form for edit in edits):
             gates = [edit.gates for edit in edits]
             tensors = [tensor for edit in edits for tensor in edit.factors[:3]]
             edited: Tensor = _EditRows.apply(hidden, rows, gates, *tensors)[0]  # type: ignore[no-untyped-call]  # torch's
@@ -123,7 +133,7 @@ def edit_rows(
         return _edited(hidden, edits, rows, states, in_place=in_place)[0]
 
 
-def _outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Within the block there is no autocast; where there is none anyway, this takes no time."""
     is_within = torch.compiler.is_compiling() or torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if is_within else contextlib.nullcontext()
@@ -147,8 +157,7 @@ def _edited(
         for edit, part, off in zip(edits, rows.split(wide), rows.split(rows.skipped), strict=True)
     ]
     if rows.indices is None and not states and not edits[0].dropout:
-        edited = torch.addmm(whole, inners[0], edits[0].factors.up).to(hidden.dtype)
-        return edited, wide, inners
+        return edits[0].added(whole, inners[0]).to(hidden.dtype), wide, inners
     deltas = [edit.outer(inner) for edit, inner in zip(edits, inners, strict=True)]
     delta = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(hidden.dtype)
     if in_place and rows.indices is not None:
@@ -191,7 +200,7 @@ class _EditRows(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if gradient is None:
             gradient = ctx.saved_tensors[0].new_zeros(ctx.shape)
-        with _outside_autocast(gradient.device.type):
+        with outside_autocast(gradient.device.type):
             of_hidden, of_tensors = _gradients(ctx, gradient, of_states, of_inners)
         return of_hidden, None, None, *of_tensors
 
@@ -210,7 +219,9 @@ def _gradients(
     states, whole = states.to(dtype), rows.gather(gradient).to(dtype)
     wide = whole
     if skipped is not None:
-        states, wide = states.masked_fill(skipped, 0), wide.masked_fill(skipped, 0)
+        wide = wide.masked_fill(skipped, 0)
+        if rows.indices is None:
+            states = states.masked_fill(skipped, 0)
     between, of_tensors = [], []
     parts = zip(rows.split(wide), rows.split(states), rows.split(skipped), strict=True)
     for index, (part, read, off) in enumerate(parts):
@@ -245,8 +256,6 @@ class StackedEdit(nn.Module):
         parts: the edits.
         owners: for each edit, the number of its adapter, which is the column of its gate.
     """
-
-    has_own_forward: ClassVar[bool] = False
 
     down: Tensor
     bias: Tensor

@@ -18,7 +18,7 @@ from ..interventions import (
     edit_rows,
     has_factors,
 )
-from .base.running import is_part, is_transformed, shaped_like
+from .base.running import is_spread, is_transformed, shaped_like
 from .calls import AnyCall, Call, Hidden, ReadyEdit
 from .units import PlacedUnit
 
@@ -114,9 +114,9 @@ def _ready_edit(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> Read
     [placed, *others] = acting
     if others or not _is_low_rank(placed) or hidden.shape[-1] != placed.unit.hidden_size:
         return None
-    if (vector := _constant(placed, call, hidden)) is not None:
-        return vector.add
     [edit] = _row_edits([placed], call, hidden)
+    if (vector := edit.vector(hidden.dtype)) is not None:
+        return vector.add
     return None if edit.dropout else edit.of_all
 
 
@@ -124,8 +124,7 @@ def _is_low_rank(placed: PlacedUnit) -> bool:
     """Whether the factors of a unit are at hand; FSDP2 gathers what is spread for its `delta`."""
     if isinstance(placed.unit, StackedEdit):
         return True
-    weight = next(placed.unit.parameters(), None)
-    return has_factors(placed.unit) and not (weight is not None and is_part(weight))
+    return has_factors(placed.unit) and not is_spread(placed.unit)
 
 
 def _edit_low_rank(
@@ -133,32 +132,21 @@ def _edit_low_rank(
 ) -> Hidden:
     """Add the edits of units, of which the factors are at hand, to their rows of `edited`."""
     rows = call.edited(units, hidden.device)
+    edits = _row_edits(units, call, hidden)
     is_whole = rows.indices is None and rows.skipped is None
-    if is_whole and (vector := _constant(units[0], call, hidden)) is not None:
+    # The gradient of many tokens is summed up in the wider dtype.
+    is_exact = not torch.is_grad_enabled() or edits[0].factors.up.dtype is hidden.dtype
+    if is_whole and is_exact and (vector := edits[0].vector(hidden.dtype)) is not None:
         return edited + vector
     flat, target = (states.reshape(-1, states.shape[-1]) for states in (hidden, edited))
     result = edit_rows(
         target,
-        _row_edits(units, call, hidden),
+        edits,
         rows,
         states=() if edited is hidden else (flat,),
         is_transformed=not torch.compiler.is_compiling() and is_transformed(),
     )
     return shaped_like(hidden, result)
-
-
-def _constant(placed: PlacedUnit, call: Call, hidden: Hidden) -> Float[Tensor, " hidden"] | None:
-    """What a unit adds to all states, if that is a vector."""
-    unit: Any = placed.unit
-    if not getattr(unit, "is_constant", False) or call.gates(placed.key) is not None:
-        return None
-    if unit.dropout.training and unit.dropout.p:
-        return None
-    # The gradient of many tokens is summed up in the wider dtype.
-    if torch.is_grad_enabled() and unit.wide_dtype(hidden.dtype) is not hidden.dtype:
-        return None
-    vector: Tensor = unit.constant(hidden.dtype, hidden.device, call.plan.choices.scale)
-    return vector
 
 
 def _row_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> list[RowEdit]:

@@ -28,9 +28,8 @@ from .base.running import (
     gather_for,
     hook_first,
     innermost,
-    is_part,
+    is_spread,
     module_at,
-    parameters_of,
 )
 from .base.sites import Site, find_stack
 from .base.threads import undone_in_children
@@ -122,7 +121,8 @@ class Engine:
             # What is recomputed in the backward pass must not depend on what is computed outside:
             # with reentrant checkpointing, a shared basis would be differentiated several times.
             if not checkpointed:
-                stack.enter_context(self.sharing_factors(plans[0].choices))
+                acting = [p for p in self.units if any(reader.has(p) for reader in readers)]
+                stack.enter_context(self.sharing_factors(acting, plans[0].choices))
             for module in checkpointed:
                 stack.enter_context(checkpointing(module, self._repeatable))
             hooks = stack.enter_context(contextlib.ExitStack())
@@ -310,10 +310,11 @@ class Engine:
             return inputs
         return inputs | {"inputs_embeds": self._apply(units, call, embeds)}
 
-    def sharing_factors(self, choices: CallChoices) -> contextlib.AbstractContextManager[None]:
+    def sharing_factors(
+        self, placed_units: Sequence[PlacedUnit], choices: CallChoices
+    ) -> contextlib.AbstractContextManager[None]:
         """Within the block, what is computed of units' weights alone is computed once."""
-        units = [placed.unit for placed in self.units]
-        whole = [unit for unit in units if not any(map(is_part, parameters_of(unit)))]
+        whole = [placed.unit for placed in placed_units if not is_spread(placed.unit)]
         weights = inner_model(self.base).parameters()
         dtype = next((w.dtype for w in weights if w.is_floating_point()), torch.float32)
         return shared_factors(whole, dtype, is_wide=choices.arithmetic == "wide")

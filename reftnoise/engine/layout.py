@@ -113,6 +113,20 @@ class Selection:
     counting: range | None = None
     """Columns that hold all slots, each of which is known to count; None where that is unknown."""
 
+    @classmethod
+    def known(
+        cls,
+        columns: Int[Tensor, "batch positions"] | None,
+        mask: Bool[Tensor, "batch positions"],
+        within: range,
+        decode: bool = False,
+    ) -> "Selection":
+        """A selection of columns within a range, which waits for the device to ask its mask."""
+        # In training, a mask over all columns leaves completions out anyway.
+        is_asked = columns is not None or not torch.is_grad_enabled()
+        is_asked = is_asked and not (torch.compiler.is_compiling() or is_transformed())
+        return cls(columns, mask, decode, within if is_asked and bool(mask.all()) else None)
+
     def covers(self, offset: int, length: int) -> bool:
         """Whether all slots, or columns, of a call are known to count."""
         known, end = self.counting, offset + length
@@ -195,7 +209,7 @@ class PromptLayout:
         """
         named = named_tokens(positions, self._rank, self._lengths, first, last) & self.attended
         if positions.all or positions.decode:
-            return selection(None, named, range(named.shape[1]), positions.decode)
+            return Selection.known(None, named, range(named.shape[1]), positions.decode)
         count = self._most(positions, named)
         if count is None:
             return Selection(None, named)
@@ -206,7 +220,7 @@ class PromptLayout:
         columns = order[:, :count]
         mask = named.gather(1, columns)
         columns = torch.where(mask, columns, columns[:, :1])
-        return selection(columns, mask, range(named.shape[1]))
+        return Selection.known(columns, mask, range(named.shape[1]))
 
     def _most(self, positions: Positions, named: Bool[Tensor, "batch width"]) -> int | None:
         """No row has more named tokens than this; None where only reading the mask would tell."""
@@ -300,24 +314,10 @@ def document_starts(
     return attended & ~follows
 
 
-def selection(
-    columns: Int[Tensor, "batch positions"] | None,
-    mask: Bool[Tensor, "batch positions"],
-    within: range,
-    decode: bool = False,
-) -> Selection:
-    """A selection of columns within a range.
-
-    It waits for the device once, to learn whether all slots count: every site needs no mask then.
-    """
-    is_known = not (mask.is_meta or torch.compiler.is_compiling() or is_transformed())
-    return Selection(columns, mask, decode, within if is_known and bool(mask.all()) else None)
-
-
 def explicit_selection(columns: Int[Tensor, "batch positions"], width: int) -> Selection:
     """The selection of given columns of so many; a column that a row repeats counts once."""
     same = columns[:, :, None] == columns[:, None, :]
-    return selection(columns, ~same.tril(-1).any(-1), range(width))
+    return Selection.known(columns, ~same.tril(-1).any(-1), range(width))
 
 
 def has_token_labels(labels: Tensor | None, attended: Bool[Tensor, "batch width"]) -> bool:

@@ -1,5 +1,6 @@
 """The grammar of positions, and their resolution against a slow per-row reference."""
 
+import random
 import re
 from itertools import pairwise
 from typing import Any
@@ -486,3 +487,30 @@ def test_columns_outside_the_input(locations: Any, index: int, part: Any) -> Non
     )
     with pytest.raises(ValueError, match=exactly(message)):
         located(locations)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_known_to_count_all_counts_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    covered = 0
+    for _ in range(120):
+        batch, width = draw.randint(1, 3), draw.randint(1, 6)
+        attended = torch.ones(batch, width, dtype=torch.bool)
+        for row in attended if draw.random() < 0.4 else ():
+            row[: draw.randint(0, width - 1)] = False
+            if draw.random() < 0.5:
+                row.copy_(row.flip(0).clone())
+        lengths = None if draw.random() < 0.5 else torch.randint(0, width + 1, (batch,))
+        layout = PromptLayout(attended, lengths)
+        places = ["f1", "l1", "f2+l2", "all", "all+decode", "f1+decode", "decode", "f9"]
+        with torch.set_grad_enabled(draw.random() < 0.5):
+            selection = layout.select(Positions.parse(draw.choice(places)))
+        if draw.random() < 0.1:
+            selection = explicit_selection(torch.randint(0, width, (batch, 2)), width)
+        selection = selection.repeat(draw.choice((1, 2)))
+        offset, length = draw.randint(-3, width + 2), draw.randint(1, width + 3)
+        if offset + length > 0 and selection.covers(offset, length):
+            covered += 1
+            assert selection.within(offset, length)[1].all()
+    assert covered > 5

@@ -1,7 +1,9 @@
 """What evaluation keeps of weights is theirs as they are now."""
 
 import copy
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from reftnoise.interventions import (
     LowRankIntervention,
     RowEdit,
     edit_rows,
+    shared_factors,
 )
 from support.tolerance import assert_close
 
@@ -119,14 +122,67 @@ def test_scale_and_gates(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["bias", "addition", "lobireft"])
+@torch.no_grad()
 def test_the_vector_of_a_constant_edit(name: str) -> None:
     unit, hidden = build(LOW_RANK[name]), torch.randn(3, WIDTH)
+    for scale in (1.0, 0.5):
+        vector = unit.row_edit(hidden.dtype, hidden.device, scale).vector(hidden.dtype)
+        assert_close(hidden + vector / scale, unit(hidden[None])[0])
+    assert (
+        build(LoreftIntervention).row_edit(hidden.dtype, hidden.device).vector(hidden.dtype) is None
+    )
+
+
+@torch.no_grad()
+def test_autocast_leaves_nothing_behind() -> None:
+    for cls in LOW_RANK.values():
+        unit, hidden = build(cls), torch.randn(3, WIDTH)
+        expected = unit(hidden[None])[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_close(edited(unit, hidden), expected)
+        assert_close(edited(unit, hidden), expected)
+
+
+def test_another_activation() -> None:
+    unit, hidden = build(LoreftIntervention), torch.randn(3, WIDTH)
+    before = edited(unit, hidden)
+    unit.act_fn = nn.Tanh()
     with torch.no_grad():
-        vector = unit.constant(hidden.dtype, hidden.device, 0.5)
-        assert_close(hidden + 2 * vector, unit(hidden[None])[0])
-        set_in_place(unit)
-        vector = unit.constant(hidden.dtype, hidden.device)
-        assert_close(hidden + vector, unit(hidden[None])[0])
+        assert_close(edited(unit, hidden), unit(hidden[None])[0])
+    assert not torch.equal(edited(unit, hidden), before)
+
+
+def test_what_is_kept_has_no_graph_and_is_no_part_of_a_copy() -> None:
+    unit, hidden = build(LoreftIntervention), torch.randn(3, WIDTH)
+    size = len(pickle.dumps(unit))
+    with shared_factors([unit], torch.float32), torch.no_grad():
+        unit.row_edit(hidden.dtype, hidden.device)
+    assert len(pickle.dumps(unit)) < size + 50
+    copy.deepcopy(unit)
+    unit.requires_grad_(False)
+    for _ in range(2):
+        states = hidden.clone().requires_grad_()
+        edit_rows(states, [unit.row_edit(states.dtype, states.device)]).sum().backward()
+
+
+def test_a_vector_that_is_trained_itself() -> None:
+    unit, hidden = build(LOW_RANK["addition"]), torch.randn(3, WIDTH)
+    edited(unit, hidden)
+    unit.vector.requires_grad_()
+    edit_rows(hidden, [unit.row_edit(hidden.dtype, hidden.device)]).sum().backward()
+    assert_close(unit.vector.grad, torch.full((WIDTH,), 3.0))
+
+
+def test_threads_keep_side_by_side() -> None:
+    unit, hidden = build(LoreftIntervention), torch.randn(3, WIDTH)
+    change = edited(unit, hidden) - hidden
+
+    def call(index: int) -> None:
+        scale = 1 + index % 11
+        assert_close(edited(unit, hidden, scale=scale), hidden + scale * change)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(call, range(600)))
 
 
 def test_inference_mode_and_copies() -> None:

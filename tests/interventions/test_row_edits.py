@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from reftnoise.interventions import ALL_ROWS, EditedRows, Factors, RowEdit, edit_rows
+from reftnoise.interventions import EditedRows, Factors, RowEdit, edit_rows
+from reftnoise.interventions.row_edits import ALL_ROWS
 from support.tolerance import assert_close
 
 HIDDEN = 6
@@ -33,7 +34,7 @@ def by_row(hidden: Tensor, edits: Sequence[RowEdit], rows: EditedRows) -> Tensor
     for slot, (row, owner, start) in enumerate(zip(indices, owners, starts, strict=True)):
         if rows.skipped is not None and rows.skipped[slot]:
             continue
-        (down, bias, up, _), gates = edits[owner].factors, edits[owner].gates
+        (down, bias, up), gates = edits[owner].factors[:3], edits[owner].gates
         inner = down @ hidden[row] + bias
         out[row] += up.T @ (inner if gates is None else gates[slot - start] * inner)
     return out

@@ -26,7 +26,7 @@ from ..base.peft import inner_model
 from ..base.running import weights_stamp
 from ..calls import EditPlan
 from ..hooks import Engine
-from ..layout import PromptLayout, Selection, selection
+from ..layout import PromptLayout, Selection
 from .loss import without_logits
 from .prefix_cache import PrefixCache
 
@@ -67,16 +67,18 @@ class Alignment:
         taken = values[rows, columns.clamp(0, values.shape[1] - 1)]
         return taken.masked_fill(~inside[..., None], 0)
 
-    def select(self, given: Selection) -> Selection:
+    def select(self, selection: Selection) -> Selection:
         """A selection of the batch's columns as one of the aligned columns."""
         width = self.columns.shape[1]
-        if given.columns is None:
-            mask = given.mask.gather(1, self.columns) & self.inside
-            return selection(None, mask, range(width), given.decode)
-        columns = given.columns + self.shift[:, None]
-        mask = given.mask & (columns >= 0) & (columns < width)
+        if selection.columns is None:
+            mask = selection.mask.gather(1, self.columns) & self.inside
+            return Selection.known(None, mask, range(width), selection.decode)
+        columns = selection.columns + self.shift[:, None]
+        mask = selection.mask & (columns >= 0) & (columns < width)
         columns = columns.clamp(0, width - 1)
-        return selection(columns, mask & self.inside.gather(1, columns), range(self.cut, width))
+        return Selection.known(
+            columns, mask & self.inside.gather(1, columns), range(self.cut, width)
+        )
 
     def shifted(self, plan: EditPlan) -> EditPlan:
         """A plan of the batch's columns as one of the aligned columns."""
@@ -127,8 +129,8 @@ def align(
     is_label = labels.to(device) != -100
     has_label = is_label.any(1)
     first = torch.where(has_label, is_label.to(torch.uint8).argmax(1) - 1, width)
-    for given in set(plan.selections.values()):
-        first = torch.minimum(first, given.first_column(width))
+    for selection in set(plan.selections.values()):
+        first = torch.minimum(first, selection.first_column(width))
     first = torch.maximum(torch.minimum(first, end - 1), start)
     if not keep_end:
         last = (column * is_label).amax(1)

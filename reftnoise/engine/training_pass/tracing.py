@@ -18,6 +18,7 @@ from ..base.sites import Site
 from ..calls import AnyCall, Call, EditPlan, Plan, TokenlessCall
 from ..hooks import Engine
 from ..layout import Batch
+from ..units import PlacedUnit
 
 # torch.compile, which can call only functions of plain values while it traces, finds tracers here.
 _TRACERS: "WeakValueDictionary[str, Tracer]" = WeakValueDictionary()
@@ -58,10 +59,15 @@ class Tracer:
             call = TokenlessCall(plan, inner_model(base), batch.inputs.get("attention_mask"))
         self._call = call
         try:
-            with self._engine.sharing_factors(plan.choices):
+            with self._engine.sharing_factors(self._acting(plan), plan.choices):
                 return base(**self._engine.with_edited_embeddings(call, batch.inputs))
         finally:
             self._call = None
+
+    def _acting(self, plan: Plan) -> list[PlacedUnit]:
+        """The units that a plan edits with."""
+        units = self._engine.units
+        return [p for p in units if not isinstance(plan, EditPlan) or p.key in plan.selections]
 
     def stand_on_base(self) -> None:
         """Put the hooks of traced passes on the base, once."""

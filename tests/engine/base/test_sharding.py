@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 
 import reftnoise as rn
+from support.adapters import moved
 from support.models.architectures import tiny_model
 from support.programs import distributed_worker as worker
 from support.tolerance import assert_close
@@ -187,3 +191,28 @@ def test_a_kill_within_a_save_leaves_no_half_adapter(killed: Launch, trained: La
     weights = trained["ddp"]["weights"]
     for name, weight in trained["killed, resumed"]["weights"].items():
         assert torch.equal(weight, weights[name])
+
+
+def test_units_that_are_sharded_by_themselves_stay_so_after_an_evaluation(tmp_path: Path) -> None:
+    entry = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2, "positions": "all"}
+    model = moved(rn.get_reft_model(tiny_model(num_hidden_layers=2), rn.ReftConfig([entry])))
+    ids = torch.tensor([[5, 6, 9, 4, 3], [8, 2, 7, 1, 6]])
+    labels = ids.masked_fill(torch.arange(5) < 2, -100)
+    model.train()(input_ids=ids, labels=labels).loss.backward()
+    expected = [p.grad for p in model.interventions.parameters()]
+    model.zero_grad()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for placed in model.engine.units:
+            fully_shard(placed.unit, mesh=mesh)
+            placed.unit.set_reshard_after_backward(False)
+        with torch.no_grad():  # which leaves them gathered
+            model.eval()(input_ids=ids)
+        model.train()(input_ids=ids, labels=labels).loss.backward()
+        for placed in model.engine.units:
+            placed.unit.reshard()
+        whole = [p.grad.full_tensor() for p in model.interventions.parameters()]
+        assert_close(whole, expected)
+    finally:
+        dist.destroy_process_group()
