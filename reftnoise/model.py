@@ -322,11 +322,12 @@ class ReftModel(TakesBatches, AdapterMixin):
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """The dtype in which edits are computed: `"wide"` or `"base"`.
+        """The dtype in which low-rank edits are computed: `"wide"` or `"base"`.
 
         `"wide"` is the wider of the weights' dtype and the hidden states', so fp32 beside a base in
         bf16. `"base"` is the hidden states' dtype: it leaves out the casts of each site, and rounds
-        what an edit computes to that dtype, as the base's own layers round.
+        what an edit computes to that dtype, as the base's own layers round. Units with an `edit` or
+        `forward` of their own, and units that FSDP2 shards, are always `"wide"`.
         """
         return self.engine.settings.now.arithmetic
 
