@@ -259,10 +259,7 @@ class LowRankIntervention(KeepsForEvaluation, ReftIntervention):
             return self._factors_in(dtype).ready(dtype, device, scale)
 
         with outside_autocast(device.type):
-            if self.is_trained:
-                factors = ready()
-            else:
-                factors = self.kept((dtype, device, scale), lambda: ready().detach())
+            factors: Factors = self.kept((dtype, device, scale), ready)
         if gates is not None:
             blocks = len(factors.up) // gates.shape[-1]
             gates = torch.cat([gates.to(factors.up)] * blocks, dim=-1)

@@ -2,13 +2,11 @@
 
 import operator
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-Value = TypeVar("Value")
 
 _MOST = 8
 """Values of one module, such as its edit at some scales."""
@@ -34,8 +32,10 @@ class KeepsForEvaluation(nn.Module):
     _kept: tuple[list[Tensor], list[tuple[int, int]], dict[Hashable, Any]] | None = None
     """Tensors, the state in which each of them was, and the values of that state."""
 
-    def kept(self, name: Hashable, compute: Callable[[], Value]) -> Value:
-        """The value of a name, computed outside autograd where it is not kept."""
+    def kept(self, name: Hashable, compute: Callable[[], Any]) -> Any:
+        """The value of a name, a tensor or what else has a `detach`; computed if it is not kept."""
+        if self.is_trained:
+            return compute()
         tensors = self._tensors()
         try:
             states = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
@@ -46,11 +46,11 @@ class KeepsForEvaluation(nn.Module):
         if kept is None or kept[1] != states or not all(map(operator.is_, kept[0], tensors)):
             kept = self._kept = tensors, states, {}
         values = kept[2]
-        value: Value | None = values.get(name)
+        value = values.get(name)
         if value is None:
             # Outside inference mode: what is kept may meet autograd later.
             with torch.inference_mode(False), torch.no_grad():
-                value = compute()
+                value = compute().detach()
             if len(values) >= _MOST:
                 values.clear()
             values[name] = value

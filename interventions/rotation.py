@@ -177,9 +177,8 @@ class LowRankRotation(KeepsForEvaluation):
     def _basis(self) -> Float[Tensor, "rank hidden"]:
         if self._shared is not None:
             return self._shared
-        if self.is_trained:
-            return orthonormal_rows(self.weight)
-        return self.kept("basis", lambda: orthonormal_rows(self.weight))
+        basis: Tensor = self.kept("basis", lambda: orthonormal_rows(self.weight))
+        return basis
 
     def extra_repr(self) -> str:
         rank, hidden_size = self.weight.shape
