@@ -41,8 +41,8 @@ class Factors(NamedTuple):
 
     def ready(self, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> "Factors":
         """The factors in a dtype and on a device, of an edit that is so many times as strong."""
-        up = self.up if scale == 1.0 else scale * self.up
-        return self.of(*(tensor.to(device, dtype) for tensor in (self.down, self.bias, up)))
+        down, bias, up = (tensor.to(device, dtype) for tensor in self[:3])
+        return self.of(down, bias, up if scale == 1.0 else scale * up)
 
     def detach(self) -> "Factors":
         """The factors outside of autograd."""

@@ -69,8 +69,8 @@ def shared_factors(
     try:
         with shared_bases(rotations):
             for (_, _, chosen, *_), group in _of_one_form(modules, dtype, is_wide).items():
-                stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
-                with outside_autocast(stacked[0].device.type):
+                with outside_autocast(next(iter(group.values()))[0].device.type):
+                    stacked = [torch.stack(parts) for parts in zip(*group.values(), strict=True)]
                     factors = next(iter(group)).form(*stacked)
                 each = zip(*(tensor.to(chosen).unbind() for tensor in factors[:3]), strict=True)
                 for unit, tensors in zip(group, each, strict=True):

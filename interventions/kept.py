@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _MOST = 8
@@ -31,6 +32,8 @@ class KeepsForEvaluation(nn.Module):
 
     _kept: tuple[list[Tensor], list[tuple[int, int]], dict[Hashable, Any]] | None = None
     """Tensors, the state in which each of them was, and the values of that state."""
+    _shared: Any = None
+    """What a pass has computed for several modules at once."""
 
     def kept(self, name: Hashable, compute: Callable[[], Any]) -> Any:
         """The value of a name, a tensor or what else has a `detach`; computed if it is not kept."""
@@ -41,6 +44,8 @@ class KeepsForEvaluation(nn.Module):
             states = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         except RuntimeError:  # within vmap, or tensors of inference mode, which count no changes
             return compute()
+        if any(unpack_dual(tensor).tangent is not None for tensor in tensors):  # type: ignore[no-untyped-call]  # torch's
+            return compute()  # in forward mode
         states.append((_steps_taken, 0))
         kept = self._kept
         if kept is None or kept[1] != states or not all(map(operator.is_, kept[0], tensors)):
@@ -72,7 +77,7 @@ class KeepsForEvaluation(nn.Module):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}
+        return self.__dict__ | {"_kept": None, "_shared": None}
 
     def train(self, mode: bool = True) -> Any:
         self._kept = None

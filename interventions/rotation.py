@@ -198,7 +198,8 @@ def shared_bases(rotations: Iterable[LowRankRotation]) -> Iterator[None]:
         groups[weight.shape, weight.dtype, weight.device].append(rotation)
     try:
         for group in groups.values():
-            bases = orthonormal_rows(torch.stack([rotation.weight for rotation in group]))
+            with torch.autocast(group[0].weight.device.type, enabled=False):
+                bases = orthonormal_rows(torch.stack([rotation.weight for rotation in group]))
             for rotation, basis in zip(group, bases.unbind(), strict=True):
                 rotation._shared = basis
         yield

@@ -156,10 +156,14 @@ def _edited(
         edit.inner(part) if off is None else edit.inner(part).masked_fill(off, 0)
         for edit, part, off in zip(edits, rows.split(wide), rows.split(rows.skipped), strict=True)
     ]
-    if rows.indices is None and not states and not edits[0].dropout:
+    # What autograd records would multiply a NaN among skipped rows' gradients by zero.
+    is_masked = rows.skipped is not None and torch.is_grad_enabled()
+    if rows.indices is None and not (states or edits[0].dropout or is_masked):
         return edits[0].added(whole, inners[0]).to(hidden.dtype), wide, inners
     deltas = [edit.outer(inner) for edit, inner in zip(edits, inners, strict=True)]
     delta = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(hidden.dtype)
+    if rows.skipped is not None and is_masked:
+        delta = delta.masked_fill(rows.skipped, 0)
     if in_place and rows.indices is not None:
         hidden.index_add_(0, rows.indices, delta)
         return hidden, wide, inners

@@ -12,6 +12,7 @@ from .locations import has_columns
 from .planning import Planner, expect_same_edits
 
 
+@torch.no_grad()
 def generate_edited(
     planner: Planner, kwargs: dict[str, Any], unit_locations: UnitLocations | None
 ) -> Any:
@@ -40,7 +41,7 @@ def generate_edited(
         kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), guidance]
     drafts = ("assistant_model", "assistant_early_exit")
     is_assisted = any(_setting(name, planner, kwargs) is not None for name in drafts)
-    with torch.no_grad(), engine.running(*plans, is_generation=True, is_assisted=is_assisted):
+    with engine.running(*plans, is_generation=True, is_assisted=is_assisted):
         return engine.base.generate(**kwargs)
 
 
@@ -86,7 +87,7 @@ def _guidance(
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         lengths = attention_mask[:, :width].sum(1)
         plans = planner.plans(Batch.of(inputs, lengths, unit_locations))
-        with torch.no_grad(), planner.engine.running(*plans, is_generation=True):
+        with planner.engine.running(*plans, is_generation=True):
             return planner.engine.base(**inputs)
 
     return UnbatchedClassifierFreeGuidanceLogitsProcessor(

@@ -5,6 +5,7 @@ so the padding side, a padding token that equals end-of-text and a repeated begi
 no difference. Everything is vectorised over the batch and stays on the batch's device.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -121,18 +122,19 @@ class Selection:
         within: range,
         decode: bool = False,
     ) -> "Selection":
-        """A selection of columns within a range, which waits for the device to ask its mask."""
-        # In training, a mask over all columns leaves completions out anyway.
+        """A selection within a range, which asks its mask unless completions are left out anyway."""
         is_asked = columns is not None or not torch.is_grad_enabled()
-        is_asked = is_asked and not (torch.compiler.is_compiling() or is_transformed())
-        return cls(columns, mask, decode, within if is_asked and bool(mask.all()) else None)
+        if is_asked and not (torch.compiler.is_compiling() or is_transformed()):
+            with contextlib.suppress(RuntimeError):  # meta and fake tensors have no values
+                return cls(columns, mask, decode, within if mask.all() else None)
+        return cls(columns, mask, decode)
 
     def covers(self, offset: int, length: int) -> bool:
         """Whether all slots, or columns, of a call are known to count."""
         known, end = self.counting, offset + length
+        if self.columns is None and offset >= self.mask.shape[1]:
+            return self.decode
         if self.columns is None:
-            if offset >= self.mask.shape[1]:
-                return self.decode
             return known is not None and offset >= 0 and (self.decode or end <= known.stop)
         return known is not None and offset <= known.start and end >= known.stop
 
@@ -328,11 +330,10 @@ def has_token_labels(labels: Tensor | None, attended: Bool[Tensor, "batch width"
 def checked_lengths(lengths: Tensor, attended: Tensor) -> Int[Tensor, " batch"]:
     """Prompt lengths, at least 0; a ValueError for another form."""
     lengths = torch.as_tensor(lengths, device=attended.device)
-    rows = attended.shape[0]
-    if lengths.shape != (rows,) or lengths.is_floating_point():
+    if lengths.shape != attended.shape[:1] or lengths.is_floating_point():
         raise ValueError(
             f"prompt_lengths of shape {tuple(lengths.shape)} and {lengths.dtype}: expected "
-            f"({rows},) integers, one per row"
+            f"({len(attended)},) integers, one per row"
         )
     return lengths.long().clamp(min=0)
 

@@ -78,6 +78,9 @@ def test_what_edits_cost_today() -> None:
     counts = count_case(Case("generation", work, ()), methods, has_values=True)
     decode = {method: counts[method]["decode"] for method in methods}
     assert decode["prompt"].layer == decode["prompt"].step == 0
+    prefill = {method: counts[method]["prefill"].layer for method in methods}
+    assert prefill["addition"] <= 4
+    assert prefill["loreft"] <= 4
     bounds = {"addition": 1, "loreft": 4, "adapters": 5}
     for method, bound in bounds.items():
         assert 1 <= decode[method].layer <= bound

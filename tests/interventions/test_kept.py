@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp
 
 from reftnoise.interventions import (
     INTERVENTIONS,
@@ -171,6 +172,48 @@ def test_a_vector_that_is_trained_itself() -> None:
     unit.vector.requires_grad_()
     edit_rows(hidden, [unit.row_edit(hidden.dtype, hidden.device)]).sum().backward()
     assert_close(unit.vector.grad, torch.full((WIDTH,), 3.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("cls", LOW_RANK.values(), ids=list(LOW_RANK))
+def test_forward_mode(cls: Any) -> None:
+    unit, hidden = build(cls), torch.randn(3, WIDTH)
+    weights = {n: t.detach() for n, t in (*unit.named_parameters(), *unit.named_buffers())}
+    weights = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+
+    def change(weights: Any) -> Tensor:
+        class Call(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.unit = unit
+
+            def forward(self) -> Tensor:
+                edit = unit.row_edit(hidden.dtype, hidden.device)
+                return edit_rows(hidden, [edit], is_transformed=True).square().sum()
+
+        named = {f"unit.{name}": weight for name, weight in weights.items()}
+        return functional_call(Call(), named, ())
+
+    edited(unit, hidden)
+    _, tangent = jvp(change, (weights,), ({n: torch.ones_like(w) for n, w in weights.items()},))
+    gradients = grad(change)(weights)
+    assert_close(tangent, sum(gradient.sum() for gradient in gradients.values()), scale=100.0)
+    assert tangent != 0
+
+
+def test_a_scale_is_not_rounded_to_the_weights_dtype() -> None:
+    unit, hidden = build(LoreftIntervention).to(torch.bfloat16), torch.randn(3, WIDTH)
+    exact = 0.3 * (edited(unit, hidden) - hidden) + hidden
+    assert_close(edited(unit, hidden, scale=0.3), exact)
+
+
+def test_shared_factors_under_autocast_and_in_copies() -> None:
+    units = [LoreftIntervention(embed_dim=WIDTH, low_rank_dimension=2) for _ in range(2)]
+    for unit in units:
+        unit.to(torch.float16)
+    with torch.autocast("cpu", dtype=torch.bfloat16), shared_factors(units, torch.float32):
+        assert units[0].factors().up.dtype is torch.float32
+        copy.deepcopy(units[0])
 
 
 def test_threads_keep_side_by_side() -> None:

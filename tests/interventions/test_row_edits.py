@@ -155,9 +155,11 @@ def test_what_is_frozen_gets_no_gradient(frozen: int) -> None:
 
 @pytest.mark.parametrize("name", ["all but padding", "some skipped"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_skipped_rows_reach_nothing(name: str, bad: float) -> None:
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_skipped_rows_reach_nothing(name: str, bad: float, act: str | None) -> None:
     edits, rows = case(name)
     tensors = tensors_of(edits)
+    edits = [RowEdit(Factors(*tensors, ((act, 2),)))]
     clean, out = states(), []
     off = range(3) if rows.indices is None else [4]
     for spoiled in (False, True):
