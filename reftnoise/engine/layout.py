@@ -122,7 +122,7 @@ class Selection:
         within: range,
         decode: bool = False,
     ) -> "Selection":
-        """A selection within a range, which asks its mask unless completions are left out anyway."""
+        """A selection within a range, which asks its mask unless that leaves completions out."""
         is_asked = columns is not None or not torch.is_grad_enabled()
         if is_asked and not (torch.compiler.is_compiling() or is_transformed()):
             with contextlib.suppress(RuntimeError):  # meta and fake tensors have no values
