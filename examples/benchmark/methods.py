@@ -186,7 +186,7 @@ def compiled(bench: Bench) -> Step:
 
 
 def compiled_lora(bench: Bench) -> Step:
-    """`lora` through `torch.compile`, likewise."""
+    """`lora` through `torch.compile`, also without the mask."""
     model = torch.compile(lora_model(bench), fullgraph=True)
     return bench.step(model, attention_mask=None)
 

@@ -1,7 +1,7 @@
 """Kill training at random instants, resume it, and compare with the run that was not killed.
 
 python tests/training/kills.py 60            # of `train`, with and without a prefix cache in turn
-python tests/training/kills.py 100 trainer   # of `ReftTrainer`, likewise
+python tests/training/kills.py 100 trainer   # of `ReftTrainer`, in the same turns
 """
 
 import contextlib
