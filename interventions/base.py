@@ -261,8 +261,7 @@ class LowRankIntervention(KeepsForEvaluation, ReftIntervention):
         with outside_autocast(device.type):
             factors: Factors = self.kept((dtype, device, scale), ready)
         if gates is not None:
-            blocks = len(factors.up) // gates.shape[-1]
-            gates = torch.cat([gates.to(factors.up)] * blocks, dim=-1)
+            gates = factors.spread(gates.to(factors.up))
         return RowEdit(factors, gates, self.dropout.p if self.dropout.training else 0.0)
 
     def _factors_in(self, _: torch.dtype) -> Factors:

@@ -64,9 +64,13 @@ class Factors(NamedTuple):
         if any(act for act, _ in self.acts):
             inner = activated(inner, self.acts)
         if gates is not None:
-            blocks = inner.shape[-1] // gates.shape[-1]
-            inner = inner * (gates if blocks == 1 else torch.cat([gates] * blocks, dim=-1))
+            inner = inner * self.spread(gates)
         return inner @ self.up
+
+    def spread(self, gates: Float[Tensor, "*rows gates"]) -> Float[Tensor, "*rows k"]:
+        """Gates of a subspace's dimensions as gates of all k rows, block after block."""
+        blocks = len(self.up) // gates.shape[-1]
+        return gates if blocks == 1 else torch.cat([gates] * blocks, dim=-1)
 
 
 def activated(inner: Float[Tensor, "*rows k"], acts: Activations) -> Float[Tensor, "*rows k"]:
