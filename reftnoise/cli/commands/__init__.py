@@ -1,0 +1,22 @@
+"""What each command of the command line does, as a function of its options."""
+
+from collections.abc import Callable
+
+from .adapters import convert, inspect_adapter, report
+from .answers import chat, generate, playground, serve
+from .runs import demo, evaluate, study, train
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "playground": playground,
+    "eval": evaluate,
+    "study": study,
+    "report": report,
+    "inspect": inspect_adapter,
+    "convert": convert,
+}
+"""By name. A `Recipe`, a `Study` and a `Decoding` are taken as options, one for each field."""

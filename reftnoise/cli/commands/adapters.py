@@ -1,0 +1,119 @@
+"""Commands about what was trained: inspect, report, convert.
+
+Heavy imports are inside the functions: `--help` and mistakes do not wait for torch.
+"""
+
+from dataclasses import asdict
+
+from ..._util.files import local_path
+from ...adapters.location import expect_place
+from ...config.base_model import expect_base
+from ...config.positions import Positions
+from ...training.run_adapter import adapter_directory
+from ...training.run_files import is_study
+from ..checks import expect_adapters
+from ..printing import print_json
+
+
+def inspect_adapter(
+    directory: str,
+    others: dict[str, str] | None = None,
+    output: str | None = None,
+    json: bool = False,
+) -> None:
+    """Show what an adapter or a run is: base, units, norms, parameters, scores.
+
+    With others, also how similar the subspaces are that the adapters edit. No base is loaded.
+
+    Args:
+        directory: directory of a run or of an adapter, or hub name of an adapter; its last part is
+            its name among others.
+        others: further adapters of the same base by name, such as --others.polite runs/polite.
+        output: PNG file for a picture of the overlaps.
+        json: whether the result is printed as JSON.
+    """
+    if others is None and output is not None:
+        raise ValueError(
+            f"output {output!r}: the picture is of overlaps with others, and there are none; name "
+            "some, such as --others.polite runs/polite"
+        )
+    expect_adapters(directory, others)
+    from rich.console import Console
+
+    from ...analysis.description import describe, show
+
+    description, console = describe(directory), Console(highlight=False)
+    if others is None:
+        print_json(asdict(description)) if json else show(description, console)
+        return
+    from ...analysis.overlaps import overlaps_by_name, saved_overlaps, show_overlaps
+    from ...inference.loading import by_name
+
+    names, overlaps = saved_overlaps(by_name(directory, others))
+    if output is not None:
+        from ...analysis.report import write_overlaps
+
+        write_overlaps(output, names, overlaps)
+    if json:
+        print_json(asdict(description) | {"overlaps": overlaps_by_name(names, overlaps)})
+    else:
+        show(description, console)
+        show_overlaps(names, overlaps, console)
+
+
+def report(
+    directory: str,
+    against: str | None = None,
+    prompts: list[str] | str | None = None,
+    output_dir: str | None = None,
+) -> None:
+    """Draw the results of a run or a study: a self-contained HTML page and PNG files.
+
+    Args:
+        directory: directory of a run or of a study.
+        against: directory of another run or adapter, with whose subspaces the run's are compared.
+        prompts: one or several prompts that base and adapted model answer side by side.
+        output_dir: directory for the report; by default that of the run or study.
+    """
+    path = local_path(directory, "directory")
+    if not is_study(path, against=against, prompts=prompts) and against is not None:
+        adapter_directory(against)
+    from ...analysis.report import write_report
+
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    print(write_report(directory, against=against, prompts=texts, output_dir=output_dir))
+
+
+def convert(
+    source: str,
+    output: str,
+    base: str | None = None,
+    positions: list[int] | str = "l1",
+    dropout: float = 0.0,
+    act_fn: str | None = None,
+) -> None:
+    """Write an adapter of pyreft or pyvene as one of reftnoise, or one of reftnoise as pyreft's.
+
+    A warning names what the other format cannot hold.
+
+    Args:
+        source: directory of an adapter of either kind, or hub name of one.
+        output: directory for the other kind: new, empty, or with an adapter of that kind, which is
+            replaced.
+        base: name or path of the base model, which is required; only its config is read.
+        positions: positions that a pyreft adapter edits, such as f7+l7.
+        dropout: dropout of a pyreft adapter, for further training.
+        act_fn: activation function of a pyreft adapter, by transformers' name.
+    """
+    if base is None:  # no default; jsonargparse makes a required option positional
+        raise ValueError("convert: expected --base, the name or path of the base model")
+    expect_base(base)
+    expect_place(source)
+    Positions.parse(positions)
+    from ...adapters.pyreft.convert import convert as convert_adapter
+
+    print(
+        convert_adapter(
+            source, output, base=base, positions=positions, dropout=dropout, act_fn=act_fn
+        )
+    )

@@ -1,0 +1,109 @@
+"""Commands that train and score: demo, train, eval, study.
+
+Heavy imports are inside the functions: `--help` and mistakes do not wait for torch.
+"""
+
+from ..._util.files import local_path
+from ...training.recipe import Recipe
+from ...training.resolved_run import ResolvedRun
+from ...training.study.grid import Study, checked_cells
+from ..checks import expect_adapters
+from ..printing import print_json, print_run, progress_console
+
+
+def demo(output_dir: str = "reftnoise-demo", seed: int = 0) -> None:
+    """Train the embedded tiny model and show its answers before and after.
+
+    Args:
+        output_dir: directory for the adapter.
+        seed: seed of all random draws.
+    """
+    path = local_path(output_dir, "output_dir")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{output_dir}: expected a directory, found a file")
+    from ..demo import run_demo
+
+    run_demo(output_dir, seed)
+
+
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    json: bool = False,
+) -> None:
+    """Train what a recipe says, score it, and write a run's directory.
+
+    Args:
+        recipe: YAML file, which comes first; options replace what it says.
+        resume: whether an unfinished run continues from its last checkpoint.
+        overwrite: whether a run in output_dir is replaced.
+        quiet: whether nothing but errors is printed.
+        json: whether summary and scores are printed as JSON, without progress.
+    """
+    run = ResolvedRun(recipe)
+    run.expect_trainable()
+    from ...training.run_directory import RunDirectory, is_main_process
+
+    RunDirectory(recipe, resume=resume, overwrite=overwrite)
+    from ...training.run import run_recipe
+
+    console = progress_console(quiet or json)
+    summary, entries = run_recipe(run, resume=resume, overwrite=overwrite, console=console)
+    if not is_main_process():
+        return
+    if json:
+        print_json(summary | {"scores": entries, "output_dir": recipe.output_dir})
+    elif not quiet:
+        print_run(summary, entries, recipe.output_dir)
+
+
+def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool = False) -> None:
+    """Score the adapter of a run on its recipe's task, and write the scores to the run.
+
+    Args:
+        recipe: directory of a run or of an adapter, which comes first; options such as
+            --evaluation.data or --evaluation.by replace what the run's recipe says.
+        base: whether the base without its adapter is scored, too.
+        quiet: whether nothing but errors is printed.
+        json: whether the scores are printed as JSON, without progress.
+    """
+    run = ResolvedRun(recipe)
+    run.expect_scored()
+    expect_adapters(recipe.output_dir)
+    from ...training.run import load_trained
+    from ...training.run_scores import print_scores, save_scores, score
+
+    model, tokenizer = load_trained(run)
+    console = progress_console(quiet or json)
+    entries, predictions = score(run, model, tokenizer, base=base, console=console)
+    save_scores(run.directory, entries, predictions)
+    if json:
+        print_json(entries)
+    elif not quiet:
+        print_scores(entries)
+
+
+def study(study: Study, quiet: bool = False, json: bool = False) -> None:
+    """Run a grid of recipes and seeds, and write its report; finished cells are not run again.
+
+    Args:
+        study: YAML file, which comes first; options replace what it says.
+        quiet: whether nothing but errors is printed.
+        json: whether the results are printed as JSON, without progress.
+    """
+    checked_cells(study)
+    from rich.console import Console
+
+    # First: it says if its extra is missing.
+    from ...analysis.report import show_table, write_study_report
+    from ...training.study.runner import run_study
+
+    results = run_study(study, console=progress_console(quiet or json))
+    page, table = write_study_report(study.output_dir)
+    if json:
+        print_json(results)
+    elif not quiet:
+        show_table(table, Console(highlight=False))
+        print(f"The report is in {page}.")
