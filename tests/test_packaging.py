@@ -28,7 +28,8 @@ def test_the_wheel_works_away_from_the_sources(
         assert sum(info.compress_size for info in wheel.infolist()) <= 4 * 2**20
         wheel.extractall(tmp_path)
     assert (tmp_path / "reftnoise" / "py.typed").is_file()
-    assert (tmp_path / "reftnoise" / "analysis" / "report" / "page.html").is_file()
+    for data in ("analysis/report/page.html", "evaluation/neutral.jsonl"):
+        assert (tmp_path / "reftnoise" / data).is_file()
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
