@@ -33,8 +33,9 @@ from .engine.layout import Batch, UnitLocations
 from .engine.planning import Planner, TrainingChecks
 from .engine.settings import Arithmetic
 from .engine.training_pass.fused_head import call_fused, expect_plain_head, has_fused_head
+from .engine.training_pass.loss import at_labels
 from .engine.training_pass.prefix_cache import PrefixCache
-from .engine.training_pass.runner import ForwardPasses, SplitMode
+from .engine.training_pass.runner import ForwardPasses, Logits, SplitMode
 from .engine.training_pass.symnoise import in_pairs, mean_of_pairs
 from .engine.units import Subspaces, place_units, subspace_gates
 
@@ -156,7 +157,7 @@ class ReftModel(TakesBatches, AdapterMixin):
         unit_locations: UnitLocations | None = None,
         adapter_names: Sequence[AdapterChoice] | None = None,
         subspaces: Subspaces | None = None,
-        return_logits: bool | None = None,
+        return_logits: Logits = None,
         **inputs: Any,
     ) -> Any:
         """One pass of the base with the units applied.
@@ -177,13 +178,15 @@ class ReftModel(TakesBatches, AdapterMixin):
             subspaces: of the model's own units, the dimensions that each row's edits have, or None
                 for all; or, as in pyvene, nested as interventions × batch × dimensions.
             return_logits: with labels, logits that the loss does not need are computed when they
-                are read; True computes them in the base's own forward, False leaves them out. In
-                training with SymNoise they are those of the +δ rows.
+                are read; True computes them in the base's own forward, False leaves them out, and
+                `"labels"` gives those that predict a label alone, [labels, vocabulary], row after
+                row. In training with SymNoise they are those of the +δ rows.
             inputs: the base's other arguments.
 
         Raises:
-            ValueError: masks, locations or widths that do not fit the input; SymNoise in training
-                without labels; `split = "always"` where a pass cannot be split.
+            ValueError: masks, locations or widths that do not fit the input; SymNoise in training,
+                or `return_logits="labels"`, without labels; `split = "always"` where a pass cannot
+                be split.
         """
         named = {"attention_mask": attention_mask, "labels": labels}
         inputs.update({name: value for name, value in named.items() if value is not None})
@@ -192,7 +195,7 @@ class ReftModel(TakesBatches, AdapterMixin):
         choices = self.engine.settings.now
         if choices.is_disabled:
             with self._bare() as base:
-                return self._call(base, inputs)
+                return self._call(base, inputs, return_logits)
         if self.training and choices.scale != 1.0:
             raise ValueError(
                 f"scale {choices.scale}: edits are trained as they are, with scale 1.0"
@@ -201,10 +204,10 @@ class ReftModel(TakesBatches, AdapterMixin):
         planner = self._choose(batch, adapter_names, subspaces)
         if planner.engine is not self.engine:
             with planner.engine.running(*planner.plans(batch)):
-                return self._call(self.model, inputs)
+                return self._call(self.model, inputs, return_logits)
         return self._run(planner, batch, return_logits)
 
-    def _run(self, planner: Planner, batch: Batch, return_logits: bool | None) -> Any:
+    def _run(self, planner: Planner, batch: Batch, return_logits: Logits) -> Any:
         """A pass with the model's own units."""
         rows = batch.rows
         is_noised = self.training or self.engine.settings.now.is_noised
@@ -347,9 +350,10 @@ class ReftModel(TakesBatches, AdapterMixin):
                 stack.enter_context(without_peft(self.model))
             yield base if has_peft else self.model
 
-    def _call(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    def _call(self, base: Any, inputs: dict[str, Any], return_logits: Logits = None) -> Any:
         if not inputs.get("fused_lm_head") or self._fused_forward is None:
-            return base(**inputs)
+            outputs = base(**inputs)
+            return at_labels(outputs, inputs) if return_logits == "labels" else outputs
         return call_fused(base, self._fused_forward, inputs)
 
     @property

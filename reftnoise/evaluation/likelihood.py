@@ -43,8 +43,11 @@ def next_token_log_probs(
     """log p of all tokens before each one that follows a prompt, [tokens, vocabulary] per pair.
 
     The pairs share a forward pass, in which a `ReftModel` gets the prompts' lengths. Prompts longer
-    than `limit` lose their beginning. The softmax has the dtype of the logits by default.
+    than `limit` lose their beginning. The softmax has the dtype of the logits by default. A
+    `ReftModel` with a prefix cache keeps the prompts there.
     """
+    if limit is None and isinstance(model, ReftModel) and model.prefix_cache is not None:
+        return _with_kept_prompts(model, pairs, dtype)
     first = None if limit is None else -limit - 1
     tokens = [torch.tensor((prompt + rest)[first:-1]) for prompt, rest in pairs]
     widths = [len(row) for row in tokens]
@@ -62,6 +65,27 @@ def next_token_log_probs(
         row[start:end].log_softmax(-1, dtype=dtype)
         for row, start, end in zip(logits, starts, widths, strict=True)
     ]
+
+
+def _with_kept_prompts(
+    model: ReftModel, pairs: Sequence[TokenPair], dtype: torch.dtype | None
+) -> list[Tensor]:
+    """As above, by a pass that takes prompts from the prefix cache, and stores them there."""
+    rows = [torch.tensor(prompt + rest) for prompt, rest in pairs]
+    tokens = pad_sequence(rows, batch_first=True)
+    starts = torch.tensor([len(prompt) for prompt, _ in pairs])
+    ends = torch.tensor([len(row) for row in rows])
+    columns = torch.arange(tokens.shape[1])
+    is_label = (columns >= starts[:, None]) & (columns < ends[:, None])
+    outputs = model(
+        input_ids=tokens.to(model.device),
+        attention_mask=(columns < ends[:, None]).long().to(model.device),
+        labels=tokens.masked_fill(~is_label, -100).to(model.device),
+        prompt_lengths=starts.to(model.device),
+        return_logits="labels",
+    )
+    log_probs = outputs.logits.log_softmax(-1, dtype=dtype)
+    return list(log_probs.split([len(rest) for _, rest in pairs]))
 
 
 def choice_log_probs(

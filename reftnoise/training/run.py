@@ -12,7 +12,7 @@
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -33,6 +33,7 @@ from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.examples import as_examples
 from ..data.tokenization import smallest_limit
 from ..engine.base.loading import load_base
+from ..engine.training_pass.prefix_cache import PrefixCache
 from ..model import ReftModel, get_reft_model
 from .resolved_run import ResolvedRun
 from .run_adapter import adapter_directory
@@ -79,22 +80,15 @@ def _train(
     run: ResolvedRun, directory: RunDirectory, console: Console | None
 ) -> tuple[ReftModel, Any, dict[str, Any]]:
     """The adapted model in evaluation mode, its tokenizer, and the summary."""
-    config, arguments = run.config, run.arguments
+    config, _ = run.config, run.arguments  # which raise before the base is loaded
     set_seed(run.recipe.seed)
-    base, tokenizer = _load_base(run)
+    base, tokenizer = load_base_of(run)
     reft_model = get_reft_model(base, config)
     _check_room(run, tokenizer, reft_model)
     rows = run.training_rows
     with run.places():
         data = data_module_of(run, tokenizer, reft_model, rows["train"], rows.get("eval"))
-    trainer = ReftTrainer(
-        model=reft_model,
-        args=arguments,
-        processing_class=tokenizer,
-        prefix_cache=run.recipe.training.prefix_cache,
-        **data,
-    )
-    trainer.remove_callback(PrinterCallback)
+    trainer = trainer_of(run, reft_model, tokenizer, data)
     is_main = is_main_process()
     started = time.perf_counter()
     with progress_of(console if is_main else None, directory.path.name) as progress:
@@ -108,6 +102,34 @@ def _train(
     if is_main:
         directory.finish(summary)
     return reft_model.eval(), tokenizer, summary
+
+
+def trainer_of(
+    run: ResolvedRun,
+    reft_model: ReftModel,
+    tokenizer: Any,
+    data: Mapping[str, Any],
+    prefix_cache: PrefixCache | None = None,
+) -> ReftTrainer:
+    """What trains a recipe's units on the datasets of `data_module_of`.
+
+    Args:
+        run: recipe of the training.
+        reft_model: base with the recipe's units.
+        tokenizer: tokenizer of the base.
+        data: datasets and collator.
+        prefix_cache: prompts that several trainings on one base share; by default the recipe's.
+    """
+    own = run.recipe.training.prefix_cache
+    trainer = ReftTrainer(
+        model=reft_model,
+        args=run.arguments,
+        processing_class=tokenizer,
+        prefix_cache=own if prefix_cache is None else prefix_cache,
+        **data,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _check_room(run: ResolvedRun, tokenizer: Any, reft_model: ReftModel) -> None:
@@ -131,11 +153,12 @@ def load_trained(run: ResolvedRun) -> tuple[ReftModel, Any]:
     The directory is that of a run, or of an adapter alone.
     """
     directory = adapter_directory(run.directory)
-    base, tokenizer = _load_base(run)
+    base, tokenizer = load_base_of(run)
     return ReftModel.from_pretrained(base, directory), tokenizer
 
 
-def _load_base(run: ResolvedRun) -> tuple[Any, Any]:
+def load_base_of(run: ResolvedRun) -> tuple[Any, Any]:
+    """The base of a recipe, with a new head for a task of classification; its tokenizer."""
     recipe, settings = run.recipe, dict[str, Any]()
     if isinstance(run.task, ClassifierTask):
         settings = {

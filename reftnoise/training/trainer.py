@@ -46,8 +46,9 @@ class ReftTrainer(Trainer):
         split: whether what comes before the first edit runs without gradients, as in
             `ReftModel.split`; None keeps the model's own setting.
         prefix_cache: place where the prompts' keys and values are kept for the next epochs,
-            `"memory"` or `"disk"`, or a `PrefixCache`. A step then costs the completion alone. With
-            noise on prompts or dropout in the base, they are computed in each epoch.
+            `"memory"` or `"disk"`, or a `PrefixCache`, which keeps them after training, too. A step
+            then costs the completion alone. With noise on prompts or dropout in the base, they are
+            computed in each epoch.
         prefix_cache_bytes: greatest size of that cache.
         trainer_arguments: further arguments of the Trainer.
     """
@@ -71,6 +72,7 @@ class ReftTrainer(Trainer):
             trainer_arguments["processing_class"] = tokenizer
         self._divergence = Divergence(reads_losses=False)
         self._prefix_cache: PrefixCache | None = None
+        self._owns_cache = not isinstance(prefix_cache, PrefixCache)
         if isinstance(prefix_cache, PrefixCache):
             self._prefix_cache = prefix_cache
         elif prefix_cache != "none":
@@ -123,7 +125,8 @@ class ReftTrainer(Trainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             adapter.prefix_cache = before
-            self._prefix_cache.clear()
+            if self._owns_cache:
+                self._prefix_cache.clear()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         seeds_random = self.args.accelerator_config.use_seedable_sampler

@@ -112,6 +112,21 @@ def test_likelihood_is_that_of_each_row_alone(
     }
 
 
+@PADDINGS
+def test_likelihood_with_prompts_that_are_kept(side: str, pads_with: str) -> None:
+    model, tokenizer = loaded("l1")
+    padding(tokenizer, side, pads_with)
+    choices = [[f" {label}" for label in LABELS]] * len(PROMPTS)
+    expected = torch.stack(choice_log_probs(model, tokenizer, PROMPTS, choices))
+    model.prefix_cache = rn.PrefixCache()
+    for size in (1, 64):
+        sums = torch.stack(choice_log_probs(model, tokenizer, PROMPTS, choices, batch_size=size))
+        assert_close(sums, expected)
+    kept = len(model.prefix_cache)
+    assert 0 < kept == model.prefix_cache.misses <= len(PROMPTS)
+    assert model.prefix_cache.hits >= len(PROMPTS)
+
+
 @pytest.mark.parametrize("template", ["plain", "chat", "alpaca", "Q: {prompt}\nA:"])
 def test_likelihood_in_a_template(template: str) -> None:
     model, tokenizer = loaded()

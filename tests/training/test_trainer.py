@@ -507,7 +507,7 @@ def test_what_the_model_is_told_stays(tokenizer: Any, tmp_path: Path) -> None:
     given = rn.PrefixCache("disk", 2**20, tmp_path)
     trainer = rn.ReftTrainer(model=model, args=args, prefix_cache=given, **module(tokenizer, model))
     trainer.train()
-    assert given.misses > 0
+    assert len(given) > 0  # they stay for others on the same base
 
 
 def test_training_computes_no_logits_and_evaluation_has_them(

@@ -7,7 +7,7 @@ a label, in chunks, so that batch × length × vocabulary logits are never held.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -162,6 +162,19 @@ def label_loss(
 def targets_of(labels: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
     """The token that each column predicts: the label of the next column."""
     return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def at_labels(outputs: Any, inputs: Mapping[str, Any]) -> Any:
+    """Outputs whose logits are those that predict a label, [labels, vocabulary], row after row.
+
+    Raises:
+        ValueError: the inputs have no labels.
+    """
+    if (labels := inputs.get("labels")) is None:
+        raise ValueError("return_logits 'labels': expected labels, too")
+    logits = outputs.logits[:, -labels.shape[1] :]  # without those of PEFT's virtual tokens
+    outputs["logits"] = logits[(targets_of(labels) != -100).to(logits.device)]
+    return outputs
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from ..base.sites import takes_position_ids
 from ..calls import EditPlan, Plan
 from ..hooks import Engine
 from ..layout import Batch, has_token_labels
-from .loss import Head, label_loss, targets_of, with_lazy_logits, without_logits
+from .loss import Head, at_labels, label_loss, targets_of, with_lazy_logits, without_logits
 from .prefix_cache import PrefixCache
 from .probe import Abilities, check_gradients, is_random, probe
 from .split import PER_TOKEN, Alignment, SplitPass, align
@@ -47,6 +47,9 @@ from .tracing import Tracer
 logger = logging.getLogger(__name__)
 
 SplitMode = Literal["auto", "always", "never"]
+
+Logits = bool | Literal["labels"] | None
+"""Which logits a caller wants: all, none, those that predict labels, or all once they are read."""
 
 Decoded = tuple[ModelOutput, Tensor, Callable[[], Tensor]]
 """The base's output, the hidden states that predict labels, and a way to all hidden states."""
@@ -73,7 +76,7 @@ class ForwardPasses:
         plans: Sequence[Plan],
         batch: Batch,
         *,
-        return_logits: bool | None = None,
+        return_logits: Logits = None,
         split: SplitMode = "auto",
         prefix_cache: PrefixCache | None = None,
     ) -> Any:
@@ -96,20 +99,24 @@ class ForwardPasses:
         whole = next(self._against_label_loss(plan, batch, return_logits), None)
         alignment, plain = None, whole
         if isinstance(plan, EditPlan) and whole is None:
-            alignment, plain = self._alignment(plan, batch, split, return_logits is not False)
+            alignment, plain = self._alignment(plan, batch, split, return_logits, prefix_cache)
         self._report(whole, plain, split)
         trained = (parameter.requires_grad for parameter in parameters_of(self._engine.base))
         if prefix_cache is not None and alignment is None and any(trained):
             prefix_cache.clear()  # fused optimizers change weights without a trace
         logits = None
         if whole is None and isinstance(plan, EditPlan):
-            to_end = return_logits is not False
-            outputs, logits = self._with_label_loss(plan, batch, alignment, prefix_cache, to_end)
+            outputs, logits = self._with_label_loss(
+                plan, batch, alignment, prefix_cache, return_logits
+            )
         else:
             with self._engine.running(*plans):
                 outputs = self._engine.base(**batch.inputs)
         if batch.copies > 1:
             outputs = first_of_pairs(outputs, rows)
+        if logits is None and return_logits == "labels":
+            labels = batch.inputs.get("labels")
+            outputs = at_labels(outputs, {"labels": labels if labels is None else labels[:rows]})
         return outputs if logits is None else with_lazy_logits(outputs, logits)
 
     # -- the ways ------------------------------------------------------------------------------
@@ -120,12 +127,13 @@ class ForwardPasses:
         batch: Batch,
         alignment: Alignment | None,
         prefix_cache: PrefixCache | None,
-        to_end: bool,
+        return_logits: Logits,
     ) -> tuple[ModelOutput, Callable[[], Tensor] | None]:
         """A pass whose loss is computed at label positions, split where there is an alignment.
 
-        Returns, with `to_end`, also what computes its logits.
+        Returns also what computes the logits that the caller wants.
         """
+        to_end = return_logits is None
         inputs = {name: value for name, value in batch.inputs.items() if value is not None}
         targets = targets_of(inputs.pop("labels"))
         num_items = inputs.pop("num_items_in_batch", None)
@@ -138,7 +146,7 @@ class ForwardPasses:
         loss = label_loss(head, hidden, targets, num_items)
         kept = {n: v for n, v in outputs.items() if n not in ("loss", "logits")}
         outputs = type(outputs)(loss=loss, **kept)
-        if not to_end:
+        if return_logits is False:
             return outputs, None
         device, rows = hidden.device.type, batch.rows // batch.copies
         autocast = torch.autocast(
@@ -147,7 +155,9 @@ class ForwardPasses:
 
         def logits() -> Tensor:
             with autocast:  # also if they are read after its block
-                return head.logits(all_hidden()[:rows])
+                if to_end:
+                    return head.logits(all_hidden()[:rows])
+                return head.logits(hidden[:rows][targets[:rows] != -100][None])[0]
 
         return outputs, logits
 
@@ -181,10 +191,18 @@ class ForwardPasses:
     # -- which of them -------------------------------------------------------------------------
 
     def _alignment(
-        self, plan: EditPlan, batch: Batch, split: SplitMode, keep_end: bool
+        self,
+        plan: EditPlan,
+        batch: Batch,
+        split: SplitMode,
+        return_logits: Logits,
+        prefix_cache: PrefixCache | None,
     ) -> tuple[Alignment | None, str | None]:
         """Where to split a pass, or why not to; neither where it must not be."""
-        reason = next(self._against_split(batch), None)
+        keep_end = return_logits is None
+        # Logits of prompts would compute again what the cache holds.
+        is_kept = prefix_cache is not None and not keep_end
+        reason = next(self._against_split(batch, is_kept), None)
         if reason is not None or split == "never":
             return None, reason
         position_ids = batch.inputs.get("position_ids")
@@ -213,7 +231,7 @@ class ForwardPasses:
         return self._known[key]
 
     def _against_label_loss(  # noqa: PLR0912  # a list of reasons
-        self, plan: Plan, batch: Batch, return_logits: bool | None
+        self, plan: Plan, batch: Batch, return_logits: Logits
     ) -> Iterator[str]:
         """Reasons to leave the loss to the base."""
         base, inputs = self._engine.base, batch.inputs
@@ -229,7 +247,7 @@ class ForwardPasses:
         after = [module for head in heads for module in head.modules()]
         if batch.labels is None:
             yield "there are no labels"
-        if return_logits:
+        if return_logits is True:
             yield "return_logits is True"
         if is_transformed():
             yield "a transform of torch.func runs"
@@ -256,11 +274,11 @@ class ForwardPasses:
         if self._abilities.no_head is not None:
             yield self._abilities.no_head
 
-    def _against_split(self, batch: Batch) -> Iterator[str]:
-        """Reasons in the inputs not to run the prompt without gradients."""
+    def _against_split(self, batch: Batch, is_kept: bool) -> Iterator[str]:
+        """Reasons in the inputs not to run the prompt by itself, without gradients."""
         inputs = batch.inputs
-        if not torch.is_grad_enabled():
-            yield "no gradients are taken"
+        if not (torch.is_grad_enabled() or is_kept):
+            yield "no gradients are taken, and prompts are not kept"
         if any(isinstance(v, Tensor) and v.requires_grad for v in inputs.values()):
             yield "an input requires a gradient"
         if unknown := named(inputs) - _SPLIT_INPUTS:
@@ -304,7 +322,12 @@ class ForwardPasses:
         if has_switched_adapters(base):
             yield "adapters of PEFT may be switched"
         units = [placed.unit for placed in self._engine.units]
-        noises = [unit for unit in units if isinstance(unit, NoiseIntervention) and unit.training]
+        noises = [
+            unit
+            for unit in units
+            if isinstance(unit, NoiseIntervention)
+            and (unit.training or self._engine.settings.now.is_noised)
+        ]
         if any(getattr(noise, "where", "all") != "completion" for noise in noises):
             yield "prompts are noised"
         if self._is_random():

@@ -567,3 +567,43 @@ def test_evaluation_computes_logits_on_demand() -> None:
         found = model(**inputs)
         assert_close(found.loss, expected.loss)
         assert_close(found.logits, expected.logits)
+
+
+# -- logits at labels ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["whole", "unsplit", "kept", "noised", "disabled"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_at_labels_are_those_of_the_base(side: str, way: str) -> None:
+    noises = [{"intervention": "symnoise"}] if way == "noised" else []
+    model, inputs = wrapped("l1", *noises, base=tiny_model()), batch(side)
+    predicts = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100) != -100
+    if way == "whole":
+        inputs["output_attentions"] = False  # which only the base's own forward is given
+        model.model.loss_function = lambda **_: torch.zeros(())
+    if way == "kept":
+        model.prefix_cache = PrefixCache()
+    model.train(way == "noised")
+    scope = model.disabled() if way == "disabled" else torch.no_grad()
+    with scope, torch.no_grad():
+        torch.manual_seed(1)
+        expected = model(**inputs, return_logits=True).logits[predicts]
+        for hits in (0, 4):
+            torch.manual_seed(1)
+            assert_close(model(**inputs, return_logits="labels").logits, expected)
+            if way == "kept":
+                assert (model.prefix_cache.hits, model.prefix_cache.misses) == (hits, 4)
+    with pytest.raises(ValueError, match="return_logits 'labels': expected labels, too"):
+        model.eval()(inputs["input_ids"], return_logits="labels")
+
+
+def test_evaluation_reads_kept_prompts_and_noise_is_not_kept() -> None:
+    model, inputs = wrapped("l1", {"intervention": "neftune"}, base=tiny_model()), batch()
+    model.prefix_cache = PrefixCache()
+    with torch.no_grad():
+        expected = model.eval()(**inputs, return_logits=True).loss
+        assert_close(model(**inputs, return_logits=False).loss, expected)
+        with model.engine.settings.block(is_noised=True):
+            model(**inputs, return_logits=False)
+        assert_close(model(**inputs, return_logits=False).loss, expected)
+    assert (model.prefix_cache.hits, model.prefix_cache.misses) == (4, 4)
