@@ -126,6 +126,39 @@ def choice_log_probs(
     return list(torch.split(sums, list(map(len, choices))))
 
 
+def completion_losses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Messages],
+    completions: Sequence[str],
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[float]:
+    """The mean of −log p over each completion's tokens, its end-of-text token too, in nats.
+
+    Tokens are those of training. A prompt without room for its completion loses its beginning.
+    """
+    texts = [
+        rendered(tokenizer, prompt, text) for prompt, text in zip(prompts, completions, strict=True)
+    ]
+    pairs = tokenize_all(tokenizer, texts, nonstop=False)
+    pairs = without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, model, None))
+    order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
+    losses = [0.0] * len(pairs)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        all_log_probs = next_token_log_probs(
+            model, [pairs[index] for index in batch], dtype=torch.float32
+        )
+        for index, log_probs in zip(batch, all_log_probs, strict=True):
+            tokens = torch.tensor(pairs[index][1], device=log_probs.device)
+            losses[index] = -float(log_probs.gather(1, tokens[:, None]).mean())
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
+    return losses
+
+
 def without_beginnings(
     tokenizer: Any, pairs: Sequence[TokenPair], limit: int | None
 ) -> list[TokenPair]:

@@ -1,10 +1,11 @@
-"""Score a model on a task's rows: by what it writes, or by which choice it finds most likely."""
+"""Score a model on a task's rows: by what it writes, by which choice it finds most likely, or by
+how likely it finds the right answers."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
@@ -16,9 +17,12 @@ from ..data.tokenization import smallest_limit, tokenize_all
 from ..engine.base.threads import in_evaluation_mode, seeded
 from ..model import ReftModel
 from .generation import generated
-from .likelihood import Progress, choice_log_probs
+from .likelihood import Progress, choice_log_probs, completion_losses
 
 logger = logging.getLogger(__name__)
+
+Way: TypeAlias = Literal["generation", "likelihood", "loss"]
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,13 @@ class Evaluation:
 
     Args:
         scores: the task's metrics, the main one first.
-        right: whether each row's prediction is right.
-        predictions: answers read from `texts`.
-        texts: generated texts; by likelihood, the most likely choices; by a head, the predictions.
+        right: whether each row's prediction is right; empty by loss.
+        predictions: answers read from `texts`; empty by loss.
+        texts: generated texts; by likelihood, the most likely choices; by a head, the predictions;
+            empty by loss.
         prompts: prompts of the task, without the template.
         answers: right answers.
+        losses: by loss, the mean of −log p over the tokens of each row's completion, in nats.
     """
 
     scores: dict[str, float]
@@ -40,9 +46,13 @@ class Evaluation:
     texts: list[str]
     prompts: list[str]
     answers: list[str]
+    losses: list[float] | None = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """Each row's prompt, text, prediction, answer, and whether it is right."""
+        """Each row's prompt, text, prediction, answer, and whether it is right; or its loss."""
+        if self.losses is not None:
+            losses = zip(self.prompts, self.answers, self.losses, strict=True)
+            return [dict(zip(("prompt", "answer", "loss"), row, strict=True)) for row in losses]
         names = ("prompt", "text", "prediction", "answer", "right")
         columns = (self.prompts, self.texts, self.predictions, self.answers, self.right)
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -54,7 +64,7 @@ def evaluate(
     task: Task,
     rows: Iterable[Mapping[str, Any] | ParsedRow],
     *,
-    by: Literal["generation", "likelihood"] = "generation",
+    by: Way = "generation",
     batch_size: int = 16,
     template: str = "plain",
     max_new_tokens: int | None = None,
@@ -68,13 +78,16 @@ def evaluate(
     the choice, like `acc_norm` of lm-evaluation-harness. A `ClassifierTask` is scored by what the
     model's head predicts.
 
+    By loss, nothing is answered: the score is the mean over rows of −log p per token of the row's
+    completion, tokens and end as in training.
+
     Args:
         model: a `ReftModel`, or a causal language model of transformers; for a `ClassifierTask`,
             one with a head of its classes.
         tokenizer: tokenizer of the base.
         task: makes questions of rows, and reads and compares answers.
         rows: mappings with the task's columns, or what `parse_rows` made of them.
-        by: whether the model writes the answer or finds one most likely.
+        by: whether the model writes the answer, finds one most likely, or reads the right one.
         batch_size: number of prompts, or by likelihood of prompts with a choice, per forward pass.
         template: template, as in training.
         max_new_tokens: greatest number of tokens of an answer; by default as many as the task
@@ -86,8 +99,8 @@ def evaluate(
         ValueError: no rows, a row that the task cannot read, a task without choices by likelihood,
             or a model that is not of the kind that the task needs.
     """
-    if by not in ("generation", "likelihood"):
-        raise ValueError(f"by {by!r}: expected 'generation' or 'likelihood'")
+    if by not in WAYS:
+        raise ValueError(f"by {by!r}: expected {', '.join(WAYS)}")
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     parsed = _parsed(task, rows)
@@ -101,6 +114,8 @@ def evaluate(
             texts = predictions = _by_head(settings, task, parsed)
         else:
             prompts = _prompts(settings, template, parsed)
+            if by == "loss":
+                return _by_loss(settings, parsed, prompts)
             if by == "generation":
                 if max_new_tokens is None:
                     max_new_tokens = _needed_tokens(settings, task, parsed, prompts)
@@ -217,6 +232,27 @@ def _by_likelihood(
         [q.choices[index] for q, index in zip(questions, best, strict=True)],
         [q.choice_answers[index] for q, index in zip(questions, best, strict=True)],
         [q.choice_answers[index] for q, index in zip(questions, of_normalised, strict=True)],
+    )
+
+
+def _by_loss(
+    settings: _Settings, parsed: Sequence[ParsedRow], prompts: Sequence[str | Messages]
+) -> Evaluation:
+    """The loss of each row's completion."""
+    model, tokenizer, batch_size, progress = settings
+    questions = [question for _, question in parsed]
+    completions = [question.completion for question in questions]
+    losses = completion_losses(
+        model, tokenizer, prompts, completions, batch_size=batch_size, progress=progress
+    )
+    return Evaluation(
+        scores={"loss": sum(losses) / len(losses)},
+        right=[],
+        predictions=[],
+        texts=[],
+        prompts=[question.prompt for question in questions],
+        answers=[question.answer for question in questions],
+        losses=losses,
     )
 
 

@@ -94,8 +94,9 @@ class EvaluationConfig:
         data: file or dataset, as for data.train; without it, no rows are scored.
         split: split of data, or a slice of one, such as test[:200].
         subset: name of a subset, for hub datasets that have several.
-        by: way to answer: generation (text, greedy unless the task says otherwise) or likelihood
-            (the most probable of the task's choices).
+        by: way to answer: generation (text, greedy unless the task says otherwise), likelihood
+            (the most probable of the task's choices), or loss (none: how probable the right
+            answers are, in nats per token).
         batch_size: number of prompts per forward pass.
         max_new_tokens: greatest number of tokens of an answer; by default what the task needs.
         lm_eval: names of tasks of lm-evaluation-harness, which are run, too, or alone.
@@ -105,7 +106,7 @@ class EvaluationConfig:
     data: str | None = None
     split: str = "test"
     subset: str | None = None
-    by: Literal["generation", "likelihood"] = "generation"
+    by: Literal["generation", "likelihood", "loss"] = "generation"
     batch_size: int = 16
     max_new_tokens: int | None = None
     lm_eval: list[str] = field(default_factory=list)

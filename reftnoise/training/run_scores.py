@@ -35,6 +35,8 @@ class Entry(TypedDict):
     rows: NotRequired[int]
     right: NotRequired[str]
     """0 and 1 for the rows in their order."""
+    losses: NotRequired[list[float]]
+    """By loss, that of each row, in their order, in nats per token."""
 
 
 def score(
@@ -115,9 +117,12 @@ def _of_task(
         "by": settings.by,
         "adapter": is_adapted,
         "scores": evaluation.scores,
-        "rows": len(evaluation.right),
-        "right": "".join("01"[right] for right in evaluation.right),
+        "rows": len(evaluation.prompts),
     }
+    if evaluation.losses is None:
+        entry["right"] = "".join("01"[right] for right in evaluation.right)
+    else:
+        entry["losses"] = [round(loss, 5) for loss in evaluation.losses]
     return entry, evaluation.rows()
 
 

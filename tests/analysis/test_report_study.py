@@ -147,6 +147,27 @@ def test_scores_without_answers(tmp_path: Path) -> None:
     assert not list(directory.glob("*.png"))
 
 
+def test_losses(tmp_path: Path) -> None:
+    directory = make_study(tmp_path / "losses", axes=("noise",))
+    better = {"none": [1.0, 2.0, 1.5], "symnoise": [0.5, 1.5, 0.875]}
+    lines = lines_of(directory)
+    for line in lines:
+        del line["right"]
+        line["losses"] = better[line["cell"]["noise"]]
+        line["scores"] = {"loss": sum(line["losses"]) / 3}
+    write_lines(directory / "results.jsonl", lines)
+    page = write_report(directory).read_text(encoding="utf-8")
+    found = table(directory, 1)
+    assert found["columns",][2] == "loss"
+    assert "loss" not in found["columns",][3:]
+    assert found["none",][1] == "1.500"
+    assert found["symnoise",][1] == "0.958"
+    assert found["symnoise",][3:5] == ["−0.542", "−0.625 to −0.500"]
+    # The lower loss is the better one.
+    assert '<td class="up">−0.542</td>' in page
+    assert "nats per token" in page
+
+
 def test_what_is_wrong_with_a_study(tmp_path: Path) -> None:
     directory = make_study(tmp_path / "wrong", axes=("noise",))
     with pytest.raises(ValueError, match=r"against: .* is a study; expected a run's directory"):

@@ -175,7 +175,15 @@ def test_instructions() -> None:
     row = {"instruction": "Add.", "output": "That is 3.", "input": "1 and 2"}
     assert task.question(row) == Question("Add.\n\n1 and 2", "That is 3.", "That is 3.")
     assert task.question(row | {"input": ""}).prompt == "Add."
-    assert task.scores(["a b c", "a"], ["a b", "a b"]) == {"words": 2.0, "words_of_answers": 2.0}
+    # Of 3 + 1 runs of four words one was there before, of 5 + 2 pairs all but "b c", twice.
+    assert task.scores(["b c b c b c", "a b c"], ["a", ""]) == {
+        "words": 4.5,
+        "repetition": 1 / 3,
+        "distinct": 3 / 7,
+        "words_of_answers": 0.5,
+        "repetition_of_answers": 0.0,
+        "distinct_of_answers": 0.0,
+    }
     assert task.generation == {
         "do_sample": False,
         "repetition_penalty": 1.2,

@@ -76,6 +76,8 @@ def text_of(model: Any, tokenizer: Any, ids: list[int], **settings: Any) -> str:
     return str(tokenizer.decode(found[: found.index(end)] if end in found else found))
 
 
+WAYS = pytest.mark.parametrize("by", ["generation", "likelihood", "loss"])
+
 # -- by likelihood ---------------------------------------------------------------------------------
 
 
@@ -252,10 +254,45 @@ def test_draws_are_the_seeds_and_no_others() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# -- both ------------------------------------------------------------------------------------------
+# -- by loss ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["generation", "likelihood"])
+@PADDINGS
+@pytest.mark.parametrize("positions", [None, "f1+l1", "all"])
+def test_loss_is_that_of_each_row_alone(positions: str | None, side: str, pads_with: str) -> None:
+    model, tokenizer = loaded(positions)
+    padding(tokenizer, side, pads_with)
+    expected = []
+    for row in ROWS:
+        ids = tokenizer(row["prompt"]).input_ids
+        rest = tokenizer(row["prompt"] + row["completion"]).input_ids[len(ids) :]
+        rest.append(tokenizer.eos_token_id)
+        expected.append(-log_prob(model, ids, rest) / len(rest))
+    for size in (1, 4, 64):
+        found = evaluate(model, tokenizer, task_of_labels(), ROWS, by="loss", batch_size=size)
+        assert found.losses is not None
+        assert_close(torch.tensor(found.losses), expected)
+        assert found.scores == {"loss": pytest.approx(sum(expected) / len(ROWS), rel=1e-4)}
+        assert found.right == found.predictions == found.texts == []
+        assert [row["loss"] for row in found.rows()] == found.losses
+
+
+def test_loss_is_that_of_training() -> None:
+    model, tokenizer = loaded("f1+l1")
+    row = {"prompt": PROMPTS[0], "completion": " yes indeed"}
+    found = evaluate(model, tokenizer, get_task("text"), [row], by="loss", template="chat")
+    data = rn.make_last_position_supervised_data_module(
+        tokenizer, model, [row["prompt"]], [row["completion"]], chat_template=True
+    )
+    batch = data["data_collator"](list(data["train_dataset"]))
+    with torch.no_grad():
+        assert found.scores["loss"] == pytest.approx(float(model(**batch).loss), rel=1e-4)
+
+
+# -- all -------------------------------------------------------------------------------------------
+
+
+@WAYS
 def test_without_its_units_a_model_is_its_base(by: Any) -> None:
     def found(model: Any) -> Evaluation:
         return evaluate(model, tokenizer, task_of_labels(), ROWS, by=by)
@@ -264,7 +301,7 @@ def test_without_its_units_a_model_is_its_base(by: Any) -> None:
     base = loaded(None)[0]
     with model.disabled():
         assert found(model) == found(base)
-    if by == "generation":
+    if by != "likelihood":
         assert found(model) != found(base)
 
 
@@ -286,7 +323,7 @@ def test_what_was_learnt_is_scored(by: Any) -> None:
     assert before.scores["accuracy"] < after.scores["accuracy"] == 1.0
 
 
-@pytest.mark.parametrize("by", ["generation", "likelihood"])
+@WAYS
 def test_parsed_rows_are_not_parsed_again(by: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = loaded()
     task = task_of_labels()
@@ -307,7 +344,7 @@ def test_a_model_is_left_as_it_was() -> None:
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("by", ["generation", "likelihood"])
+@WAYS
 def test_progress(by: Any) -> None:
     model, tokenizer = loaded()
     calls: list[tuple[int, int]] = []
@@ -407,7 +444,7 @@ def test_classifiers(subset: str, side: str) -> None:
     [
         ({"rows": []}, "no rows: expected at least one to evaluate"),
         ({"rows": [*ROWS, {"prompt": "a"}]}, "task 'text', row 5: no column 'completion' in pro"),
-        ({"by": "luck"}, "by 'luck': expected 'generation' or 'likelihood'"),
+        ({"by": "luck"}, "by 'luck': expected generation, likelihood, loss"),
         ({"by": "likelihood"}, "task 'text' has no choices: evaluate by generation"),
         ({"batch_size": 0}, "batch_size 0: expected at least 1"),
         ({"template": "plane"}, "template 'plane': expected plain, chat, alpaca, or a text with"),

@@ -199,7 +199,7 @@ def draw_panels(
     *,
     is_difference: bool,
 ) -> Figure:
-    """A panel for each dataset, with a row for each combination, in percent.
+    """A panel for each dataset, with a row for each combination.
 
     A row is (name, mean, values). The values of a difference are the ends of its interval; 0 is
     marked, and the dot is open where the interval holds it. Other values are those of seeds, and
@@ -215,14 +215,14 @@ def draw_panels(
     for axes, (title, panel) in zip(grid[:, 0], panels.items(), strict=True):
         for row, (_, mean, values) in enumerate(panel):
             if is_difference:
-                axes.plot([100 * v for v in values], [row, row], color="C0", linewidth=2)
+                axes.plot(list(values), [row, row], color="C0", linewidth=2)
                 is_open = values[0] <= 0 <= values[1]
-                axes.plot(100 * mean, row, "o", color="C0", markersize=7, markeredgewidth=2,
+                axes.plot(mean, row, "o", color="C0", markersize=7, markeredgewidth=2,
                           markerfacecolor=axes.get_facecolor() if is_open else None)  # fmt: skip
             else:
-                axes.scatter([100 * v for v in values], _spread(row, len(values)), s=26,
+                axes.scatter(list(values), _spread(row, len(values)), s=26,
                              facecolors="none", edgecolors="C0")  # fmt: skip
-                axes.plot([100 * mean] * 2, [row - 0.33, row + 0.33], color="C1", linewidth=2.5)
+                axes.plot([mean] * 2, [row - 0.33, row + 0.33], color="C1", linewidth=2.5)
         if is_difference:
             axes.axvline(0, color="C1", linestyle="--", linewidth=1.2, zorder=0)
         names = [textwrap.fill(name, 28) for name, _, _ in panel]

@@ -14,6 +14,7 @@ from ...training.recipe import Recipe
 from ...training.run_files import LOG, PREDICTIONS, RECIPE, SCORES, STUDY, SUMMARY
 from ...training.study.grid import SEED, Study, cells
 from ...training.study.results import Result, read_results
+from .page import signed
 
 Line = dict[str, Any]
 
@@ -35,6 +36,29 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What the answers of a combination are measured by: a share of right ones, or a loss."""
+
+    name: str
+    unit: str
+    factor: float
+    digits: int
+    is_better_low: bool = False
+
+    def shown(self, value: float) -> str:
+        """A mean in the unit."""
+        return f"{self.factor * value:.{self.digits}f}"
+
+    def signed(self, value: float) -> str:
+        """A difference in the unit."""
+        return signed(self.factor * value, self.digits)
+
+
+RIGHT = Measure("right", "%", 100, 1)
+LOSS = Measure("loss", "nats per token", 1, 3, is_better_low=True)
+
+
+@dataclass(frozen=True)
 class Combination:
     """The finished runs of a study that differ in their seed alone."""
 
@@ -42,19 +66,25 @@ class Combination:
     results: dict[str, Result]
     """By seed."""
 
-    def right(self, seeds: list[str]) -> npt.NDArray[np.float64] | None:
-        """[seeds, items]: whether each answer is right; None where that was not written.
+    @property
+    def measure(self) -> Measure:
+        """What its answers are measured by."""
+        return LOSS if any("losses" in result for result in self.results.values()) else RIGHT
+
+    def answers(self, seeds: list[str]) -> npt.NDArray[np.float64] | None:
+        """[seeds, items]: whether each answer is right, or its loss; None where neither is known.
 
         Raises:
             ValueError: the seeds have unequal numbers of items.
         """
-        answers = [self.results[seed].get("right") or "" for seed in seeds]
+        name = "losses" if self.measure is LOSS else "right"
+        answers: list[Any] = [self.results[seed].get(name) or "" for seed in seeds]
         if not all(answers):
             return None
         if len({len(row) for row in answers}) > 1:
             counts = ", ".join(str(len(row)) for row in answers)
             raise ValueError(f"{self.name()}: its seeds have unequal numbers of items: {counts}")
-        return np.array([[letter == "1" for letter in row] for row in answers], dtype=float)
+        return np.array([[float(answer) for answer in row] for row in answers])
 
     def mean(self, *keys: str) -> float | None:
         """The mean over seeds of a number in each result; None where one lacks it."""
@@ -63,10 +93,10 @@ class Combination:
             values = [value.get(key) if isinstance(value, dict) else None for value in values]
         return None if None in values else float(np.mean(values))
 
-    def shares(self) -> list[float] | None:
-        """Each seed's share of right answers; None where that was not written."""
-        right = self.right(list(self.results))
-        return None if right is None else [float(row.mean()) for row in right]
+    def means(self) -> list[float] | None:
+        """Each seed's share of right answers, or mean loss; None where neither is known."""
+        answers = self.answers(list(self.results))
+        return None if answers is None else [float(row.mean()) for row in answers]
 
     def name(self, without: str | None = None) -> str:
         """Its place in the grid, such as `loreft, symnoise, trec`, also without an axis."""

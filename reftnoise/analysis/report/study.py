@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ...training.study.statistics import Difference, Interval, mean_interval, paired_difference
 from .figures import draw_panels, picture
-from .files import DATA_AXES, Combination, StudyResults
-from .page import Folded, Section, Style, Table, TableCell, duration, memory, number, signed
+from .files import DATA_AXES, LOSS, RIGHT, Combination, Measure, StudyResults
+from .page import Folded, Section, Style, Table, TableCell, duration, memory, number
 
 NONE = "–"
 
@@ -37,24 +37,25 @@ def study_page(study: StudyResults) -> tuple[list[Section], Table, str]:
     ]
     if differences:
         about = (
-            f"Difference to {_baseline(study)} in points, with 95\u00a0% intervals; the dot is "
-            "open where the interval holds 0."
+            f"Difference to {_baseline(study)}, with 95\u00a0% intervals; the dot is open where "
+            "the interval holds 0."
         )
-        label = f"difference to {_baseline(study)}, points"
+        label = f"difference to {_baseline(study)}, {_units(study, 'points')}"
         drawn = picture(
             "differences", about, draw_panels, _panels(study, differences), label,
             is_difference=True,
         )  # fmt: skip
         sections.append(Section("Differences to the baseline", [about, drawn]))
     seeds = [
-        (combination, sum(shares) / len(shares), shares)
+        (combination, sum(means) / len(means), means)
         for combination in study.combinations
-        if (shares := combination.shares()) is not None
+        if (means := combination.means()) is not None
     ]
     if seeds:
-        about = "Right answers: a dot for each seed, and a bar for the mean over seeds."
+        about = f"{_results(study)}: a dot for each seed, and a bar for the mean over seeds."
+        label = f"{_measures(study)}, {_units(study)}"
         drawn = picture(
-            "seeds", about, draw_panels, _panels(study, seeds), "right, %", is_difference=False
+            "seeds", about, draw_panels, _panels(study, seeds), label, is_difference=False
         )
         sections.append(Section("Seeds", [about, drawn]))
     sections.append(Section("Study", [Folded("study.yaml", study.text)]))
@@ -62,13 +63,13 @@ def study_page(study: StudyResults) -> tuple[list[Section], Table, str]:
 
 
 def _compare(study: StudyResults, combination: Combination) -> Comparison:
-    right = combination.right(list(combination.results))
-    mean = None if right is None else mean_interval(right)
+    answers = combination.answers(list(combination.results))
+    mean = None if answers is None else mean_interval(answers)
     baseline = study.baseline_of(combination)
     if baseline is None:
         return Comparison(combination, mean, None)
     common = [seed for seed in combination.results if seed in baseline.results]
-    ours, theirs = (c.right(common) if common else None for c in (combination, baseline))
+    ours, theirs = (c.answers(common) if common else None for c in (combination, baseline))
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return Comparison(combination, mean, None)
     return Comparison(combination, mean, paired_difference(ours, theirs))
@@ -77,7 +78,7 @@ def _compare(study: StudyResults, combination: Combination) -> Comparison:
 def _table(study: StudyResults, compared: Sequence[Comparison]) -> Table:
     """A row for each combination of axes."""
     names = _score_names(study)
-    columns = [*study.axes, "seeds", "right", "95 % interval"]
+    columns = [*study.axes, "seeds", _measures(study), "95 % interval"]
     if study.baseline:
         columns += ["difference", "95 % interval", "p"]
     columns += [*names, "parameters", "time", "peak memory"]
@@ -87,9 +88,10 @@ def _table(study: StudyResults, compared: Sequence[Comparison]) -> Table:
 def _row(study: StudyResults, compared: Comparison, names: Sequence[str]) -> list[TableCell]:
     combination = compared.combination
     cells = [TableCell(combination.axes[axis]) for axis in study.axes]
-    cells += [number(str(len(combination.results))), *_mean_cells(compared.mean)]
+    measure = combination.measure
+    cells += [number(str(len(combination.results))), *_mean_cells(compared.mean, measure)]
     if study.baseline:
-        cells += _difference_cells(compared.difference)
+        cells += _difference_cells(compared.difference, measure)
     scores = (combination.mean("scores", name) for name in names)
     cells += [number(NONE if score is None else f"{score:.4g}") for score in scores]
     sizes = (("parameters", "{:,.0f}".format), ("seconds", duration), ("peak_memory_bytes", memory))
@@ -99,19 +101,22 @@ def _row(study: StudyResults, compared: Comparison, names: Sequence[str]) -> lis
     return cells
 
 
-def _mean_cells(interval: Interval | None) -> list[TableCell]:
+def _mean_cells(interval: Interval | None, measure: Measure) -> list[TableCell]:
     if interval is None:
         return [number(NONE)] * 2
-    mean, low, high = (f"{100 * v:.1f}" for v in (interval.mean, interval.low, interval.high))
+    mean, low, high = (measure.shown(v) for v in (interval.mean, interval.low, interval.high))
     return [number(mean), number(f"{low} to {high}")]
 
 
-def _difference_cells(difference: Difference | None) -> list[TableCell]:
+def _difference_cells(difference: Difference | None, measure: Measure) -> list[TableCell]:
     if difference is None:
         return [number(NONE)] * 3
-    style: Style = "up" if difference.low > 0 else "down" if difference.high < 0 else "number"
+    is_more, is_less = difference.low > 0, difference.high < 0
+    style: Style = "number"
+    if is_more or is_less:
+        style = "up" if is_more is not measure.is_better_low else "down"
     mean, low, high = (
-        signed(100 * v, 1) for v in (difference.mean, difference.low, difference.high)
+        measure.signed(v) for v in (difference.mean, difference.low, difference.high)
     )
     p = "< 0.001" if difference.p < 0.001 else f"{difference.p:.3f}"
     return [TableCell(mean, style), number(f"{low} to {high}"), number(p)]
@@ -127,8 +132,29 @@ def _panels(
     for combination, mean, values in rows:
         title = combination.axes[first] if has_panels else ""
         name = combination.name(without=first if has_panels else None)
-        panels[title].append((name, mean, values))
+        factor = combination.measure.factor
+        panels[title].append((name, factor * mean, [factor * value for value in values]))
     return panels
+
+
+def _used(study: StudyResults) -> list[Measure]:
+    """The measures of the combinations, each once."""
+    return list(dict.fromkeys(combination.measure for combination in study.combinations))
+
+
+def _measures(study: StudyResults) -> str:
+    return " or ".join(measure.name for measure in _used(study))
+
+
+def _units(study: StudyResults, of_share: str = RIGHT.unit) -> str:
+    """Units of the measures, in which a share has one of its own."""
+    return " or ".join(of_share if m is RIGHT else m.unit for m in _used(study))
+
+
+def _results(study: StudyResults) -> str:
+    """What the results are, as a sentence begins."""
+    names = {RIGHT: "Right answers in percent", LOSS: "Loss of the right answers, nats per token"}
+    return "; ".join(names[measure] for measure in _used(study))
 
 
 def _baseline(study: StudyResults) -> str:
@@ -139,21 +165,22 @@ def _score_names(study: StudyResults) -> list[str]:
     """Scores of the tasks but those that are the share of right answers under another name."""
     differs: dict[str, bool] = {}
     for combination in study.combinations:
-        shares = combination.shares() or [math.inf] * len(combination.results)
-        for result, share in zip(combination.results.values(), shares, strict=True):
+        means = combination.means() or [math.inf] * len(combination.results)
+        for result, mean in zip(combination.results.values(), means, strict=True):
             for name, value in result["scores"].items():
-                differs[name] = differs.get(name, False) or not math.isclose(value, share)
+                is_other = not math.isclose(value, mean, abs_tol=1e-5)  # as losses are rounded
+                differs[name] = differs.get(name, False) or is_other
     return [name for name, is_other in differs.items() if is_other]
 
 
 def _explanation(study: StudyResults) -> str:
     text = (
-        "Right answers in percent, the mean over seeds and items. Intervals are bootstrapped over "
-        "seeds and items."
+        f"{_results(study)}, the mean over seeds and items. Intervals are bootstrapped over seeds "
+        "and items."
     )
     if study.baseline:
         text += (
-            f" Differences in points are to the combination with {_baseline(study)} and all else "
+            f" Differences are to the combination with {_baseline(study)} and all else "
             "equal, paired over seeds and items; p is two-sided and not corrected for the number "
             "of comparisons."
         )

@@ -1,7 +1,8 @@
 """Following instructions, where no automatic score judges answers well.
 
-Their length is reported, since embedding noise lengthens answers (arXiv:2310.05914, section 5.2);
-`ifeval` of lm-evaluation-harness scores whether instructions are followed.
+Their length, repetition and diversity are reported: embedding noise lengthens answers
+(arXiv:2310.05914, section 5.2), which may be by repetition. `ifeval` of
+lm-evaluation-harness scores whether instructions are followed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,9 +41,27 @@ class InstructTask(Task):
         return Question(prompt, output, answer=output.strip())
 
     def scores(self, predictions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-        """Mean numbers of words: of what was written, and of the rows' own answers."""
-        return {"words": _mean_words(predictions), "words_of_answers": _mean_words(answers)}
+        """Statistics of what was written, and of the rows' own answers.
+
+        `words` is the mean number of words. `repetition` is the share of runs of four words that
+        the same text had before, `distinct` the share of pairs of words that no text had before
+        (distinct-2 of arXiv:1510.03055), over all texts.
+        """
+        of_answers = {f"{name}_of_answers": value for name, value in _statistics(answers).items()}
+        return _statistics(predictions) | of_answers
 
 
-def _mean_words(texts: Sequence[str]) -> float:
-    return sum(len(text.split()) for text in texts) / len(texts)
+def _statistics(texts: Sequence[str]) -> dict[str, float]:
+    words = [text.split() for text in texts]
+    fours = [_runs(text, 4) for text in words]
+    pairs = [pair for text in words for pair in _runs(text, 2)]
+    repeated = sum(len(runs) - len(set(runs)) for runs in fours)
+    return {
+        "words": sum(map(len, words)) / len(texts),
+        "repetition": repeated / max(1, sum(map(len, fours))),
+        "distinct": len(set(pairs)) / max(1, len(pairs)),
+    }
+
+
+def _runs(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]

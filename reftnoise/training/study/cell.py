@@ -39,14 +39,18 @@ def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) 
     summary, (entry, *_) = run_recipe(run, overwrite=True)
     if not keep_adapter:
         shutil.rmtree(run.directory / ADAPTER)
-    return {
+    outcome: Outcome = {
         "scores": entry["scores"],
-        "right": entry["right"],
         "parameters": summary["parameters"]["units"] + summary["parameters"]["base"],
         "seconds": summary["seconds"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "train_loss": summary["train_loss"],
     }
+    if "losses" in entry:
+        outcome["losses"] = entry["losses"]
+    else:
+        outcome["right"] = entry["right"]
+    return outcome
 
 
 def run_in_process(

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import TypedDict, cast
 
+from typing_extensions import NotRequired
+
 from ..._util.files import json_text, local_path, read_lines, writing
 from ..run_files import RESULTS
 
@@ -12,8 +14,10 @@ class Outcome(TypedDict):
     """What a cell's run measured."""
 
     scores: dict[str, float]
-    right: str
+    right: NotRequired[str]
     """0 and 1 for the rows in their order."""
+    losses: NotRequired[list[float]]
+    """Of rows that were scored by loss, nats per token, in their order."""
     parameters: int
     seconds: float
     peak_memory_bytes: int | None
