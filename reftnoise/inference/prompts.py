@@ -13,11 +13,13 @@ from rich.text import Text
 
 from .._util.errors import nearest
 from .._util.files import json_lines, local_path, replace_all
+from .._util.progress import progress_of
 from ..config.decoding import GREEDY, Decoding
 from ..data.files import json_lines_of
 from ..data.templates import fill
 from ..data.tokenization import smallest_limit
 from ..evaluation.generation import ending_arguments, generated
+from ..evaluation.likelihood import Progress
 from ..evaluation.scoring import evaluating
 from ..model import ReftModel
 from ..training.run_adapter import template_of
@@ -32,11 +34,13 @@ def generate_texts(
     decoding: Decoding = GREEDY,
     rows: Sequence[Mapping[str, Any]] = (),
     batch_size: int = 16,
+    progress: Progress | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, in the prompts' order.
 
     `rows`, one for each prompt, have the template's columns. The template is by default that of
-    `default_template`. Within `reft_model.disabled()`, the base alone answers.
+    `default_template`. Within `reft_model.disabled()`, the base alone answers. `progress` is called
+    with the numbers of prompts done and of all prompts.
 
     Raises:
         ValueError: an empty prompt, a template that does not fit, or more new tokens than the
@@ -63,6 +67,7 @@ def generate_texts(
             max_new_tokens=new_tokens(decoding, tokenizer, reft_model),
             batch_size=batch_size,
             generation=decoding.arguments(),
+            progress=progress,
         )
 
 
@@ -96,12 +101,14 @@ def answer_prompts(
     decoding: Decoding = GREEDY,
     batch_size: int = 16,
     console: Console | None = None,
+    progress_console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Load an adapter, answer prompts, and print the answers or write them to a file.
 
     Each row is one of `input`, or `{"prompt": …}`, with the answer as `text`, and with `compare`
     that of the base alone as `base`. Adapter, model and device are as in `load_adapted`; the
-    template is by default that of the run.
+    template is by default that of the run. Where there are several batches, progress is shown on a
+    console of its own.
 
     Raises:
         OSError: there is no such adapter, base or file.
@@ -121,10 +128,23 @@ def answer_prompts(
     decoding = replace(decoding, template=decoding.template or template_of(adapter))
     reft_model, tokenizer = load_adapted(adapter, model, device=device)
     answered = rows
+    shown = progress_console if len(texts) > batch_size else None
     for name in columns:
-        with reft_model.disabled() if name == "base" else contextlib.nullcontext():
+        is_base = name == "base"
+        with (
+            reft_model.disabled() if is_base else contextlib.nullcontext(),
+            progress_of(
+                shown, "answers of the base" if is_base else "answers", len(texts)
+            ) as progress,
+        ):
             answers = generate_texts(
-                reft_model, tokenizer, texts, decoding=decoding, rows=rows, batch_size=batch_size
+                reft_model,
+                tokenizer,
+                texts,
+                decoding=decoding,
+                rows=rows,
+                batch_size=batch_size,
+                progress=progress,
             )
         answered = [row | {name: text} for row, text in zip(answered, answers, strict=True)]
     if output is not None:

@@ -94,7 +94,8 @@ def _of_task(
     console: Console | None,
 ) -> tuple[Entry, list[dict[str, Any]]]:
     recipe, settings = run.recipe, run.recipe.evaluation
-    with progress_of(console, "evaluation" if is_adapted else "evaluation of the base") as progress:
+    what = "evaluation" if is_adapted else "evaluation of the base"
+    with progress_of(console, what, len(run.scored_rows)) as progress:
         evaluation = evaluate(
             reft_model,
             tokenizer,

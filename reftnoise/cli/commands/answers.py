@@ -5,7 +5,7 @@ Heavy imports are inside the functions: `--help` and mistakes do not wait for to
 
 from ...config.decoding import Decoding
 from ..checks import expect_adapters, expect_free, expect_prompts, expect_template
-from ..printing import print_json
+from ..printing import print_json, progress_console
 
 
 def generate(
@@ -31,7 +31,8 @@ def generate(
         output: file for the answers as JSON lines; by default they are printed.
         column: key of the prompts in input.
         compare: whether the base without its adapter answers, too.
-        model: directory or hub name of the base, if not that which the adapter was saved with.
+        model: directory, GGUF file or name of the base, if not that which the adapter was saved
+            with.
         device: cpu, cuda or another device of torch; auto is a GPU where there is one.
         batch_size: number of prompts per forward pass.
         json: whether the answers are printed as JSON.
@@ -55,6 +56,7 @@ def generate(
         decoding=decoding,
         batch_size=batch_size,
         console=None if json else Console(highlight=False),
+        progress_console=progress_console(json),
     )
     if json:
         print_json(rows)
@@ -66,7 +68,8 @@ def chat(adapter: str, decoding: Decoding, model: str | None = None, device: str
     Args:
         adapter: directory of a run or of an adapter, or hub name of an adapter.
         decoding: template and sampling.
-        model: directory or hub name of the base, if not that which the adapter was saved with.
+        model: directory, GGUF file or name of the base, if not that which the adapter was saved
+            with.
         device: cpu, cuda or another device of torch; auto is a GPU where there is one.
     """
     expect_adapters(adapter, model=model)
@@ -91,7 +94,8 @@ def serve(
         adapter: directory of a run or of an adapter, or hub name of an adapter; its last part is
             the name that requests use.
         others: further adapters of the same base by name, such as --others.polite runs/polite.
-        model: directory or hub name of the base, if not that which the adapter was saved with.
+        model: directory, GGUF file or name of the base, if not that which the adapter was saved
+            with.
         host: address that the server listens on.
         port: port that the server listens on.
         dtype: dtype of the base, such as bfloat16.
@@ -123,7 +127,8 @@ def playground(
         source: directory of a run or of an adapter, or hub name of an adapter; or address of a
             running server of the OpenAI API, such as http://localhost:8000/v1.
         others: further adapters of the same base by name, such as --others.polite runs/polite.
-        model: directory or hub name of the base, if not that which the adapter was saved with.
+        model: directory, GGUF file or name of the base, if not that which the adapter was saved
+            with.
         host: address that the page is served on.
         port: port that the page is served on.
         device: cpu, cuda or another device of torch; auto is a GPU where there is one.

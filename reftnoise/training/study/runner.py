@@ -74,10 +74,8 @@ def _run(
     failed: list[tuple[Cell, str]] = []
     waiting = todo[::-1]
     running: dict[Any, tuple[Cell, int | None, Any]] = {}  # by the pipe that a result comes from
-    with _terminated(), progress_of(console, "cells") as progress:
+    with _terminated(), progress_of(console, "cells", len(todo)) as progress:
         try:
-            if progress is not None:
-                progress(0, len(todo))
             while waiting or running:
                 while waiting and gpus:
                     cell, gpu = waiting.pop(), gpus.pop()
