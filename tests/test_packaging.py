@@ -54,6 +54,17 @@ def test_the_sdist_holds_both_packages(distributions: tuple[Path, Path]) -> None
     assert {str(path) for path in sources} <= names
 
 
+def test_an_editable_install_is_a_path_that_type_checkers_follow(tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = [name for name in wheel.namelist() if ".dist-info/" not in name]
+        assert [wheel.read(name).decode().strip() for name in names] == [str(ROOT)]
+        assert all(name.endswith(".pth") for name in names), "no import hook"
+
+
 def test_the_link_shows_the_mapped_package() -> None:
     link = ROOT / "reftnoise" / "interventions"
     assert link.is_symlink()
