@@ -8,6 +8,7 @@ from .data.collation import ReftDataCollator as ReftDataCollator
 from .data.collation import (
     make_last_position_supervised_data_module as make_last_position_supervised_data_module,
 )
+from .engine.base.loading import load_base as load_base
 from .engine.base.tiny import load_tiny_examples as load_tiny_examples
 from .engine.base.tiny import load_tiny_model as load_tiny_model
 from .engine.training_pass.prefix_cache import PrefixCache as PrefixCache

@@ -24,8 +24,9 @@ class AdapterFiles:
     Args:
         directory: its path.
         config: the units.
-        base: `name_or_path`, the fingerprint of the base's shape, a `sample` of its weights, and
-            its `vocabulary` and `rope_parameters`; older adapters have fewer of them.
+        base: `name_or_path`, its `path` on the machine that trained the adapter, the fingerprint of
+            the base's shape, a `sample` of its weights, and its `vocabulary` and
+            `rope_parameters`; older adapters have fewer of them.
         base_parameters: names of the base's parameters that are among the weights.
         snapshot: its files, of one instant; None for a directory of another library.
     """
@@ -118,7 +119,7 @@ class AdapterFiles:
     @property
     def shape(self) -> dict[str, Any]:
         """The fingerprint of the base's shape."""
-        others = ("name_or_path", "sample", "vocabulary", "rope_parameters")
+        others = ("name_or_path", "path", "sample", "vocabulary", "rope_parameters")
         return {key: value for key, value in self.base.items() if key not in others}
 
     @property

@@ -50,8 +50,9 @@ def checked_description(text: str, path: Path) -> dict[str, Any]:
 def _base_model(value: Any) -> dict[str, Any]:
     """The section about the base, whose values others compare, print and look up."""
     base = dict(value)
-    if not isinstance(base.get("name_or_path", ""), str):
-        raise TypeError("base_model.name_or_path is no text")
+    for name in ("name_or_path", "path"):
+        if not isinstance(base.get(name, ""), str):
+            raise TypeError(f"base_model.{name} is no text")
     layers = base.get("num_hidden_layers")
     if layers is not None and (type(layers) is not int or not 0 <= layers <= _MOST_LAYERS):
         raise ValueError(f"base_model.num_hidden_layers {brief(layers)}")

@@ -244,7 +244,7 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory)
+            saving.save_adapter(self, directory, keeps_path=False)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=directory,

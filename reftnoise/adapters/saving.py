@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .._util.errors import brief, one_line, value_errors
 from .._util.files import local_path, replace_all
+from ..config.base_model import EMBEDDED, PACKAGED
 from ..config.representations import ReftConfig
 from ..engine.base.peft import inner_model, is_peft_model, own_state, section_of
 from ..engine.base.running import is_part
@@ -70,11 +71,14 @@ def save_adapter(
     reft_model: ModelWithUnits,
     directory: str | Path,
     state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    keeps_path: bool = True,
 ) -> None:
     """Write an adapter directory, as `ReftModel.save_pretrained` does.
 
     An adapter in the directory is replaced; a model card and other files are left alone. A
-    `state_dict`, of a sharded model whose owner gathered it, is written as it is.
+    `state_dict`, of a sharded model whose owner gathered it, is written as it is. Where the base is
+    on this machine, its path is written next to its name, if `keeps_path`.
 
     Raises:
         ValueError: the directory is a file, or the weights are not whole.
@@ -107,7 +111,7 @@ def save_adapter(
     of_base = sorted(name for name in tensors if name.startswith("model."))
     description = {
         "schema_version": SCHEMA_VERSION,
-        "base_model": _described(reft_model.model, of_base),
+        "base_model": _described(reft_model.model, of_base, keeps_path),
         **reft_model.reft_config.to_dict(),
         "base_parameters": of_base,
     }
@@ -128,10 +132,13 @@ def save_adapter(
     replace_all(directory, files)
 
 
-def _described(base: PreTrainedModel, of_base: list[str]) -> dict[str, Any]:
+def _described(base: PreTrainedModel, of_base: list[str], keeps_path: bool) -> dict[str, Any]:
     """What an adapter tells of its base, of which it holds the parameters `of_base`."""
+    name, full_name = _base_name(base), _full_name(base)
+    is_named = name in (full_name, EMBEDDED)
     return {
-        "name_or_path": _base_name(base),
+        "name_or_path": name,
+        **({"path": os.path.abspath(full_name)} if keeps_path and not is_named else {}),
         **fingerprint(base),
         "sample": sample_weights(base, of_base),
         "rope_parameters": rope_parameters(base),
@@ -384,7 +391,8 @@ def _kept(module: ModelWithUnits) -> set[str]:
 def _base_name(model: PreTrainedModel) -> str:
     """A hub name, or the last part of a path: the rest of it stays on the machine."""
     name = _full_name(model)
-    return Path(name).name if os.path.exists(name) else name  # any text
+    is_path = name not in PACKAGED and os.path.exists(name)  # any text
+    return Path(name).name if is_path else name
 
 
 def _full_name(model: PreTrainedModel) -> str:

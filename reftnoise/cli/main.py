@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from .._util.errors import nearest, one_line
 from .._util.files import local_path
+from ..adapters.location import CONFIG_NAME
 from ..config.decoding import Decoding
 from ..training.recipe import Recipe
-from ..training.run_files import RECIPE
+from ..training.run_files import ADAPTER, RECIPE
 from ..training.study.grid import Study
 from .commands import COMMANDS
 
@@ -122,13 +123,24 @@ def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
             raise FileNotFoundError(f"{name}: {first}: expected a YAML file, {problem}")
         read_yaml(path)  # its errors are clearer than the parser's
         return ("--config", first, *rest)
-    place = ("--output_dir", first)
-    if (path / RECIPE).is_file():
-        return ("--config", str(path / RECIPE), *place, *rest)
-    if (path / "reft_config.json").is_file():
-        from ..training.run_adapter import base_of
+    return (*_of_directory(first, rest), "--output_dir", first, *rest)
 
-        return ("--model", base_of(path)["model"], *place, *rest)
+
+def _of_directory(first: str, rest: Sequence[str]) -> Sequence[str]:
+    """Options for the recipe and the base of the run or adapter that `eval` scores."""
+    from .._util.options import read_yaml
+    from ..training.run_adapter import base_of
+
+    path = local_path(first)
+    recipe, adapter = path / RECIPE, path / ADAPTER
+    names_base = any(option.partition("=")[0] == "--model" for option in rest)
+    if recipe.is_file():
+        is_looked_for = "model" in read_yaml(recipe) and not names_base
+        is_trained = (adapter / CONFIG_NAME).is_file()
+        base = ("--model", base_of(adapter)["model"]) if is_looked_for and is_trained else ()
+        return ("--config", str(recipe), *base)
+    if (path / CONFIG_NAME).is_file():
+        return () if names_base else ("--model", base_of(path)["model"])
     raise FileNotFoundError(f"eval: {first}: expected the directory of a run or of an adapter")
 
 

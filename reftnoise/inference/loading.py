@@ -93,8 +93,11 @@ def _load_base(
         return load_base(name, device=device, **known)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0].removeprefix(f"{name}: ")
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{name}, the adapter's base: {reason}") from None
+        if isinstance(error, OSError):
+            raise OSError(
+                f"{name}, the adapter's base: {reason}; name its directory with --model"
+            ) from None
+        raise ValueError(f"{name}, the adapter's base: {reason}") from None
 
 
 def _of_text_model(adapter: str | Path) -> Path:

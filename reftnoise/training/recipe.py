@@ -118,9 +118,11 @@ class Recipe:
     """A base model, the units and modules that are trained, the data, and the task.
 
     Args:
-        model: directory or hub name of the base model, or tiny-chat, the embedded model.
+        model: directory, GGUF file or hub name of the base model; tiny-chat, the embedded model; or
+            smollm2 or minilm, which packages carry.
         revision: branch, tag or commit of a model on the hub.
-        dtype: dtype of the base: auto, float32, bfloat16 or float16.
+        dtype: dtype of the base: float32, bfloat16, float16, or auto, in which the weights are
+            stored, but float32 on a processor that has no arithmetic of that.
         device: cpu, cuda or another device of torch; auto is a GPU where there is one.
         quantization: quantization_config of transformers for the base, such as {quant_method:
             bitsandbytes, load_in_4bit: true}.

@@ -7,6 +7,7 @@ from .._util import yaml
 from .._util.files import local_path
 from ..adapters.location import CONFIG_NAME, WEIGHTS_NAME, local_directory
 from ..adapters.snapshot import read_snapshot
+from ..config.base_model import EMBEDDED, base_path
 from .run_files import ADAPTER, RECIPE
 
 _OF_BASE = ("model", "revision", "dtype", "quantization")
@@ -30,13 +31,33 @@ def adapter_directory(adapter: str | Path) -> Path:
 def base_of(directory: Path) -> dict[str, Any]:
     """Arguments of `load_base` for the base of an adapter directory: `model`, and others if known.
 
-    The recipe of its run has more of them than the adapter, which keeps no paths.
+    The recipe of its run has more of them than the adapter.
+
+    Raises:
+        FileNotFoundError: the base was loaded from a path, and is not there any more.
     """
     values = recipe_of(directory)
     if isinstance(values.get("model"), str):
-        return {name: values[name] for name in _OF_BASE if values.get(name) is not None}
-    base = read_snapshot(directory).description["base_model"]
-    return {"model": str(base.get("name_or_path") or "")}
+        known = {name: values[name] for name in _OF_BASE if values.get(name) is not None}
+    else:
+        base = read_snapshot(directory).description["base_model"]
+        known = {"model": str(base.get("name_or_path") or "")}
+    return known | {"model": _located(known["model"], directory)}
+
+
+def _located(model: str, directory: Path) -> str:
+    """Where the base of an adapter directory is: under its name, or else at its path."""
+    if model in ("", EMBEDDED) or base_path(model) is not None:
+        return model
+    path = read_snapshot(directory).description["base_model"].get("path")
+    if path is None:
+        return model
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{model}, the adapter's base: was loaded from {path}, which is not here; name its "
+            "directory with --model"
+        )
+    return str(path)
 
 
 def template_of(adapter: str | Path) -> str | None:

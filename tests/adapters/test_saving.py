@@ -489,14 +489,24 @@ def test_a_ready_module_of_another_width_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(reft_model))
 
 
-def test_paths_of_a_machine_stay_there(tmp_path: Path) -> None:
+def test_paths_of_a_machine_are_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_model()
     base.config.name_or_path = str(tmp_path)
-    wrapped(LOREFT, base).save_pretrained(tmp_path / "adapter")
-    for name in ("reft_config.json", "README.md"):
-        text = (tmp_path / "adapter" / name).read_text(encoding="utf-8")
-        assert tmp_path.name in text
-        assert str(tmp_path) not in text
+    reft_model = wrapped(LOREFT, base)
+    reft_model.save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "reft_config.json").read_text(encoding="utf-8")
+    assert json.loads(text)["base_model"]["path"] == str(tmp_path)
+    pushed = tmp_path / "pushed"
+    hub = SimpleNamespace(
+        create_repo=lambda name, **_: SimpleNamespace(repo_id=name),
+        upload_folder=lambda *, folder_path, **_: shutil.copytree(folder_path, pushed),
+    )
+    monkeypatch.setattr("reftnoise.adapters.mixin.HfApi", lambda **_: hub)
+    reft_model.push_to_hub("adapter")
+    for path in (tmp_path / "adapter" / "README.md", *pushed.iterdir()):
+        content = path.read_bytes()
+        assert tmp_path.name.encode() in content
+        assert str(tmp_path).encode() not in content
 
 
 def test_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-NAME = "tiny-chat"
+from ...config.base_model import EMBEDDED
+
+NAME = EMBEDDED
 DIRECTORY = Path(__file__).parent / NAME
 Split: TypeAlias = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
