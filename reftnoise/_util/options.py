@@ -4,8 +4,10 @@ A name or a value that does not fit raises a ValueError of one line, with the ne
 """
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -113,6 +115,63 @@ def _expect_sections(config: Any, parsed: Namespace, where: str = "") -> None:
 def option_values(parser: ArgumentParser) -> dict[str, Any]:
     """The defaults of a parser's options by their names, such as `training.learning_rate`."""
     return dict(parser.get_defaults(skip_validation=True).items())
+
+
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "data": "train",
+}
+"""What people call options whose names end otherwise."""
+
+
+def short_names(parser: ArgumentParser, sections: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The options that may be meant by the last part of their names, or by what people say.
+
+    `by` is `evaluation.by`, since no other option ends so. Where several do, those of `sections`
+    are meant, if they have any. A name that is an option itself is not short for another, and a
+    study's `recipe.seed`, which its own seeds replace, has no short name.
+    """
+    options = list(option_values(parser))
+    meant: dict[str, list[str]] = defaultdict(list)
+    for option in options:
+        section, _, last = option.rpartition(".")
+        if section not in ("", "recipe"):
+            names = [last, *(short for short, name in _OTHER_NAMES.items() if name == last)]
+            for name in names:
+                meant[name].append(option)
+    for name, candidates in meant.items():
+        first = [option for option in candidates if option.split(".")[0] in sections]
+        meant[name] = first or candidates
+    return {name: candidates for name, candidates in meant.items() if name not in options}
+
+
+def whole_names(
+    parser: ArgumentParser, arguments: Sequence[str], sections: Sequence[str] = ()
+) -> list[str]:
+    """Arguments in which short names of options are whole ones; `sections` as in `short_names`.
+
+    Raises:
+        ArgumentError: a name may mean several options.
+    """
+    meant, whole = short_names(parser, sections), []
+    for argument, after in zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, equals, value = argument.removeprefix("--").partition("=")
+        candidates = meant.get(name, []) if argument.startswith("--") else []
+        if _is_section(parser, name, value if equals else after):
+            candidates = []
+        if len(candidates) > 1:
+            names = " or ".join(f"--{option}" for option in candidates)
+            raise ArgumentError(None, f"--{name} may mean several options: expected {names}")
+        whole.append(f"--{candidates[0]}{equals}{value}" if candidates else argument)
+    return whole
+
+
+def _is_section(parser: ArgumentParser, name: str, value: str) -> bool:
+    """Whether an option is a section as a whole: a mapping, or a file of one."""
+    is_whole = value.startswith("{") or value.endswith((".yaml", ".yml"))
+    return is_whole and any(option.startswith(f"{name}.") for option in option_values(parser))
 
 
 def explained(error: Exception, parser: ArgumentParser) -> str:

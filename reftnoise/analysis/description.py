@@ -1,11 +1,14 @@
 """What an adapter or a run is, read from its files alone, without its base."""
 
 import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -32,6 +35,7 @@ class UnitDescription:
         rank: rank of its edits; None for units that have none.
         norms: Frobenius norm of each tensor; for a rotation that of R itself, which is √rank.
         orthonormality_error: the largest entry of |RRᵀ − I|; None for units without a rotation.
+        layer: layer of its site; None where there is none.
     """
 
     key: str
@@ -42,6 +46,7 @@ class UnitDescription:
     parameters: int
     norms: dict[str, float]
     orthonormality_error: float | None
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ def _units(
                 parameters=sum(tensor.numel() for tensor in state.values()),
                 norms={name: round(float(t.norm()), 6) for name, t in named.items()},
                 orthonormality_error=error,
+                layer=layer,
             )
         )
     return units
@@ -134,26 +140,63 @@ def show(description: Description, console: Console) -> None:
     about = Table.grid(padding=(0, 2))
     for name, value in _facts(description).items():
         about.add_row(Text(name, style="dim"), Text(value))
-    units = Table(title="Units", title_justify="left")
+    units = Table(title="Units", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = ("unit", "site", "positions", "rank", "parameters", "norms", "|RRᵀ − I|")
     numbers = ("rank", "parameters", "|RRᵀ − I|")
     for heading in columns:
         is_number = heading in numbers
         units.add_column(heading, justify="right" if is_number else "left", overflow="fold")
-    for unit in description.units:
-        units.add_row(
-            unit.intervention,
-            unit.site,
-            unit.positions,
-            "" if unit.rank is None else str(unit.rank),
-            f"{unit.parameters:,}",
-            ", ".join(f"{SHORT.get(n, n)} {norm:.3g}" for n, norm in unit.norms.items()),
-            "" if unit.orthonormality_error is None else f"{unit.orthonormality_error:.0e}",
-        )
+    for alike in folded(description.units):
+        units.add_row(*_row(alike))
     for noise in description.noises:
         units.add_row(noise["intervention"], noise["component"], "", "", "0", "")
     console.print(Group(about, units))
     print_scores(description.scores, console)
+
+
+def folded(units: Iterable[UnitDescription]) -> list[list[UnitDescription]]:
+    """Units that differ in their layer and weights alone, together."""
+    groups: dict[tuple[Any, ...], list[UnitDescription]] = defaultdict(list)
+    for unit in units:
+        place = unit.site if unit.layer is None else unit.site.removesuffix(str(unit.layer))
+        tensors = tuple(unit.norms)
+        alike = (unit.intervention, place, unit.positions, unit.rank, unit.parameters, tensors)
+        groups[alike].append(unit)
+    return list(groups.values())
+
+
+def _row(units: Sequence[UnitDescription]) -> list[str]:
+    """The cells of such units; where they differ, the least and the greatest number."""
+    first, count = units[0], len(units)
+    site = first.site
+    layers = [unit.layer for unit in units if unit.layer is not None]
+    if len(layers) > 1:
+        site = f"{site.removesuffix(f' {layers[0]}')}s {ranges(layers)}"
+    norms = []
+    for name in first.norms:
+        ends = dict.fromkeys(f"{end(unit.norms[name] for unit in units):.3g}" for end in (min, max))
+        norms.append(f"{SHORT.get(name, name)} {' to '.join(ends)}")
+    errors = [e for unit in units if (e := unit.orthonormality_error) is not None]
+    return [
+        first.intervention,
+        site,
+        first.positions,
+        "" if first.rank is None else str(first.rank),
+        f"{first.parameters:,}" if count == 1 else f"{count} × {first.parameters:,}",
+        ", ".join(norms),
+        f"{max(errors):.0e}" if errors else "",
+    ]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers, with runs of them as `0-29`, in ascending order."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _facts(description: Description) -> dict[str, str]:

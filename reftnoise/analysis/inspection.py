@@ -134,12 +134,16 @@ def subspace_cosine(a: Spaces, b: Spaces) -> dict[str, float]:
     """
     common = [site for site in a if site in b and a[site].shape[1] == b[site].shape[1]]
     if not common:
-        raise ValueError(
-            f"no common site: one adapter edits subspaces at {', '.join(a) or 'none'}, the other "
-            f"at {', '.join(b) or 'none'}"
-        )
+        raise ValueError(f"no common site: one adapter edits {_sites(a)}, the other {_sites(b)}")
     products = {site: a[site].double() @ b[site].to(a[site]).double().mT for site in common}
     return {site: float(p.square().sum() / min(p.shape)) for site, p in products.items()}
+
+
+def _sites(spaces: Spaces) -> str:
+    if not spaces:
+        return "no subspaces"
+    first, *others = spaces
+    return f"subspaces at {first}" + (f" and {len(others)} other sites" if others else "")
 
 
 def library_overlaps(library: AdapterLibrary) -> tuple[list[str], Float[Tensor, "n n"]]:

@@ -29,6 +29,8 @@ _FILES = (Recipe, Study)
 """What a file can hold, which then comes first."""
 _CONFIGS = (*_FILES, Decoding)
 """Arguments whose fields are options of their own."""
+_SECTIONS = {"train": ("training", "data"), "eval": ("evaluation",)}
+"""By command, the sections of a recipe whose options a short name means first."""
 _MOVED = {
     "bench": "bench is a program of the repository now: python examples/benchmark --help",
 }
@@ -81,7 +83,7 @@ def _parsed(function: Callable[..., None], arguments: Sequence[str], prog: str) 
     """The function's arguments, as the command line says."""
     from jsonargparse import ArgumentError
 
-    from .._util.options import built, explained, parser_of
+    from .._util.options import built, explained, parser_of, whole_names
 
     parameters = inspect.signature(function).parameters
     configs = {n: p.annotation for n, p in parameters.items() if p.annotation in _CONFIGS}
@@ -95,7 +97,9 @@ def _parsed(function: Callable[..., None], arguments: Sequence[str], prog: str) 
     if has_file:
         parser.usage = f"{prog} [{'DIRECTORY' if name == 'eval' else 'FILE.yaml'}] [OPTIONS]"
         arguments = _with_file(name, arguments)
+        parser.epilog = _short_names(parser, name)
     try:
+        arguments = whole_names(parser, arguments, _SECTIONS.get(name, ()))
         parsed = parser.parse_args(list(_flags(parser, arguments)))
         values = {n: built(config, parser, parsed) for n, config in configs.items()}
         others = parser.instantiate(parsed)
@@ -153,6 +157,17 @@ def _flags(parser: "ArgumentParser", arguments: Sequence[str]) -> Iterator[str]:
     for argument, after in zip_longest(arguments, arguments[1:]):
         is_alone = argument in flags and after not in ("true", "false")
         yield f"{argument}=true" if is_alone else argument
+
+
+def _short_names(parser: "ArgumentParser", command: str) -> str:
+    """What the help says of options by the last part of their names."""
+    from .._util.options import short_names
+
+    meant = short_names(parser, _SECTIONS.get(command, ()))
+    alone = {f"--{name}": options[0] for name, options in meant.items() if len(options) == 1}
+    same = [name for name, option in alone.items() if option.endswith(f".{name[2:]}")]
+    other = [f"{name} for --{option}" for name, option in alone.items() if name not in same]
+    return f"Options without their sections: {', '.join(same)}; {', '.join(other)}."
 
 
 def _overview() -> str:

@@ -24,8 +24,8 @@ from .prompts import generate_arguments, new_tokens
 
 SIGN = "› "
 COMMANDS = {
-    "/off": "let the base answer, without the adapter",
-    "/on": "let the adapted model answer again",
+    "/off": "let the base answer, without the adapter, in a conversation of its own",
+    "/on": "let the adapted model answer again, where it stopped",
     "/scale": "multiply edits: /scale 0.5; a peft section stays as it is",
     "/reset": "forget the conversation",
     "/system": "set the system message: /system TEXT; alone, drop it",
@@ -87,6 +87,7 @@ def _lines(console: Console) -> Iterator[str]:
 class Conversation:
     """The messages so far, and what answers the next one.
 
+    The base has messages of its own: in those of the adapted model, it would imitate the adapter.
     Without a chat template, the conversation is one text that each line and each answer continue.
     """
 
@@ -100,14 +101,19 @@ class Conversation:
     ) -> None:
         self._model, self._tokenizer, self._console = reft_model, tokenizer, console
         self._decoding = decoding
-        self.messages: list[dict[str, str]] = []
         self.is_on = True
+        self._messages: dict[bool, list[dict[str, str]]] = {True: [], False: []}  # by `is_on`
         self._scale: float | None = None  # the model's
         self._template = decoding.template_or("chat")
         if self._template != "chat":
             self._say("Each line is a prompt of its own, in the template of the run.")
         elif tokenizer.chat_template is None:
             self._say("The tokenizer has no chat template: the model continues each line.")
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The messages of who answers next, the adapted model or the base."""
+        return self._messages[self.is_on]
 
     def read(self, line: str) -> bool:
         """Obey a command or answer a message; False where the user leaves."""
@@ -166,7 +172,7 @@ class Conversation:
             )
         if start:
             self._say(f"The {start} oldest messages no longer fit into {limit} tokens.")
-        self.messages = messages[start:]
+        self._messages[self.is_on] = messages[start:]
         return torch.tensor([tokens]), room
 
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
@@ -184,10 +190,10 @@ class Conversation:
         match name:
             case "/off":
                 self.is_on = False
-                self._say("The base answers, without the adapter.")
+                self._say(f"The base answers, without the adapter{self._separately()}.")
             case "/on":
                 self.is_on = True
-                self._say("The adapted model answers.")
+                self._say(f"The adapted model answers{self._separately()}.")
             case "/scale":
                 try:
                     with self._model.using(scale=float(rest)):
@@ -196,7 +202,7 @@ class Conversation:
                 except ValueError:
                     self._say(f"/scale {rest}: expected a number such as 0.5; 1 is as trained")
             case "/reset":
-                self.messages = []
+                self._messages = {True: [], False: []}
                 self._say("The conversation starts again.")
             case "/system":
                 self._decoding = replace(self._decoding, system=rest or None)
@@ -207,6 +213,12 @@ class Conversation:
                     self._say(f"{command:<9}{what}")
             case _ if name not in COMMANDS:
                 self._say(f"unknown command {name}; {nearest(name, COMMANDS)}")
+
+    def _separately(self) -> str:
+        """What a change of who answers does to the conversation, if there is one."""
+        if self._template != "chat" or not any(self._messages.values()):
+            return ""
+        return ", from where it stopped" if self.messages else ", and has not read the conversation"
 
     def _say(self, text: str) -> None:
         self._console.print(text, style="dim", markup=False, soft_wrap=True)

@@ -1,6 +1,12 @@
-"""Find out that a training has diverged, without waiting for the device more often than it does."""
+"""Find out that a training has diverged, without waiting for the device more often than it does.
 
-from collections.abc import Iterable
+And at its end, whether its loss has fallen at all.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -59,3 +65,26 @@ def all_of(flags: Iterable[Tensor]) -> bool:
     for flag in flags:
         by_device.setdefault(flag.device, []).append(flag)
     return all(bool(torch.stack(same).all()) for same in by_device.values())
+
+
+def unfallen(losses: Sequence[float]) -> str | None:
+    r"""What is wrong with the logged losses of a run that has ended; None if they have fallen.
+
+    The mean of the last tenth of them, k losses, is compared with that of the first. A loss has the
+    variance $\hat\sigma^2 = \frac{1}{2(n-1)} \sum_i (l_{i+1} - l_i)^2$, to which a trend adds
+    little (von Neumann 1941), so that the difference of the means has the standard error
+    $\hat\sigma\sqrt{2/k}$. A fall by no more than that is none. Of fewer than ten losses nothing is
+    said.
+    """
+    count = len(losses) // 10
+    if count < 1 or not all(map(math.isfinite, losses)):
+        return None
+    first, last = fmean(losses[:count]), fmean(losses[-count:])
+    steps = [b - a for a, b in pairwise(losses)]
+    error = math.sqrt(fmean(step**2 for step in steps) / count)
+    if first - last > error:
+        return None
+    return (
+        f"the loss did not fall: it was {first:.3g} in the first tenth of the steps and {last:.3g} "
+        f"in the last, ± {error:.2g}"
+    )

@@ -219,6 +219,12 @@ class ResolvedRun:
             raise ValueError(f"{option} {place}: {error.reason}") from None
 
 
+def scored_by(recipe: Recipe) -> str:
+    """The way in which rows are scored: generation, likelihood, or a classifier's head."""
+    is_classifier = isinstance(get_task(recipe.task), ClassifierTask)
+    return "head" if is_classifier else recipe.evaluation.by
+
+
 def _expect_positive(training: "TrainingConfig | TrainingArguments") -> None:
     for name in _POSITIVE:
         value = getattr(training, name)

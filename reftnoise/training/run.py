@@ -11,6 +11,7 @@
 | `.lock` | held by the process that writes there |
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,12 +36,15 @@ from ..data.tokenization import smallest_limit
 from ..engine.base.loading import load_base
 from ..engine.training_pass.prefix_cache import PrefixCache
 from ..model import ReftModel, get_reft_model
+from .divergence import unfallen
 from .resolved_run import ResolvedRun
 from .run_adapter import adapter_directory
 from .run_directory import RunDirectory, is_main_process
 from .run_files import ADAPTER
-from .run_scores import Entry, save_scores, score
+from .run_scores import Entry, one_answer, save_scores, score
 from .trainer import ReftTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def run_recipe(
@@ -67,13 +71,24 @@ def run_recipe(
             if not is_scored or not is_main_process():
                 return summary, []
         elif is_main_process():  # killed before its scores were written
-            summary = directory.reopen()
+            summary = {"warnings": []} | directory.reopen()
             model, tokenizer = load_trained(run)
         else:
             return {}, []
         entries, predictions = score(run, model, tokenizer, console=console)
+        if problem := one_answer(predictions):
+            _warn(run, summary, problem)
+            directory.finish(summary)
         save_scores(directory.path, entries, predictions)
         return summary, entries
+
+
+def _warn(run: ResolvedRun, summary: dict[str, Any], problem: str) -> None:
+    """Log what is wrong with a run that has ended, and keep it in the summary."""
+    rate = run.recipe.training.learning_rate
+    advice = f"try a smaller training.learning_rate than {rate:g}, or more steps"
+    summary["warnings"].append(f"{problem}; {advice}")
+    logger.warning("%s: %s", run.recipe.output_dir, summary["warnings"][-1])
 
 
 def _train(
@@ -99,6 +114,10 @@ def _train(
     if is_main:
         reft_model.eval().save_pretrained(directory.path / ADAPTER)
     summary = _summary(reft_model, output, trainer, seconds)
+    if is_main and (
+        problem := unfallen([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    ):
+        _warn(run, summary, problem)
     if is_main:
         directory.finish(summary)
     return reft_model.eval(), tokenizer, summary
@@ -213,6 +232,7 @@ def _summary(reft_model: ReftModel, output: Any, trainer: Any, seconds: float) -
         "steps": output.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "train_loss": output.training_loss,
+        "warnings": [],
         "peak_memory_bytes": peak_memory(str(reft_model.device)),
         "machine": machine(reft_model.device.type),
     }

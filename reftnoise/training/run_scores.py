@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import NotRequired
@@ -15,7 +16,7 @@ from .._util.progress import progress_of
 from ..evaluation.scoring import evaluate
 from ..model import ReftModel
 from .recipe import Recipe
-from .resolved_run import ResolvedRun
+from .resolved_run import ResolvedRun, scored_by
 from .run_directory import alone
 from .run_files import PREDICTIONS, SCORES
 
@@ -32,6 +33,7 @@ class Entry(TypedDict):
     split: NotRequired[str]
     limit: NotRequired[int | None]
     by: NotRequired[str]
+    """generation, likelihood or head."""
     rows: NotRequired[int]
     right: NotRequired[str]
     """0 and 1 for the rows in their order."""
@@ -81,6 +83,19 @@ def save_scores(
         replace_all(directory, files)
 
 
+def one_answer(predictions: Sequence[Mapping[str, Any]]) -> str | None:
+    """What is wrong where the adapted model answers all rows alike; None if it does not.
+
+    Of fewer than ten rows, or of rows that do have one right answer, nothing is said.
+    """
+    rows = [row for row in predictions if row["adapter"] and "prediction" in row]
+    answers = {row["prediction"] for row in rows}
+    if len(rows) < 10 or len(answers) > 1 or len({row["answer"] for row in rows}) == 1:
+        return None
+    right = sum(bool(row["right"]) for row in rows)
+    return f"all {len(rows)} answers are {answers.pop()!r}, of which {right} are right"
+
+
 def _of_what(entry: Entry) -> tuple[Any, ...]:
     names = ("task", "arguments", "data", "subset", "split", "limit", "by", "adapter")
     return tuple(json.dumps(entry.get(name)) for name in names)
@@ -115,7 +130,7 @@ def _of_task(
         "subset": settings.subset,
         "split": settings.split,
         "limit": settings.limit,
-        "by": settings.by,
+        "by": scored_by(recipe),
         "adapter": is_adapted,
         "scores": evaluation.scores,
         "rows": len(evaluation.prompts),
@@ -151,7 +166,7 @@ def scores_table(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
     rows = [
         [
             str(entry["task"]),
-            " ".join(str(entry[name]) for name in ("data", "split") if entry.get(name)),
+            " ".join(_short(str(entry[name])) for name in ("data", "split") if entry.get(name)),
             str(entry.get("by") or ""),
             "adapted" if entry.get("adapter", True) else "base",
             str(entry.get("rows") or ""),
@@ -162,15 +177,30 @@ def scores_table(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
     return ["task", "data", "by", "model", "rows", *names], rows
 
 
+def _short(data: str) -> str:
+    """A file without its folders; a data set of the hub as it is named."""
+    path = Path(data)
+    return path.name if path.is_absolute() or path.suffix else data
+
+
 def print_scores(entries: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """Print the table of evaluations, if there are any, without its empty columns."""
     headings, rows = scores_table(entries)
     filled = [i for i in range(len(headings)) if any(row[i] for row in rows)]
     if not filled:
         return
-    table, first_number = Table(title="Scores", title_justify="left"), headings.index("rows")
+    table = Table(title="Scores", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    first_number = headings.index("rows")
     for i in filled:
-        table.add_column(headings[i], justify="right" if i >= first_number else "left")
+        words = headings[i].split("_")  # which stand below one another in a narrow terminal
+        is_folded = headings[i] in ("task", "data")  # the others are never cut
+        cells = [*words, *(row[i] for row in rows)]
+        table.add_column(
+            " ".join(words),
+            justify="right" if i >= first_number else "left",
+            overflow="fold",
+            min_width=None if is_folded else max(map(len, cells)),
+        )
     for row in rows:
         table.add_row(*(row[i] for i in filled))
     (console or Console(highlight=False)).print(table)

@@ -11,9 +11,11 @@ import torch
 from rich.console import Console
 
 import reftnoise as rn
-from reftnoise.analysis.description import describe, show
+from reftnoise.analysis.description import UnitDescription, describe, folded, ranges, show
 from reftnoise.engine.units import unit_keys
+from reftnoise.training.run_scores import print_scores
 from support.adapters import UNITS, save_adapter
+from support.models.architectures import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,8 @@ def test_as_json_and_as_tables(run: Path) -> None:
         "W ",
     ):
         assert part in printed
-    assert printed.count("loreft") == 4
+    assert printed.count("loreft") == 1
+    assert "block_output, layers 0-3" in printed
 
 
 def test_what_is_no_adapter(run: Path, tmp_path: Path) -> None:
@@ -129,3 +132,48 @@ def test_norms_do_not_depend_on_the_dtype(tmp_path: Path) -> None:
     reft_model = rn.get_reft_model(rn.load_tiny_model()[0], rn.ReftConfig([entry]))
     reft_model.save_pretrained(tmp_path)
     assert all(torch.tensor(unit.norms["R"]).isfinite() for unit in describe(tmp_path).units)
+
+
+def unit(layer: int | None, **changes: Any) -> UnitDescription:
+    site = "embeddings" if layer is None else f"block_output, layer {layer}"
+    values = {"intervention": "loreft", "positions": "l1", "rank": 4, "parameters": 9}
+    values |= {"norms": {"R": 2.0, "W": 1.0 + (layer or 0) / 10}, "orthonormality_error": 1e-7}
+    return UnitDescription(key=str(layer), site=site, layer=layer, **{**values, **changes})
+
+
+def test_units_that_differ_in_their_layer_alone_are_one_row() -> None:
+    same = [unit(n) for n in (0, 1, 2, 4)]
+    others = [unit(3, positions="f1"), unit(None), unit(None), unit(12)]
+    groups = folded([*same, *others])
+    assert groups == [[*same, others[3]], [others[0]], others[1:3]]
+    assert ranges([12, 0, 2, 1, 4]) == "0-2, 4, 12"
+
+
+def test_thirty_layers_fit_a_screen(tmp_path: Path) -> None:
+    base = tiny_model("llama", num_hidden_layers=30)
+    entries = [UNITS[0], UNITS[0] | {"positions": "f1", "component": "mlp_output"}]
+    rn.get_reft_model(base, rn.ReftConfig(entries)).save_pretrained(tmp_path)
+    file = io.StringIO()
+    show(describe(tmp_path), Console(file=file, width=80))
+    printed = file.getvalue()
+    assert len(printed.splitlines()) <= 24
+    assert printed.count("0-29") == 2
+    assert printed.count("30 × ") == 2
+
+
+def test_no_score_is_without_its_way() -> None:
+    """Also where a terminal is narrow and names are long."""
+    rows = [
+        {"task": "classification", "data": "/a/long/way/to/some-test-data.jsonl", "split": "test",
+         "by": by, "adapter": is_adapted, "rows": 1500,
+         "scores": {"accuracy": 0.5, "accuracy_normalised": 0.25}}
+        for by in ("generation", "likelihood", "head")
+        for is_adapted in (True, False)
+    ]  # fmt: skip
+    file = io.StringIO()
+    print_scores(rows, Console(file=file, width=80))
+    lines = [line.split() for line in file.getvalue().splitlines() if "1500" in line]
+    assert [(line[2], line[3]) for line in lines] == [
+        (by, model) for by in ("generation", "likelihood", "head") for model in ("adapted", "base")
+    ]
+    assert max(map(len, file.getvalue().splitlines())) <= 80

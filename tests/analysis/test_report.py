@@ -204,11 +204,27 @@ def test_a_run_whose_adapter_was_not_kept(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_adapters_without_a_common_site(run: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "other", [LOREFT | {"component": "mlp_output"}])
-    with pytest.raises(ValueError, match="no common site"):
-        write_report(run, against=other, output_dir=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("kind", ["another component", "a method of PEFT"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_adapters_that_cannot_be_compared(
+    kind: str, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two runs, only the part about both is missing, and the page says why."""
+    if kind == "another component":
+        other = make_run(tmp_path / "other", [LOREFT | {"component": "mlp_output"}])
+    else:
+        pytest.importorskip("peft", reason="needs peft: pip install 'reftnoise[peft]'")
+        other = tmp_path / "other"
+        lora = {"peft_type": "lora", "r": 2, "target_modules": ["q_proj"]}
+        config = rn.ReftConfig([], peft=lora)
+        rn.get_reft_model(rn.load_tiny_model()[0], config).save_pretrained(other)
+    output = tmp_path / "out"
+    page = write_report(run, against=other, output_dir=output).read_text(encoding="utf-8")
+    assert headings(page)[-2:] == ["Subspaces", "Recipe"]
+    assert f"Not compared with {other}: no common site" in page
+    assert not (output / "subspaces.png").exists()
+    [record] = caplog.records
+    assert "is not compared with" in record.getMessage()
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

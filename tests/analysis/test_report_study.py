@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from reftnoise.analysis.report import show_table, write_report, write_study_report
+from reftnoise.training.recipe import EvaluationConfig, Recipe
 from reftnoise.training.study.statistics import mean_interval, paired_difference
 from support.report_directories import Line, make_study, write_lines
 
@@ -43,7 +44,7 @@ def answers(directory: Path, **cell: str) -> np.ndarray:
 def test_every_number_of_a_row(study: Path) -> None:
     found = table(study)
     assert found.pop(("columns",)) == [
-        "data", "method", "noise", "seeds", "right", "95 % interval", "difference",
+        "data", "method", "noise", "by", "seeds", "right", "95 % interval", "difference",
         "95 % interval", "p", "f1", "parameters", "time", "peak memory",
     ]  # fmt: skip
     assert list(found)[:3] == [
@@ -56,17 +57,31 @@ def test_every_number_of_a_row(study: Path) -> None:
     plain = answers(study, data="boolq", method="direft", noise="none")
     interval = mean_interval(plain)
     shown = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
-    assert found["boolq", "direft", "none"] == ["3", "50.0", shown, "–", "–", "–", *rest]
+    expected = ["generation", "3", "50.0", shown, "–", "–", "–", *rest]
+    assert found["boolq", "direft", "none"] == expected
     better = answers(study, data="boolq", method="direft", noise="symnoise")
     difference = paired_difference(better, plain)
     row = found["boolq", "direft", "symnoise"]
-    assert row[:2] == ["3", "70.0"]
-    assert row[3:] == [
+    assert row[:3] == ["generation", "3", "70.0"]
+    assert row[4:] == [
         "+20.0",
         f"+{100 * difference.low:.1f} to +{100 * difference.high:.1f}",
         "< 0.001",
         *rest,
     ]
+
+
+def test_each_row_has_its_way(tmp_path: Path) -> None:
+    recipes = {
+        "likelihood": Recipe(evaluation=EvaluationConfig(by="likelihood")),
+        "head": Recipe(task={"name": "glue", "subset": "rte"}),
+    }
+    for way, recipe in recipes.items():
+        directory = make_study(tmp_path / way, ("method",), recipe)
+        write_report(directory)
+        columns, *rows = table(directory, axes=1).values()
+        assert columns[1] == "by"
+        assert [row[0] for row in rows] == [way] * 2
 
 
 def test_the_page_shows_the_same_with_pictures(study: Path) -> None:
@@ -86,8 +101,8 @@ def test_a_study_without_baseline(tmp_path: Path) -> None:
     directory = make_study(tmp_path / "plain", axes=("method",))
     write_report(directory)
     lines = (directory / "results.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0].startswith("| method | seeds | right | 95 % interval | f1 |")
-    assert lines[2].startswith("| loreft | 3 | 50.0 |")
+    assert lines[0].startswith("| method | by | seeds | right | 95 % interval | f1 |")
+    assert lines[2].startswith("| loreft | generation | 3 | 50.0 |")
     assert {path.name for path in directory.glob("*.png")} == {"seeds.png"}
 
 
@@ -110,10 +125,10 @@ def test_a_study_that_is_not_finished(tmp_path: Path) -> None:
     assert "4 cells are not finished." in (directory / "results.md").read_text(encoding="utf-8")
     found = table(directory, 2)
     assert len(found) == 1 + 3
-    assert found["trec", "none"][:2] == ["2", "50.0"]
-    assert found["trec", "symnoise"][:2] == ["3", "70.0"]
-    assert found["trec", "symnoise"][3] == "+20.0"
-    assert found["boolq", "symnoise"][3:6] == ["–", "–", "–"]
+    assert found["trec", "none"][1:3] == ["2", "50.0"]
+    assert found["trec", "symnoise"][1:3] == ["3", "70.0"]
+    assert found["trec", "symnoise"][4] == "+20.0"
+    assert found["boolq", "symnoise"][4:7] == ["–", "–", "–"]
 
 
 def test_the_table_in_a_terminal(tmp_path: Path) -> None:
@@ -142,8 +157,8 @@ def test_scores_without_answers(tmp_path: Path) -> None:
     write_lines(directory / "results.jsonl", lines)
     write_report(directory)
     found = table(directory, 1)
-    assert found["columns",][7:9] == ["accuracy", "f1"]
-    assert found["symnoise",][1:8] == ["–", "–", "–", "–", "–", "0.7", "0.35"]
+    assert found["columns",][8:10] == ["accuracy", "f1"]
+    assert found["symnoise",][2:9] == ["–", "–", "–", "–", "–", "0.7", "0.35"]
     assert not list(directory.glob("*.png"))
 
 
@@ -162,7 +177,7 @@ def test_losses(tmp_path: Path) -> None:
     assert "loss" not in found["columns",][3:]
     assert found["none",][1] == "1.500"
     assert found["symnoise",][1] == "0.958"
-    assert found["symnoise",][3:5] == ["−0.542", "−0.625 to −0.500"]
+    assert found["symnoise",][4:6] == ["−0.542", "−0.625 to −0.500"]
     # The lower loss is the better one.
     assert '<td class="up">−0.542</td>' in page
     assert "nats per token" in page

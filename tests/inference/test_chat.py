@@ -84,11 +84,11 @@ def test_a_script_drives_it_through_stdin(adapter: Path, loaded: tuple[rn.ReftMo
     assert base != adapted[0]
     assert done.stdout.splitlines() == [
         adapted[0],
-        "The base answers, without the adapter.",
+        "The base answers, without the adapter, and has not read the conversation.",
         "The conversation starts again.",
         base,
         "unknown command /nosuch; possible: /off, /on, /scale, /reset, /system, /help, /quit",
-        "The adapted model answers.",
+        "The adapted model answers, and has not read the conversation.",
         "The conversation starts again.",
         adapted[1],
     ]
@@ -188,6 +188,26 @@ def test_an_answer_sees_all_messages_before_it(
     messages = [user(QUESTIONS[0]), {"role": "assistant", "content": first}, user(QUESTIONS[1])]
     assert second == answer(*loaded, messages)
     assert talk.conversation.messages == [*messages, {"role": "assistant", "content": second}]
+
+
+def test_the_base_does_not_read_what_the_adapted_model_wrote(
+    talk: Talk, loaded: tuple[rn.ReftModel, Any]
+) -> None:
+    reft_model, tokenizer = loaded
+    assert talk.say("/off") == "The base answers, without the adapter."
+    assert talk.say("/on") == "The adapted model answers."
+    first = talk.say(QUESTIONS[0])
+    assert talk.say("/off").endswith("without the adapter, and has not read the conversation.")
+    of_base = talk.say(QUESTIONS[1])
+    with reft_model.disabled():
+        assert of_base == answer(reft_model, tokenizer, [user(QUESTIONS[1])])
+    assert talk.say("/on") == "The adapted model answers, from where it stopped."
+    messages = [user(QUESTIONS[0]), {"role": "assistant", "content": first}, user(QUESTIONS[2])]
+    assert talk.say(QUESTIONS[2]) == answer(reft_model, tokenizer, messages)
+    talk.say("/reset")
+    assert talk.conversation.messages == []
+    talk.say("/off")
+    assert talk.conversation.messages == []
 
 
 def test_edits_are_scaled(talk: Talk, loaded: tuple[rn.ReftModel, Any]) -> None:

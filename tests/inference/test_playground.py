@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,11 @@ import reftnoise as rn
 from reftnoise.analysis.inspection import edit_norms
 from reftnoise.config.decoding import Decoding
 from reftnoise.inference.loading import BASE
-from reftnoise.inference.playground.asking import NO_NOISE, TOGETHER, AnswerRequest
+from reftnoise.inference.playground.asking import (
+    NO_NOISE,
+    TOGETHER,
+    AnswerRequest,
+)
 from reftnoise.inference.playground.local import LocalModel
 from support.adapters import moved
 from support.tolerance import assert_close
@@ -98,6 +102,37 @@ def test_rows_are_what_generate_writes(local: LocalModel, library: Any) -> None:
     choices = [None, "polite", {"emoji": 0.5}, {"polite": 1.0, "emoji": 0.5}]
     assert list(texts.values()) == [written(library, choice) for choice in choices]
     assert len(set(texts.values())) == 4
+
+
+@pytest.mark.parametrize("noise", [NO_NOISE, "neftune"])
+def test_each_adapter_answers_in_its_own_template(library: Any, noise: str) -> None:
+    """As if it were asked alone, also with noise; the longest prompt is another's."""
+    templates = {"polite": "Please: {prompt} Thank you very much.", "emoji": "plain"}
+    local = LocalModel(*library, "tiny-chat", templates)
+    own = {BASE: "chat", **templates, TOGETHER: "chat"}
+    assert local.templates == own
+    settings = {"noise": noise, "alpha": 0.0, "decoding": Decoding(max_new_tokens=TOKENS)}
+    *_, together = local.answers(request(names=local.names, **settings))
+    for name, template in own.items():
+        decoding = Decoding(template=template, max_new_tokens=TOKENS)
+        *_, alone = local.answers(request(names=[name], **settings | {"decoding": decoding}))
+        assert together[name].text == alone[name].text
+        assert together[name].prompt_length == alone[name].prompt_length
+        if name != BASE:
+            assert together[name].norms.tokens == alone[name].norms.tokens
+            assert_close(together[name].norms.norms, alone[name].norms.norms)
+    same = LocalModel(*library, "tiny-chat", dict.fromkeys(PLACES, "plain"))
+    assert set(same.templates.values()) == {"plain"}
+
+
+def test_noise_does_not_reach_the_padding(library: Any) -> None:
+    """The same draw for the same prompt, whatever other rows need."""
+    local = LocalModel(*library, "tiny-chat", {"polite": "plain", "emoji": "a {prompt} b"})
+    noisy = {"noise": "neftune", "alpha": 400.0, "decoding": Decoding(max_new_tokens=TOKENS)}
+    zero = {"scales": dict.fromkeys(PLACES, 0.0)}
+    *_, answers = local.answers(request(names=["polite", "emoji"], **noisy, **zero))
+    *_, alone = local.answers(request(names=["polite"], **noisy, **zero))
+    assert answers["polite"].text == alone["polite"].text
 
 
 def test_answers_grow(local: LocalModel) -> None:
@@ -215,25 +250,33 @@ def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def opened(*arguments: str) -> Iterator[Any]:
-    """A page in Chromium, which asks nobody but the page's server for anything."""
+def browsed(address: str, asked: list[str] | None = None) -> Iterator[Any]:
+    """A page in Chromium; what it asks for is added to a list."""
     from playwright.sync_api import sync_playwright
 
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(1000 * PATIENCE)
+        urls = [] if asked is None else asked
+        page.on("request", lambda request: urls.append(request.url))
+        page.goto(address)
+        page.wait_for_selector("#prompt textarea")
+        yield page
+        browser.close()
+
+
+@contextmanager
+def opened(*arguments: str) -> Iterator[Any]:
+    """A page in Chromium, which asks nobody but the page's server for anything."""
     port = ("--host", "127.0.0.1", "--port", str(free_port()))
     asked: list[str] = []
     with command("playground", *arguments, *port) as process:
         line = process.stdout.readline()
         assert line.startswith("The page is at http://127.0.0.1"), line
         address = line.split()[4].rstrip(";")
-        with sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1280, "height": 1000})
-            page.set_default_timeout(1000 * PATIENCE)
-            page.on("request", lambda request: asked.append(request.url))
-            page.goto(address)
-            page.wait_for_selector("#prompt textarea")
+        with browsed(address, asked) as page:
             yield page
-            browser.close()
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
 
 
@@ -287,42 +330,29 @@ def test_a_page_shows_answers_norms_and_mistakes(adapters: dict[str, Path], libr
         page.fill("#prompt textarea", " ")
         page.click("#ask")
         page.wait_for_selector("text=the prompt is empty")
-        for box in page.locator("#layers input").all():
-            box.check()
-        stops_where_it_is(page, written(library, {"emoji": 2.0}, 240))
 
 
-# In the page itself: the end of an answer may come sooner than the next look from outside.
-STOP_EARLY = """
-() => new Promise(resolve => {
-    const answer = () => document.querySelector("#answer-2 textarea").value;
-    const before = answer();
-    const timer = setInterval(() => {
-        if (answer() !== before && answer().length > 20) {
-            document.querySelector("button#stop, #stop button").click();
-            clearInterval(timer);
-            resolve();
-        }
-    }, 2);
-})
-"""
+@needs_a_browser
+def test_stop_ends_an_answer_that_has_no_end() -> None:
+    """Of a server that writes until it is told that the test is over."""
+    with (
+        answering([WRITTEN], threading.Event(), is_endless=True) as server,
+        opened(server.title) as page,
+    ):
+        page.click("text=Template and sampling")
+        page.fill("#template input", "plain")
+        page.press("#template input", "Enter")
+        ask(page)
+        wait_until(lambda: len(texts(page, 1)[0]) > len("Hello"))
+        page.click("#stop")
+        wait_until(lambda: has_stopped(page, 0))
 
 
-def stops_where_it_is(page: Any, whole: str) -> None:
-    """With edits that are too strong for an end of text."""
-    fill(page, "#scale-2", "2")
-    fill(page, "#new-tokens", "240")
-    ask(page)
-    page.evaluate(STOP_EARLY)
-    stopped = wait_until(lambda: has_stopped(page))
-    assert len(stopped) < len(whole)
-
-
-def has_stopped(page: Any) -> str | None:
-    """The answer, if it is the same a second later."""
-    before = texts(page)[2]
+def has_stopped(page: Any, number: int) -> str | None:
+    """An answer, if it is the same a second later."""
+    before = texts(page)[number]
     time.sleep(1)
-    return before if texts(page)[2] == before else None
+    return before if texts(page)[number] == before else None
 
 
 @needs_a_browser
@@ -350,8 +380,10 @@ def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
 
 
 @contextmanager
-def answering(parts: list[bytes], is_over: threading.Event) -> Iterator[Any]:
-    """A `Server` whose model `m` writes parts, and then nothing until it is over."""
+def answering(
+    parts: list[bytes], is_over: threading.Event, is_endless: bool = False
+) -> Iterator[Any]:
+    """A `Server` whose model `m` writes parts, and until it is over nothing, or them again."""
     pytest.importorskip("openai", reason="needs openai: pip install 'reftnoise[web]'")
     from reftnoise.inference.playground.server import Server
 
@@ -368,8 +400,11 @@ def answering(parts: list[bytes], is_over: threading.Event) -> Iterator[Any]:
             self.reply("application/json", [b'{"object": "list", "data": [{"id": "m"}]}'])
 
         def do_POST(self) -> None:
-            self.reply("text/event-stream", [b"data: " + part + b"\n\n" for part in parts])
-            is_over.wait(PATIENCE)
+            lines = [b"data: " + part + b"\n\n" for part in parts]
+            self.reply("text/event-stream", lines)
+            with suppress(OSError):  # the reader has left
+                while not is_over.wait(0.05 if is_endless else PATIENCE):
+                    self.wfile.write(b"".join(lines * is_endless))
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -72,7 +72,11 @@ def make_run(directory: Path, units: list[Line] | None = None) -> Path:
     return directory
 
 
-def make_study(directory: Path, axes: tuple[str, ...] = ("method", "noise", "data")) -> Path:
+def make_study(
+    directory: Path,
+    axes: tuple[str, ...] = ("method", "noise", "data"),
+    recipe: Recipe | None = None,
+) -> Path:
     """2 methods × 2 noises × 2 datasets × 3 seeds; SymNoise is 20 points better than none."""
     levels: dict[str, dict[str, Line]] = {
         "method": {
@@ -86,6 +90,7 @@ def make_study(directory: Path, axes: tuple[str, ...] = ("method", "noise", "dat
         "data": {"trec": {"data": {"train": "trec"}}, "boolq": {"data": {"train": "boolq"}}},
     }
     study = Study(
+        recipe=recipe or Recipe(),
         axes={axis: levels[axis] for axis in axes},
         seeds=[0, 1, 2],
         baseline={"noise": "none"} if "noise" in axes else {},

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..._util.files import read_lines
 from ..._util.options import read_file
 from ...training.recipe import Recipe
+from ...training.resolved_run import scored_by
 from ...training.run_files import LOG, PREDICTIONS, RECIPE, SCORES, STUDY, SUMMARY
 from ...training.study.grid import SEED, Study, cells
 from ...training.study.results import Result, read_results
@@ -65,6 +66,7 @@ class Combination:
     axes: dict[str, str]
     results: dict[str, Result]
     """By seed."""
+    scored_by: str = ""
 
     @property
     def measure(self) -> Measure:
@@ -155,7 +157,8 @@ def read_study(directory: Path) -> StudyResults:
     for cell in grid:
         if cell.key in results:
             axes = {name: str(value) for name, value in cell.levels.items() if name != SEED}
-            combination = combinations.setdefault(tuple(axes.items()), Combination(axes, {}))
+            way = scored_by(cell.recipe)
+            combination = combinations.setdefault(tuple(axes.items()), Combination(axes, {}, way))
             combination.results[str(cell.levels[SEED])] = results[cell.key]
     if not combinations:
         raise ValueError(f"{directory}: no cell of the study is finished yet")

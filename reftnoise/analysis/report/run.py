@@ -1,5 +1,6 @@
 """A run's page: what its files tell, and what is measured on its adapter."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from .figures import draw_lines, picture
 from .files import Line, Run
 from .page import Block, Folded, Section, Table, TableCell, duration, memory, number
 
+logger = logging.getLogger(__name__)
+
 PROMPTS = 8
 """At most so many prompts have the texts of base and adapted model."""
 
@@ -28,7 +31,7 @@ def run_sections(run: Run, *, against: Path | None, prompts: Sequence[str] | Non
         measured, own = _measured(run, prompts)
         sections += measured
         if against is not None:  # when the run's own model is gone
-            sections.append(overlap(run.recipe, own, against))
+            sections.append(_overlap(run, own, against))
     elif against is not None or prompts is not None:
         raise FileNotFoundError(f"{run.directory}: the run has no adapter")
     else:
@@ -61,6 +64,15 @@ def _measured(
 
         sections.append(_or_reason("Generations", written))
     return sections, subspaces(reft_model)
+
+
+def _overlap(run: Run, own: Mapping[str, Tensor], against: Path) -> Section:
+    """The comparison with another adapter, or why there is none, which is also logged."""
+    try:
+        return overlap(run.recipe, own, against)
+    except ValueError as error:
+        logger.warning("%s is not compared with %s: %s", run.directory, against, error)
+        return Section("Subspaces", [f"Not compared with {against}: {error}."])
 
 
 def _or_reason(title: str, measure: Callable[[], Section]) -> Section:

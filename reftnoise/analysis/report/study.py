@@ -78,7 +78,7 @@ def _compare(study: StudyResults, combination: Combination) -> Comparison:
 def _table(study: StudyResults, compared: Sequence[Comparison]) -> Table:
     """A row for each combination of axes."""
     names = _score_names(study)
-    columns = [*study.axes, "seeds", _measures(study), "95 % interval"]
+    columns = [*study.axes, "by", "seeds", _measures(study), "95 % interval"]
     if study.baseline:
         columns += ["difference", "95 % interval", "p"]
     columns += [*names, "parameters", "time", "peak memory"]
@@ -88,6 +88,7 @@ def _table(study: StudyResults, compared: Sequence[Comparison]) -> Table:
 def _row(study: StudyResults, compared: Comparison, names: Sequence[str]) -> list[TableCell]:
     combination = compared.combination
     cells = [TableCell(combination.axes[axis]) for axis in study.axes]
+    cells.append(TableCell(combination.scored_by))
     measure = combination.measure
     cells += [number(str(len(combination.results))), *_mean_cells(compared.mean, measure)]
     if study.baseline:

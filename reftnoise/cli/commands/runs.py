@@ -3,6 +3,8 @@
 Heavy imports are inside the functions: `--help` and mistakes do not wait for torch.
 """
 
+from logging import getLogger
+
 from ..._util.files import local_path
 from ...training.recipe import Recipe
 from ...training.resolved_run import ResolvedRun
@@ -64,7 +66,7 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
 
     Args:
         recipe: directory of a run or of an adapter, which comes first; options such as
-            --evaluation.data or --evaluation.by replace what the run's recipe says.
+            --data, --by or --limit replace what the run's recipe says.
         base: whether the base without its adapter is scored, too.
         quiet: whether nothing but errors is printed.
         json: whether the scores are printed as JSON, without progress.
@@ -73,12 +75,14 @@ def evaluate(recipe: Recipe, base: bool = False, quiet: bool = False, json: bool
     run.expect_scored()
     expect_adapters(recipe.output_dir)
     from ...training.run import load_trained
-    from ...training.run_scores import print_scores, save_scores, score
+    from ...training.run_scores import one_answer, print_scores, save_scores, score
 
     model, tokenizer = load_trained(run)
     console = progress_console(quiet or json)
     entries, predictions = score(run, model, tokenizer, base=base, console=console)
     save_scores(run.directory, entries, predictions)
+    if problem := one_answer(predictions):
+        getLogger(__name__).warning("%s: %s", recipe.output_dir, problem)
     if json:
         print_json(entries)
     elif not quiet:

@@ -64,6 +64,8 @@ class Answerer(ABC):
     """Layers where adapters edit; none if they cannot be chosen."""
     positions: Sequence[str] = ()
     """Fields of `Positions` where adapters edit; none if they cannot be chosen."""
+    templates: Mapping[str, str] = {}
+    """The template of each answer where a request names none; empty where all have the same."""
     noises: Sequence[str] = ()
     """Registered names of noise for the prompt's embeddings; none if there can be no noise."""
 

@@ -10,7 +10,6 @@ from typing import Any
 from ...config.decoding import Decoding
 from ...training.run_adapter import template_of
 from ..loading import BASE, by_name, load_library
-from ..prompts import default_template
 from .asking import NO_NOISE, TOGETHER, Answer, Answerer, AnswerRequest
 from .norms import ABOUT, STYLE, draw
 
@@ -20,6 +19,8 @@ except ModuleNotFoundError as error:
     raise ValueError(f"the playground needs {error.name}: pip install 'reftnoise[web]'") from None
 
 TEMPLATES = ("chat", "plain", "alpaca")
+OWN = ""
+"""The choice of the template that each adapter was trained with."""
 POSITIONS = {
     "first": "the prompt's first tokens",
     "last": "the prompt's last tokens",
@@ -61,8 +62,11 @@ def run_playground(
 
         reft_model, tokenizer = load_library(adapters, model, device=device)
         path = Path(reft_model.model.config.name_or_path)
-        answerer = LocalModel(reft_model, tokenizer, path.name if path.is_dir() else str(path))
-        template = template_of(source) or default_template(tokenizer)
+        templates = {n: own for n, path in adapters.items() if (own := template_of(path))}
+        title = path.name if path.is_dir() else str(path)
+        answerer = LocalModel(reft_model, tokenizer, title, templates)
+        of_answers = set(answerer.templates.values())
+        template = OWN if len(of_answers) > 1 else of_answers.pop()
     launch(build(answerer, template=template), host=host, port=port)
 
 
@@ -128,10 +132,18 @@ def _controls(answerer: Answerer, template: str, max_new_tokens: int) -> dict[st
     names = list(answerer.names)
     controls["names"] = gr.CheckboxGroup(names, value=names, label="Models", elem_id="names")
     with gr.Accordion("Template and sampling", open=False), gr.Row():
-        choices = [*TEMPLATES, *([] if template in TEMPLATES else [template])]
+        info, choices = "Or any text with {prompt} in it.", list[Any](TEMPLATES)
+        if template == OWN:
+            of_answers = [f"{name}: {answerer.templates[name]}" for name in answerer.names]
+            info, choices = (
+                f"{info} {'; '.join(of_answers)}.",
+                [("each adapter's own", OWN), *choices],
+            )
+        elif template not in TEMPLATES:
+            choices.append(template)
         controls["template"] = gr.Dropdown(
             choices, value=template, label="Template", allow_custom_value=True, elem_id="template",
-            info="Or any text with {prompt} in it.",
+            info=info,
         )  # fmt: skip
         controls["max_new_tokens"] = gr.Slider(
             1, 1024, max_new_tokens, step=1, label="New tokens", elem_id="new-tokens"
