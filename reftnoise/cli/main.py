@@ -72,8 +72,8 @@ def run(function: Callable[..., None], arguments: Sequence[str], *, prog: str) -
     except (ValueError, OSError, ImportError) as error:
         print(f"reftnoise: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("reftnoise: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["reftnoise: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     finally:  # later calls in this process write to their own stderr
         logger.removeHandler(handler)
@@ -117,8 +117,8 @@ def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
         if "--config" in commented[:-1]:  # a file replaces what comes before it
             i = commented.index("--config")
             read_yaml(commented[i + 1])
-            commented = [*commented[i : i + 2], *commented[:i], *commented[i + 2 :]]
-        return commented
+            return [*commented[i : i + 2], *commented[:i], *commented[i + 2 :]]
+        return [*(_of_resumed(commented) if name == "train" else ()), *commented]
     first, *rest = commented
     path = local_path(first)
     if name != "eval":
@@ -128,6 +128,25 @@ def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
         read_yaml(path)  # its errors are clearer than the parser's
         return ("--config", first, *rest)
     return (*_of_directory(first, rest), "--output_dir", first, *rest)
+
+
+def _of_resumed(options: Sequence[str]) -> Sequence[str]:
+    """An option for the recipe of the run that `train --resume --output_dir DIR` continues."""
+    from .._util.options import read_yaml
+
+    given = {name: value for name, _, value in (option.partition("=") for option in options)}
+    if given.get("--resume", "false") not in ("", "true"):
+        return ()
+    directory = given.get("--output_dir") or Recipe.output_dir
+    if "--output_dir" in options[:-1]:
+        directory = options[options.index("--output_dir") + 1]
+    path = local_path(directory, "output_dir") / RECIPE
+    if path.is_file():
+        read_yaml(path)  # its errors are clearer than the parser's
+        return ("--config", str(path))
+    if not any(name.startswith(("--representations", "--peft", "--modules")) for name in given):
+        raise FileNotFoundError(f"output_dir {directory}: no {RECIPE} in it, so no run to resume")
+    return ()
 
 
 def _of_directory(first: str, rest: Sequence[str]) -> Sequence[str]:

@@ -34,6 +34,7 @@ def tokenize_all(
 
 def _ids(tokenizer: Any, texts: Sequence[str], are_plain: Sequence[bool]) -> list[list[int]]:
     """Token ids of texts; a chat template writes the special tokens itself."""
+    expect_tokenizer(tokenizer)
     all_ids: list[list[int]] = [[] for _ in texts]
     for is_plain in set(are_plain):
         indices = [index for index, plain in enumerate(are_plain) if plain == is_plain]
@@ -93,8 +94,18 @@ def truncate(
     return start + rest[len(start) + len(target_ids) - max_length :], target_ids
 
 
+def expect_tokenizer(tokenizer: Any) -> None:
+    """Raise a ValueError for a model in the place of a tokenizer."""
+    if hasattr(tokenizer, "named_parameters"):
+        raise ValueError(
+            f"tokenizer: expected a tokenizer, got a model ({type(tokenizer).__name__}); are model "
+            "and tokenizer swapped?"
+        )
+
+
 def smallest_limit(tokenizer: Any, model: Any, max_length: int | None) -> int | None:
     """The least of `max_length` and the tokens that tokenizer and model allow; None without any."""
+    expect_tokenizer(tokenizer)
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()

@@ -13,7 +13,7 @@ from ..data.conversations import Messages, rendered
 from ..data.tasks.base import ParsedRow, RowError, Task, parse_rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.templates import fill
-from ..data.tokenization import smallest_limit, tokenize_all
+from ..data.tokenization import expect_tokenizer, smallest_limit, tokenize_all
 from ..engine.base.threads import in_evaluation_mode, seeded
 from ..model import ReftModel
 from .generation import generated
@@ -101,6 +101,7 @@ def evaluate(
     """
     if by not in WAYS:
         raise ValueError(f"by {by!r}: expected {', '.join(WAYS)}")
+    expect_tokenizer(tokenizer)
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     parsed = _parsed(task, rows)

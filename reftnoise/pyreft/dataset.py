@@ -13,6 +13,7 @@ import datasets
 from ..data.collation import ReftDataCollator
 from ..data.encoding import IGNORED_LABEL, LOCATIONS
 from ..data.templates import ALPACA, ALPACA_WITH_INPUT
+from ..data.tokenization import expect_tokenizer
 from .locations import Locations, get_intervention_locations, parse_positions
 from .pairs import ReftPreferenceDataset, ReftRewardCollator, ReftRewardDataset
 from .reft_trainer import make_data_collator
@@ -131,6 +132,7 @@ def _data_module(
     nonstop: bool,
     locations: Callable[[int], Locations],
 ) -> dict[str, Any]:
+    expect_tokenizer(tokenizer)
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs")
     end = "" if nonstop else tokenizer.eos_token

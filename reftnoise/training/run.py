@@ -12,8 +12,11 @@
 """
 
 import logging
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -21,6 +24,7 @@ from rich.console import Console
 from transformers import (
     AutoModelForSequenceClassification,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -106,7 +110,10 @@ def _train(
     trainer = trainer_of(run, reft_model, tokenizer, data)
     is_main = is_main_process()
     started = time.perf_counter()
-    with progress_of(console if is_main else None, directory.path.name) as progress:
+    with (
+        progress_of(console if is_main else None, directory.path.name) as progress,
+        _saved_at_interrupt(trainer),
+    ):
         if is_main:
             trainer.add_callback(_Log(directory, progress))
         output = trainer.train(resume_from_checkpoint=directory.checkpoint)
@@ -149,6 +156,47 @@ def trainer_of(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+@contextmanager
+def _saved_at_interrupt(trainer: Trainer) -> Iterator[None]:
+    """Within the block, which trains, the first Ctrl-C lets a step end and saves a checkpoint.
+
+    Then it is a KeyboardInterrupt; the second is one at once. Where processes train together, whose
+    signals come at different steps, and where Ctrl-C is ignored, nothing changes.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if trainer.args.world_size > 1 or not is_main_thread or not callable(before):
+        yield
+        return
+    stop = _Stop()
+    trainer.add_callback(stop)
+
+    def ask(*_: Any) -> None:
+        stop.is_asked = True
+        signal.signal(signal.SIGINT, before)
+        logger.warning("a checkpoint is saved after this step; a second Ctrl-C ends at once")
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+        if stop.is_asked:
+            raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+        trainer.remove_callback(stop)
+
+
+class _Stop(TrainerCallback):
+    """Saves a checkpoint and stops, once it is asked to."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_asked:
+            control.should_save = control.should_training_stop = True
 
 
 def _check_room(run: ResolvedRun, tokenizer: Any, reft_model: ReftModel) -> None:

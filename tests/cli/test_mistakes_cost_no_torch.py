@@ -35,6 +35,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     ((*TRAIN, "--model", "./nowhere"), "./nowhere: no such directory of a model"),
     ((*TRAIN, "--dtype", "float8"), "dtype 'float8': expected one of auto"),
     (("train", "{tmp}/good.yaml", "--output_dir", "{tmp}/run"), "holds a finished run"),
+    (("train", "--resume", "--output_dir", "{tmp}/none"), "so no run to resume"),
     (("eval", "nowhere"), "expected the directory of a run or of an adapter"),
     (("eval", "{tmp}/begun"), "an unfinished run, which has no adapter yet"),
     (("eval", "{tmp}/run", "--bas"), "did you mean '--base'?"),

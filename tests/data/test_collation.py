@@ -6,6 +6,7 @@ Three kinds are made here from a few sentences, each with and without a beginnin
 import json
 import logging
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import reftnoise as rn
 from reftnoise.config.positions import Positions
 from reftnoise.data.collation import ReftDataCollator, make_last_position_supervised_data_module
+from reftnoise.data.tasks.registry import get_task
 from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.engine.layout import PromptLayout
+from reftnoise.evaluation.generation import generated
+from reftnoise.evaluation.scoring import evaluate
 
 SENTENCES = [
     "Once upon a time there was a little girl who liked to ask questions.",
@@ -613,3 +617,25 @@ def test_collator(side: str, tokens: dict[str, Any], pad: int, multiple: int, wi
     assert batch["prompt_lengths"].tolist() == [3, 1]
     assert set(batch) == {"input_ids", "attention_mask", "labels", "prompt_lengths"}
     assert all(values.dtype == torch.long for values in batch.values())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, tokenizer: rn.make_last_position_supervised_data_module(
+            model, tokenizer, ["a"], ["b"]
+        ),
+        lambda model, tokenizer: rn.make_multiple_position_supervised_data_module(
+            model, tokenizer, ["a"], ["b"], positions="l1", num_interventions=1, nonstop=False
+        ),
+        lambda model, tokenizer: evaluate(
+            tokenizer, model, get_task("text"), [{"prompt": "a", "completion": "b"}]
+        ),
+        lambda model, tokenizer: generated(tokenizer, model, ["a"], max_new_tokens=1),
+    ],
+    ids=["data module", "pyreft's", "evaluate", "generate"],
+)
+def test_a_model_is_no_tokenizer(use: Callable[[Any, Any], object]) -> None:
+    message = r"^tokenizer: expected a tokenizer, got a model \(LlamaForCausalLM\); are"
+    with pytest.raises(ValueError, match=message):
+        use(*rn.load_tiny_model())

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -185,7 +186,10 @@ def test_a_run_that_was_stopped_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("reftnoise.training.run._Log.on_step_begin", stop)
         assert command(*quick(run, *more)) == 130
-    assert re.search(r"^stopped .* 5/6 loss \d+\.\d", capsys.readouterr().err)  # the bar
+    said = capsys.readouterr().err
+    assert re.search(r"^stopped: 5/6, loss \d+\.\d", said, re.MULTILINE)  # the progress
+    going_on = f"to go on: reftnoise train --resume --output_dir {run}"
+    assert said.endswith(f"reftnoise: interrupted; {going_on}\n")
     assert not (run / "adapter").exists()
     assert command(*quick(run, *more), "--quiet") == 2  # it is not overwritten by the way
     recipe = (run / "recipe.yaml").read_bytes()
@@ -194,11 +198,33 @@ def test_a_run_that_was_stopped_goes_on(
     assert (run / "recipe.yaml").read_bytes() == recipe
     with (run / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a line that was being written
-    assert command(*quick(run, *more), "--resume", "--quiet") == 0
+    assert command(*going_on.split()[4:], "--quiet") == 0  # the recipe is the run's own
     for name in ("adapter/reft_model.safetensors",):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     log = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert log == [2, 4, 6]
+
+
+def test_ctrl_c_saves_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--training.max_steps", 6)  # without save_steps
+    assert command(*quick(tmp_path / "whole", *more), "--quiet") == 0
+
+    def ask(_: Any, __: Any, state: Any, ___: Any, **____: Any) -> None:
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    run, before = tmp_path / "stopped", signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr("reftnoise.training.run._Log.on_step_begin", ask)
+        assert command(*quick(run, *more), "--quiet") == 130
+    assert signal.getsignal(signal.SIGINT) == before
+    assert "a checkpoint is saved after this step" in capsys.readouterr().err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-4"]
+    assert command("train", "--resume", f"--output_dir={run}", "--quiet") == 0
+    name = "adapter/reft_model.safetensors"
+    assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 Heavy imports are inside the functions: `--help` and mistakes do not wait for torch.
 """
 
+import shlex
 from logging import getLogger
 
 from ..._util.files import local_path
 from ...training.recipe import Recipe
 from ...training.resolved_run import ResolvedRun
+from ...training.run_files import RECIPE
 from ...training.study.grid import Study, checked_cells
 from ..checks import expect_adapters
 from ..printing import print_json, print_run, progress_console
@@ -39,7 +41,8 @@ def train(
 
     Args:
         recipe: YAML file, which comes first; options replace what it says.
-        resume: whether an unfinished run continues from its last checkpoint.
+        resume: whether an unfinished run continues from its last checkpoint; its recipe need not
+            be named again.
         overwrite: whether a run in output_dir is replaced.
         quiet: whether nothing but errors is printed.
         json: whether summary and scores are printed as JSON, without progress.
@@ -52,7 +55,15 @@ def train(
     from ...training.run import run_recipe
 
     console = progress_console(quiet or json)
-    summary, entries = run_recipe(run, resume=resume, overwrite=overwrite, console=console)
+    try:
+        summary, entries = run_recipe(run, resume=resume, overwrite=overwrite, console=console)
+    except KeyboardInterrupt:
+        if not (run.directory / RECIPE).is_file():
+            raise
+        place = shlex.quote(str(run.directory))
+        raise KeyboardInterrupt(
+            f"to go on: reftnoise train --resume --output_dir {place}"
+        ) from None
     if not is_main_process():
         return
     if json:
