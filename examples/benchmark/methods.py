@@ -14,6 +14,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from workload import SHAPES, Workload
 
 import reftnoise as rn
+from reftnoise.engine.base.loading import load_base
 
 Step = Callable[[], Any]
 """A training step; returns its loss."""
@@ -29,7 +30,7 @@ def new_base(work: Workload, layers: int | None = None) -> Any:
     set_seed(0)
     dtype = getattr(torch, work.dtype)
     if work.model is not None and layers is None:
-        base = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype).to(work.device)
+        base, _ = load_base(work.model, dtype=work.dtype, device=work.device)
         base.config.use_cache = False
         return base.requires_grad_(False).train()
     with torch.device(work.device):  # where random numbers for billions of weights take no time
@@ -39,7 +40,8 @@ def new_base(work: Workload, layers: int | None = None) -> Any:
 
 def _config(work: Workload, layers: int | None) -> Any:
     if work.model is not None:
-        config = AutoConfig.from_pretrained(work.model, use_cache=False)
+        config = load_base(work.model)[0].config
+        config.use_cache = False
     else:
         llama = {
             "model_type": "llama",

@@ -12,7 +12,8 @@ from generation import GENERATIONS
 from methods import METHODS
 from rich.console import Console
 from running import rows_of
-from suites import GUIDE, REAL_SHAPES, gpu_suite
+from suites import GUIDE, REAL_SHAPES, RUN_ROUNDS, gpu_suite, model_suite
+from whole_runs import LOAD, RUNS
 from workload import SHAPES, Case, Shape, Workload
 
 
@@ -22,6 +23,7 @@ def benchmark(
     values: list[int] | None = None,
     methods: list[str] | None = None,
     generation: list[str] | None = None,
+    runs: list[str] | None = None,
     shapes: list[Shape] | None = None,
     rounds: int = 7,
     threads: int = 1,
@@ -34,8 +36,9 @@ def benchmark(
     """Measure training steps and generation, and the floor, LoRA, NEFTune and pyreft as well.
 
     The floor is the frozen base's forward pass, with logits everywhere, and the backward pass down
-    to the first edited layer's output. Without work, vary, methods and generation, a whole table is
-    measured: on the CPU in about a quarter of an hour, on a GPU in the given seconds.
+    to the first edited layer's output. Without work, vary, methods, generation and runs, a whole
+    table is measured: on the CPU in about a quarter of an hour, on a GPU in the given seconds. With
+    work.model alone, a table of that model is.
 
     Args:
         work: workload that is measured instead of the table.
@@ -46,6 +49,7 @@ def benchmark(
         generation: methods that generate: some of base, prompt, addition, loreft, adapter,
             adapters, lora, pyreft, compiled_base, compiled_prompt, compiled_addition,
             compiled_loreft.
+        runs: whole training runs after the base is loaded: some of bare, train.
         shapes: shapes for the GPU's table, some of llama-3-8b, qwen3-4b and toy.
         rounds: interleaved measurements of each method; 0 to count operations alone.
         threads: threads of torch.
@@ -57,15 +61,19 @@ def benchmark(
         output_dir: directory for results.json, results.md and results.png.
     """
     budget = Budget(seconds)
-    values, methods, generation = values or [], methods or [], generation or []
-    _check(methods, generation, shapes or [], rounds, threads, vary, values)
+    values, methods, generation, runs = values or [], methods or [], generation or [], runs or []
+    _check(methods, generation, runs, shapes or [], rounds, threads, vary, values)
     device = device if work is None else work.device
-    if work is None and vary is None and not methods and not generation:
+    is_table = vary is None and not (methods or generation or runs)
+    cases: Sequence[Case]
+    if is_table and work is None:
         is_guide = device == "cpu" and shapes is None
         cases = GUIDE if is_guide else gpu_suite(shapes or REAL_SHAPES, device)
+    elif is_table and work and work.model and work == Workload(model=work.model, device=device):
+        cases = model_suite(work)
     else:
         works = _works(work or Workload(device=device), vary, values)
-        cases = list(_cases(works, methods, generation, memory, operations))
+        cases = list(_cases(works, methods, generation, runs, memory, operations))
     torch.set_num_threads(threads)
     console, folder = Console(), Path(output_dir)
     console.width = max(console.width, 100)
@@ -90,6 +98,7 @@ def benchmark(
 def _check(
     methods: Sequence[str],
     generation: Sequence[str],
+    runs: Sequence[str],
     shapes: Sequence[str],
     rounds: int,
     threads: int,
@@ -101,6 +110,7 @@ def _check(
     for name, chosen, known in (
         ("methods", methods, METHODS),
         ("generation", generation, GENERATIONS),
+        ("runs", runs, [name for name in RUNS if name != LOAD]),
         ("shapes", shapes, SHAPES),
     ):
         if unknown := set(chosen) - set(known):
@@ -124,16 +134,19 @@ def _cases(
     works: Sequence[Workload],
     methods: Sequence[str],
     generation: Sequence[str],
+    runs: Sequence[str],
     memory: bool,
     operations: bool,
 ) -> Iterator[Case]:
-    if not methods and not generation:
+    if not (methods or generation or runs):
         methods = [method for method in METHODS if not method.startswith("compiled")]
     for work in works:
         if methods:
             yield Case("training", work, tuple(methods), memory, operations)
         if generation:
             yield Case("generation", work, tuple(generation), False, operations)
+        if runs:
+            yield Case("run", work, tuple(runs), rounds=RUN_ROUNDS)
 
 
 def _draw(

@@ -3,8 +3,10 @@
 import functools
 import gc
 import importlib.util
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,16 +15,22 @@ from measure import Failed, Times, interleaved, own_share, peak_bytes
 from methods import METHODS, Bench, Step
 from operations import count_case
 from report import Measurement
+from whole_runs import LOAD, RUNS, Rows
 from workload import Case
 
 NEEDS = {"lora": "peft", "neftune": "peft", "compiled_lora": "peft", "pyreft": "pyreft"}
-OTHERS = ("floor", "base", "compiled_base", *NEEDS)
-PHASES = {"training": ("training",), "generation": ("prefill", "decode", "generate")}
+OTHERS = ("floor", "base", "compiled_base", "bare", *NEEDS)
+PHASES = {
+    "training": ("training",),
+    "generation": ("prefill", "decode", "generate"),
+    "run": ("run",),
+}
 _INSTALL = {"peft": "pip install peft", "pyreft": "pip install --no-deps pyreft==0.1.0"}
 _PROFILED = ("plain", "split")
 
+S = TypeVar("S")
 T = TypeVar("T")
-Rows = dict[tuple[str, str], Measurement]
+Measured = dict[tuple[str, str], Measurement]
 """What was measured, by phase and method."""
 
 
@@ -76,7 +84,7 @@ def _installed(methods: Sequence[str], say: Callable[[str], None]) -> list[str]:
 
 def _title(case: Case, phase: str) -> str:
     tokens = {"prefill": case.work.prompt, "decode": case.work.completion}
-    whole = {"training": "", "generate": "prefill and decode, "}
+    whole = {"training": "", "generate": "prefill and decode, ", "run": "a run, "}
     start = whole.get(phase, f"{phase} of {tokens.get(phase)} tokens, ")
     return f"{start}{case}"
 
@@ -84,8 +92,12 @@ def _title(case: Case, phase: str) -> str:
 # -- times and memory ----------------------------------------------------------------------------
 
 
-def _times(case: Case, methods: Sequence[str], deadline: float, failed: Failed[str]) -> Rows:
+def _times(case: Case, methods: Sequence[str], deadline: float, failed: Failed[str]) -> Measured:
     try:
+        if case.kind == "run":
+            with tempfile.TemporaryDirectory() as folder:
+                rows = Rows(case.work, Path(folder))
+                return _whole_runs(case, methods, rows, deadline, failed)
         bench = Bench(case.work)
     except Exception as error:
         for method in methods:
@@ -97,9 +109,9 @@ def _times(case: Case, methods: Sequence[str], deadline: float, failed: Failed[s
 
 
 def _made(
-    makers: Mapping[str, Callable[[Bench], T]],
+    makers: Mapping[str, Callable[[S], T]],
     methods: Sequence[str],
-    bench: Bench,
+    bench: S,
     failed: Failed[str],
 ) -> dict[str, T]:
     made = {}
@@ -111,7 +123,9 @@ def _made(
     return made
 
 
-def _training(case: Case, steps: Mapping[str, Step], deadline: float, failed: Failed[str]) -> Rows:
+def _training(
+    case: Case, steps: Mapping[str, Step], deadline: float, failed: Failed[str]
+) -> Measured:
     device, rounds = case.work.device, case.rounds or 0
     times = interleaved(steps, rounds, device, deadline=deadline, failed=failed)
     rows = _rows("training", times, case.work.tokens)
@@ -126,7 +140,7 @@ def _training(case: Case, steps: Mapping[str, Step], deadline: float, failed: Fa
 
 def _generation(
     case: Case, runs: Mapping[str, Callable[[int], Any]], deadline: float, failed: Failed[str]
-) -> Rows:
+) -> Measured:
     """The prompt, each token after it, and both."""
     work = case.work
     steps = {
@@ -151,7 +165,18 @@ def _generation(
     return rows | _rows("generate", whole, work.batch_size * (1 + work.completion))
 
 
-def _rows(phase: str, times: Mapping[str, Times], tokens: int) -> Rows:
+def _whole_runs(
+    case: Case, methods: Sequence[str], rows: Rows, deadline: float, failed: Failed[str]
+) -> Measured:
+    """Runs without the time in which their base is loaded."""
+    steps = _made(RUNS, [LOAD, *methods], rows, failed)
+    times = interleaved(steps, case.rounds or 0, case.work.device, 1, deadline, failed)
+    loading = times.pop(LOAD)
+    after = {method: measured - loading for method, measured in times.items()}
+    return _rows("run", after, len(rows.prompts) * (case.work.prompt + case.work.completion))
+
+
+def _rows(phase: str, times: Mapping[str, Times], tokens: int) -> Measured:
     first = next(iter(times.values()), None)
     return {
         (phase, method): {
@@ -168,7 +193,7 @@ def _rows(phase: str, times: Mapping[str, Times], tokens: int) -> Rows:
 # -- operations ----------------------------------------------------------------------------------
 
 
-def _count(case: Case, methods: Sequence[str], failed: Failed[str], rows: Rows) -> None:
+def _count(case: Case, methods: Sequence[str], failed: Failed[str], rows: Measured) -> None:
     """Put operations into the rows."""
     for method, phases in count_case(case, methods, failed).items():
         for phase, operations in phases.items():

@@ -4,7 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from workload import Case, Shape, Workload
+
+from reftnoise.engine.base.loading import has_arithmetic
 
 _FEW_LABELS = Workload(vocabulary=32000, batch_size=4, prompt=92, completion=36)
 _BOTH_ENDS = Workload(positions="f7+l7", prompt=96, completion=32)
@@ -15,6 +18,7 @@ _HALVES = Workload(shape="llama-3-8b", positions="f4+l4", batch_size=2, dtype="b
 
 REAL_SHAPES: tuple[Shape, ...] = ("llama-3-8b", "qwen3-4b")
 EVERY_TOKEN = ("base", "prompt", "addition", "loreft", "lora")
+_STEPS_OF_MODEL = ("floor", "split", "reuse", "lora", "pyreft")
 COMPILED = ("compiled_base", "compiled_prompt", "compiled_addition", "compiled_loreft")
 
 GUIDE = (
@@ -43,6 +47,31 @@ GUIDE = (
     Case("generation", _HALVES, (*EVERY_TOKEN, "adapter", "adapters"), rounds=0),
 )
 """The guide's table."""
+
+RUN_ROUNDS = 3
+"""Of whole training runs."""
+
+
+def model_suite(work: Workload) -> list[Case]:
+    """Training, generation and whole runs of a model with its own weights.
+
+    The model's dtypes are float32, and bfloat16 where the device has arithmetic of it.
+    """
+    dtypes = ["float32"]
+    if work.device != "cpu" or has_arithmetic(torch.bfloat16):
+        dtypes.append("bfloat16")
+    cases = []
+    for dtype in dtypes:
+        usual = replace(work, prompt=96, dtype=dtype)
+        cases += [
+            Case("training", replace(usual, completion=completion), _STEPS_OF_MODEL, rounds=5)
+            for completion in (16, 64)
+        ]
+        decoded = replace(usual, completion=64)
+        cases.append(Case("generation", decoded, EVERY_TOKEN, rounds=3))
+        cases.append(Case("run", usual, ("bare", "train"), rounds=RUN_ROUNDS))
+    return cases
+
 
 _LATER_SHAPE = 3
 """A case of the next shape is worth as much as the one so many places on of the shape before."""

@@ -104,7 +104,7 @@ class Workload:
 class Case:
     """A workload and the methods to be run on it."""
 
-    kind: Literal["training", "generation"]
+    kind: Literal["training", "generation", "run"]
     work: Workload
     methods: tuple[str, ...]
     memory: bool = False

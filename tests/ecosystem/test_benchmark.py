@@ -18,9 +18,11 @@ from PIL import Image
 from report import exponent
 from run import benchmark
 from running import NEEDS
-from suites import GUIDE, REAL_SHAPES, gpu_suite
+from suites import GUIDE, REAL_SHAPES, gpu_suite, model_suite
+from whole_runs import RUNS, Rows
 from workload import SHAPES, Case, Workload
 
+import reftnoise as rn
 from reftnoise.cli.main import main, run
 from support.tolerance import assert_close
 
@@ -168,6 +170,39 @@ def test_generation_is_measured(tmp_path: Path) -> None:
         assert row["is_ours"] == (row["method"] not in ("base", "lora"))
     table = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
     assert table[0] == "| | " + " | ".join(methods) + " |"
+
+
+def test_whole_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"model": "tiny-chat", "batch_size": 2, "prompt": 4, "completion": 2}
+    flags = [f"--work.{name}={value}" for name, value in sizes.items()]
+    assert bench(*flags, "--runs=[bare,train]", f"--output_dir={tmp_path}") == 0
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["phase"], row["method"]) for row in rows] == [("run", "bare"), ("run", "train")]
+    assert all(row["seconds"] > 0 for row in rows)
+    assert bench(*FLAGS, "--runs=[bare]", f"--output_dir={tmp_path}") == 2
+    assert "runs: expected work.model" in capsys.readouterr().err
+
+
+def test_a_run_trains_what_the_bare_loop_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whole_runs._STEPS", 1)  # one batch: its order does not matter
+    rows = Rows(Workload(model="tiny-chat", batch_size=3, prompt=4, completion=2), tmp_path)
+    RUNS["bare"](rows)()
+    RUNS["train"](rows)()
+    bare, trained = (
+        rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], rows.folder / name).state_dict()
+        for name in ("bare", "run/adapter")
+    )
+    for name, value in bare.items():
+        assert_close(trained[name], value)
+
+
+def test_the_table_of_a_model_with_its_own_weights() -> None:
+    cases = model_suite(Workload(model="smollm2"))
+    shown = {(case.kind, case.work.dtype, case.work.completion) for case in cases}
+    assert {("training", "float32", 16), ("training", "float32", 64)} < shown
+    assert {("generation", "float32", 64), ("run", "float32", 16)} < shown
 
 
 def test_rounds_are_interleaved() -> None:
