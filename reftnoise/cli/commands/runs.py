@@ -7,6 +7,7 @@ import shlex
 from logging import getLogger
 
 from ..._util.files import local_path
+from ...config.base_model import EMBEDDED, expect_base
 from ...training.recipe import Recipe
 from ...training.resolved_run import ResolvedRun
 from ...training.run_files import RECIPE
@@ -15,19 +16,27 @@ from ..checks import expect_adapters
 from ..printing import print_json, print_run, progress_console
 
 
-def demo(output_dir: str = "reftnoise-demo", seed: int = 0) -> None:
-    """Train the embedded tiny model and show its answers before and after.
+def demo(base: str = EMBEDDED, output_dir: str = "reftnoise-demo", seed: int = 0) -> None:
+    """Train a small model and show its answers before and after.
 
     Args:
+        base: tiny-chat, the embedded model; or a chat model, such as smollm2, which is also
+            steered.
         output_dir: directory for the adapter.
         seed: seed of all random draws.
     """
+    expect_base(base)
     path = local_path(output_dir, "output_dir")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{output_dir}: expected a directory, found a file")
-    from ..demo import run_demo
+    if base == EMBEDDED:
+        from ..demo.tiny import run_demo
 
-    run_demo(output_dir, seed)
+        run_demo(output_dir, seed)
+    else:
+        from ..demo.chat import run_chat_demo
+
+        run_chat_demo(base, output_dir, seed)
 
 
 def train(

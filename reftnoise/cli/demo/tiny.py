@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from .._util.files import local_path
-from ..engine.base.tiny import NAME, load_tiny_examples, load_tiny_model
-from ..evaluation.scoring import Evaluation, evaluate
-from ..inference.prompts import show
-from ..training.recipe import DataConfig, Recipe, TrainingConfig
-from ..training.resolved_run import ResolvedRun
-from ..training.run import load_trained, run_recipe
+from ..._util.files import local_path
+from ...engine.base.tiny import NAME, load_tiny_examples, load_tiny_model
+from ...evaluation.scoring import Evaluation, evaluate
+from ...inference.prompts import show
+from ...training.recipe import DataConfig, Recipe, TrainingConfig
+from ...training.resolved_run import ResolvedRun
+from ...training.run import load_trained, run_recipe
 
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4, "positions": "l1"}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
