@@ -1,6 +1,6 @@
 """The public names and the modules that they come from, for type checkers and `__init__.py`."""
 
-from .analysis.steering import fit_steering_vectors as fit_steering_vectors
+from .analysis.steering.fit import fit_steering_vectors as fit_steering_vectors
 from .config.positions import Positions as Positions
 from .config.representations import ReftConfig as ReftConfig
 from .config.representations import RepresentationConfig as RepresentationConfig

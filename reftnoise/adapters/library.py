@@ -262,7 +262,8 @@ class CallChoiceMixin:
     def scale(self) -> float:
         """s in h + s·edit(h), for evaluation and generation: 1 as trained, 0 without edits.
 
-        It is not saved, and concerns neither noise nor a `peft` section.
+        Saving multiplies steering vectors by it; with other units it is not saved. It concerns
+        neither noise nor a `peft` section.
         """
         return self.engine.settings.now.scale
 

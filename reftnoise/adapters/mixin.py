@@ -19,6 +19,7 @@ from ..engine.base.peft import inner_model, is_peft_model
 from ..engine.base.saved_peft import restore_section
 from ..engine.base.sharding import device_of, size
 from ..engine.base.sites import trained_modules
+from ..interventions import AdditionIntervention, NoiseIntervention
 from . import saving
 from .directory import AdapterFiles
 from .frozen import freeze
@@ -197,6 +198,9 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
     ) -> None:
         """Write the adapter: the units and what is trained of the base (see `saving`).
 
+        Steering vectors are written times the model's `scale`: loaded, they act with scale 1 as
+        they did. Other units have no place for it, so that a warning says that it is not saved.
+
         Args:
             save_directory: path of the directory, created if needed.
             state_dict: tensors to write instead of the model's own, when these are sharded. What
@@ -219,10 +223,26 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
         upload = _upload_options(options)
         if is_main_process:
             state = None if state_dict is None else saving.without_frozen(self, state_dict)
+            if vectors := self._names_to_scale():
+                state = state or saving.without_frozen(self, self.state_dict())
+                state |= {name: self.scale * state[name] for name in vectors}
             saving.save_adapter(self, save_directory, state)
             if push_to_hub:
                 name = local_path(save_directory, "save_directory").absolute().name
                 self.push_to_hub(**{"repo_id": name, **upload})
+
+    def _names_to_scale(self) -> list[str]:
+        """The tensors that hold the scale of all edits when they are saved."""
+        if self.scale == 1.0:
+            return []
+        units = [p for p in self.engine.units if not isinstance(p.unit, NoiseIntervention)]
+        if not all(isinstance(placed.unit, AdditionIntervention) for placed in units):
+            logger.warning(
+                "scale %s is not saved, the edits are as with scale 1: set it after loading",
+                self.scale,
+            )
+            return []
+        return [f"interventions.{placed.key}.vector" for placed in units]
 
     def push_to_hub(
         self,
