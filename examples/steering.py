@@ -4,6 +4,7 @@ python examples/steering.py
 """
 
 import reftnoise as rn
+from reftnoise.evaluation.likelihood import choice_log_probs
 
 
 def chat(question: str) -> list[dict[str, str]]:
@@ -27,5 +28,6 @@ for question in ("Can a bee fly?", "Does a hen lay eggs?"):
     for scale in (0.0, 1.0):
         reft_model.scale = scale
         tokens = reft_model.generate(**prompt, max_new_tokens=12)
-        answer = tokens[0, prompt["input_ids"].shape[1] :]
-        print(f"{question} {scale}: {tokenizer.decode(answer, skip_special_tokens=True)}")
+        answer = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], True)
+        (sums,) = choice_log_probs(reft_model, tokenizer, [chat(question)], [["No", "Yes"]])
+        print(f"{question} {scale}, P(no) {sums.softmax(0)[0]:.2f}: {answer}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .._util.errors import nearest, one_line
 from .._util.files import local_path
 from ..adapters.location import CONFIG_NAME
+from ..analysis.steering.options import SteerOptions
 from ..config.decoding import Decoding
 from ..training.recipe import Recipe
 from ..training.run_files import ADAPTER, RECIPE
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _FILES = (Recipe, Study)
 """What a file can hold, which then comes first."""
-_CONFIGS = (*_FILES, Decoding)
+_CONFIGS = (*_FILES, Decoding, SteerOptions)
 """Arguments whose fields are options of their own."""
 _SECTIONS = {"train": ("training", "data"), "eval": ("evaluation",)}
 """By command, the sections of a recipe whose options a short name means first."""

@@ -3,4 +3,5 @@
 from .terminal import show_table as show_table
 from .write import write_overlaps as write_overlaps
 from .write import write_report as write_report
+from .write import write_steering as write_steering
 from .write import write_study_report as write_study_report

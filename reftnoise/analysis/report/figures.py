@@ -8,6 +8,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import numpy as np
 from typing_extensions import ParamSpec
 
 from .page import Picture
@@ -233,6 +234,64 @@ def draw_panels(
         axes.tick_params(axis="y", length=0)
     grid[-1, 0].set_xlabel(label)
     return figure
+
+
+def draw_steering(results: Mapping[str, Any]) -> Figure:
+    """The largest shift of each method by layer, and the curve of the chosen vector."""
+    figure = Figure(figsize=(2 * WIDTH, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_shifts(left, results["tried"])
+    _draw_curve(right, results)
+    return figure
+
+
+def _draw_shifts(axes: Axes, tried: Sequence[Mapping[str, Any]]) -> None:
+    methods = dict.fromkeys(row["method"] for row in tried)
+    for color, method in enumerate(methods):
+        best: dict[int, float] = {}
+        for row in tried:
+            if row["method"] == method:
+                best[row["layer"]] = max(row["shift"], best.get(row["layer"], -1.0))
+        axes.plot([*best], [*best.values()], marker="osD"[color % 3], markersize=4,
+                  color=f"C{color}", label=method)  # fmt: skip
+    axes.axhline(0, color=axes.spines["left"].get_edgecolor(), linewidth=1, zorder=0)
+    axes.set(xlabel="layer", ylabel="shift at the best scale")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("By layer, whatever the KL")
+    axes.legend(frameon=False)
+    axes.grid(axis="y")
+
+
+def _draw_curve(axes: Axes, results: Mapping[str, Any]) -> None:
+    chosen, budget = results["chosen"], results["budget"]
+    curve = results["curve"]
+    _draw_points(axes, curve, "C0", "o", "pairs to choose by")
+    axes.plot([p["kl"]["mean"] for p in curve], [p["shift"]["mean"] for p in curve], color="C0")
+    _draw_points(axes, [results["test"]], "C1", "D", "held-out test")
+    for point in curve:
+        place = (point["kl"]["mean"], point["shift"]["mean"])
+        axes.annotate(f"×{point['scale']:g}", place, xytext=(5, -11), textcoords="offset points")
+    axes.axvline(budget, color="C3", linestyle="--", linewidth=1.2, label=f"budget {budget:g}")
+    axes.axhline(0, color=axes.spines["left"].get_edgecolor(), linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(xlabel="KL from the base on neutral prompts, nats per token", ylabel="shift")
+    axes.set_title(f"{chosen['method']} at layer {chosen['layer']}, chosen: ×{chosen['scale']:g}")
+    axes.legend(frameon=False, loc="upper left")
+    axes.grid(axis="y")
+
+
+def _draw_points(
+    axes: Axes, points: Sequence[Mapping[str, Any]], color: str, marker: str, label: str
+) -> None:
+    """Means with their intervals in both directions."""
+    means = {name: np.array([p[name]["mean"] for p in points]) for name in ("kl", "shift")}
+    errors = {
+        name: np.abs([[p[name][end] for p in points] for end in ("low", "high")] - means[name])
+        for name in means
+    }
+    axes.errorbar(means["kl"], means["shift"], xerr=errors["kl"], yerr=errors["shift"], fmt=marker,
+                  color=color, markersize=5, elinewidth=1, label=label)  # fmt: skip
 
 
 def common_label(sites: Sequence[str]) -> tuple[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..._util.files import local_path, replace_all
 from ...training.recipe import Recipe
 from ...training.run_files import is_study
-from .figures import draw_overlaps, picture
+from .figures import draw_overlaps, draw_steering, picture
 from .files import read_run, read_study
 from .page import Section, Table, markdown, pictures, render
 from .run import run_sections
@@ -81,6 +82,19 @@ def write_overlaps(
     drawn = picture(path.stem, about, draw_overlaps, names, overlaps.numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_all(path.parent, {path.name: drawn.light})
+
+
+def write_steering(directory: str | Path, results: Mapping[str, Any]) -> None:
+    """Write `steering.png`: the shift of all vectors, and what the chosen one costs.
+
+    Args:
+        directory: directory that gets the file.
+        results: what `analysis.steering.search.search` returns.
+    """
+    chosen = results["chosen"]
+    about = f"Shift by layer, and against KL for {chosen['method']} at layer {chosen['layer']}"
+    drawn = picture("steering", about, draw_steering, results)
+    replace_all(local_path(directory, "output_dir"), {"steering.png": drawn.light})
 
 
 def _write(

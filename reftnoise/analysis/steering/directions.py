@@ -1,22 +1,12 @@
 r"""From states of two classes to a vector: differences of means, along a direction or whole."""
 
-from typing import Literal, get_args
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Method = Literal["mean", "pca", "probe"]
-METHODS: tuple[Method, ...] = get_args(Method)
+from .options import Method
 
 _STEPS, _TOLERANCE = 500, 1e-7
-
-
-def expect_method(method: str) -> None:
-    """Raise a ValueError for a method that there is not."""
-    if method not in METHODS:
-        *others, last = map(repr, METHODS)
-        raise ValueError(f"method {method!r}: expected {', '.join(others)} or {last}")
 
 
 def steering_vector(
@@ -71,6 +61,6 @@ def probe_direction(
             value.backward()  # type: ignore[no-untyped-call]  # torch's
             return value
 
-        optimizer.step(loss)
+        optimizer.step(loss)  # type: ignore[no-untyped-call]  # torch's
         normal = weights.detach()[:-1]
     return (normal / normal.norm()).to(positive)

@@ -9,7 +9,8 @@ from ...data.conversations import Messages
 from ...engine.units import PlacedUnit
 from ...interventions import AdditionIntervention
 from ...model import ReftModel
-from .directions import Method, expect_method, steering_vector
+from .directions import steering_vector
+from .options import Method, expect_method
 from .states import read_states, tokens_to_read
 
 

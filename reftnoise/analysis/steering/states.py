@@ -60,7 +60,7 @@ def tokens_to_read(
     """
     prompts = [*positive, *negative]
     if positions == DIFFERING:
-        tokens = [_whole_tokens(tokenizer, prompt) for prompt in prompts]
+        tokens = [whole_tokens(tokenizer, prompt) for prompt in prompts]
         count = len(positive)
         pairs = zip(tokens[:count], tokens[count:], strict=True)
         ranges: list[tuple[range, range]] = []
@@ -84,7 +84,7 @@ def tokens_to_read(
     return rows
 
 
-def _whole_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:
+def whole_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:
     """The tokens of a prompt, or of a conversation with the answer in which it ends."""
     ends_in_answer = not isinstance(prompt, str) and [*prompt][-1].get("role") == "assistant"
     if not ends_in_answer:

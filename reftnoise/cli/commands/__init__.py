@@ -5,6 +5,7 @@ from collections.abc import Callable
 from .adapters import convert, inspect_adapter, report
 from .answers import chat, generate, playground, serve
 from .runs import demo, evaluate, study, train
+from .steering import steer
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -15,8 +16,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "playground": playground,
     "eval": evaluate,
     "study": study,
+    "steer": steer,
     "report": report,
     "inspect": inspect_adapter,
     "convert": convert,
 }
-"""By name. A `Recipe`, a `Study` and a `Decoding` are taken as options, one for each field."""
+"""By name. A `Recipe`, `Study`, `Decoding` or `SteerOptions` is options, one for each field."""

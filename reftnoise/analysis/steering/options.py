@@ -1,0 +1,79 @@
+"""What a search for a steering vector tries, as options; nothing heavy is imported here."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ...config.positions import Positions
+from ...data.templates import check_template
+
+Method = Literal["mean", "pca", "probe"]
+METHODS: tuple[Method, ...] = get_args(Method)
+FEWEST_PAIRS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerOptions:
+    """What is tried, and how much a vector may cost.
+
+    Args:
+        layers: layers whose vectors are tried: one, a list, all, or a range such as 8-15.
+        scales: factors of each vector.
+        methods: ways to fit a vector: mean, pca, probe.
+        positions: tokens that are edited.
+        component: place of the layer that is edited, such as block_output.
+        template: text around each question: plain, chat, alpaca, or a text with {prompt} in it; by
+            default chat where the tokenizer has such a template.
+        limit: number of pairs that are used; by default all.
+        budget: greatest mean KL divergence from the base on neutral prompts, in nats per token.
+        neutral: file of JSON lines with neutral prompts; by default those of the library.
+        neutral_limit: number of neutral prompts, one half to choose and one to test.
+        neutral_tokens: greatest number of tokens of the base's answer to a neutral prompt.
+        seed: seed of the order of pairs, which says what each is used for.
+        batch_size: number of prompts per forward pass.
+
+    Raises:
+        ValueError: a number is out of range, or positions, methods or template are unknown.
+    """
+
+    layers: int | list[int] | str = "all"
+    scales: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0, 8.0])
+    methods: list[Method] = field(default_factory=lambda: [*METHODS])
+    positions: str | list[int] = "l1+decode"
+    component: str = "block_output"
+    template: str | None = None
+    limit: int | None = None
+    budget: float = 0.5
+    neutral: str | None = None
+    neutral_limit: int = 32
+    neutral_tokens: int = 16
+    seed: int = 0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        Positions.parse(self.positions)
+        if self.template is not None:
+            check_template(self.template)
+        for method in self.methods:
+            expect_method(method)
+        for name in ("methods", "scales"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} {values}: expected at least one, and each once")
+        for scale in self.scales:
+            if not 0 < scale < math.inf:
+                raise ValueError(f"scales {scale}: expected numbers above 0")
+        if not 0 < self.budget < math.inf:
+            raise ValueError(f"budget {self.budget}: expected nats above 0")
+        least = {"neutral_limit": 2, "neutral_tokens": 1, "batch_size": 1}
+        least |= {} if self.limit is None else {"limit": FEWEST_PAIRS}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least {smallest}")
+
+
+def expect_method(method: str) -> None:
+    """Raise a ValueError for a method that there is not."""
+    if method not in METHODS:
+        *others, last = map(repr, METHODS)
+        raise ValueError(f"method {method!r}: expected {', '.join(others)} or {last}")

@@ -1,0 +1,232 @@
+"""From a file of pairs to a steering vector whose layer and strength are chosen and tested."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..._util.errors import value_errors
+from ..._util.files import json_text, local_path, replace_all
+from ..._util.progress import progress_of
+from ...config.positions import Positions
+from ...config.representations import ReftConfig
+from ...data.conversations import rendered
+from ...data.templates import fill
+from ...data.tokenization import tokenize_all
+from ...engine.base.loading import load_base
+from ...evaluation.forgetting import NeutralText, neutral_texts, written_by_base
+from ...evaluation.likelihood import TokenPair
+from ...model import ReftModel, get_reft_model
+from ...training.run_files import ADAPTER
+from ...training.study.statistics import mean_interval
+from .fit import set_vector
+from .options import SteerOptions
+from .pairs import Contrast, PairRow, read_pairs, split_pairs
+from .states import whole_tokens
+from .sweep import Candidate, NeutralPrompts, Questions, Sweep, fitted_candidates, sweep
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RESULTS = "steering.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base as it is loaded for a search, its tokenizer, and its name."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+def search(
+    pairs: str | Path,
+    model: str,
+    output_dir: str | Path,
+    options: SteerOptions,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    console: "Console | None" = None,
+) -> dict[str, Any]:
+    """Fit vectors at all layers, choose one, test it, and write it as an adapter.
+
+    Pairs are split in three, of which one is for each of these. The directory gets `adapter`, and
+    `steering.json`, which holds what is returned.
+
+    Args:
+        pairs: file of pairs, as of `read_pairs`.
+        model: name or directory of the base.
+        output_dir: directory for the results.
+        options: what is tried, and the budget.
+        dtype: dtype of the base, as in `load_base`.
+        device: device, as in `load_base`.
+        console: console for progress.
+
+    Raises:
+        OSError: there is no such file or base.
+        ValueError: a pair cannot be read, or no vector is within the budget.
+    """
+    rows = read_pairs(pairs)
+    base, tokenizer = load_base(model, dtype=dtype, device=device)
+    contrasts = tokenized_pairs(tokenizer, rows, options.template)
+    split = split_pairs(contrasts, limit=options.limit, seed=options.seed)
+    reft_model = get_reft_model(base, _config(options, options.layers)).eval()
+    with progress_of(console, "Reading pairs") as progress:
+        candidates = fitted_candidates(
+            reft_model,
+            split["fit"],
+            options.methods,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+    neutral = neutral_pairs(reft_model, tokenizer, options)
+    settings: Any = {"positions": Positions.parse(options.positions), "rows": options.batch_size}
+    with progress_of(console, "Trying vectors") as progress:
+        found = sweep(
+            candidates,
+            options.scales,
+            Questions(reft_model, split["choose"], **settings),
+            NeutralPrompts(reft_model, neutral[::2], **settings),
+            budget=options.budget,
+            progress=progress,
+        )
+    directory = local_path(output_dir, "output_dir")
+    _write_adapter(reft_model, found, options, directory / ADAPTER)
+    loaded = ReftModel.from_pretrained(base, directory / ADAPTER)
+    test = _test(loaded, split["test"], neutral[1::2], settings)
+    results = {
+        "model": model,
+        "pairs": {name: len(part) for name, part in split.items()},
+        "neutral_prompts": {"choose": len(neutral[::2]), "test": len(neutral[1::2])},
+        "budget": options.budget,
+        "positions": options.positions,
+        **_described(found, candidates),
+        "test": test,
+    }
+    replace_all(directory, {RESULTS: f"{json_text(results, indent=2)}\n".encode()})
+    return results
+
+
+def tokenized_pairs(
+    tokenizer: Any, rows: Sequence[PairRow], template: str | None = None
+) -> list[Contrast]:
+    """The tokens of pairs: prompts, or questions in a template with each of their answers.
+
+    An answer after a chat template begins without the blanks that it has in the file.
+
+    Raises:
+        ValueError: a pair has no common beginning or no differing part, or the template does not
+            fit; the message says where the row is.
+    """
+    if template is None:
+        template = "plain" if tokenizer.chat_template is None else "chat"
+    contrasts = []
+    for row in rows:
+        with value_errors(row.place):
+            contrasts.append(_contrast(tokenizer, row, template))
+    return contrasts
+
+
+def _contrast(tokenizer: Any, row: PairRow, template: str) -> Contrast:
+    halves = row.positive, row.negative
+    if row.question is None:
+        prompts = [fill(template, text, row.columns) for text in halves]
+        return Contrast.of(*(whole_tokens(tokenizer, prompt) for prompt in prompts))
+    prompt = fill(template, row.question, row.columns)
+    answers = [text.strip() if template == "chat" else text for text in halves]
+    texts = [rendered(tokenizer, prompt, answer) for answer in answers]
+    pairs = tokenize_all(tokenizer, texts, nonstop=True)
+    return Contrast.of(*([*tokens, *rest] for tokens, rest in pairs))
+
+
+def neutral_pairs(reft_model: ReftModel, tokenizer: Any, options: SteerOptions) -> list[TokenPair]:
+    """The tokens of neutral prompts, and of the base's own greedy answers to them."""
+    prompts = neutral_texts(tokenizer, options.neutral)["prompts"][: options.neutral_limit]
+    alone = [NeutralText(text.prompt) for text in prompts]
+    answered = written_by_base(
+        reft_model,
+        tokenizer,
+        alone,
+        max_new_tokens=options.neutral_tokens,
+        batch_size=options.batch_size,
+    )
+    whole = [rendered(tokenizer, text.prompt, text.completion or "") for text in answered]
+    pairs = tokenize_all(tokenizer, whole, nonstop=True)
+    return [(prompt, rest[: options.neutral_tokens]) for prompt, rest in pairs]
+
+
+def _config(options: SteerOptions, layers: int | list[int] | str) -> ReftConfig:
+    return ReftConfig(
+        [
+            {
+                "layer": layers,
+                "component": options.component,
+                "intervention": "addition",
+                "positions": options.positions,
+            }
+        ]
+    )
+
+
+def _write_adapter(
+    reft_model: ReftModel, found: Sweep, options: SteerOptions, directory: Path
+) -> None:
+    """Save the chosen vector times its factor, as an adapter of its layer alone."""
+    candidate, scale = found.chosen
+    chosen = get_reft_model(reft_model.model, _config(options, candidate.layer))
+    ((_, factors),) = reft_model.adapters[candidate.name].factors()
+    set_vector(chosen.engine.units[0], factors.up[0])
+    chosen.scale = scale
+    chosen.save_pretrained(directory)
+
+
+def _test(
+    loaded: ReftModel, pairs: Sequence[Contrast], neutral: Sequence[TokenPair], settings: Any
+) -> dict[str, Any]:
+    """What the saved adapter does on what nothing was chosen by."""
+    base, steered = Questions(loaded, pairs, **settings).matching([None, "default"])
+    (kl,) = NeutralPrompts(loaded, neutral, **settings).divergence(["default"])
+    return {
+        "base": float(base.mean()),
+        "steered": float(steered.mean()),
+        "shift": _interval(steered - base),
+        "kl": _interval(kl),
+    }
+
+
+def _described(found: Sweep, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """The choice, its curve, and all that was measured to make it."""
+    chosen, scale = found.chosen
+    shifts, kl = found.shifts(chosen.name), found.divergence[chosen.name]
+    curve = [
+        {"scale": factor, "shift": _interval(shifts[row]), "kl": _interval(kl[row])}
+        for row, factor in enumerate(found.scales)
+    ]
+    tried = []
+    for candidate in candidates:
+        means = found.shifts(candidate.name).mean(1).tolist()
+        known = found.divergence.get(candidate.name)
+        costs = [None] * len(means) if known is None else known.mean(1).tolist()
+        for factor, shift, cost in zip(found.scales, means, costs, strict=True):
+            place = {"method": candidate.method, "layer": candidate.layer, "scale": factor}
+            tried.append(place | {"shift": shift, "kl": cost})
+    return {
+        "chosen": {
+            "method": chosen.method,
+            "layer": chosen.layer,
+            "scale": scale,
+            "ratio": scale * chosen.ratio,
+        },
+        "base": float(found.base.mean()),
+        "curve": curve,
+        "tried": tried,
+    }
+
+
+def _interval(values: Tensor) -> dict[str, float]:
+    """A mean with its bootstrap interval."""
+    return mean_interval(values[None].numpy())._asdict()

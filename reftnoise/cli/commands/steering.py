@@ -1,0 +1,100 @@
+"""The command that chooses a steering vector.
+
+Heavy imports are inside the functions: `--help` and mistakes do not wait for torch.
+"""
+
+from typing import Any
+
+from ..._util.files import local_path
+from ...analysis.steering.options import SteerOptions
+from ...analysis.steering.pairs import read_pairs
+from ...config.base_model import expect_base
+from ..printing import print_json, progress_console
+
+
+def steer(
+    pairs: str,
+    options: SteerOptions,
+    model: str | None = None,
+    output_dir: str = "steering",
+    dtype: str = "auto",
+    device: str = "auto",
+    quiet: bool = False,
+    json: bool = False,
+) -> None:
+    """Fit steering vectors at all layers, choose layer and strength by held-out pairs, and save it.
+
+    Half of the pairs fit the vectors, a quarter chooses one, and a quarter tests it.
+
+    Args:
+        pairs: file of rows with positive and negative prompts, or a question, its matching and
+            its not_matching answer.
+        options: what is tried, and what a vector may cost.
+        model: directory or hub name of the base, or tiny-chat.
+        output_dir: directory for the adapter, the results and the picture.
+        dtype: dtype of the base, such as bfloat16.
+        device: cpu, cuda or another device of torch; auto is a GPU where there is one.
+        quiet: whether nothing but errors is printed.
+        json: whether the results are printed as JSON, without progress.
+    """
+    if model is None:  # no default; jsonargparse makes a required option positional
+        raise ValueError("steer: expected --model, the name or path of the base model")
+    expect_base(model, dtype)
+    place = local_path(output_dir, "output_dir")
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"output_dir {output_dir}: expected a directory, found a file")
+    read_pairs(pairs)
+    from ...analysis.steering.search import search
+
+    console = progress_console(quiet or json)
+    results = search(pairs, model, place, options, dtype=dtype, device=device, console=console)
+    if json:
+        print_json(results)
+    elif not quiet:
+        print_steering(results, output_dir)
+    _draw(place, results)
+
+
+def print_steering(results: dict[str, Any], directory: str) -> None:
+    """Print the choice, its curve, and what it does on held-out questions."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def interval(values: dict[str, float], sign: str = "") -> str:
+        return (
+            f"{values['mean']:{sign}.3f} ({values['low']:{sign}.3f} to {values['high']:{sign}.3f})"
+        )
+
+    chosen, test, pairs = results["chosen"], results["test"], results["pairs"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("scale", "shift (95 %)", "KL, nats per token (95 %)", ""):
+        table.add_column(name)
+    for point in results["curve"]:
+        is_chosen = point["scale"] == chosen["scale"]
+        table.add_row(
+            f"{point['scale']:g}",
+            interval(point["shift"], "+"),
+            interval(point["kl"]),
+            "chosen" if is_chosen else "",
+        )
+    console = Console(highlight=False)
+    console.print(
+        f"Chosen on {pairs['choose']} questions: {chosen['method']}, layer {chosen['layer']}, "
+        f"scale {chosen['scale']:g}, ‖edit‖ / ‖h‖ {chosen['ratio']:.2f}"
+    )
+    console.print(table)
+    console.print(
+        f"Test on {pairs['test']} other questions: P(matching) {test['base']:.3f} → "
+        f"{test['steered']:.3f}, shift {interval(test['shift'], '+')}, KL {interval(test['kl'])}"
+    )
+    console.print(f"The adapter is in {directory}/adapter. Next:\n  reftnoise chat {directory}")
+
+
+def _draw(place: Any, results: dict[str, Any]) -> None:
+    """Write the picture, if matplotlib is there."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is not None:
+        from ...analysis.report import write_steering
+
+        write_steering(place, results)
