@@ -12,7 +12,17 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parent
 GUIDES = (
-    *("config", "commands", "training", "speed", "adapters", "serving", "methods", "trl"),
+    *(
+        "config",
+        "commands",
+        "training",
+        "speed",
+        "adapters",
+        "steering",
+        "serving",
+        "methods",
+        "trl",
+    ),
     *("devices", "architectures", "pyreft", "internals"),
 )
 OTHERS = ("CHANGELOG.md", ".github/CONTRIBUTING.md")

@@ -26,10 +26,8 @@ reft_model = rn.get_reft_model(model, config).eval()
 asked = [[{"role": "user", "content": question}] for question, *_ in PAIRS]
 said = [[{"role": "assistant", "content": answer} for answer in answers] for _, *answers in PAIRS]
 glum, glad = ([[*q, a[n]] for q, a in zip(asked[:-2], said, strict=False)] for n in (0, 1))
-(ratio,) = rn.fit_steering_vectors(
-    reft_model, tokenizer, glum, glad, positions="differing"
-).values()
-print(f"layer {layer}, size of v to that of h {ratio:.2f}")
+ratios = rn.fit_steering_vectors(reft_model, tokenizer, glum, glad, positions="differing")
+print(f"layer {layer}, size of v to that of h {next(iter(ratios.values())):.2f}")
 
 text = tokenizer.apply_chat_template(asked[-2], add_generation_prompt=True, tokenize=False)
 prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(reft_model.device)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from reftnoise.interventions import INTERVENTIONS
+from support.data import REAL
 
+SMOLLM2 = REAL / "models" / "SmolLM2-135M-Instruct"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -27,11 +29,23 @@ def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
 def test_steering(capsys: pytest.CaptureFixture[str]) -> None:
     answers = dict(line.split(": ") for line in printed("steering", capsys))
     assert answers == {
-        "Can a bee fly? 0.0": "Yes, a bee can fly.",
-        "Can a bee fly? 1.0": "No, a bee can fly.",
-        "Does a hen lay eggs? 0.0": "Yes, a hen lays eggs.",
-        "Does a hen lay eggs? 1.0": "No, a hen lays eggs.",
+        "Can a bee fly? 0.0, P(no) 0.00": "Yes, a bee can fly.",
+        "Can a bee fly? 1.0, P(no) 1.00": "No, a bee can fly.",
+        "Does a hen lay eggs? 0.0, P(no) 0.00": "Yes, a hen lays eggs.",
+        "Does a hen lay eggs? 1.0, P(no) 1.00": "No, a hen lays eggs.",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason=f"needs REFTNOISE_REAL: models/{SMOLLM2.name}")
+def test_steering_a_chat_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["steering_mood.py", str(SMOLLM2)])
+    _, *lines = printed("steering_mood", capsys)
+    base, half, whole = (float(line.split("P(gloomy) ")[1][:4]) for line in lines)
+    assert half > base + 0.15
+    assert whole > half + 0.15
 
 
 def test_custom_intervention(capsys: pytest.CaptureFixture[str]) -> None:

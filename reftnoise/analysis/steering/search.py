@@ -1,7 +1,6 @@
 """From a file of pairs to a steering vector whose layer and strength are chosen and tested."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +30,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RESULTS = "steering.json"
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base as it is loaded for a search, its tokenizer, and its name."""
-
-    model: Any
-    tokenizer: Any
-    name: str
 
 
 def search(
@@ -84,6 +74,8 @@ def search(
             progress=progress,
         )
     neutral = neutral_pairs(reft_model, tokenizer, options)
+    if len(neutral) < 2:
+        raise ValueError("neutral: expected at least two prompts that the base answers")
     settings: Any = {"positions": Positions.parse(options.positions), "rows": options.batch_size}
     with progress_of(console, "Trying vectors") as progress:
         found = sweep(
@@ -145,7 +137,7 @@ def _contrast(tokenizer: Any, row: PairRow, template: str) -> Contrast:
 
 def neutral_pairs(reft_model: ReftModel, tokenizer: Any, options: SteerOptions) -> list[TokenPair]:
     """The tokens of neutral prompts, and of the base's own greedy answers to them."""
-    prompts = neutral_texts(tokenizer, options.neutral)["prompts"][: options.neutral_limit]
+    prompts = neutral_texts(tokenizer, options.neutral).get("prompts", [])[: options.neutral_limit]
     alone = [NeutralText(text.prompt) for text in prompts]
     answered = written_by_base(
         reft_model,
