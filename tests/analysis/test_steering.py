@@ -152,7 +152,7 @@ def test_a_conversation_is_read_to_the_end_of_its_answer() -> None:
     [
         ("abcd", "axyd", (range(1, 3), range(1, 3))),
         ("ab", "xb", (range(1), range(1))),
-        ("aab", "ab", (range(1, 2), range(1, 2))),
+        ("aab", "ab", (range(1, 3), range(1, 2))),
         ("axb", "ayyyb", (range(1, 2), range(1, 4))),
         ("ab", "ac", (range(1, 2), range(1, 2))),
     ],

@@ -248,7 +248,7 @@ def test_a_search_writes_an_adapter_that_does_what_it_tells(
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     arguments = ["--model", "tiny-chat", "--layers", "1-3", "--neutral_limit", "4", "--budget", "9"]
-    arguments += ["--positions", "all+decode", "--scales", "[1.0, 2.0]"]
+    arguments += ["--dtype", "float32", "--positions", "all+decode", "--scales", "[1.0, 2.0]"]
     assert main(["steer", str(path), *arguments]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "steering" / "steering.json").read_text())
