@@ -116,16 +116,16 @@ class Told:
 
 
 def test_the_largest_shift_within_the_budget_is_chosen() -> None:
-    candidates = [Candidate("mean", layer, 0.1) for layer in range(4)]
+    candidates = [Candidate("mean", layer, 0.1, (1.0, 2.0)) for layer in range(4)]
     shifts = {"mean-0": [0.1, 0.3], "mean-1": [0.2, 0.9], "mean-2": [0.0, 0.1], "mean-3": [0.4, 0]}
     costs = {"mean-0": [0.1, 0.4], "mean-1": [0.3, 0.8], "mean-2": [0, 0], "mean-3": [0.6, 2]}
     neutral = Told(costs)
     questions: Any = Told(shifts)
-    result = sweep(candidates, [1.0, 2.0], questions, neutral, budget=0.5)  # type: ignore[arg-type]
+    result = sweep(candidates, questions, neutral, budget=0.5)  # type: ignore[arg-type]
     assert result.chosen == (candidates[0], 2.0)  # .9 and .4 cost more than .5
     assert neutral.asked == ["mean-1", "mean-3", "mean-0"]  # nothing that cannot be chosen
     with pytest.raises(ValueError, match=r"budget 0.05: no vector is within it, .* is 0.1 nats"):
-        sweep(candidates[:2], [1.0, 2.0], questions, neutral, budget=0.05)  # type: ignore[arg-type]
+        sweep(candidates[:2], questions, neutral, budget=0.05)  # type: ignore[arg-type]
 
 
 def test_all_vectors_come_from_one_pass() -> None:
@@ -137,7 +137,9 @@ def test_all_vectors_come_from_one_pass() -> None:
     pairs = [Contrast.of(*pair) for pair in zip(*tokens, strict=True)]
     passes = []
     base.register_forward_hook(lambda *_: passes.append(1))
-    fitted = fitted_candidates(reft_model, pairs, ["mean", "probe"], batch_size=4)
+    fitted = fitted_candidates(
+        reft_model, pairs, SteerOptions(methods=["mean", "probe"], sizes=[0.1, 0.4])
+    )
     assert len(passes) == 1
     assert [candidate.name for candidate in fitted] == [
         f"{method}-{layer}" for method in ("mean", "probe") for layer in range(4)
@@ -150,8 +152,10 @@ def test_all_vectors_come_from_one_pass() -> None:
         (unit,) = other.interventions.values()
         ((_, factors),) = reft_model.adapters[f"{method}-2"].factors()
         torch.testing.assert_close(factors.up[0], unit.vector, rtol=1e-4, atol=1e-5)
-        (ratio,) = (c.ratio for c in fitted if c.name == f"{method}-2")
-        assert ratio == pytest.approx(*ratios.values(), rel=1e-4)
+        (candidate,) = (c for c in fitted if c.name == f"{method}-2")
+        assert candidate.ratio == pytest.approx(*ratios.values(), rel=1e-4)
+        sizes = [scale * candidate.ratio for scale in candidate.scales]
+        assert sizes == pytest.approx([0.1, 0.4])
 
 
 def contrasts(count: int) -> list[Contrast]:
@@ -226,6 +230,7 @@ def test_pairs_that_cannot_be_read(tmp_path: Path, rows: list[Any], reason: str)
     ("options", "reason"),
     [
         ({"scales": [0.0]}, "scales 0.0: expected numbers above 0"),
+        ({"sizes": [0.1, 0.1]}, "sizes .*: expected at least one, and each once"),
         ({"scales": []}, "scales .*: expected at least one"),
         ({"methods": ["median"]}, "method 'median': expected 'mean', 'pca' or 'probe'"),
         ({"budget": 0}, "budget 0: expected nats above 0"),
@@ -253,7 +258,7 @@ def test_a_search_writes_an_adapter_that_does_what_it_tells(
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "steering" / "steering.json").read_text())
     test, chosen = results["test"], results["chosen"]
-    assert f"layer {chosen['layer']}, scale {chosen['scale']:g}" in printed
+    assert f"layer {chosen['layer']}, scale {chosen['scale']:.3g}" in printed
     assert test["shift"]["mean"] > 0
     assert test["shift"]["low"] <= test["shift"]["mean"] <= test["shift"]["high"]
     assert (tmp_path / "steering" / "steering.png").stat().st_size > 10_000

@@ -255,7 +255,7 @@ def _draw_shifts(axes: Axes, tried: Sequence[Mapping[str, Any]]) -> None:
         axes.plot([*best], [*best.values()], marker="osD"[color % 3], markersize=4,
                   color=f"C{color}", label=method)  # fmt: skip
     axes.axhline(0, color=axes.spines["left"].get_edgecolor(), linewidth=1, zorder=0)
-    axes.set(xlabel="layer", ylabel="shift at the best scale")
+    axes.set(xlabel="layer", ylabel="shift at the best size")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("By layer, whatever the KL")
     axes.legend(frameon=False)
@@ -270,13 +270,15 @@ def _draw_curve(axes: Axes, results: Mapping[str, Any]) -> None:
     _draw_points(axes, [results["test"]], "C1", "D", "held-out test")
     for point in curve:
         place = (point["kl"]["mean"], point["shift"]["mean"])
-        axes.annotate(f"×{point['scale']:g}", place, xytext=(5, -11), textcoords="offset points")
+        axes.annotate(f"{point['size']:.2g}", place, xytext=(5, -11), textcoords="offset points")
     axes.axvline(budget, color="C3", linestyle="--", linewidth=1.2, label=f"budget {budget:g}")
     axes.axhline(0, color=axes.spines["left"].get_edgecolor(), linewidth=1, zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="KL from the base on neutral prompts, nats per token", ylabel="shift")
-    axes.set_title(f"{chosen['method']} at layer {chosen['layer']}, chosen: ×{chosen['scale']:g}")
+    axes.set_title(
+        f"{chosen['method']} at layer {chosen['layer']}, chosen: {chosen['size']:.2g} ‖h‖"
+    )
     axes.legend(frameon=False, loc="upper left")
     axes.grid(axis="y")
 

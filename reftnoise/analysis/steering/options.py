@@ -1,8 +1,9 @@
 """What a search for a steering vector tries, as options; nothing heavy is imported here."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ...config.positions import Positions
 from ...data.templates import check_template
@@ -18,7 +19,8 @@ class SteerOptions:
 
     Args:
         layers: layers whose vectors are tried: one, a list, all, or a range such as 8-15.
-        scales: factors of each vector.
+        sizes: sizes of each vector's edit next to what it edits, ‖edit‖ / ‖h‖.
+        scales: factors of each vector, instead of sizes.
         methods: ways to fit a vector: mean, pca, probe.
         positions: tokens that are edited.
         component: place of the layer that is edited, such as block_output.
@@ -37,7 +39,8 @@ class SteerOptions:
     """
 
     layers: int | list[int] | str = "all"
-    scales: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0, 8.0])
+    sizes: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.45])
+    scales: list[float] | None = None
     methods: list[Method] = field(default_factory=lambda: [*METHODS])
     positions: str | list[int] = "l1+decode"
     component: str = "block_output"
@@ -56,13 +59,15 @@ class SteerOptions:
             check_template(self.template)
         for method in self.methods:
             expect_method(method)
-        for name in ("methods", "scales"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
+        lists: dict[str, Sequence[Any] | None]
+        lists = {"methods": self.methods, "sizes": self.sizes, "scales": self.scales}
+        for name, values in lists.items():
+            if values is not None and (not values or len(set(values)) < len(values)):
                 raise ValueError(f"{name} {values}: expected at least one, and each once")
-        for scale in self.scales:
-            if not 0 < scale < math.inf:
-                raise ValueError(f"scales {scale}: expected numbers above 0")
+        for name, numbers in (("sizes", self.sizes), ("scales", self.scales or ())):
+            for number in numbers:
+                if not 0 < number < math.inf:
+                    raise ValueError(f"{name} {number}: expected numbers above 0")
         if not 0 < self.budget < math.inf:
             raise ValueError(f"budget {self.budget}: expected nats above 0")
         least = {"neutral_limit": 2, "neutral_tokens": 1, "batch_size": 1}

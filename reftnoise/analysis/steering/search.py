@@ -66,13 +66,7 @@ def search(
     split = split_pairs(contrasts, limit=options.limit, seed=options.seed)
     reft_model = get_reft_model(base, _config(options, options.layers)).eval()
     with progress_of(console, "Reading pairs") as progress:
-        candidates = fitted_candidates(
-            reft_model,
-            split["fit"],
-            options.methods,
-            batch_size=options.batch_size,
-            progress=progress,
-        )
+        candidates = fitted_candidates(reft_model, split["fit"], options, progress=progress)
     neutral = neutral_pairs(reft_model, tokenizer, options)
     if len(neutral) < 2:
         raise ValueError("neutral: expected at least two prompts that the base answers")
@@ -80,7 +74,6 @@ def search(
     with progress_of(console, "Trying vectors") as progress:
         found = sweep(
             candidates,
-            options.scales,
             Questions(reft_model, split["choose"], **settings),
             NeutralPrompts(reft_model, neutral[::2], **settings),
             budget=options.budget,
@@ -195,23 +188,29 @@ def _described(found: Sweep, candidates: Sequence[Candidate]) -> dict[str, Any]:
     chosen, scale = found.chosen
     shifts, kl = found.shifts(chosen.name), found.divergence[chosen.name]
     curve = [
-        {"scale": factor, "shift": _interval(shifts[row]), "kl": _interval(kl[row])}
-        for row, factor in enumerate(found.scales)
+        {
+            "scale": factor,
+            "size": factor * chosen.ratio,
+            "shift": _interval(shifts[row]),
+            "kl": _interval(kl[row]),
+        }
+        for row, factor in enumerate(chosen.scales)
     ]
     tried = []
     for candidate in candidates:
         means = found.shifts(candidate.name).mean(1).tolist()
         known = found.divergence.get(candidate.name)
         costs = [None] * len(means) if known is None else known.mean(1).tolist()
-        for factor, shift, cost in zip(found.scales, means, costs, strict=True):
+        for factor, shift, cost in zip(candidate.scales, means, costs, strict=True):
             place = {"method": candidate.method, "layer": candidate.layer, "scale": factor}
-            tried.append(place | {"shift": shift, "kl": cost})
+            size = factor * candidate.ratio
+            tried.append(place | {"size": size, "shift": shift, "kl": cost})
     return {
         "chosen": {
             "method": chosen.method,
             "layer": chosen.layer,
             "scale": scale,
-            "ratio": scale * chosen.ratio,
+            "size": scale * chosen.ratio,
         },
         "base": float(found.base.mean()),
         "curve": curve,
@@ -221,4 +220,5 @@ def _described(found: Sweep, candidates: Sequence[Candidate]) -> dict[str, Any]:
 
 def _interval(values: Tensor) -> dict[str, float]:
     """A mean with its bootstrap interval."""
-    return mean_interval(values[None].numpy())._asdict()
+    mean, low, high = mean_interval(values[None].numpy())
+    return {"mean": mean, "low": low, "high": high}

@@ -24,7 +24,7 @@ from ...model import ReftModel
 from .continuations import Continuations
 from .directions import steering_vector
 from .fit import set_vector
-from .options import Method
+from .options import Method, SteerOptions
 from .pairs import Contrast
 from .states import ReadStates, ReadTokens, read_states
 
@@ -37,24 +37,29 @@ class Candidate:
         method: method of the vector.
         layer: layer that it edits.
         ratio: ‖v‖ / ‖h‖.
+        scales: factors of the vector that are tried.
     """
 
     method: Method
     layer: int
     ratio: float
+    scales: tuple[float, ...]
 
     @property
     def name(self) -> str:
         """Its name as an adapter."""
         return f"{self.method}-{self.layer}"
 
+    def choices(self) -> list[AdapterChoice]:
+        """The vector times each factor, as choices of adapters."""
+        return [{self.name: scale} for scale in self.scales]
+
 
 def fitted_candidates(
     reft_model: ReftModel,
     pairs: Sequence[Contrast],
-    methods: Sequence[Method],
+    options: SteerOptions,
     *,
-    batch_size: int,
     progress: Progress | None = None,
 ) -> list[Candidate]:
     """Vectors of all methods at all units, from one pass over pairs, loaded by their names.
@@ -62,9 +67,11 @@ def fitted_candidates(
     Args:
         reft_model: model with an `addition` unit at each layer.
         pairs: pairs, whose differing parts are read.
-        methods: methods of the vectors.
-        batch_size: number of halves per forward pass.
+        options: methods of the vectors, and their sizes or factors.
         progress: function that is called with the numbers of halves done and of all halves.
+
+    Raises:
+        ValueError: all vectors are zero.
     """
     rows = [
         ReadTokens(pair.prompt + part, [False] * len(pair.prompt) + [True] * len(part))
@@ -72,9 +79,9 @@ def fitted_candidates(
         for pair, part in parts
     ]
     units = reft_model.engine.units
-    states = read_states(reft_model, rows, units, batch_size=batch_size, progress=progress)
+    states = read_states(reft_model, rows, units, batch_size=options.batch_size, progress=progress)
     candidates = []
-    for method in methods:
+    for method in options.methods:
         layers = {}
         for unit in units:
             vector = _vector(method, states[unit.key], len(pairs))
@@ -83,9 +90,13 @@ def fitted_candidates(
             assert layer is not None
             layers[layer] = float(vector.norm() / states[unit.key].norms.mean())
         for layer, ratio in layers.items():
-            candidate = Candidate(method, layer, ratio)
-            reft_model.adapters.derive(candidate.name, "default", layers=[layer])
-            candidates.append(candidate)
+            if ratio:
+                scales = options.scales or [size / ratio for size in options.sizes]
+                candidate = Candidate(method, layer, ratio, tuple(scales))
+                reft_model.adapters.derive(candidate.name, "default", layers=[layer])
+                candidates.append(candidate)
+    if not candidates:
+        raise ValueError("the halves of the pairs have the same states: no vector parts them")
     return candidates
 
 
@@ -161,14 +172,12 @@ class Sweep:
     """What a search found on the questions and neutral prompts to choose by.
 
     Args:
-        scales: factors of all vectors.
         base: probability of the matching answer of each question, by the bare base.
         matching: likewise with each vector, by its name, [scales, questions].
         divergence: of the vectors for which it was needed, [scales, prompts].
         chosen: vector and factor with the largest shift within the budget.
     """
 
-    scales: list[float]
     base: Float[Tensor, " questions"]
     matching: dict[str, Float[Tensor, "scales questions"]]
     divergence: dict[str, Float[Tensor, "scales prompts"]]
@@ -181,7 +190,6 @@ class Sweep:
 
 def sweep(
     candidates: Sequence[Candidate],
-    scales: Sequence[float],
     questions: Questions,
     neutral: NeutralPrompts,
     *,
@@ -199,26 +207,21 @@ def sweep(
     (base,) = questions.matching([None])
     matching: dict[str, Tensor] = {}
     for done, candidate in enumerate(candidates, start=1):
-        matching[candidate.name] = questions.matching(choices_of(candidate, scales))
+        matching[candidate.name] = questions.matching(candidate.choices())
         if progress is not None:
             progress(done, len(candidates))
     divergence: dict[str, Tensor] = {}
     for candidate, number in _by_shift(candidates, base, matching):
         if candidate.name not in divergence:
-            divergence[candidate.name] = neutral.divergence(choices_of(candidate, scales))
+            divergence[candidate.name] = neutral.divergence(candidate.choices())
         if float(divergence[candidate.name][number].mean()) <= budget:
-            chosen = candidate, scales[number]
-            return Sweep(list(scales), base, matching, divergence, chosen)
+            chosen = candidate, candidate.scales[number]
+            return Sweep(base, matching, divergence, chosen)
     least = min(float(kl.mean(1).min()) for kl in divergence.values())
     raise ValueError(
         f"budget {budget}: no vector is within it, the least divergence is {least:.2g} nats per "
-        "token: try smaller scales"
+        "token: try smaller sizes"
     )
-
-
-def choices_of(candidate: Candidate, scales: Sequence[float]) -> list[AdapterChoice]:
-    """A vector times each factor, as choices of adapters."""
-    return [{candidate.name: scale} for scale in scales]
 
 
 def _by_shift(

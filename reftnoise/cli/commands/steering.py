@@ -67,12 +67,13 @@ def print_steering(results: dict[str, Any], directory: str) -> None:
 
     chosen, test, pairs = results["chosen"], results["test"], results["pairs"]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("scale", "shift (95 %)", "KL, nats per token (95 %)", ""):
+    for name in ("‖edit‖ / ‖h‖", "scale", "shift (95 %)", "KL, nats (95 %)", ""):
         table.add_column(name)
     for point in results["curve"]:
         is_chosen = point["scale"] == chosen["scale"]
         table.add_row(
-            f"{point['scale']:g}",
+            f"{point['size']:.2f}",
+            f"{point['scale']:.3g}",
             interval(point["shift"], "+"),
             interval(point["kl"]),
             "chosen" if is_chosen else "",
@@ -80,7 +81,7 @@ def print_steering(results: dict[str, Any], directory: str) -> None:
     console = Console(highlight=False)
     console.print(
         f"Chosen on {pairs['choose']} questions: {chosen['method']}, layer {chosen['layer']}, "
-        f"scale {chosen['scale']:g}, ‖edit‖ / ‖h‖ {chosen['ratio']:.2f}"
+        f"scale {chosen['scale']:.3g}, ‖edit‖ / ‖h‖ {chosen['size']:.2f}"
     )
     console.print(table)
     console.print(
