@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..._util.files import local_path
 from ..._util.hardware import peak_memory
-from ...analysis.steering import fit_steering_vectors
+from ...analysis.steering.fit import fit_steering_vectors
 from ...config.decoding import Decoding
 from ...config.representations import ReftConfig
 from ...inference.prompts import generate_texts
