@@ -63,8 +63,8 @@ EXCEPTIONS: dict[str, list[tuple[str, str]]] = {
 """By test, what it finds and why that may stay."""
 
 OPTIONAL = {
-    *("bitsandbytes", "deepspeed", "fastapi", "gradio", "lm_eval", "matplotlib", "openai", "peft"),
-    *("torchao", "trl", "uvicorn", "vllm"),
+    *("bitsandbytes", "deepspeed", "fastapi", "gradio", "lm_eval", "matplotlib", "openai"),
+    *("optuna", "peft", "torchao", "trl", "uvicorn", "vllm"),
 }
 FOREIGN_PRIVATE = ("engine/base/", "engine/training_pass/tracing.py", "inference/vllm/")
 HOOKING = ("engine/", "analysis/")

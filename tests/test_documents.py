@@ -24,6 +24,7 @@ from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.interventions import INTERVENTIONS
 from reftnoise.training.recipe import Recipe
 from reftnoise.training.study.grid import Study, cells
+from reftnoise.training.study.space import Tuning, check_tuning
 from support.models.architectures import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +183,8 @@ def test_yaml_is_a_recipe_a_study_or_a_config(page: Path, tmp_path: Path) -> Non
         path.write_text(block.code, encoding="utf-8")
         if "\naxes:" in block.code:
             assert cells(read_file(Study, path))
+        elif "\nspace:" in block.code:
+            check_tuning(read_file(Tuning, path))
         elif "model:" in block.code:
             assert read_file(Recipe, path).representations
         else:
@@ -222,8 +225,9 @@ def test_command_lines_are_understood(
         monkeypatch.setitem(COMMANDS, name, _checked(function, calls))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copy(ROOT / "examples/recipes/small/emoji.yaml", tmp_path / "recipe.yaml")
-    (tmp_path / "emoji").mkdir()
-    shutil.copy(tmp_path / "recipe.yaml", tmp_path / "emoji" / "recipe.yaml")
+    for path in ("emoji/recipe.yaml", "emoji-tuning/best.yaml"):
+        (tmp_path / path).parent.mkdir()
+        shutil.copy(tmp_path / "recipe.yaml", tmp_path / path)
     monkeypatch.chdir(tmp_path)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for words in command_lines(page):

@@ -21,12 +21,13 @@ from ..config.decoding import Decoding
 from ..training.recipe import Recipe
 from ..training.run_files import ADAPTER, RECIPE
 from ..training.study.grid import Study
+from ..training.study.space import Tuning
 from .commands import COMMANDS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-_FILES = (Recipe, Study)
+_FILES = (Recipe, Study, Tuning)
 """What a file can hold, which then comes first."""
 _CONFIGS = (*_FILES, Decoding, SteerOptions)
 """Arguments whose fields are options of their own."""
@@ -111,6 +112,7 @@ def _parsed(function: Callable[..., None], arguments: Sequence[str], prog: str) 
 
 def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
     """The arguments, with an option for what comes first: a recipe, a study, or a run."""
+    from .._util import yaml
     from .._util.options import read_yaml
 
     commented = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
@@ -126,7 +128,9 @@ def _with_file(name: str, arguments: Sequence[str]) -> Sequence[str]:
         if not path.is_file():
             problem = "found a directory" if path.is_dir() else "no such file"
             raise FileNotFoundError(f"{name}: {first}: expected a YAML file, {problem}")
-        read_yaml(path)  # its errors are clearer than the parser's
+        values = read_yaml(path)  # its errors are clearer than the parser's
+        if name == "tune" and "recipe" not in values:
+            return ("--config", yaml.dump({"recipe": values}), *rest)
         return ("--config", first, *rest)
     return (*_of_directory(first, rest), "--output_dir", first, *rest)
 

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .._util.errors import brief
+from ..engine.base.peft import inner_model, virtual_tokens
 from ..engine.base.sites import takes_position_ids
 from .encoding import IGNORED_LABEL, LOCATIONS, SUBSPACES, Encoder
 from .sources import Rows, column_names, load_rows
@@ -118,7 +119,8 @@ def make_last_position_supervised_data_module(
         eval_rows = _load_examples(eval_prompts, eval_completions, encoder)
         eval_dataset = _tokenized(eval_rows, replace(encoder, name="evaluation"), repeats=False)
     base = model.model if hasattr(model, "reft_config") else model
-    counts = hasattr(base, "forward") and takes_position_ids(base)
+    counts = hasattr(base, "forward") and takes_position_ids(inner_model(base))
+    counts = counts and not virtual_tokens(base)  # PEFT counts for them, and nobody else may
     return {
         "train_dataset": train_dataset,
         "eval_dataset": eval_dataset,

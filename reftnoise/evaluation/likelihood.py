@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -102,13 +103,43 @@ def choice_log_probs(
     A chat template may end choices with a token of its own. A prompt without room for a choice
     loses its beginning. In a batch, choices that differ in the last token alone count once.
     """
+    pairs = choice_pairs(model, tokenizer, prompts, choices)
+
+    def of_prompts(done: int, total: int) -> None:
+        if progress is not None:
+            progress(int(done / total * len(prompts)), len(prompts))
+
+    sums = summed_log_probs(model, pairs, batch_size=batch_size, progress=of_prompts)
+    return list(torch.split(sums, list(map(len, choices))))
+
+
+def choice_pairs(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Messages],
+    choices: Sequence[Sequence[str]],
+) -> list[TokenPair]:
+    """The tokens of each prompt with each of its choices, as the model reads them."""
     texts = [
         rendered(tokenizer, prompt, text)
         for prompt, of_prompt in zip(prompts, choices, strict=True)
         for text in of_prompt
     ]
     pairs = tokenize_all(tokenizer, texts, nonstop=True)
-    pairs = without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, model, None))
+    return without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, model, None))
+
+
+def summed_log_probs(
+    model: Any,
+    pairs: Sequence[TokenPair],
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Float[Tensor, " pairs"]:
+    """Σᵢ log p(cᵢ | prompt, c₁…cᵢ₋₁) of the text c that follows each prompt.
+
+    The progress counts passes of rows.
+    """
     groups = grouped(pairs)
     sums = torch.empty(len(pairs))
     for start in range(0, len(groups), batch_size):
@@ -121,9 +152,8 @@ def choice_log_probs(
                 tokens = torch.tensor(pairs[index][1], device=log_probs.device)
                 sums[index] = log_probs.gather(1, tokens[:, None]).sum()
         if progress is not None:
-            done = min(start + batch_size, len(groups)) / len(groups)
-            progress(int(done * len(prompts)), len(prompts))
-    return list(torch.split(sums, list(map(len, choices))))
+            progress(min(start + batch_size, len(groups)), len(groups))
+    return sums
 
 
 def completion_losses(

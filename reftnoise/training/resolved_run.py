@@ -260,6 +260,16 @@ def _expect_names(arguments: "TrainingArguments") -> None:
 @cache
 def unit_names() -> tuple[str, ...]:
     """The names in the registry of interventions, read from its source: it would import torch."""
+    return tuple(name for name, _ in _registered())
+
+
+@cache
+def noise_names() -> tuple[str, ...]:
+    """The names of noises in the registry."""
+    return tuple(name for name, module in _registered() if module == "noise")
+
+
+def _registered() -> list[tuple[str, str]]:
+    """Each name in the registry, and the module of its class."""
     source = (Path(__file__).parents[1] / "interventions" / "registry.py").read_text("utf-8")
-    names = re.findall(r'^    "(\w+)": ', source[: source.index("}")], re.MULTILINE)
-    return tuple(names)
+    return re.findall(r'^    "(\w+)": (\w+)', source[: source.index("}")], re.MULTILINE)

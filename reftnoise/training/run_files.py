@@ -5,6 +5,7 @@ from pathlib import Path
 RECIPE, ADAPTER, CHECKPOINTS = "recipe.yaml", "adapter", "checkpoints"
 LOG, SUMMARY, SCORES, PREDICTIONS = "log.jsonl", "summary.json", "scores.json", "predictions.jsonl"
 STUDY, RESULTS, CELLS = "study.yaml", "results.jsonl", "cells"
+TUNING, TRIALS, BEST = "tuning.yaml", "trials.journal", "best.yaml"
 LOCK = ".lock"  # of a run or study that is being written
 
 

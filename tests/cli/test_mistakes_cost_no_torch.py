@@ -12,6 +12,7 @@ from reftnoise.cli.main import COMMANDS
 UNIT = '{"intervention": "%s", "layer": "all", "low_rank_dimension": 4, "positions": "%s"}'
 TRAIN = ("train", "{tmp}/good.yaml", "--output_dir", "{tmp}/new")
 STUDY = ("study", "{tmp}/study.yaml", "--output_dir", "{tmp}/new")
+TUNE = ("tune", "{tmp}/good.yaml", "--output_dir", "{tmp}/new")
 OTHER = ("--others.other", "nowhere")
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("trian",), "did you mean 'train'?"),
@@ -62,6 +63,13 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("steer", "nowhere.jsonl", "--model", "./no"), "no such directory of a model"),
     (("steer", "nowhere.jsonl", "--scales", "[0]"), "scales 0.0: expected numbers above 0"),
     (("steer", "nowhere.jsonl", "--metods", "[pca]"), "did you mean '--methods'?"),
+    (("tune", "nowhere.yaml"), "no such file"),
+    ((*TUNE, "--space.rnks", "[1]"), "did you mean '--space.ranks'?"),
+    ((*TUNE, "--space.noises", "[neftun]"), "did you mean 'neftune'?"),
+    ((*TUNE, "--space.positions", "[q1]"), "positions 'q1'"),
+    ((*TUNE, "--held_out", "0"), "held_out 0"),
+    ((*TUNE, "--pruning", "some"), "pruning: expected one of 'median'"),
+    ((*TUNE, "--recipe.task", "boolk"), "did you mean 'boolq'?"),
     (("generate", "nowhere", "--prompt", "a"), "nowhere: no such directory"),
     (("generate", "{tmp}/begun", "--prompt", "a"), "an unfinished run"),
     (("generate", "{tmp}/run"), "no prompts"),
@@ -144,7 +152,10 @@ def test_every_command_is_mistaken() -> None:
 def test_the_names_of_units_are_known() -> None:
     code = (
         "from reftnoise.interventions import INTERVENTIONS\n"
-        "from reftnoise.training.resolved_run import unit_names\n"
-        "assert unit_names() == tuple(INTERVENTIONS)"
+        "from reftnoise.interventions import NoiseIntervention\n"
+        "from reftnoise.training.resolved_run import noise_names, unit_names\n"
+        "assert unit_names() == tuple(INTERVENTIONS)\n"
+        "noises = {n for n, c in INTERVENTIONS.items() if issubclass(c, NoiseIntervention)}\n"
+        "assert set(noise_names()) == noises"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -67,6 +67,19 @@ def write_study_report(
     return _write(output, title, subtitle, sections, results), table
 
 
+def write_page(
+    directory: Path,
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    table: Table,
+    text: str,
+) -> Path:
+    """Write a page, and its table with an explanation as `results.md`; the page's path."""
+    results = {"results.md": f"{markdown(table)}\n{text}\n".encode()}
+    return _write(directory, title, subtitle, sections, results)
+
+
 def write_overlaps(
     output: str | Path, names: Sequence[str], overlaps: Float[Tensor, "n n"]
 ) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from .adapters import convert, inspect_adapter, report
 from .answers import chat, generate, playground, serve
-from .runs import demo, evaluate, study, train
+from .runs import demo, evaluate, study, train, tune
 from .steering import steer
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -16,6 +16,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "playground": playground,
     "eval": evaluate,
     "study": study,
+    "tune": tune,
     "steer": steer,
     "report": report,
     "inspect": inspect_adapter,

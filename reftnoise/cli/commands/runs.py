@@ -1,17 +1,19 @@
-"""Commands that train and score: demo, train, eval, study.
+"""Commands that train and score: demo, train, eval, study, tune.
 
 Heavy imports are inside the functions: `--help` and mistakes do not wait for torch.
 """
 
 import shlex
+from dataclasses import asdict
 from logging import getLogger
 
 from ..._util.files import local_path
 from ...config.base_model import EMBEDDED, expect_base
 from ...training.recipe import Recipe
 from ...training.resolved_run import ResolvedRun
-from ...training.run_files import RECIPE
+from ...training.run_files import BEST, RECIPE, TUNING
 from ...training.study.grid import Study, checked_cells
+from ...training.study.space import Tuning, check_tuning
 from ..checks import expect_adapters
 from ..printing import print_json, print_run, progress_console
 
@@ -131,3 +133,37 @@ def study(study: Study, quiet: bool = False, json: bool = False) -> None:
     elif not quiet:
         show_table(table, Console(highlight=False))
         print(f"The report is in {page}.")
+
+
+def tune(tuning: Tuning, quiet: bool = False, json: bool = False) -> None:
+    """Search settings of a recipe on held-out training rows; the result is a recipe to train.
+
+    Args:
+        tuning: YAML file, which comes first: a recipe, or a search with its recipe; options replace
+            what it says.
+        quiet: whether nothing but errors is printed.
+        json: whether the trials are printed as JSON, without progress.
+    """
+    check_tuning(tuning)
+    from rich.console import Console
+
+    # First: they say if their extra is missing.
+    from ...analysis.report import show_table
+    from ...analysis.report.tuning import write_tuning_report
+    from ...training.study.tuning_run import run_tuning
+
+    directory = local_path(tuning.output_dir)
+    try:
+        trials = run_tuning(tuning, console=progress_console(quiet or json))
+    except KeyboardInterrupt:
+        if not (directory / TUNING).is_file():
+            raise
+        place = shlex.quote(str(directory / TUNING))
+        raise KeyboardInterrupt(f"to go on: reftnoise tune {place}") from None
+    page, table = write_tuning_report(directory, trials)
+    if json:
+        print_json([asdict(trial) for trial in trials])
+    elif not quiet:
+        show_table(table, Console(highlight=False))
+        print(f"The report is in {page}. Next:")
+        print(f"  reftnoise train {directory / BEST}")

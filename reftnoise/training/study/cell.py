@@ -27,14 +27,19 @@ def check_cell(cell: Cell) -> None:
         _ = run.config, run.arguments, run.scored_rows
 
 
-def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> Outcome:
-    """Train and score; the cell's line of the results file, without its name."""
+def prepare(threads: int, gpu: int | None) -> None:
+    """Give this process its threads and its GPU, and hide what users can do nothing about."""
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # as on the command line
+
+
+def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) -> Outcome:
+    """Train and score; the cell's line of the results file, without its name."""
+    prepare(threads, gpu)
     run = ResolvedRun(recipe)
     summary, (entry, *_) = run_recipe(run, overwrite=True)
     if not keep_adapter:
@@ -57,14 +62,19 @@ def run_in_process(
     end: Connection, recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool
 ) -> None:
     """Send the result of `run_cell`, or the text of its error, through a pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the study, too
-    # Terminated, a process would leave its semaphores behind; Python's own way out cleans up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    follow_parent()
     try:
         end.send(run_cell(recipe, threads, gpu, keep_adapter))
     except Exception as error:  # the parent reports it, and runs the other cells
         end.send(f"{type(error).__name__}: {error}")
+
+
+def follow_parent() -> None:
+    """Leave interrupts to the process that started this one, and end when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the study, too
+    # Terminated, a process would leave its semaphores behind; Python's own way out cleans up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _leave_with_parent(parent: int) -> None:

@@ -53,6 +53,15 @@ def run_study(study: Study, *, console: Console | None = None) -> list[Result]:
     return [{**done[cell.key], "cell": cell.levels} for cell in grid]
 
 
+def process_context(module: str) -> Any:
+    """What starts processes of their own that have a module already, where that is possible."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([module])
+    return context
+
+
 def _is_written(study: Study, path: Path) -> bool:
     """Whether a file holds the same study, perhaps with comments and in another order."""
     try:
@@ -65,16 +74,13 @@ def _run(
     study: Study, todo: list[Cell], directory: Path, console: Console | None
 ) -> list[tuple[Cell, str]]:
     """Run each cell in its own process, which has its own draws and peak memory."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([f"{__package__}.cell"])
+    context = process_context(f"{__package__}.cell")
     threads = study.threads or max(1, (os.cpu_count() or 1) // study.jobs)
     gpus = [study.gpus[i % len(study.gpus)] if study.gpus else None for i in range(study.jobs)]
     failed: list[tuple[Cell, str]] = []
     waiting = todo[::-1]
     running: dict[Any, tuple[Cell, int | None, Any]] = {}  # by the pipe that a result comes from
-    with _terminated(), progress_of(console, "cells", len(todo)) as progress:
+    with terminated_as_interrupted(), progress_of(console, "cells", len(todo)) as progress:
         try:
             while waiting or running:
                 while waiting and gpus:
@@ -97,11 +103,11 @@ def _run(
                 if progress is not None:
                     progress(len(todo) - len(waiting) - len(running), len(todo))
         finally:
-            _stop([process for _, _, process in running.values()])
+            stop_all([process for _, _, process in running.values()])
     return failed
 
 
-def _stop(processes: list[Any]) -> None:
+def stop_all(processes: list[Any]) -> None:
     """Let processes end by themselves, and kill them after some seconds."""
     for process in processes:
         process.terminate()
@@ -121,8 +127,8 @@ def _received(pipe: Any, process: Any) -> Outcome | str:
 
 
 @contextmanager
-def _terminated() -> Iterator[None]:
-    """SIGTERM ends a study as Ctrl-C does, so that no cell is left running."""
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a study as Ctrl-C does, so that no process is left running."""
 
     def leave(*_: Any) -> None:
         raise KeyboardInterrupt
