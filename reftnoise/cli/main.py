@@ -180,6 +180,8 @@ def _flags(parser: "ArgumentParser", arguments: Sequence[str]) -> Iterator[str]:
     flags = {f"--{name}" for name, default in values.items() if isinstance(default, bool)}
     for argument, after in zip_longest(arguments, arguments[1:]):
         is_alone = argument in flags and after not in ("true", "false")
+        if argument.endswith(".forgetting"):  # which may also be a file
+            is_alone = after is None or after.startswith("--")
         yield f"{argument}=true" if is_alone else argument
 
 

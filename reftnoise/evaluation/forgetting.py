@@ -125,6 +125,13 @@ def forgetting(
     return Forgetting(kl, base_loss, adapted_loss, lengths)
 
 
+def expect_causal(reft_model: ReftModel) -> None:
+    """Raise a ValueError unless the base is a causal language model."""
+    base = inner_model(reft_model.model)
+    if is_encoder_decoder(base) or not reft_model.can_generate():
+        raise ValueError(f"forgetting needs a causal language model, got {type(base).__name__}")
+
+
 def token_kl(
     log_p: Float[Tensor, "tokens vocabulary"], log_q: Float[Tensor, "tokens vocabulary"]
 ) -> Float[Tensor, " tokens"]:
@@ -151,9 +158,7 @@ def written_by_base(
     Raises:
         ValueError: as in `forgetting`.
     """
-    base = inner_model(reft_model.model)
-    if is_encoder_decoder(base) or not reft_model.can_generate():
-        raise ValueError(f"forgetting needs a causal language model, got {type(base).__name__}")
+    expect_causal(reft_model)
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     given = [text if isinstance(text, NeutralText) else NeutralText(text) for text in texts]

@@ -100,6 +100,9 @@ class EvaluationConfig:
         batch_size: number of prompts per forward pass.
         max_new_tokens: greatest number of tokens of an answer; by default what the task needs.
         lm_eval: names of tasks of lm-evaluation-harness, which are run, too, or alone.
+        forgetting: whether loss and KL to the base are measured on neutral prompts and texts of the
+            library; or a file of JSON lines with others, each a text, or a prompt, perhaps with a
+            completion.
         limit: greatest number of rows, from the first on; also of each task of the harness.
     """
 
@@ -110,7 +113,13 @@ class EvaluationConfig:
     batch_size: int = 16
     max_new_tokens: int | None = None
     lm_eval: list[str] = field(default_factory=list)
+    forgetting: bool | str = False
     limit: int | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is anything to score."""
+        return self.data is not None or bool(self.lm_eval) or self.forgetting is not False
 
 
 @dataclass(kw_only=True)

@@ -68,12 +68,20 @@ class ResolvedRun:
             )
         if recipe.evaluation.data is not None:
             expect_file(recipe.evaluation.data)
+        forgetting = recipe.evaluation.forgetting
+        if forgetting is not False and isinstance(self.task, ClassifierTask):
+            raise ValueError("evaluation.forgetting: a classifier predicts no texts")
+        if isinstance(forgetting, str) and not local_path(forgetting).is_file():
+            raise FileNotFoundError(f"evaluation.forgetting {forgetting}: no such file")
 
     def expect_scored(self) -> None:
         """Raise a ValueError for a recipe that names nothing to score."""
         evaluation = self.recipe.evaluation
-        if evaluation.data is None and not evaluation.lm_eval:
-            raise ValueError("nothing to score: expected evaluation.data or evaluation.lm_eval")
+        if not evaluation.is_wanted:
+            raise ValueError(
+                "nothing to score: expected evaluation.data, evaluation.lm_eval or "
+                "evaluation.forgetting"
+            )
 
     def expect_trainable(self) -> None:
         """Raise a ValueError or OSError for what can be known to be wrong without torch."""

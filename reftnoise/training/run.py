@@ -39,6 +39,7 @@ from ..data.tasks.examples import as_examples
 from ..data.tokenization import smallest_limit
 from ..engine.base.loading import load_base
 from ..engine.training_pass.prefix_cache import PrefixCache
+from ..evaluation.forgetting import expect_causal
 from ..model import ReftModel, get_reft_model
 from .divergence import unfallen
 from .resolved_run import ResolvedRun
@@ -68,7 +69,7 @@ def run_recipe(
         ValueError, OSError: what in the recipe cannot be done, and why.
     """
     run.expect_trainable()
-    is_scored = bool(run.scored_rows or run.recipe.evaluation.lm_eval)
+    is_scored = run.recipe.evaluation.is_wanted
     with RunDirectory(run.recipe, resume=resume, overwrite=overwrite) as directory:
         if not directory.is_trained:
             model, tokenizer, summary = _train(run, directory, console)
@@ -205,6 +206,8 @@ def _check_room(run: ResolvedRun, tokenizer: Any, reft_model: ReftModel) -> None
         raise ValueError(
             "the recipe trains nothing: noise has no weights; add another unit, or modules_to_save"
         )
+    if run.recipe.evaluation.forgetting is not False:
+        expect_causal(reft_model)
     evaluation, limit = run.recipe.evaluation, smallest_limit(tokenizer, reft_model, None)
     count = evaluation.max_new_tokens
     if evaluation.data and count and limit and count > limit - 2:

@@ -153,8 +153,7 @@ class RunDirectory:
     def _is_finished(self) -> bool:
         """Whether the directory holds the summary, and scores if the recipe names what to score."""
         evaluation = self._recipe.evaluation
-        is_scored = evaluation.data is not None or bool(evaluation.lm_eval)
-        names = (SUMMARY, SCORES) if is_scored else (SUMMARY,)
+        names = (SUMMARY, SCORES) if evaluation.is_wanted else (SUMMARY,)
         return all((self.path / name).exists() for name in names)
 
     def _resumed(self) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,12 +14,17 @@ from typing_extensions import NotRequired
 
 from .._util.files import json_lines, json_text, replace_all
 from .._util.progress import progress_of
+from ..evaluation.forgetting import forgetting, neutral_texts
 from ..evaluation.scoring import evaluate
 from ..model import ReftModel
 from .recipe import Recipe
 from .resolved_run import ResolvedRun, scored_by
 from .run_directory import alone
 from .run_files import PREDICTIONS, SCORES
+from .study.statistics import mean_interval
+
+FORGETTING = "forgetting"
+"""The task of evaluations on texts that have nothing to do with the training."""
 
 
 class Entry(TypedDict):
@@ -35,6 +41,8 @@ class Entry(TypedDict):
     by: NotRequired[str]
     """generation, likelihood or head."""
     rows: NotRequired[int]
+    intervals: NotRequired[dict[str, tuple[float, float]]]
+    """Ends of the 95 % intervals of scores."""
     right: NotRequired[str]
     """0 and 1 for the rows in their order."""
     losses: NotRequired[list[float]]
@@ -64,7 +72,10 @@ def score(
             if run.scored_rows:
                 entry, rows = _of_task(run, reft_model, tokenizer, is_adapted, console)
                 entries.append(entry)
-                predictions += [{"adapter": is_adapted, **row} for row in rows]
+                way = {"by": entry["by"], "adapter": is_adapted}
+                predictions += [way | row for row in rows]
+            if is_adapted and run.recipe.evaluation.forgetting is not False:
+                entries += _of_forgetting(run.recipe, reft_model, tokenizer, console)
             if run.recipe.evaluation.lm_eval:
                 entries += _of_harness(run.recipe, reft_model, tokenizer, is_adapted)
     return entries, predictions
@@ -142,6 +153,38 @@ def _of_task(
     return entry, evaluation.rows()
 
 
+def _of_forgetting(
+    recipe: Recipe, reft_model: ReftModel, tokenizer: Any, console: Console | None
+) -> list[Entry]:
+    """Loss and KL to the base on unrelated prompts and texts, of the adapted model and the base.
+
+    Each is the mean over texts of a text's mean over tokens, with its interval over texts.
+    """
+    settings, entries = recipe.evaluation, list[Entry]()
+    path = settings.forgetting if isinstance(settings.forgetting, str) else None
+    for kind, texts in neutral_texts(tokenizer, path).items():
+        with progress_of(console, f"forgetting, {kind}", len(texts)) as progress:
+            measured = forgetting(
+                reft_model, tokenizer, texts, batch_size=settings.batch_size, progress=progress
+            )
+        data = f"{path or 'neutral'} {kind}"
+        adapted = {"kl": measured.kl, "loss": measured.adapted_loss, "change": measured.loss_change}
+        for is_adapted, columns in ((True, adapted), (False, {"loss": measured.base_loss})):
+            means = {name: mean_interval(np.array([values])) for name, values in columns.items()}
+            entries.append(
+                {
+                    "task": FORGETTING,
+                    "data": data,
+                    "by": "loss",
+                    "adapter": is_adapted,
+                    "scores": {name: interval.mean for name, interval in means.items()},
+                    "intervals": {n: (i.low, i.high) for n, i in means.items() if n != "loss"},
+                    "rows": len(measured.tokens),
+                }
+            )
+    return entries
+
+
 def _of_harness(
     recipe: Recipe, reft_model: ReftModel, tokenizer: Any, is_adapted: bool
 ) -> list[Entry]:
@@ -170,11 +213,20 @@ def scores_table(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
             str(entry.get("by") or ""),
             "adapted" if entry.get("adapter", True) else "base",
             str(entry.get("rows") or ""),
-            *("" if (x := entry["scores"].get(name)) is None else f"{x:.4g}" for name in names),
+            *(_score(entry, name) for name in names),
         ]
         for entry in entries
     ]
     return ["task", "data", "by", "model", "rows", *names], rows
+
+
+def _score(entry: Mapping[str, Any], name: str) -> str:
+    if (value := entry["scores"].get(name)) is None:
+        return ""
+    if (interval := entry.get("intervals", {}).get(name)) is None:
+        return f"{value:.4g}"
+    low, high = interval
+    return f"{value:.3g} ({low:.2g} to {high:.2g})"
 
 
 def _short(data: str) -> str:
@@ -184,12 +236,23 @@ def _short(data: str) -> str:
 
 
 def print_scores(entries: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """Print the table of evaluations, if there are any, without its empty columns."""
+    """Print the table of evaluations, and that of what is forgotten, without empty columns."""
+    console = console or Console(highlight=False)
+    of_tasks = [entry for entry in entries if entry["task"] != FORGETTING]
+    others = [entry for entry in entries if entry["task"] == FORGETTING]
+    if of_tasks:
+        console.print(_printed("Scores", of_tasks))
+    if others:
+        console.print(_printed("Forgetting, in nats per token", others, ("task", "by")))
+
+
+def _printed(
+    title: str, entries: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()
+) -> Table:
     headings, rows = scores_table(entries)
-    filled = [i for i in range(len(headings)) if any(row[i] for row in rows)]
-    if not filled:
-        return
-    table = Table(title="Scores", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = range(len(headings))
+    filled = [i for i in columns if headings[i] not in left_out and any(row[i] for row in rows)]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     first_number = headings.index("rows")
     for i in filled:
         words = headings[i].split("_")  # which stand below one another in a narrow terminal
@@ -203,4 +266,4 @@ def print_scores(entries: Sequence[Mapping[str, Any]], console: Console | None =
         )
     for row in rows:
         table.add_row(*(row[i] for i in filled))
-    (console or Console(highlight=False)).print(table)
+    return table

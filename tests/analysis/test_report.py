@@ -262,3 +262,30 @@ def test_numbers_that_are_none_or_infinite_are_drawn(tmp_path: Path) -> None:
     assert json.loads((directory / "log.jsonl").read_text().splitlines()[1])["loss"] == 3.0
     write_report(directory)
     assert (directory / "loss.png").is_file()
+
+
+def test_a_logarithmic_axis_has_several_ticks() -> None:
+    from reftnoise.analysis.report.figures import draw_lines
+
+    for losses in ([0.2, 0.005], [9.0, 0.4], [3.0, 0.11]):
+        figure = draw_lines({"training": list(enumerate(losses))}, "loss", may_be_log=True)
+        figure.draw_without_rendering()
+        [axes] = figure.axes
+        assert axes.get_yscale() == "log"
+        low, high = axes.get_ylim()
+        assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
+
+
+def test_choices_are_not_called_generations(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "chosen"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "adapter")
+    path = copy / "predictions.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for way, title in (("generation", "Generations"), ("likelihood", "Answers")):
+        write_lines(path, [line | {"by": way} for line in lines])
+        page = write_report(copy).read_text(encoding="utf-8")
+        assert headings(page)[-3] == title
+        assert ("choices that the models found most likely" in page) == (way == "likelihood")
+    write_lines(path, [{"by": "loss", "adapter": True, "prompt": "", "answer": "", "loss": 1.0}])
+    assert "Generations" not in headings(write_report(copy).read_text(encoding="utf-8"))

@@ -31,6 +31,8 @@ document.body.textContent = "measured" + JSON.stringify({
   broken: [...page.images].filter(image => !image.naturalWidth).length,
   images: page.images.length,
   widths: [...page.querySelectorAll(".narrow img")].map(image => image.clientWidth),
+  hidden: [...page.images].map(image => image.getBoundingClientRect().right)
+    .filter(right => right > frame.clientWidth),
   cut: [...page.querySelectorAll("td.text")]
     .filter(cell => cell.getBoundingClientRect().right > frame.clientWidth).length,
   scrolled: [...page.querySelectorAll(".scroll")].filter(s => s.scrollWidth > s.clientWidth).length,
@@ -66,7 +68,7 @@ def measured(page: Path, tmp_path: Path, width: int = WIDTH) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["run", "study"])
 def test_everything_fits_a_phone_and_uses_a_large_screen(tmp_path: Path, kind: str) -> None:
     if kind == "run":
-        prompts = ["A question with a very long word in it, " + "and" * 60 + "?"]
+        prompts = ["A question with a very long word in it, " + "and" * 60 + "? " + "Yes. " * 9]
         directory = make_run(tmp_path / kind)
         write_report(directory, prompts=prompts)
     else:
@@ -81,6 +83,7 @@ def test_everything_fits_a_phone_and_uses_a_large_screen(tmp_path: Path, kind: s
     assert found["images"] >= 2
     assert found["scrolled"] >= 1
     assert found["cut"] == 0
+    assert found["hidden"] == []
     wide = measured(directory / "report.html", tmp_path, 1280)
     assert (wide["width"], wide["beyond"], wide["cut"]) == (1280, [], 0)
     assert min(wide["widths"]) > 560

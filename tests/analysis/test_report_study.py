@@ -173,10 +173,10 @@ def test_losses(tmp_path: Path) -> None:
     write_lines(directory / "results.jsonl", lines)
     page = write_report(directory).read_text(encoding="utf-8")
     found = table(directory, 1)
-    assert found["columns",][2] == "loss"
-    assert "loss" not in found["columns",][3:]
-    assert found["none",][1] == "1.500"
-    assert found["symnoise",][1] == "0.958"
+    assert found["columns",][3] == "loss"
+    assert "loss" not in found["columns",][4:]
+    assert found["none",][2] == "1.500"
+    assert found["symnoise",][2] == "0.958"
     assert found["symnoise",][4:6] == ["−0.542", "−0.625 to −0.500"]
     # The lower loss is the better one.
     assert '<td class="up">−0.542</td>' in page

@@ -126,17 +126,17 @@ def generate(
     return [Texts(*texts) for texts in zip(prompts, base, adapted, strict=True)]
 
 
-def generations(texts: Sequence[Texts], about: str) -> Section:
+def generations(texts: Sequence[Texts], about: str, title: str = "Generations") -> Section:
     """Prompts with what base and adapted model write, and the answer where there is one."""
     if not texts:
-        return Section("Generations")
+        return Section(title)
     columns = ["prompt", "base", "adapted", "answer"]
     if not any(row.answer for row in texts):
         columns.pop()
     cells = [
         [TableCell(_as_text(part).strip(), "text") for part in row[: len(columns)]] for row in texts
     ]
-    return Section("Generations", [about, Table(columns, cells)])
+    return Section(title, [about, Table(columns, cells)])
 
 
 def overlap(recipe: Recipe, own: Mapping[str, Tensor], against: Path) -> Section:

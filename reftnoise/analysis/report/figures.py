@@ -19,7 +19,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ft2font import FT2Font
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 except ModuleNotFoundError:
     raise ValueError("a report needs matplotlib: pip install 'reftnoise[plots]'") from None
 
@@ -93,6 +93,7 @@ def draw_lines(
     finite = [value for line in lines.values() for _, value in line if math.isfinite(value)]
     if may_be_log and finite and min(finite) > 0 and max(finite) > 20 * min(finite):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # several, also in a decade
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif finite and min(finite) >= 0:
@@ -128,30 +129,32 @@ def _spread(row: int, count: int) -> list[float]:
 
 
 def draw_heat(norms: Any, sites: Sequence[str], tokens: Sequence[str]) -> Figure:
-    """‖edit‖ / ‖h‖: a row for each site, the first at the bottom, and a column for each token."""
+    """‖edit‖ / ‖h‖: a row for each token, the first at the top, and a column for each site.
+
+    It is as wide as other figures, however many tokens there are, so that a phone shows all of it.
+    """
     is_short = len(tokens) <= 48
-    width = max(WIDTH, 1.6 + 0.27 * len(tokens)) if is_short else 2 * WIDTH
-    figure, axes = new_axes(min(10.0, (2.1 if is_short else 1.4) + 0.24 * len(sites)), width)
     label, names = common_label(sites)
-    image = axes.imshow(norms, aspect="auto", origin="lower", cmap="cividis", vmin=0,
-                        interpolation="nearest")  # fmt: skip
-    axes.set_ylabel(label)
-    step = max(1, math.ceil(len(names) / 32))
-    axes.set_yticks(range(0, len(names), step), names[::step])
+    is_long = max(map(len, names)) > 3
+    height = (2.4 if is_long else 1.5) + (0.2 * len(tokens) if is_short else 7.5)
+    figure, axes = new_axes(height)
+    image = axes.imshow(norms.T, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    step = max(1, math.ceil(len(names) / 16))
+    axes.set_xticks(range(0, len(names), step), names[::step], rotation=90 if is_long else 0)
+    axes.set_xlabel(label)
     if is_short:
-        texts = [printable(token) for token in tokens]
-        axes.set_xticks(range(len(texts)), texts, rotation=90)
+        axes.set_yticks(range(len(tokens)), [printable(token) for token in tokens])
     else:
-        axes.set_xlabel("token of the prompt")
-    _add_scale(figure, axes, image, "‖edit‖ / ‖h‖")
+        axes.set_ylabel("token of the prompt")
+    _add_scale(figure, axes, image, "‖edit‖ / ‖h‖", location="top")
     return figure
 
 
-def _add_scale(figure: Figure, axes: Axes, image: Any, label: str) -> None:
+def _add_scale(figure: Figure, axes: Axes, image: Any, label: str, location: str = "right") -> None:
     """Put the scale of an image's colours next to it, and remove the lines around it."""
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, label=label, pad=0.02, aspect=30)
+    bar = figure.colorbar(image, ax=axes, label=label, pad=0.02, aspect=30, location=location)
     bar.outline.set_visible(False)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...training.resolved_run import ResolvedRun
 from ...training.run import load_trained
 from ...training.run_files import ADAPTER
-from ...training.run_scores import scores_table
+from ...training.run_scores import FORGETTING, scores_table
 from ..inspection import Prompt, subspaces
 from .adapter import Texts, edits, generate, generations, lens, noise, overlap
 from .figures import draw_lines, picture
@@ -22,11 +22,16 @@ PROMPTS = 8
 """At most so many prompts have the texts of base and adapted model."""
 
 EVALUATED = "The first rows of the last evaluation."
+CHOSEN = {
+    "likelihood": "The texts are the task's choices that the models found most likely.",
+    "head": "The texts are the predictions of the heads.",
+}
+"""What is said of texts that nobody has written."""
 
 
 def run_sections(run: Run, *, against: Path | None, prompts: Sequence[str] | None) -> list[Section]:
     """Read and measure all that the page of a run shows; arguments as in `write_report`."""
-    sections = [overview(run), scores(run), training(run)]
+    sections = [overview(run), scores(run), forgetting(run), training(run)]
     if (run.directory / ADAPTER).is_dir():  # which was kept
         measured, own = _measured(run, prompts)
         sections += measured
@@ -35,7 +40,7 @@ def run_sections(run: Run, *, against: Path | None, prompts: Sequence[str] | Non
     elif against is not None or prompts is not None:
         raise FileNotFoundError(f"{run.directory}: the run has no adapter")
     else:
-        sections.append(generations(_evaluated(run)[:PROMPTS], EVALUATED))
+        sections.append(_answers(run))
         sections.append(Section("Adapter", ["The run has no adapter to measure."]))
     recipe = Section("Recipe", [Folded("recipe.yaml", run.recipe_text)])
     return [part for part in [*sections, recipe] if part.blocks]
@@ -54,9 +59,9 @@ def _measured(
             _or_reason("Edits", lambda: edits(*loaded, asked[0])),
             _or_reason("Logit lens", lambda: lens(*loaded, asked[0])),
         ]
-    evaluated = [] if prompts else _evaluated(run)[:PROMPTS]
-    if evaluated or not asked:
-        sections.append(generations(evaluated, EVALUATED))
+    evaluated = None if prompts else _answers(run)
+    if evaluated is not None and (evaluated.blocks or not asked):
+        sections.append(evaluated)
     else:
 
         def written() -> Section:
@@ -104,15 +109,29 @@ def overview(run: Run) -> Section:
 
 def scores(run: Run) -> Section:
     """A row for each evaluation."""
-    if not run.scores:
-        return Section("Scores")
-    headings, lines = scores_table(run.scores)
+    entries = [entry for entry in run.scores if entry["task"] != FORGETTING]
+    return Section("Scores", [_scores(entries)] * bool(entries))
+
+
+def forgetting(run: Run) -> Section:
+    """Loss and KL to the base on texts that have nothing to do with the training."""
+    entries = [entry for entry in run.scores if entry["task"] == FORGETTING]
+    about = (
+        "On prompts that the base has answered, and on texts, that have nothing to do with the "
+        "training: KL(base ‖ adapted), the loss, and how much it has changed, in nats per token, "
+        "with 95 % intervals over texts. Where nothing is forgotten, KL and change are 0."
+    )
+    return Section("Forgetting", [about, _scores(entries)] if entries else [])
+
+
+def _scores(entries: Sequence[Line]) -> Table:
+    headings, lines = scores_table(entries)
     first_number = headings.index("rows")
     rows = [
         [number(text) if i >= first_number else TableCell(text) for i, text in enumerate(line)]
         for line in lines
     ]
-    return Section("Scores", [Table(headings, rows)])
+    return Table(headings, rows)
 
 
 def training(run: Run) -> Section:
@@ -137,11 +156,20 @@ def _column(log: Sequence[Line], key: str) -> list[tuple[float, float]]:
     return [(line["step"], line[key]) for line in log if line.get(key) is not None]
 
 
+def _answers(run: Run) -> Section:
+    """What base and adapted model have answered in the last evaluation."""
+    way = next((line["by"] for line in run.predictions if "by" in line), "generation")
+    if way in CHOSEN:
+        return generations(_evaluated(run)[:PROMPTS], f"{EVALUATED} {CHOSEN[way]}", "Answers")
+    return generations(_evaluated(run)[:PROMPTS], EVALUATED)
+
+
 def _evaluated(run: Run) -> list[Texts]:
     """The rows of the last evaluation for which both models have written."""
     texts: dict[bool, list[Line]] = {False: [], True: []}
     for line in run.predictions:
-        texts[bool(line["adapter"])].append(line)
+        if "text" in line:  # by loss, there is none
+            texts[bool(line["adapter"])].append(line)
     return [
         Texts(base["prompt"], base["text"], adapted["text"], adapted["answer"])
         for base, adapted in zip(texts[False], texts[True], strict=False)

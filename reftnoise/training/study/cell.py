@@ -16,6 +16,7 @@ from ..recipe import Recipe
 from ..resolved_run import ResolvedRun
 from ..run import run_recipe
 from ..run_files import ADAPTER
+from ..run_scores import FORGETTING
 from .grid import Cell
 from .results import Outcome
 
@@ -41,7 +42,7 @@ def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) 
     """Train and score; the cell's line of the results file, without its name."""
     prepare(threads, gpu)
     run = ResolvedRun(recipe)
-    summary, (entry, *_) = run_recipe(run, overwrite=True)
+    summary, (entry, *others) = run_recipe(run, overwrite=True)
     if not keep_adapter:
         shutil.rmtree(run.directory / ADAPTER)
     outcome: Outcome = {
@@ -50,6 +51,12 @@ def run_cell(recipe: Recipe, threads: int, gpu: int | None, keep_adapter: bool) 
         "seconds": summary["seconds"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "train_loss": summary["train_loss"],
+    }
+    outcome["scores"] = entry["scores"] | {
+        f"{name} on {other['data']}": other["scores"][name]
+        for other in others
+        if other["task"] == FORGETTING and other["adapter"]
+        for name in ("kl", "change")
     }
     if "losses" in entry:
         outcome["losses"] = entry["losses"]

@@ -88,6 +88,12 @@ class Cell:
     def key(self) -> str:
         """A digest of all that decides its result."""
         decides = asdict(self.recipe) | {"output_dir": "", "device": ""}
+        if self.recipe.evaluation.forgetting is False:  # so that older results keep their keys
+            decides["evaluation"] = {
+                name: value
+                for name, value in asdict(self.recipe.evaluation).items()
+                if name != "forgetting"
+            }
         decides = json.loads(json.dumps(decides))  # keys that are numbers cannot be sorted
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
