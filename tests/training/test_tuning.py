@@ -376,6 +376,8 @@ def test_tune_ends_in_a_recipe_that_can_be_trained(
     path, out = tmp_path / "recipe.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(recipe()))
     command = ["tune", str(path), "--trials", "3", "--output_dir", str(out)]
+    assert main([*command, "--trials", "1"]) == 0  # with one trial, no setting has two values
+    assert "1/1" in capsys.readouterr().err
     assert main(command) == 0
     printed = capsys.readouterr()
     assert f"reftnoise train {out / 'best.yaml'}" in printed.out

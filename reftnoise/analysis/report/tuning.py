@@ -154,7 +154,11 @@ def _panels(trials: Sequence[TunedTrial], best: TunedTrial) -> dict[str, list[Po
     panels = {"trial": [point(trial.number, trial) for trial in measured]}
     for name, title in _searched(trials).items():
         panels[title] = [point(t.values[name], t) for t in measured if name in t.values]
-    return {title: points for title, points in panels.items() if len({p.x for p in points}) > 1}
+    return {
+        title: points
+        for title, points in panels.items()
+        if title == "trial" or len({point.x for point in points}) > 1
+    }
 
 
 def draw_panels_of_settings(panels: Mapping[str, Sequence[Point]], label: str) -> Figure:
