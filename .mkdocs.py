@@ -30,9 +30,11 @@ ROOMS = ("model", "config", "interventions", "data", "training", "evaluation", "
 ROOMS += ("analysis", "engine", "pyreft")
 MORE = (
     "adapters.library.AdapterLibrary",
+    "analysis.curvature",
     "analysis.inspection",
     "data.tasks.base",
     "data.tasks.registry.get_task",
+    "evaluation.forgetting",
     "evaluation.lm_eval.ReftLM",
     "evaluation.scoring.Evaluation",
     "evaluation.scoring.evaluate",
