@@ -19,7 +19,7 @@ from .._util.types import expect_type
 from ..config.base_model import expect_base
 from ..config.positions import Positions
 from ..data.files import expect_file
-from ..data.tasks.base import ParsedRow, RowError, parse_rows
+from ..data.tasks.base import ParsedRow, RowError, Task, parse_rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.registry import get_task
 from ..data.templates import check_template
@@ -227,10 +227,9 @@ class ResolvedRun:
             raise ValueError(f"{option} {place}: {error.reason}") from None
 
 
-def scored_by(recipe: Recipe) -> str:
-    """The way in which rows are scored: generation, likelihood, or a classifier's head."""
-    is_classifier = isinstance(get_task(recipe.task), ClassifierTask)
-    return "head" if is_classifier else recipe.evaluation.by
+def scored_by(recipe: Recipe, task: Task) -> str:
+    """The way in which rows are scored: as the recipe says, or by a classifier's head."""
+    return "head" if isinstance(task, ClassifierTask) else recipe.evaluation.by
 
 
 def _expect_positive(training: "TrainingConfig | TrainingArguments") -> None:

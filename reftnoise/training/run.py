@@ -69,7 +69,7 @@ def run_recipe(
         ValueError, OSError: what in the recipe cannot be done, and why.
     """
     run.expect_trainable()
-    is_scored = run.recipe.evaluation.is_wanted
+    is_scored = bool(run.scored_rows) or run.recipe.evaluation.is_wanted
     with RunDirectory(run.recipe, resume=resume, overwrite=overwrite) as directory:
         if not directory.is_trained:
             model, tokenizer, summary = _train(run, directory, console)

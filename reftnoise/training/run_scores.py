@@ -141,7 +141,7 @@ def _of_task(
         "subset": settings.subset,
         "split": settings.split,
         "limit": settings.limit,
-        "by": scored_by(recipe),
+        "by": scored_by(recipe, run.task),
         "adapter": is_adapted,
         "scores": evaluation.scores,
         "rows": len(evaluation.prompts),

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..._util.files import read_lines
 from ..._util.options import read_file
+from ...data.tasks.registry import get_task
 from ...training.recipe import Recipe
 from ...training.resolved_run import scored_by
 from ...training.run_files import LOG, PREDICTIONS, RECIPE, SCORES, STUDY, SUMMARY
@@ -157,7 +158,7 @@ def read_study(directory: Path) -> StudyResults:
     for cell in grid:
         if cell.key in results:
             axes = {name: str(value) for name, value in cell.levels.items() if name != SEED}
-            way = scored_by(cell.recipe)
+            way = scored_by(cell.recipe, get_task(cell.recipe.task))
             combination = combinations.setdefault(tuple(axes.items()), Combination(axes, {}, way))
             combination.results[str(cell.levels[SEED])] = results[cell.key]
     if not combinations:
