@@ -223,26 +223,22 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
         upload = _upload_options(options)
         if is_main_process:
             state = None if state_dict is None else saving.without_frozen(self, state_dict)
-            if vectors := self._names_to_scale():
-                state = state or saving.without_frozen(self, self.state_dict())
-                state |= {name: self.scale * state[name] for name in vectors}
-            saving.save_adapter(self, save_directory, state)
+            saving.save_adapter(self, save_directory, self._scaled(state))
             if push_to_hub:
                 name = local_path(save_directory, "save_directory").absolute().name
                 self.push_to_hub(**{"repo_id": name, **upload})
 
-    def _names_to_scale(self) -> list[str]:
-        """The tensors that hold the scale of all edits when they are saved."""
+    def _scaled(self, state: dict[str, Tensor] | None = None) -> dict[str, Tensor] | None:
+        """A state to save, in which steering vectors hold the scale; None is the model's own."""
         if self.scale == 1.0:
-            return []
+            return state
         units = [p for p in self.engine.units if not isinstance(p.unit, NoiseIntervention)]
         if not all(isinstance(placed.unit, AdditionIntervention) for placed in units):
-            logger.warning(
-                "scale %s is not saved, the edits are as with scale 1: set it after loading",
-                self.scale,
-            )
-            return []
-        return [f"interventions.{placed.key}.vector" for placed in units]
+            logger.warning("scale %s is not saved, but 1: set it after loading", self.scale)
+            return state
+        state = saving.without_frozen(self, self.state_dict()) if state is None else state
+        vectors = [f"interventions.{placed.key}.vector" for placed in units]
+        return state | {name: self.scale * state[name] for name in vectors}
 
     def push_to_hub(
         self,
@@ -264,7 +260,7 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
-            saving.save_adapter(self, directory, keeps_path=False)
+            saving.save_adapter(self, directory, self._scaled(), keeps_path=False)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=directory,
@@ -291,6 +287,11 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
             if hf_repo_name is None:
                 raise ValueError("save_to_hf_hub needs hf_repo_name, such as 'user/adapter'")
             self.push_to_hub(hf_repo_name)
+
+    def save_intervention(self, save_directory: str | Path, include_model: bool = True) -> None:
+        """Write the adapter, as `save` does."""
+        state = None if include_model else self._units_state()
+        saving.save_adapter(self, save_directory, self._scaled(state))
 
     @classmethod
     def from_pretrained(

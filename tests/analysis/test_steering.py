@@ -1,6 +1,8 @@
 """Steering vectors against transformers' own hidden states and numpy's algebra."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -169,17 +171,40 @@ def test_halves_without_a_differing_part_are_told(half: str, reason: str) -> Non
         rn.fit_steering_vectors(reft_model, tokenizer, *pairs, positions="differing")
 
 
-def test_the_scale_of_a_steering_vector_is_saved_in_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub", "save", "without its base"])
+def test_the_scale_of_a_steering_vector_is_saved_in_it(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hub:
+        """What an upload asks of huggingface_hub."""
+
+        def __init__(self, **_: Any) -> None: ...
+
+        def create_repo(self, name: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, *, folder_path: str, **_: Any) -> str:
+            shutil.copytree(folder_path, tmp_path, dirs_exist_ok=True)
+            return "address"
+
+    monkeypatch.setattr("reftnoise.adapters.mixin.HfApi", Hub)
     reft_model, tokenizer = wrapped()
     rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE)
-    reft_model.scale = 2.5
-    ids = torch.tensor([tokenizer("The cat")["input_ids"]])
-    reft_model.eval().save_pretrained(tmp_path)
+    reft_model.eval().scale = 2.5
+    match way:
+        case "save_pretrained":
+            reft_model.save_pretrained(tmp_path)
+        case "push_to_hub":
+            reft_model.push_to_hub("me/adapter")
+        case "save":
+            reft_model.save(tmp_path)
+        case _:
+            reft_model.save(tmp_path, include_model=False)
     loaded = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], tmp_path)
     assert loaded.scale == 1.0
+    ids = torch.tensor([tokenizer("The cat")["input_ids"]])
     with torch.no_grad():
         assert_close(loaded(input_ids=ids).logits, reft_model(input_ids=ids).logits)
-    reft_model.scale = 1.0
     (own,), (saved,) = (m.interventions.values() for m in (reft_model, loaded))
     torch.testing.assert_close(saved.vector, 2.5 * own.vector, rtol=0, atol=0)
 

@@ -108,10 +108,6 @@ class PyreftMethods(nn.Module):
         """
         return last_outputs(self.interventions.values())
 
-    def save_intervention(self, save_directory: str | Path, include_model: bool = True) -> None:
-        """Write the adapter, as `save` does."""
-        saving.save_adapter(self, save_directory, None if include_model else self._units_state())
-
     def load_intervention(self, load_directory: str | Path, include_model: bool = True) -> None:
         """Load a saved adapter's weights into the model's own units.
 
