@@ -20,13 +20,14 @@ from transformers import PreTrainedModel
 
 from .._util.errors import brief, one_line, value_errors
 from .._util.files import local_path, replace_all
-from ..config.base_model import EMBEDDED, PACKAGED
+from ..config.base_model import PACKAGED
 from ..config.representations import ReftConfig
 from ..engine.base.peft import inner_model, is_peft_model, own_state, section_of
 from ..engine.base.running import is_part
 from ..engine.base.saved_peft import built_from_file, meta_state
 from ..engine.base.sharding import part_like, size, takes_weights_of_one_process
 from ..engine.base.sites import trained_modules
+from ..engine.base.tiny import DIRECTORY
 from ..engine.units import place_units
 from ..interventions.arguments import dtype_name
 from .card import card
@@ -135,7 +136,7 @@ def save_adapter(
 def _described(base: PreTrainedModel, of_base: list[str], keeps_path: bool) -> dict[str, Any]:
     """What an adapter tells of its base, of which it holds the parameters `of_base`."""
     name, full_name = _base_name(base), _full_name(base)
-    is_named = name in (full_name, EMBEDDED)
+    is_named = name == full_name or Path(full_name) == DIRECTORY
     return {
         "name_or_path": name,
         **({"path": os.path.abspath(full_name)} if keeps_path and not is_named else {}),

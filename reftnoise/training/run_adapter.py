@@ -46,18 +46,16 @@ def base_of(directory: Path) -> dict[str, Any]:
 
 
 def _located(model: str, directory: Path) -> str:
-    """Where the base of an adapter directory is: under its name, or else at its path."""
-    if model in ("", EMBEDDED) or base_path(model) is not None:
-        return model
+    """Where the base of an adapter directory is: at its path, or else under its name."""
     path = read_snapshot(directory).description["base_model"].get("path")
-    if path is None:
+    if path is not None and Path(path).exists():
+        return str(path)
+    if path is None or model in ("", EMBEDDED) or base_path(model) is not None:
         return model
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"{model}, the adapter's base: was loaded from {path}, which is not here; name its "
-            "directory with --model"
-        )
-    return str(path)
+    raise FileNotFoundError(
+        f"{model}, the adapter's base: was loaded from {path}, which is not here; name its "
+        "directory with --model"
+    )
 
 
 def template_of(adapter: str | Path) -> str | None:

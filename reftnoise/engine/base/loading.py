@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..._util.errors import warn_once
+from ..._util.errors import one_line, warn_once
 from ...config.base_model import EMBEDDED, GGUF, PACKAGED, base_path, expect_base
 from ...interventions.arguments import dtype_name
 from .tiny import DIRECTORY
@@ -57,6 +57,8 @@ def load_base(
     if device == "auto":
         target = "cuda" if torch.cuda.is_available() else "cpu"
     path = DIRECTORY if name == EMBEDDED else base_path(name)
+    if path is not None:
+        path = path.absolute()  # ./smollm2 is no name of a package
     is_gguf = path is not None and path.suffix == GGUF
     source: dict[str, Any] = {"pretrained_model_name_or_path": name if path is None else str(path)}
     if path is not None and is_gguf:
@@ -68,7 +70,7 @@ def load_base(
     elif quantization is not None:
         arguments |= {"quantization_config": quantization, "device_map": target}
     source |= {"revision": revision, "trust_remote_code": False}
-    with _without_bars(), _clear_errors(name), _reading_once(is_gguf):
+    with _without_bars(), _clear_errors(name, is_gguf), _reading_once(is_gguf):
         tokenizer = AutoTokenizer.from_pretrained(padding_side=padding_side, **source)
         model = auto_class.from_pretrained(dtype=dtype, **source, **arguments)
     if is_gguf:  # transformers takes what it has unpacked for a quantised model
@@ -165,17 +167,24 @@ def _reading_once(is_gguf: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _clear_errors(name: str) -> Iterator[None]:
+def _clear_errors(name: str, is_gguf: bool) -> Iterator[None]:
     """Within the block, which loads a model, errors name it, and say what would be right."""
     try:
         yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{name}: no directory of a model here, and of the hub: {reason}") from None
+    except ImportError:
+        raise
+    except Exception as error:
+        if is_gguf:  # numpy's, struct's and transformers' own
+            raise ValueError(
+                f"{name}: expected a GGUF file that transformers can unpack, found a damaged or an "
+                f"unknown one ({one_line(error)})"
+            ) from None
+        if not isinstance(error, ValueError) or "trust_remote_code" not in str(error):
             raise
         raise ValueError(
             f"{name}: comes with code of its own, which is not run: load the model with "
             "transformers and give it to get_reft_model"
         ) from None
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{name}: no directory of a model here, and of the hub: {reason}") from None

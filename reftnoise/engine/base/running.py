@@ -295,10 +295,14 @@ def with_children(module: nn.Module, children: Mapping[str, nn.Module]) -> Any:
 def weights_stamp(module: nn.Module) -> tuple[object, ...]:
     """A value that changes with the module's weights, but for changes that torch does not record.
 
-    These are changes through `.data`, and those by fused optimizers.
+    These are changes through `.data`, and those by fused optimizers. Buffers are among the weights:
+    rotary frequencies decide about keys.
     """
     return tuple(
-        (p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters_of(module)
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for owner in modules_of(module)
+        for tensor in (*owner._parameters.values(), *owner._buffers.values())
+        if tensor is not None
     )
 
 

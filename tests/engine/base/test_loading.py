@@ -13,10 +13,17 @@ from transformers import AutoModelForSequenceClassification
 
 import reftnoise as rn
 from reftnoise.config import base_model
-from reftnoise.config.base_model import PACKAGED, PackagedBase, expect_base, is_hub_name
+from reftnoise.config.base_model import (
+    EMBEDDED,
+    PACKAGED,
+    PackagedBase,
+    expect_base,
+    is_hub_name,
+)
 from reftnoise.engine.base import loading
 from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.inference.loading import load_adapted
+from reftnoise.training.run_adapter import base_of
 from support.command_line import command, quick
 from support.gguf_file import write_gguf
 
@@ -70,6 +77,22 @@ def test_the_command_line_loads_a_gguf_file(
     other = ("--quantization", '{"quant_method": "bitsandbytes", "load_in_4bit": true}')
     assert command(*quick(tmp_path / "other"), "--model", gguf_file, *other) == 2
     assert "GGUF file, whose weights are unpacked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "counts", "empty", "noise"])
+def test_a_damaged_gguf_file_is_one_line(gguf_file: Path, tmp_path: Path, damage: str) -> None:
+    whole = gguf_file.read_bytes()
+    contents = {
+        "cut": whole[: len(whole) // 2],
+        "counts": whole[:8] + b"\xff" * 7 + b"\x7f" + whole[16:],
+        "empty": b"",
+        "noise": bytes(range(256)) * 8,
+    }
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(contents[damage])
+    with pytest.raises(ValueError, match=r"damaged\.gguf: expected a GGUF file") as error:
+        rn.load_base(str(path))
+    assert "\n" not in str(error.value)
 
 
 def test_gguf_files_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +207,20 @@ def of_folder(tmp_path: Path) -> tuple[Path, Path]:
     model, _ = rn.load_base(str(folder), device="cpu")
     rn.get_reft_model(model, rn.ReftConfig([UNIT])).save_pretrained(adapter)
     return folder, adapter
+
+
+@pytest.mark.parametrize("name", [EMBEDDED, *PACKAGED])
+def test_a_folder_with_the_name_of_a_packaged_base_is_itself(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = rn.load_tiny_model()
+    model.save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    base, _ = rn.load_base(f"./{name}")
+    rn.get_reft_model(base, rn.ReftConfig(UNIT)).save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir("/")
+    assert base_of(tmp_path / "adapter") == {"model": str(tmp_path / name)}
 
 
 def test_a_base_in_a_folder_is_found_again(of_folder: tuple[Path, Path]) -> None:

@@ -192,6 +192,18 @@ def test_a_fused_optimizer_leaves_nothing_stale() -> None:
     assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
 
 
+def test_rotary_frequencies_that_change_leave_nothing_stale() -> None:
+    model, inputs = split(wrapped()), batch()
+    model.prefix_cache = PrefixCache()
+    step(model, inputs)
+    before = model.model.model.rotary_emb.inv_freq.clone()
+    try:
+        model.model.model.rotary_emb.inv_freq.mul_(0.5)
+        assert_same(step(model, inputs, return_logits=False), plain(model, inputs))
+    finally:
+        model.model.model.rotary_emb.inv_freq.copy_(before)
+
+
 def test_late_logits_of_another_base_are_refused() -> None:
     model, inputs = split(wrapped()), batch()
     model.prefix_cache = PrefixCache()
