@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 
 # The same on a real chat model, which a package carries, and a steering vector.
 demo-chat: $(VENV)/.chat
-	$(BIN)/reftnoise demo --base smollm2
+	$(BIN)/reftnoise demo --base smollm2 --output_dir reftnoise-demo-chat
 
 # Without what their own programs need, which would be built from source.
 $(VENV)/.chat: $(VENV)/.demo

@@ -31,6 +31,9 @@ _WRONG = {
         r"expected one of \1, got '\2'"
     ),
     re.compile(r"Expected a typing\.(.+?)\. Got value: (.*)"): r"expected \1, got '\2'",
+    re.compile(r"Unable to load config '(.*?)' - .*"): (
+        r"expected a mapping, or a YAML file of one, got '\1'"
+    ),
     re.compile(r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)"): (
         r"expected one of \1, got \2"
     ),

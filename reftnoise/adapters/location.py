@@ -10,6 +10,8 @@ from .._util.files import local_path
 CONFIG_NAME = "reft_config.json"
 WEIGHTS_NAME = "reft_model.safetensors"
 CARD_NAME = "README.md"
+ADAPTER = "adapter"
+"""The directory of an adapter within that of the run that trained it."""
 SCHEMA_VERSION = 1
 SECTIONS = ("representations", "peft", "modules_to_save", "token_rows")
 """The keys of the file that are a `ReftConfig`'s."""
@@ -97,6 +99,8 @@ def local_directory(
 ) -> Path:
     """A directory on this machine, or one with files of a hub repository, which are downloaded.
 
+    The directory of a run stands for that of its adapter.
+
     Revision, token and `local_dir` are those of `huggingface_hub`; `is_on_hub` skips a directory of
     the repository's name.
 
@@ -107,7 +111,9 @@ def local_directory(
     expect_place(directory)
     path = local_path(directory, "directory")
     if path.is_dir() and not is_on_hub:
-        return path
+        inside = path / ADAPTER
+        is_run = not (path / CONFIG_NAME).exists() and (inside / CONFIG_NAME).is_file()
+        return inside if is_run else path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -15,11 +15,12 @@ from rich.text import Text
 from torch import Tensor
 
 from ..adapters.directory import AdapterFiles, by_unit
+from ..adapters.location import ADAPTER
 from ..config.representations import ReftConfig
 from ..engine.units import place_name, unit_keys
 from ..interventions.rotation import orthonormal_rows
 from ..training.run_adapter import adapter_directory
-from ..training.run_files import ADAPTER, LOCK, SCORES
+from ..training.run_files import LOCK, SCORES
 from ..training.run_scores import print_scores
 
 SHORT = {"learned_source.weight": "W", "learned_source.bias": "b"}

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from .._util.errors import nearest, one_line
 from .._util.files import local_path
-from ..adapters.location import CONFIG_NAME
+from ..adapters.location import ADAPTER, CONFIG_NAME
 from ..analysis.steering.options import SteerOptions
 from ..config.decoding import Decoding
 from ..training.recipe import Recipe
-from ..training.run_files import ADAPTER, RECIPE
+from ..training.run_files import RECIPE
 from ..training.study.grid import Study
 from ..training.study.space import Tuning
 from .commands import COMMANDS

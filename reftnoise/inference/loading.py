@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from .._util.files import local_path
-from ..adapters.location import CONFIG_NAME
+from ..adapters.location import ADAPTER, CONFIG_NAME
 from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.registry import get_task
 from ..engine.base.loading import load_base
 from ..model import ReftModel, get_reft_model
 from ..training.run_adapter import adapter_directory, base_of, recipe_of
-from ..training.run_files import ADAPTER
 
 BASE = "base"
 """The name of the model without an adapter, next to those of its adapters."""

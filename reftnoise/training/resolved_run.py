@@ -89,7 +89,7 @@ class ResolvedRun:
         if not (recipe.representations or recipe.peft or recipe.modules_to_save):
             raise ValueError(
                 "the recipe trains nothing: expected representations, such as "
-                "[{layer: all, intervention: loreft, low_rank_dimension: 4, positions: f1+l1}], "
+                "[{layer: all, intervention: loreft, low_rank_dimension: 4, positions: l1}], "
                 "peft or modules_to_save"
             )
         for unit in recipe.representations:

@@ -31,6 +31,7 @@ from transformers import (
 
 from .._util.hardware import machine, peak_memory
 from .._util.progress import progress_of
+from ..adapters.location import ADAPTER
 from ..data.classifiers import make_classifier_data_module
 from ..data.collation import make_last_position_supervised_data_module
 from ..data.sources import Rows
@@ -45,7 +46,6 @@ from .divergence import unfallen
 from .resolved_run import ResolvedRun
 from .run_adapter import adapter_directory
 from .run_directory import RunDirectory, is_main_process
-from .run_files import ADAPTER
 from .run_scores import Entry, one_answer, save_scores, score
 from .trainer import ReftTrainer
 

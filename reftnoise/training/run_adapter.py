@@ -5,10 +5,10 @@ from typing import Any
 
 from .._util import yaml
 from .._util.files import local_path
-from ..adapters.location import CONFIG_NAME, WEIGHTS_NAME, local_directory
+from ..adapters.location import ADAPTER, CONFIG_NAME, WEIGHTS_NAME, local_directory
 from ..adapters.snapshot import read_snapshot
 from ..config.base_model import EMBEDDED, base_path
-from .run_files import ADAPTER, RECIPE
+from .run_files import RECIPE
 
 _OF_BASE = ("model", "revision", "dtype", "quantization")
 """A recipe's fields about its base."""
@@ -16,14 +16,10 @@ _OF_BASE = ("model", "revision", "dtype", "quantization")
 
 def adapter_directory(adapter: str | Path) -> Path:
     """The adapter's own directory: `adapter` in a run's, or what is downloaded from the hub."""
-    path = local_path(adapter, "adapter")
-    inside = path / ADAPTER
-    if (inside / CONFIG_NAME).is_file():
-        return inside
-    if (path / RECIPE).is_file() and not (path / CONFIG_NAME).exists():
-        raise FileNotFoundError(f"{adapter}: an unfinished run, which has no adapter yet")
     directory = local_directory(adapter, [CONFIG_NAME, WEIGHTS_NAME])
     if not (directory / CONFIG_NAME).is_file():
+        if (directory / RECIPE).is_file():
+            raise FileNotFoundError(f"{adapter}: an unfinished run, which has no adapter yet")
         raise FileNotFoundError(f"{adapter}: no {CONFIG_NAME} in it, nor in a folder 'adapter'")
     return directory
 

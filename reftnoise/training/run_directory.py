@@ -24,8 +24,9 @@ from .._util.files import (
     writing,
 )
 from .._util.options import read_file
+from ..adapters.location import ADAPTER
 from .recipe import Recipe
-from .run_files import ADAPTER, CHECKPOINTS, LOCK, LOG, PREDICTIONS, RECIPE, SCORES, SUMMARY
+from .run_files import CHECKPOINTS, LOCK, LOG, PREDICTIONS, RECIPE, SCORES, SUMMARY
 
 _FILES = (SUMMARY, CHECKPOINTS, ADAPTER, LOG, SCORES, PREDICTIONS)
 """What is written, but for the recipe, in the order in which it is removed.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-RECIPE, ADAPTER, CHECKPOINTS = "recipe.yaml", "adapter", "checkpoints"
+RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"
 LOG, SUMMARY, SCORES, PREDICTIONS = "log.jsonl", "summary.json", "scores.json", "predictions.jsonl"
 STUDY, RESULTS, CELLS = "study.yaml", "results.jsonl", "cells"
 TUNING, TRIALS, BEST = "tuning.yaml", "trials.journal", "best.yaml"

@@ -129,3 +129,15 @@ def test_mistakes(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("reftnoise: ")
     assert said in line
+
+
+def test_a_section_that_is_a_text_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2, encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: {rows}\n", encoding="utf-8")
+    assert command("train", recipe) == 2
+    message = f"train: data: expected a mapping, or a YAML file of one, got '{rows}'"
+    assert capsys.readouterr().err == f"reftnoise: {message}\n"

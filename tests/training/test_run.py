@@ -406,6 +406,14 @@ def test_a_mistake_costs_no_finished_run(mistake: tuple[Any, ...], finished: Pat
     assert after == before
 
 
+def test_the_directory_of_a_run_stands_for_its_adapter(finished: Path) -> None:
+    of_run, of_adapter = (
+        rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], path).state_dict()
+        for path in (finished, finished / "adapter")
+    )
+    assert all(torch.equal(of_run[name], value) for name, value in of_adapter.items())
+
+
 def test_the_base_itself_is_trained_where_a_recipe_says_so(tmp_path: Path) -> None:
     run = tmp_path / "full"
     more = ("--representations", "[]", "--modules_to_save", '["model", "lm_head"]')

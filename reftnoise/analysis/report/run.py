@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ...adapters.location import ADAPTER
 from ...training.resolved_run import ResolvedRun
 from ...training.run import load_trained
-from ...training.run_files import ADAPTER
 from ...training.run_scores import FORGETTING, scores_table
 from ..inspection import Prompt, subspaces
 from .adapter import Texts, edits, generate, generations, lens, noise, overlap

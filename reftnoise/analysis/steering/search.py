@@ -9,6 +9,7 @@ from torch import Tensor
 from ..._util.errors import value_errors
 from ..._util.files import json_text, local_path, replace_all
 from ..._util.progress import progress_of
+from ...adapters.location import ADAPTER
 from ...config.positions import Positions
 from ...config.representations import ReftConfig
 from ...data.conversations import rendered
@@ -18,7 +19,6 @@ from ...engine.base.loading import load_base
 from ...evaluation.forgetting import NeutralText, neutral_texts, written_by_base
 from ...evaluation.likelihood import TokenPair
 from ...model import ReftModel, get_reft_model
-from ...training.run_files import ADAPTER
 from ...training.study.statistics import mean_interval
 from .fit import set_vector
 from .options import SteerOptions

@@ -76,7 +76,8 @@ def run_chat_demo(base: str, output_dir: str, seed: int) -> None:
     console.print(_side_by_side(prompts, before, after))
     shares = [sum(map(is_emoji, answers)) for answers in (after, before)]
     console.print(
-        f"In emoji alone: {shares[0]} of {len(prompts)} answers, and {shares[1]} of the base's.\n"
+        f"In emoji alone: {shares[0]} of {len(prompts)} answers, and {shares[1]} of the base's. "
+        "Which emoji fit is another matter, of which a small model knows little.\n"
     )
     _steer(reft_model.model, tokenizer, console)
     console.print(
@@ -118,7 +119,7 @@ def _answers(reft_model: ReftModel, tokenizer: Any, prompts: Sequence[str]) -> l
 def _side_by_side(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> Table:
     table = Table(title="Prompts that the adapter never saw", title_justify="left", expand=True)
     table.add_column("prompt", max_width=32)
-    table.add_column("base", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("base", ratio=1)
     table.add_column("adapted", no_wrap=True, overflow="ellipsis", max_width=20)
     for row in zip(prompts, before, after, strict=True):
         table.add_row(*(Text(" ".join(text.split())) for text in row))
@@ -148,6 +149,9 @@ def _steer(base: Any, tokenizer: Any, console: Console) -> None:
             shown = prompt if strength == STRENGTHS[0] else ""
             end = strength == STRENGTHS[-1]
             table.add_row(
-                shown, f"{strength:+g}", Text(" ".join(texts[i].split())), end_section=end
+                shown,
+                f"{strength:+g}" if strength else "0",
+                Text(" ".join(texts[i].split())),
+                end_section=end,
             )
     console.print(table)

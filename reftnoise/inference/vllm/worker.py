@@ -24,9 +24,8 @@ from ..._util.files import local_path
 from ..._util.recent import RecentlyUsed
 from ...adapters.directory import AdapterFiles
 from ...adapters.frozen import FrozenAdapter, freeze
-from ...adapters.location import CONFIG_NAME, WEIGHTS_NAME
+from ...adapters.location import ADAPTER, CONFIG_NAME, WEIGHTS_NAME
 from ...engine.base.sites import find_layers, find_site
-from ...training.run_files import ADAPTER
 from . import SCALE
 from .flat_batch import FlatBatch, FlatEdit, StepRequests, apply_
 

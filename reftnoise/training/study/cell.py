@@ -12,10 +12,10 @@ from multiprocessing.connection import Connection
 import torch
 from transformers.utils import logging as transformers_logging
 
+from ...adapters.location import ADAPTER
 from ..recipe import Recipe
 from ..resolved_run import ResolvedRun
 from ..run import run_recipe
-from ..run_files import ADAPTER
 from ..run_scores import FORGETTING
 from .grid import Cell
 from .results import Outcome
