@@ -110,24 +110,23 @@ def _train(
         data = data_module_of(run, tokenizer, reft_model, rows["train"], rows.get("eval"))
     trainer = trainer_of(run, reft_model, tokenizer, data)
     is_main = is_main_process()
-    started = time.perf_counter()
-    with (
-        progress_of(console if is_main else None, directory.path.name) as progress,
-        _saved_at_interrupt(trainer),
-    ):
+    with _saved_at_interrupt(trainer) as stop:
+        started = time.perf_counter()
+        with progress_of(console if is_main else None, directory.path.name) as progress:
+            if is_main:
+                trainer.add_callback(_Log(directory, progress))
+            output = trainer.train(resume_from_checkpoint=directory.checkpoint)
+            if trainer.state.global_step < trainer.state.max_steps:
+                stop.expect_not_asked()
+        seconds = time.perf_counter() - started
         if is_main:
-            trainer.add_callback(_Log(directory, progress))
-        output = trainer.train(resume_from_checkpoint=directory.checkpoint)
-    seconds = time.perf_counter() - started
-    if is_main:
-        reft_model.eval().save_pretrained(directory.path / ADAPTER)
-    summary = _summary(reft_model, output, trainer, seconds)
-    if is_main and (
-        problem := unfallen([line["loss"] for line in trainer.state.log_history if "loss" in line])
-    ):
-        _warn(run, summary, problem)
-    if is_main:
-        directory.finish(summary)
+            reft_model.eval().save_pretrained(directory.path / ADAPTER)
+        summary = _summary(reft_model, output, trainer, seconds)
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        if is_main and (problem := unfallen(losses)):
+            _warn(run, summary, problem)
+        if is_main:
+            directory.finish(summary)
     return reft_model.eval(), tokenizer, summary
 
 
@@ -159,36 +158,6 @@ def trainer_of(
     return trainer
 
 
-@contextmanager
-def _saved_at_interrupt(trainer: Trainer) -> Iterator[None]:
-    """Within the block, which trains, the first Ctrl-C lets a step end and saves a checkpoint.
-
-    Then it is a KeyboardInterrupt; the second is one at once. Where processes train together, whose
-    signals come at different steps, and where Ctrl-C is ignored, nothing changes.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    if trainer.args.world_size > 1 or not is_main_thread or not callable(before):
-        yield
-        return
-    stop = _Stop()
-    trainer.add_callback(stop)
-
-    def ask(*_: Any) -> None:
-        stop.is_asked = True
-        signal.signal(signal.SIGINT, before)
-        logger.warning("a checkpoint is saved after this step; a second Ctrl-C ends at once")
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-        if stop.is_asked:
-            raise KeyboardInterrupt
-    finally:
-        signal.signal(signal.SIGINT, before)
-        trainer.remove_callback(stop)
-
-
 class _Stop(TrainerCallback):
     """Saves a checkpoint and stops, once it is asked to."""
 
@@ -198,6 +167,41 @@ class _Stop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.is_asked:
             control.should_save = control.should_training_stop = True
+
+    on_evaluate = on_step_end  # which comes after the step, and may take longer
+
+    def expect_not_asked(self) -> None:
+        """Raise a KeyboardInterrupt if it is asked to stop."""
+        if self.is_asked:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _saved_at_interrupt(trainer: Trainer) -> Iterator[_Stop]:
+    """Within the block, which trains, the first Ctrl-C lets a step end and saves a checkpoint.
+
+    At the block's end it is a KeyboardInterrupt; the second is one at once. Where processes train
+    together, whose signals come at different steps, and where Ctrl-C is ignored, nothing changes.
+    """
+    stop, before = _Stop(), signal.getsignal(signal.SIGINT)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if trainer.args.world_size > 1 or not is_main_thread or not callable(before):
+        yield stop
+        return
+    trainer.add_callback(stop)
+
+    def ask(*_: Any) -> None:
+        stop.is_asked = True
+        signal.signal(signal.SIGINT, before)
+        logger.warning("a checkpoint is saved after this step; a second Ctrl-C ends at once")
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+        stop.expect_not_asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        trainer.remove_callback(stop)
 
 
 def _check_room(run: ResolvedRun, tokenizer: Any, reft_model: ReftModel) -> None:

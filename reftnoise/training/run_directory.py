@@ -78,7 +78,7 @@ class RunDirectory:
             with alone(self.path):  # raises before the base is loaded
                 pass
         self.checkpoint = self._find_checkpoint()
-        self.is_trained = resume and (self.path / SUMMARY).exists() and not self._is_finished
+        self.is_trained = resume and (self.path / SUMMARY).exists() and not self.is_finished
         """Whether the run that is resumed lacks only its scores."""
 
     def __enter__(self) -> Self:
@@ -133,7 +133,7 @@ class RunDirectory:
         path = self.path
         if path.exists() and not path.is_dir():
             raise ValueError(f"output_dir {path}: expected a directory, found a file")
-        if self._resume and not self._is_finished:
+        if self._resume and not self.is_finished:
             return self._resumed()
         if self._overwrite:
             return None
@@ -151,7 +151,7 @@ class RunDirectory:
         raise ValueError(f"output_dir {path} holds {held}: {instead}, or --overwrite it")
 
     @property
-    def _is_finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether the directory holds the summary, and scores if the recipe names what to score."""
         evaluation = self._recipe.evaluation
         names = (SUMMARY, SCORES) if evaluation.is_wanted else (SUMMARY,)

@@ -227,6 +227,51 @@ def test_ctrl_c_saves_a_checkpoint(
     assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("step", "every"), [(2, ("--training.eval_steps", 2)), (4, ())])
+def test_ctrl_c_within_an_evaluation_loses_nothing(
+    step: int,
+    every: tuple[Any, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At step 4, the last, the adapter is trained: only its scores are missing."""
+    more = ("--data.eval", "tiny-chat", "--data.eval_split", "test[:8]", *every)
+    assert command(*quick(tmp_path / "whole", *more), "--quiet") == 0
+
+    def ask(_: Any, __: Any, state: Any, ___: Any, **____: Any) -> None:
+        if state.global_step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    run = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr("reftnoise.training.run._Log.on_prediction_step", ask, raising=False)
+        assert command(*quick(run, *more), "--quiet") == 130
+    is_trained = step == 4
+    assert (run / "adapter").exists() == (run / "summary.json").exists() == is_trained
+    assert (run / "checkpoints" / f"checkpoint-{step}").exists() != is_trained
+    assert not (run / "scores.json").exists()
+    capsys.readouterr()
+    assert command("train", "--resume", f"--output_dir={run}", "--quiet") == 0
+    assert "starts over" not in capsys.readouterr().err
+    for name in ("adapter/reft_model.safetensors", "scores.json"):
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_ctrl_c_in_the_last_step_of_a_run_without_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(_: Any, __: Any, state: Any, ___: Any, **____: Any) -> None:
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("reftnoise.training.run._Log.on_step_begin", ask)
+    arguments = quick(tmp_path, "--evaluation.data", "null", "--quiet")
+    assert command(*arguments) == 130
+    assert (tmp_path / "summary.json").exists()
+    assert capsys.readouterr().err.endswith(f"interrupted; {tmp_path} holds a finished run\n")
+
+
 @pytest.mark.parametrize(
     ("moment", "more"),
     [

@@ -62,7 +62,7 @@ def train(
     run.expect_trainable()
     from ...training.run_directory import RunDirectory, is_main_process
 
-    RunDirectory(recipe, resume=resume, overwrite=overwrite)
+    directory = RunDirectory(recipe, resume=resume, overwrite=overwrite)
     from ...training.run import run_recipe
 
     console = progress_console(quiet or json)
@@ -72,9 +72,10 @@ def train(
         if not (run.directory / RECIPE).is_file():
             raise
         place = shlex.quote(str(run.directory))
-        raise KeyboardInterrupt(
-            f"to go on: reftnoise train --resume --output_dir {place}"
-        ) from None
+        message = f"to go on: reftnoise train --resume --output_dir {place}"
+        if directory.is_finished:
+            message = f"{run.directory} holds a finished run"
+        raise KeyboardInterrupt(message) from None
     if not is_main_process():
         return
     if json:
