@@ -1,6 +1,9 @@
 """Searches of settings: what is tried, trials on one base, and searches that are interrupted."""
 
 import json
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 import reftnoise as rn
 from reftnoise._util.files import json_lines
 from reftnoise._util.options import read, read_file
+from reftnoise.analysis.report.tuning import write_tuning_report
 from reftnoise.cli.main import main
 from reftnoise.data.sources import load_rows
 from reftnoise.engine.training_pass.runner import ForwardPasses
@@ -26,11 +30,18 @@ from reftnoise.training.study import shared_base
 from reftnoise.training.study.held_out import Measurement
 from reftnoise.training.study.shared_base import SharedBase, split_rows
 from reftnoise.training.study.space import Dimensions, Space, Tuning, check_tuning, layers_of
-from reftnoise.training.study.tuning import TrialStorage, best_of, search, value_of
+from reftnoise.training.study.tuning import (
+    TrialStorage,
+    TunedTrial,
+    best_of,
+    run_trials,
+    value_of,
+)
 from reftnoise.training.study.tuning_run import run_tuning
 
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4, "positions": "l1"}
 LABELS = ["yes", "no"]
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").rglob("*.yaml"))
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
@@ -109,6 +120,16 @@ def test_a_recipe_without_units_gets_an_edit_and_one_of_peft_none(tmp_path: Path
     assert peft.choices.keys() == {"noise", "alpha"}
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_trials_of_shipped_recipes_can_be_trained(path: Path) -> None:
+    own = read_file(Recipe, path)
+    own.device = "cpu"
+    own.data.train, own.evaluation.data = "tiny-chat", None  # some name files that users make
+    run = check_tuning(Tuning(recipe=own))
+    assert run.arguments.eval_strategy == run.arguments.save_strategy == "no"
+    assert run.arguments.learning_rate == own.training.learning_rate
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -141,7 +162,7 @@ def test_a_search_that_cannot_be(
 
 def trained_alone(directory: Path, own: Recipe, rows: list[int]) -> dict[str, torch.Tensor]:
     """The weights of a run of the recipe on these rows of its data."""
-    lines = [dict(row) for row in load_rows("tiny-chat").select(rows)]
+    lines = [dict(row) for row in load_rows(str(own.data.train)).select(rows)]
     (directory / "rows.jsonl").write_bytes(json_lines(lines))
     data = replace(own.data, train=str(directory / "rows.jsonl"))
     run = replace(own, data=data, output_dir=str(directory / "run"))
@@ -189,16 +210,52 @@ def test_trials_on_one_base_are_trainings_alone(tmp_path: Path) -> None:
     assert measured[0] == measured[5]
 
 
+SENTENCES = [
+    {"sentence": f"a {adjective} {noun} .", "label": label}
+    for label, adjective in enumerate(["dull", "witty"])
+    for noun in ["film", "plot", "cast", "song", "book", "play", "joke", "show", "tale", "idea"]
+]
+HEAD = {"task": {"name": "glue", "subset": "sst2"}}
+LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
-def test_without_a_cache_and_with_peft(tmp_path: Path) -> None:
-    peft = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
-    own = read(Recipe, recipe(representations=[], peft=peft))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        HEAD,
+        HEAD | {"representations": [], "modules_to_save": ["score", "norm"]},
+        HEAD | {"peft": LORA},
+        {"representations": [], "peft": LORA},
+    ],
+    ids=["head", "modules_to_save", "head and peft", "peft"],
+)
+def test_what_is_trained_of_a_base_begins_as_it_was_loaded(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "task" in changes:
+        (tmp_path / "sentences.jsonl").write_bytes(json_lines(SENTENCES))
+        changes = changes | {"data": {"train": str(tmp_path / "sentences.jsonl")}}
+    own = read(Recipe, recipe(**changes))
+    bases: list[weakref.ref[Any]] = []
+    load = shared_base.load_base_of
+
+    def loaded(run: ResolvedRun) -> Any:
+        assert all(base() is None for base in bases)  # memory may hold only one
+        base, tokenizer = load(run)
+        bases.append(weakref.ref(base))
+        return base, tokenizer
+
+    monkeypatch.setattr(shared_base, "load_base_of", loaded)
     shared = SharedBase(ResolvedRun(own), held_out=8, seed=0, prefix_cache="none")
-    alone = trained_alone(tmp_path, own, split_rows(40, 8, 0)[0])
-    for _ in range(2):  # a base with PEFT's layers is not used again
+    count = len(load_rows(str(own.data.train)))
+    alone = trained_alone(tmp_path, own, split_rows(count, 8, 0)[0])
+    for _ in range(2):
         model = shared.train(own, measurements=1, on_measurement=lambda *_: False)
         together = model.state_dict()
         assert all(torch.equal(together[name], tensor) for name, tensor in alone.items())
+        del model
+    assert len(bases) == (2 if "peft" in changes else 1)
 
 
 def test_a_training_ends_where_a_measurement_says_so() -> None:
@@ -290,7 +347,7 @@ def test_an_interrupted_search_ends_as_one_that_was_not(
 ) -> None:
     whole = TrialStorage(tuning(tmp_path / "whole", trials=7))
     shown: list[int] = []
-    search(whole, lambda trials: shown.append(len(trials)))
+    run_trials(whole, lambda trials: shown.append(len(trials)))
     assert shown == list(range(8))
     trials = whole.finished()
     assert trials[0].recipe.representations[0].items() >= LOREFT.items()
@@ -312,12 +369,12 @@ def test_an_interrupted_search_ends_as_one_that_was_not(
     monkeypatch.setattr(SharedBase, "train", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            search(TrialStorage(stopped), lambda _: None)
+            run_trials(TrialStorage(stopped), lambda _: None)
     # A process that was killed leaves a trial that nobody runs.
     lost = TrialStorage(stopped)
     lost._study.ask()
     monkeypatch.setattr(SharedBase, "train", train)
-    search(TrialStorage(stopped), lambda _: None)
+    run_trials(TrialStorage(stopped), lambda _: None)
     assert outcomes(lost) == outcomes(whole)
     assert not list(lost.directory.glob(".trial-*"))
 
@@ -335,6 +392,65 @@ def test_two_processes_run_different_trials(tmp_path: Path) -> None:
         assert states == [optuna.trial.TrialState.RUNNING] * 2
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_trial_is_tried_again_while_others_run(lost: int, tmp_path: Path) -> None:
+    storage, tried = TrialStorage(tuning(tmp_path, trials=4)), dimensions()
+
+    def begin(running: ExitStack) -> dict[str, Any]:
+        begun = running.enter_context(storage.next(tried))
+        assert begun is not None
+        return begun[1]
+
+    with ExitStack() as ended:
+        stacks = [ended.enter_context(ExitStack()) for _ in range(3)]
+        values = [begin(stack) for stack in stacks]
+        assert values[0] == tried.own
+        assert len({json.dumps(v) for v in values}) == 3
+        stacks[lost].__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        assert begin(ended) == values[lost]
+        assert begin(ended) not in values
+
+
+def test_a_trial_that_diverges_before_the_recipe_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(*_: Any, **__: Any) -> None:
+        raise ValueError("training diverged")
+
+    monkeypatch.setattr(SharedBase, "train", diverging)
+    storage, other = (TrialStorage(tuning(tmp_path, trials=2)) for _ in range(2))
+    with storage.next(dimensions()) as own:
+        assert own is not None
+        run_trials(other, lambda _: None)
+        (trial,) = other.finished()
+        assert trial.problem == "training diverged"
+        with pytest.raises(ValueError, match=r"trials: none was .*; the first: training diverged"):
+            other.write_best()
+        storage.tell(own[0], None)  # ends without having been the recipe's training
+    with pytest.raises(ValueError, match=r"^training diverged"):
+        run_trials(TrialStorage(tuning(tmp_path / "first", trials=2)), lambda _: None)
+
+
+def trial(number: int, losses: list[float], **changes: Any) -> TunedTrial:
+    values: dict[str, Any] = {
+        "number": number, "values": {"rank": 2 + number}, "recipe": Recipe(), "losses": losses,
+        "right": "", "part": 1.0, "seconds": 1.0, "problem": None, "by_right": False,
+        "is_own": False,
+    }  # fmt: skip
+    return TunedTrial(**values | changes)
+
+
+def test_the_report_compares_with_the_recipe_whatever_its_number(tmp_path: Path) -> None:
+    lost = [trial(1, [1.0, 2.0]), trial(2, [], problem="diverged", part=0.0)]
+    _, table = write_tuning_report(tmp_path, lost)
+    assert "to the recipe" not in table.columns
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    page, table = write_tuning_report(tmp_path, [*lost, trial(3, [2.5, 3.5], is_own=True)])
+    column = table.columns.index("to the recipe")
+    assert [row[column].text for row in table.rows] == ["−1.500", "–", "–"]
+    assert "the recipe itself, trial 3, are paired" in page.read_text()
+
+
 def test_a_trial_that_diverges_is_one_without_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +463,7 @@ def test_a_trial_that_diverges_is_one_without_a_result(
 
     monkeypatch.setattr(SharedBase, "train", diverging)
     storage = TrialStorage(tuning(tmp_path, trials=3, pruning="none"))
-    search(storage, lambda _: None)
+    run_trials(storage, lambda _: None)
     first, *others = storage.finished()
     assert first.is_complete
     assert all("diverged" in str(trial.problem) and not trial.is_complete for trial in others)
@@ -361,8 +477,25 @@ def test_another_search_is_refused_and_more_trials_are_not(tmp_path: Path) -> No
         TrialStorage(tuning(tmp_path, space={"ranks": [3, 2, 4, 8, 16]}))
 
 
+def test_a_search_that_another_began_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = TrialStorage._locked
+
+    @contextmanager
+    def late(self: TrialStorage) -> Iterator[None]:
+        monkeypatch.setattr(TrialStorage, "_locked", locked)
+        TrialStorage(tuning(tmp_path, seed=1))
+        with locked(self):
+            yield
+
+    monkeypatch.setattr(TrialStorage, "_locked", late)
+    with pytest.raises(ValueError, match=r"seed 0: the search in .* has 1"):
+        TrialStorage(tuning(tmp_path))
+
+
 def test_no_trial_begins_when_time_is_over(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no trial was trained to its end"):
+    with pytest.raises(ValueError, match="minutes: over before a trial was trained to its end"):
         run_tuning(tuning(tmp_path, minutes=1e-9))
     assert not TrialStorage(tuning(tmp_path)).finished()
 
@@ -374,7 +507,11 @@ def test_tune_ends_in_a_recipe_that_can_be_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    path.write_text(yaml.safe_dump(recipe()))
+    own = recipe()
+    own["data"] |= {"eval": "tiny-chat"}
+    own["training"] |= {"eval_steps": 3, "save_steps": 3}
+    own["training"]["arguments"] = {"load_best_model_at_end": True}
+    path.write_text(yaml.safe_dump(own))
     command = ["tune", str(path), "--trials", "3", "--output_dir", str(out)]
     assert main([*command, "--trials", "1"]) == 0  # with one trial, no setting has two values
     assert "1/1" in capsys.readouterr().err
@@ -383,7 +520,9 @@ def test_tune_ends_in_a_recipe_that_can_be_trained(
     assert f"reftnoise train {out / 'best.yaml'}" in printed.out
     assert "3/3" in printed.err
     best = read_file(Recipe, out / "best.yaml")
-    assert best.data == read(Recipe, recipe()).data  # all rows
+    assert best.data == read(Recipe, own).data  # all rows, and those that are only measured
+    rate = {"learning_rate": best.training.learning_rate}
+    assert best.training == read(Recipe, own | {"training": own["training"] | rate}).training
     assert best.output_dir == str(out / "best")
     ResolvedRun(best).expect_trainable()
     assert (out / "trials.png").read_bytes().startswith(b"\x89PNG")
@@ -419,6 +558,12 @@ def test_an_interrupted_command_says_what_continues_it(
 
 @pytest.mark.slow
 def test_jobs_share_the_trials(tmp_path: Path) -> None:
-    trials = run_tuning(tuning(tmp_path, trials=4, jobs=2, threads=1))
-    assert len(trials) == 4
-    assert len({json.dumps(trial.values) for trial in trials}) == 4
+    # Of the rates between 4e-3 and 1e30, nearly all diverge.
+    space = {"learning_rate": [4e-3, 1e30], "layers": [], "positions": [], "noises": []}
+    trials = run_tuning(tuning(tmp_path, trials=5, jobs=2, threads=1, space=space))
+    assert len(trials) == 5
+    assert len({json.dumps(trial.values) for trial in trials}) == 5
+    assert any("diverged" in str(trial.problem) for trial in trials)
+    (own,) = [trial for trial in trials if trial.is_own]
+    assert own.is_complete
+    assert (tmp_path / "out" / "best.yaml").is_file()

@@ -76,12 +76,15 @@ def _table(trials: Sequence[TunedTrial], best: TunedTrial) -> Table:
     """A row for each trial, the best first; those that were ended early, and failed, come last."""
     settings = _searched(trials)
     measured = ["right, %", "95 % interval", "loss"] if best.by_right else ["loss", "95 % interval"]
-    columns = ["trial", *measured, "to the recipe", "95 % interval", *settings.values()]
+    own = _own_of(trials)
+    to_own = ["to the recipe", "95 % interval"] if own is not None else []
+    columns = ["trial", *measured, *to_own, *settings.values()]
     ordered = sorted(trials, key=lambda t: (t.is_complete, bool(t.losses), t.value), reverse=True)
     rows = []
     for trial in ordered:
         cells = [number(str(trial.number)), *_measured(trial, best.by_right)]
-        cells += _difference(trial, trials[0], best.by_right)
+        if own is not None:
+            cells += _difference(trial, own, best.by_right)
         for name in settings:
             value = trial.values.get(name, NONE)
             text = f"{value:.2g}" if isinstance(value, float) else str(value)
@@ -100,14 +103,19 @@ def _measured(trial: TunedTrial, by_right: bool) -> list[TableCell]:
     return [*cells, number(f"{trial.loss:.3f}")] if by_right else cells
 
 
-def _difference(trial: TunedTrial, first: TunedTrial, by_right: bool) -> list[TableCell]:
+def _own_of(trials: Sequence[TunedTrial]) -> TunedTrial | None:
+    """The trial of the recipe itself, if it was trained to its end."""
+    return next((trial for trial in trials if trial.is_own and trial.is_complete), None)
+
+
+def _difference(trial: TunedTrial, own: TunedTrial, by_right: bool) -> list[TableCell]:
     """How a trial differs from the recipe itself, paired over rows."""
-    if trial is first or not (trial.is_complete and first.is_complete):
+    if trial is own or not trial.is_complete:
         return [number(NONE)] * 2
     if by_right:
-        a, b, factor, digits = _right(trial), _right(first), 100.0, 1
+        a, b, factor, digits = _right(trial), _right(own), 100.0, 1
     else:
-        a, b, factor, digits = np.array(trial.losses), np.array(first.losses), 1.0, 3
+        a, b, factor, digits = np.array(trial.losses), np.array(own.losses), 1.0, 3
     mean, low, high, _ = paired_difference(a[None], b[None])
     is_better, is_worse = (low > 0, high < 0) if by_right else (high < 0, low > 0)
     texts = [signed(factor * value, digits) for value in (mean, low, high)]
@@ -130,11 +138,15 @@ def _explanation(trials: Sequence[TunedTrial]) -> str:
         f"Trials are measured on {len(best.losses)} held-out training rows; the best has "
         f"{measured}. "
     )  # fmt: skip
+    own = _own_of(trials)
+    text += "Intervals are bootstrapped over rows" + (
+        f", and differences to the recipe itself, trial {own.number}, are paired. "
+        if own is not None
+        else ". "
+    )
     text += (
-        "Intervals are bootstrapped over rows, and differences to the recipe itself, trial "
-        f"{trials[0].number}, are paired. The best of many trials was chosen by these rows, so its "
-        "own figures here are too good: score it on rows that no trial saw. One seed says nothing "
-        "about others."
+        "The best of many trials was chosen by these rows, so its own figures here are too good: "
+        "score it on rows that no trial saw. One seed says nothing about others."
     )
     if early:
         text += f" {early} trials were ended early, with the figures of that time."

@@ -1,5 +1,6 @@
 """Trials that train on one base: it is loaded, rows are tokenised and prompts prefilled once."""
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,8 +31,9 @@ class SharedBase:
     What a training ends with is what its recipe alone gives on the rows that are not held out. A
     prompt's keys and values before the first edit depend on the frozen base and on tokens alone, so
     units at other layers, of other ranks or rates find them in the cache. Positions that edit a
-    prompt's start, and noise on prompts, compute them in each epoch. A recipe that trains or wraps
-    modules of the base loads it for each training.
+    prompt's start, and noise on prompts, compute them in each epoch. Modules of the base that are
+    trained, such as a classifier's head, begin each training as they were loaded. A recipe with
+    `peft`, whose layers stay in the base, loads it for each training.
 
     Args:
         run: recipe whose base, rows and task all trainings have.
@@ -47,8 +49,7 @@ class SharedBase:
         self, run: ResolvedRun, *, held_out: float, seed: int, prefix_cache: Place = "memory"
     ) -> None:
         self._run = run
-        recipe = run.recipe
-        self._is_kept = not (recipe.peft or recipe.modules_to_save)
+        self._has_layers_of_peft = False
         rows = run.training_rows["train"]
         train, held = split_rows(len(rows), held_out, seed)
         self._base, self._tokenizer = self._loaded()
@@ -82,13 +83,15 @@ class SharedBase:
         Raises:
             ValueError: the units do not fit the base, or training diverged.
         """
-        if not self._is_kept:
-            self._base, self._tokenizer = self._loaded()
+        if self._has_layers_of_peft:
+            self._reload()
         with TemporaryDirectory(prefix="reftnoise-trial-") as directory:
             run = ResolvedRun(replace(recipe, output_dir=directory))
             set_seed(recipe.seed)
             torch.set_rng_state(self._random_state)
+            self._has_layers_of_peft = run.recipe.peft is not None
             reft_model = get_reft_model(self._base.eval(), run.config)
+            self._restore()
             trainer = trainer_of(run, reft_model, self._tokenizer, self._data, self.prefix_cache)
             measure = _Measuring(
                 lambda: self.measured(reft_model, recipe.seed), measurements, on_measurement
@@ -107,10 +110,26 @@ class SharedBase:
         finally:
             reft_model.prefix_cache = before
 
+    def _restore(self) -> None:
+        """Give the trained parameters of the base the values that they were loaded with."""
+        trained = {n: p.detach() for n, p in self._base.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
+            if name in self._as_loaded:
+                parameter.copy_(self._as_loaded[name])
+            else:
+                self._as_loaded[name] = parameter.clone()
+
+    def _reload(self) -> None:
+        """Load the base once the one of the training before is gone: memory may hold only one."""
+        self._base = None
+        gc.collect()  # of the Trainer's circles
+        self._base, self._tokenizer = self._loaded()
+
     def _loaded(self) -> tuple[Any, Any]:
         """The base and its tokenizer; trainings draw the numbers that would come after these."""
         set_seed(self._run.recipe.seed)
         loaded = load_base_of(self._run)
+        self._as_loaded: dict[str, torch.Tensor] = {}
         self._random_state = torch.get_rng_state()
         return loaded
 

@@ -17,6 +17,19 @@ LAYERS = ("all", "even", "lower", "upper")
 """Words for layers: all, every second one, and the lower or upper half."""
 EDIT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4, "positions": "l1"}
 """What is edited first where a recipe trains nothing."""
+_NOT_IN_TRIALS = (
+    "do_eval",
+    "eval_on_start",
+    "eval_steps",
+    "eval_strategy",
+    "greater_is_better",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "push_to_hub",
+    "save_steps",
+    "save_strategy",
+)
+"""Arguments of the Trainer about rows that are only measured, and about checkpoints."""
 
 
 @dataclass(kw_only=True)
@@ -97,18 +110,22 @@ class Tuning:
             del values["recipe"][name]
         return values
 
-    def trial_recipe(self) -> Recipe:
-        """The recipe of trials before their values: without rows that are only measured, and files.
-
-        Where it trains nothing, LoReFT is its edit.
-        """
+    def searched_recipe(self) -> Recipe:
+        """The recipe that takes a trial's values. Where it trains nothing, LoReFT is its edit."""
         recipe = self.recipe
         if not (recipe.representations or recipe.peft or recipe.modules_to_save):
             recipe = replace(recipe, representations=[dict(EDIT)])
+        return recipe
+
+    def trial_recipe(self) -> Recipe:
+        """The recipe that trials train: without rows that are only measured, and without files."""
+        recipe = self.searched_recipe()
+        arguments = recipe.training.arguments
+        kept = {name: arguments[name] for name in arguments if name not in _NOT_IN_TRIALS}
         return replace(
             recipe,
             data=replace(recipe.data, eval=None),
-            training=replace(recipe.training, save_steps=None, eval_steps=None),
+            training=replace(recipe.training, save_steps=None, eval_steps=None, arguments=kept),
         )
 
 

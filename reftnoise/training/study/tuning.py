@@ -12,6 +12,7 @@ depends on the finished ones and on the seed. With one process, a search that wa
 ends as one that was not.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,8 @@ class TunedTrial:
     """Why it has no result, such as that it diverged."""
     by_right: bool
     """Whether right answers make a trial the best."""
+    is_own: bool
+    """Whether its values are those of the recipe that is tuned."""
 
     @property
     def loss(self) -> float:
@@ -106,12 +109,12 @@ class TrialStorage:
         self.tuning = tuning
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"output_dir {self.directory}: expected a directory, found a file")
-        _expect_same(tuning, self.directory / TUNING)
         self.directory.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path = str(self.directory / TRIALS)
         backend = JournalFileBackend(path, lock_obj=JournalFileOpenLock(path))
         with self._locked():
+            _expect_same(tuning, self.directory / TUNING)
             replace_all(self.directory, {TUNING: tuning.to_yaml().encode()})
             self._study = optuna.create_study(
                 storage=optuna.storages.JournalStorage(backend),
@@ -133,14 +136,15 @@ class TrialStorage:
         """The trials that are finished, by number."""
         states = (TrialState.COMPLETE, TrialState.PRUNED)
         trials = self._study.get_trials(deepcopy=False, states=states)
-        base = self.tuning.trial_recipe()
+        base = self.tuning.searched_recipe()
         return [_tuned(trial, base) for trial in trials]
 
     @contextmanager
     def next(self, dimensions: Dimensions) -> Iterator[tuple[Any, dict[str, Value]] | None]:
         """A new trial and its values, which is this process's within the block; None at the end.
 
-        A block that ends by an exception loses the trial.
+        The first has the recipe's own values; where that one is lost, the next has them. A block
+        that ends by an exception loses the trial.
         """
         with self._locked():
             self._drop_lost()
@@ -149,13 +153,17 @@ class TrialStorage:
             if len(begun) >= self.tuning.trials:
                 trial, held = None, None
             else:
-                if not begun and len(trials) == sum(t.state == TrialState.FAIL for t in trials):
+                is_queued = any(t.state == TrialState.WAITING for t in trials)
+                if not is_queued and all(t.params != dimensions.own for t in begun):
                     self._study.enqueue_trial(dict(dimensions.own))
-                seeds = np.random.SeedSequence([self.tuning.seed, len(begun)]).generate_state(1)
+                taken = {t.user_attrs["place"] for t in begun}
+                place = next(n for n in itertools.count() if n not in taken)
+                seeds = np.random.SeedSequence([self.tuning.seed, place]).generate_state(1)
                 self._study.sampler = optuna.samplers.TPESampler(seed=int(seeds[0]))
                 trial = self._study.ask()
                 held = self._lock_of(trial.number)
                 held.acquire()
+                trial.set_user_attr("place", place)  # of a lost trial, the next one takes it
                 values = _suggested(trial, dimensions)
         if trial is None or held is None:
             yield None
@@ -214,11 +222,16 @@ def best_of(trials: Sequence[TunedTrial]) -> TunedTrial:
     """
     complete = [trial for trial in trials if trial.is_complete]
     if not complete:
-        raise ValueError("no trial was trained to its end")
+        problem = next((trial.problem for trial in trials if trial.problem), None)
+        raise ValueError(
+            "minutes: over before a trial was trained to its end; expected more, or more trials"
+            if problem is None
+            else f"trials: none was trained to its end; the first: {problem}"
+        )
     return max(complete, key=lambda trial: trial.value)
 
 
-def search(storage: TrialStorage, on_trial: OnTrial) -> None:
+def run_trials(storage: TrialStorage, on_trial: OnTrial) -> None:
     """Run trials until there are enough, or time is over; the base is loaded once.
 
     A trial that diverges, or does not fit the base, ends without a result, unless it is the recipe
@@ -234,6 +247,7 @@ def search(storage: TrialStorage, on_trial: OnTrial) -> None:
     tuning = storage.tuning
     ends = math.inf if tuning.minutes is None else time.monotonic() + 60 * tuning.minutes
     run = check_tuning(tuning)
+    _ = run.arguments  # which raises before the base is loaded
     on_trial(storage.finished())
     if len(storage.finished()) >= tuning.trials:
         return
@@ -258,7 +272,9 @@ def _run_trial(
 ) -> None:
     tuning, started = storage.tuning, time.perf_counter()
     recipe = dimensions.recipe(values, shared.layers)
+    is_own = values == dimensions.own
     trial.set_user_attr("values", values)
+    trial.set_user_attr("is_own", is_own)
     trial.set_user_attr("representations", recipe.representations)
     trial.set_user_attr("learning_rate", recipe.training.learning_rate)
     trial.set_user_attr("measurements", tuning.measurements)
@@ -274,13 +290,13 @@ def _run_trial(
             raise ValueError("training diverged: losses of held-out rows are not finite")
         value = value_of(measurement.losses, measurement.right, by_right)
         trial.set_user_attr("by_right", by_right)
-        is_pruned = storage.report(trial, number, measurement, value)
+        is_pruned = storage.report(trial, number, measurement, value) and not is_own
         return is_pruned
 
     try:
         shared.train(recipe, measurements=tuning.measurements, on_measurement=on_measurement)
     except (ValueError, RuntimeError) as error:
-        if trial.number == 0 or not storage.finished():
+        if is_own:
             raise
         trial.set_user_attr("problem", one_line(error))
         value = None
@@ -321,6 +337,7 @@ def _tuned(trial: Any, base: Recipe) -> TunedTrial:
         seconds=stored["seconds"],
         problem=stored.get("problem"),
         by_right=stored.get("by_right", False),
+        is_own=stored["is_own"],
     )
 
 

@@ -1,5 +1,6 @@
 """Run a search: in this process, or in several that share its trials."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
@@ -13,7 +14,9 @@ from ..._util.progress import progress_of
 from .cell import follow_parent, prepare
 from .runner import process_context, stop_all, terminated_as_interrupted
 from .space import Tuning, check_tuning
-from .tuning import TrialStorage, TunedTrial, best_of, search
+from .tuning import TrialStorage, TunedTrial, best_of, run_trials
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = 0.5
 """Between two looks at what the processes have finished."""
@@ -40,7 +43,7 @@ def run_tuning(tuning: Tuning, *, console: Console | None = None) -> list[TunedT
             threads = torch.get_num_threads()
             torch.set_num_threads(tuning.threads or threads)
             try:
-                search(storage, show)
+                run_trials(storage, show)
             finally:
                 torch.set_num_threads(threads)
         else:
@@ -79,8 +82,10 @@ def _in_processes(storage: TrialStorage, show: Callable[[Sequence[TunedTrial]], 
     finally:
         stop_all(list(running.values()))
     show(storage.finished())
-    if problem is not None:
+    if problem is not None and not any(trial.is_complete for trial in storage.finished()):
         raise ValueError(problem)
+    if problem is not None:
+        logger.warning("a process of the search ended early: %s", problem)
 
 
 def _job(end: Connection, tuning: Tuning, threads: int, gpu: int | None) -> None:
@@ -88,7 +93,7 @@ def _job(end: Connection, tuning: Tuning, threads: int, gpu: int | None) -> None
     follow_parent()
     prepare(threads, gpu)
     try:
-        search(TrialStorage(tuning), lambda _: None)
+        run_trials(TrialStorage(tuning), lambda _: None)
         end.send("")
     except Exception as error:  # the parent reports it
         end.send(str(error))
