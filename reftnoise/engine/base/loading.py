@@ -15,11 +15,13 @@ from transformers.utils import logging as transformers_logging
 from ..._util.errors import one_line, warn_once
 from ...config.base_model import EMBEDDED, GGUF, PACKAGED, base_path, expect_base
 from ...interventions.arguments import dtype_name
+from .threads import ForkSafeLock
 from .tiny import DIRECTORY
 
 logger = logging.getLogger(__name__)
 
 _HALVES = (torch.bfloat16, torch.float16)
+_GGUF = ForkSafeLock()
 
 
 def load_base(
@@ -70,7 +72,7 @@ def load_base(
     elif quantization is not None:
         arguments |= {"quantization_config": quantization, "device_map": target}
     source |= {"revision": revision, "trust_remote_code": False}
-    with _without_bars(), _clear_errors(name, is_gguf), _reading_once(is_gguf):
+    with _without_bars(), _clear_errors(name, is_gguf), reading_once(is_gguf):
         tokenizer = AutoTokenizer.from_pretrained(padding_side=padding_side, **source)
         model = auto_class.from_pretrained(dtype=dtype, **source, **arguments)
     if is_gguf:  # transformers takes what it has unpacked for a quantised model
@@ -112,9 +114,9 @@ def _in_fast_dtype(model: Any, name: str) -> Any:
 def has_arithmetic(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of a dtype at least about as fast as of float32.
 
-    It is measured, which takes some milliseconds: the instructions of a processor do not tell which
-    of them torch's kernels use. Without instructions of the dtype, products take 4 to 70 times as
-    long as in float32, with them 0.2 to 1.6 times.
+    It is measured, which takes some milliseconds: a processor's instructions do not show which of
+    them torch's kernels use. Without instructions of the dtype, products take several times as long
+    as in float32.
     """
     return _seconds(dtype) < 2.5 * _seconds(torch.float32)
 
@@ -143,11 +145,11 @@ def _without_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reading_once(is_gguf: bool) -> Iterator[None]:
+def reading_once(is_gguf: bool) -> Iterator[None]:
     """Within the block, transformers parses a GGUF file once, and silently.
 
-    It would parse it for the tokenizer, for the config and for the weights, and look up names anew
-    for each module: 20 s instead of 8 for SmolLM2-135M.
+    It would parse it for the tokenizer, for the config and for the weights, and look up names again
+    for each module. One thread at a time loads such a file, since modules are changed meanwhile.
     """
     if not is_gguf:
         yield
@@ -155,7 +157,7 @@ def _reading_once(is_gguf: bool) -> Iterator[None]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils as unpacking
 
-    with contextlib.ExitStack() as stack:
+    with _GGUF, contextlib.ExitStack() as stack:
         for module, name, stand_in in (
             (gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
             (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),

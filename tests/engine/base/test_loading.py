@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -63,6 +64,25 @@ def test_a_gguf_file_is_the_model_that_was_written(
     assert tokenizer.eos_token_id == own.eos_token_id
     tokens = torch.tensor([ids])
     assert torch.equal(model(tokens).logits, expected(tokens).logits)
+
+
+def test_two_threads_leave_gguf_as_it_was() -> None:
+    """The first thread ends while the second is within its block, or waits for it."""
+    gguf = pytest.importorskip("gguf")
+    reader, (is_within, has_ended) = gguf.GGUFReader, (Event(), Event())
+
+    def second() -> None:
+        with loading.reading_once(True):
+            is_within.set()
+            has_ended.wait(60)
+
+    with loading.reading_once(True):
+        thread = Thread(target=second)
+        thread.start()
+        is_within.wait(0.3)
+    has_ended.set()
+    thread.join()
+    assert gguf.GGUFReader is reader
 
 
 def test_the_command_line_loads_a_gguf_file(
