@@ -1,7 +1,7 @@
 r"""How far an adapter moves its base on texts that it was not trained for.
 
 At each token of such a text, base and adapted model predict the next one, as $p_\text{base}$ and
-$p_\text{adapted}$. Two numbers tell how far these are apart, in nats per token:
+$p_\text{adapted}$. Two numbers say how far these are apart, in nats per token:
 
 - the divergence $\mathrm{KL}(p_\text{base} \,\|\, p_\text{adapted}) = \sum_v p_\text{base}(v)
   \log \frac{p_\text{base}(v)}{p_\text{adapted}(v)}$, which is 0 where nothing has changed;
@@ -13,8 +13,9 @@ tokens after it. Where a text is a prompt alone, the base's own greedy answer fo
 is a passage, its first quarter is the prompt.
 """
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,6 +23,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .._util.files import local_path
 from ..data.conversations import Messages, rendered
@@ -29,10 +31,10 @@ from ..data.files import json_lines_of
 from ..data.templates import fill
 from ..data.tokenization import smallest_limit, tokenize_all
 from ..engine.base.peft import inner_model
-from ..engine.base.sites import is_encoder_decoder
+from ..engine.base.sites import is_encoder_decoder, trained_modules
 from ..model import ReftModel
 from .generation import generated
-from .likelihood import Progress, next_token_log_probs, without_beginnings
+from .likelihood import Progress, TokenPair, next_token_log_probs, without_beginnings
 from .scoring import evaluating
 
 NEUTRAL = Path(__file__).parent / "neutral.jsonl"
@@ -78,6 +80,7 @@ def forgetting(
     tokenizer: Any,
     texts: Sequence[NeutralText | str | Messages],
     *,
+    base: PreTrainedModel | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 8,
     progress: Progress | None = None,
@@ -92,37 +95,82 @@ def forgetting(
         tokenizer: tokenizer of the base.
         texts: prompts with completions; a prompt alone, also a text or a conversation by itself, is
             followed by what the base writes greedily.
+        base: base with its original weights, of which the model trained modules of its own; by
+            default the model without its edits.
         max_new_tokens: greatest number of tokens that the base writes.
         batch_size: number of texts per forward pass.
         progress: function that is called with the numbers of texts done and of all texts.
 
     Raises:
-        ValueError: there are no texts, one is empty, or the base is no causal language model.
+        ValueError: there are no texts, one is empty, the base is no causal language model, or the
+            model holds trained modules of the base, and there is no other base.
     """
-    continued = written_by_base(
-        reft_model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=batch_size
+    pairs = answered_pairs(
+        reft_model,
+        tokenizer,
+        texts,
+        base=base,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
     )
-    whole = [rendered(tokenizer, text.prompt, text.completion or "") for text in continued]
-    pairs = tokenize_all(tokenizer, whole, nonstop=True)
-    pairs = without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, reft_model, None))
     lengths = [len(completion) for _, completion in pairs]
     kl, base_loss, adapted_loss = ([0.0] * len(pairs) for _ in range(3))
     order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
-    with evaluating(reft_model):
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batch = [pairs[index] for index in indices]
-            with reft_model.disabled():
-                base = next_token_log_probs(reft_model, batch, dtype=torch.float32)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = [pairs[index] for index in indices]
+        with _unadapted(reft_model, base) as bare:
+            before = next_token_log_probs(bare, batch, dtype=torch.float32)
+        with evaluating(reft_model):
             adapted = next_token_log_probs(reft_model, batch, dtype=torch.float32)
-            for index, p, q in zip(indices, base, adapted, strict=True):
-                target = torch.tensor(pairs[index][1], device=p.device)[:, None]
-                kl[index] = float(token_kl(p, q).mean())
-                base_loss[index] = -float(p.gather(1, target).mean())
-                adapted_loss[index] = -float(q.gather(1, target).mean())
-            if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order))
+        for index, p, q in zip(indices, before, adapted, strict=True):
+            target = torch.tensor(pairs[index][1], device=p.device)[:, None]
+            kl[index] = float(token_kl(p, q).mean())
+            base_loss[index] = -float(p.gather(1, target).mean())
+            adapted_loss[index] = -float(q.gather(1, target).mean())
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
     return Forgetting(kl, base_loss, adapted_loss, lengths)
+
+
+@contextlib.contextmanager
+def _unadapted(reft_model: ReftModel, base: PreTrainedModel | None) -> Iterator[Any]:
+    """The model to compare with, in evaluation mode: the base, or the model without its edits."""
+    with contextlib.nullcontext() if base is not None else reft_model.disabled():
+        bare = reft_model if base is None else base
+        with evaluating(bare):
+            yield bare
+
+
+def answered_pairs(
+    reft_model: ReftModel,
+    tokenizer: Any,
+    texts: Sequence[NeutralText | str | Messages],
+    *,
+    base: PreTrainedModel | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 8,
+) -> list[TokenPair]:
+    """The tokens of each prompt and of what follows it, as of `written_by_base`.
+
+    A prompt that is too long for the context loses its beginning.
+    """
+    continued = written_by_base(
+        reft_model,
+        tokenizer,
+        texts,
+        base=base,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    whole = [rendered(tokenizer, text.prompt, text.completion or "") for text in continued]
+    pairs = tokenize_all(tokenizer, whole, nonstop=True)
+    return without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, reft_model, None))
+
+
+def holds_trained_base(reft_model: ReftModel) -> bool:
+    """Whether modules of the base itself are trained, so that no base without them is left."""
+    return bool(trained_modules(reft_model.model, reft_model.reft_config.modules_to_save))
 
 
 def expect_causal(reft_model: ReftModel) -> None:
@@ -148,30 +196,32 @@ def written_by_base(
     tokenizer: Any,
     texts: Sequence[NeutralText | str | Messages],
     *,
+    base: PreTrainedModel | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 8,
 ) -> list[NeutralText]:
     """Texts in which each prompt alone is followed by the base's own greedy answer.
 
-    Those that the base answers with nothing are left out: no token follows them.
-
-    Raises:
-        ValueError: as in `forgetting`.
+    Those that the base answers with nothing are left out: no token follows them. Arguments and
+    errors are those of `forgetting`.
     """
     expect_causal(reft_model)
+    if base is None and holds_trained_base(reft_model):
+        raise ValueError(
+            "base: expected one with its original weights, since modules_to_save "
+            f"{reft_model.reft_config.modules_to_save} has trained those of the model's own"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
-    given = [text if isinstance(text, NeutralText) else NeutralText(text) for text in texts]
-    alone = [text.prompt for text in given if text.completion is None]
-    with evaluating(reft_model), reft_model.disabled():
+    rows = [text if isinstance(text, NeutralText) else NeutralText(text) for text in texts]
+    alone = [text.prompt for text in rows if text.completion is None]
+    with _unadapted(reft_model, base) as bare:
         answers = iter(
-            generated(
-                reft_model, tokenizer, alone, max_new_tokens=max_new_tokens, batch_size=batch_size
-            )
+            generated(bare, tokenizer, alone, max_new_tokens=max_new_tokens, batch_size=batch_size)
         )
     continued = [
         NeutralText(text.prompt, next(answers) if text.completion is None else text.completion)
-        for text in given
+        for text in rows
     ]
     continued = [text for text in continued if text.completion]
     if not continued:

@@ -11,7 +11,7 @@ import torch
 import reftnoise as rn
 from reftnoise.analysis.steering.options import SteerOptions
 from reftnoise.analysis.steering.pairs import Contrast, PairRow, read_pairs, split_pairs
-from reftnoise.analysis.steering.search import tokenized_pairs
+from reftnoise.analysis.steering.search import neutral_pairs, search, tokenized_pairs
 from reftnoise.analysis.steering.sweep import (
     Candidate,
     NeutralPrompts,
@@ -232,7 +232,7 @@ def test_pairs_that_cannot_be_read(tmp_path: Path, rows: list[Any], reason: str)
         ({"scales": [0.0]}, "scales 0.0: expected numbers above 0"),
         ({"sizes": [0.1, 0.1]}, "sizes .*: expected at least one, and each once"),
         ({"scales": []}, "scales .*: expected at least one"),
-        ({"methods": ["median"]}, "method 'median': expected 'mean', 'pca' or 'probe'"),
+        ({"methods": ["prob"]}, "method 'prob': did you mean 'probe'?"),
         ({"budget": 0}, "budget 0: expected nats above 0"),
         ({"limit": 4}, "limit 4: expected at least 8"),
         ({"positions": "q1"}, "positions 'q1'"),
@@ -241,6 +241,38 @@ def test_pairs_that_cannot_be_read(tmp_path: Path, rows: list[Any], reason: str)
 def test_options_that_make_no_sense(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         SteerOptions(**options)
+
+
+def test_neutral_prompts_that_are_too_long_lose_their_beginning(tmp_path: Path) -> None:
+    reft_model, tokenizer = steered("l1+decode")
+    path = tmp_path / "neutral.jsonl"
+    path.write_text(json.dumps({"prompt": "Can a bee fly? " * 200}) + "\n")
+    limit = reft_model.model.config.max_position_embeddings
+    options = SteerOptions(neutral=str(path), neutral_tokens=4)
+    ((prompt, rest),) = neutral_pairs(reft_model, tokenizer, options)
+    assert len(tokenizer("Can a bee fly? " * 200)["input_ids"]) > limit
+    assert limit - 8 < len(prompt) + len(rest) <= limit
+
+
+@pytest.mark.parametrize(
+    ("names", "overwrite", "reason"),
+    [
+        (["recipe.yaml", "adapter"], True, "holds recipe.yaml already: choose another"),
+        (["adapter"], True, "holds adapter already: choose another --output_dir$"),
+        (["adapter", "steering.json"], False, "holds steering.json already.* --overwrite it"),
+        (["adapter", "steering.json"], True, None),
+        (["notes.txt"], False, None),
+    ],
+)
+def test_a_search_replaces_nothing_but_a_search(
+    names: list[str], overwrite: bool, reason: str | None, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises((ValueError, OSError), match=reason or "nowhere.jsonl: no such file"):
+        search("nowhere.jsonl", "tiny-chat", tmp_path, SteerOptions(), overwrite=overwrite)
+    options = ["--output_dir", str(tmp_path), *(["--overwrite"] if overwrite else [])]
+    assert main(["steer", "nowhere.jsonl", "--model", "tiny-chat", *options]) == 2
 
 
 def test_a_search_writes_an_adapter_that_does_what_it_tells(

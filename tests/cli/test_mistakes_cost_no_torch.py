@@ -61,6 +61,10 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("steer", "{tmp}/good.yaml", "--model", "tiny-chat"), "expected a file that ends in .jsonl"),
     (("steer", "nowhere.jsonl"), "steer: expected --model"),
     (("steer", "nowhere.jsonl", "--model", "./no"), "no such directory of a model"),
+    (
+        ("steer", "nowhere.jsonl", "--model", "tiny-chat", "--output_dir", "{tmp}/run"),
+        "holds recipe.yaml already",
+    ),
     (("steer", "nowhere.jsonl", "--scales", "[0]"), "scales 0.0: expected numbers above 0"),
     (("steer", "nowhere.jsonl", "--metods", "[pca]"), "did you mean '--methods'?"),
     (("tune", "nowhere.yaml"), "no such file"),

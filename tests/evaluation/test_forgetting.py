@@ -72,6 +72,32 @@ def test_divergence_and_losses_are_those_of_each_text_alone(positions: str) -> N
         assert result.kl[index] > 0
 
 
+def test_a_base_may_be_another_model_than_the_adapted_one() -> None:
+    """Trained weights of the base are compared with its original ones, which answer prompts."""
+    base, tokenizer = rn.load_tiny_model()
+    config = rn.ReftConfig([], modules_to_save=["layers"])
+    reft_model = rn.get_reft_model(rn.load_tiny_model()[0], config).eval()
+    with torch.no_grad():
+        for parameter in reft_model.get_trainable_parameters():
+            parameter.mul_(1.1)
+    with pytest.raises(ValueError, match="base: expected one with its original weights"):
+        forgetting(reft_model, tokenizer, TEXTS)
+    result = forgetting(reft_model, tokenizer, TEXTS, base=base.train())
+    assert base.training
+    base.eval()
+    for index, text in enumerate(TEXTS[:2]):
+        prompt = prompt_tokens(tokenizer, text.prompt)
+        rest = tokenizer(text.prompt + text.completion)["input_ids"][len(prompt) :]
+        p, q = (distributions(model, prompt, rest) for model in (base, reft_model))
+        scale = float(max(p.logits.abs().max(), q.logits.abs().max()))
+        assert_close(torch.tensor(result.kl[index]), kl_divergence(p, q).mean(), scale=scale)
+        assert result.kl[index] > 0
+    (own,) = written_by_base(reft_model, tokenizer, ["Where"], base=base, max_new_tokens=4)
+    ids = torch.tensor([prompt_tokens(tokenizer, "Where")])
+    tokens = base.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    assert own.completion == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
 def test_without_edits_nothing_is_forgotten() -> None:
     reft_model, tokenizer = loaded("all")
     with reft_model.using(scale=0.0):

@@ -3,14 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..._util.errors import nearest
+from ...adapters.location import ADAPTER
 from ...config.positions import Positions
 from ...data.templates import check_template
+from ...training.run_files import RECIPE
 
 Method = Literal["mean", "pca", "probe"]
 METHODS: tuple[Method, ...] = get_args(Method)
 FEWEST_PAIRS = 8
+RESULTS = "steering.json"
+"""The file of results next to the adapter of a search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +25,7 @@ class SteerOptions:
 
     Args:
         layers: layers whose vectors are tried: one, a list, all, or a range such as 8-15.
-        sizes: sizes of each vector's edit next to what it edits, ‖edit‖ / ‖h‖.
+        sizes: sizes of each vector's edit next to the states that were read, ‖edit‖ / ‖h‖.
         scales: factors of each vector, instead of sizes.
         methods: ways to fit a vector: mean, pca, probe.
         positions: tokens that are edited.
@@ -80,5 +86,22 @@ class SteerOptions:
 def expect_method(method: str) -> None:
     """Raise a ValueError for a method that there is not."""
     if method not in METHODS:
-        *others, last = map(repr, METHODS)
-        raise ValueError(f"method {method!r}: expected {', '.join(others)} or {last}")
+        raise ValueError(f"method {method!r}: {nearest(method, METHODS)}")
+
+
+def expect_room(directory: Path, *, overwrite: bool) -> None:
+    """Raise a ValueError unless a search may write its adapter and its results in a directory.
+
+    Args:
+        directory: directory that is to be written.
+        overwrite: whether an earlier search's results there are replaced; nothing else ever is.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output_dir {directory}: expected a directory, found a file")
+    held = next((name for name in (RECIPE, RESULTS, ADAPTER) if (directory / name).exists()), None)
+    if held is None or (held == RESULTS and overwrite):
+        return
+    way = "choose another --output_dir"
+    if held == RESULTS:
+        way += ", or --overwrite it"
+    raise ValueError(f"output_dir {directory} holds {held} already: {way}")

@@ -16,20 +16,18 @@ from ...data.conversations import rendered
 from ...data.templates import fill
 from ...data.tokenization import tokenize_all
 from ...engine.base.loading import load_base
-from ...evaluation.forgetting import NeutralText, neutral_texts, written_by_base
+from ...evaluation.forgetting import answered_pairs, neutral_texts
 from ...evaluation.likelihood import TokenPair
 from ...model import ReftModel, get_reft_model
 from ...training.study.statistics import mean_interval
 from .fit import set_vector
-from .options import SteerOptions
+from .options import RESULTS, SteerOptions, expect_room
 from .pairs import Contrast, PairRow, read_pairs, split_pairs
 from .states import whole_tokens
 from .sweep import Candidate, NeutralPrompts, Questions, Sweep, fitted_candidates, sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-RESULTS = "steering.json"
 
 
 def search(
@@ -40,6 +38,7 @@ def search(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    overwrite: bool = False,
     console: "Console | None" = None,
 ) -> dict[str, Any]:
     """Fit vectors at all layers, choose one, test it, and write it as an adapter.
@@ -54,12 +53,16 @@ def search(
         options: what is tried, and the budget.
         dtype: dtype of the base, as in `load_base`.
         device: device, as in `load_base`.
+        overwrite: whether the results of an earlier search in the directory are replaced.
         console: console for progress.
 
     Raises:
         OSError: there is no such file or base.
-        ValueError: a pair cannot be read, or no vector is within the budget.
+        ValueError: a pair cannot be read, no vector is within the budget, or the directory holds
+            something else.
     """
+    directory = local_path(output_dir, "output_dir")
+    expect_room(directory, overwrite=overwrite)
     rows = read_pairs(pairs)
     base, tokenizer = load_base(model, dtype=dtype, device=device)
     contrasts = tokenized_pairs(tokenizer, rows, options.template)
@@ -72,15 +75,14 @@ def search(
         raise ValueError("neutral: expected at least two prompts that the base answers")
     settings: Any = {"positions": Positions.parse(options.positions), "rows": options.batch_size}
     with progress_of(console, "Trying vectors") as progress:
-        found = sweep(
+        outcome = sweep(
             candidates,
             Questions(reft_model, split["choose"], **settings),
             NeutralPrompts(reft_model, neutral[::2], **settings),
             budget=options.budget,
             progress=progress,
         )
-    directory = local_path(output_dir, "output_dir")
-    _write_adapter(reft_model, found, options, directory / ADAPTER)
+    _write_adapter(reft_model, outcome, options, directory / ADAPTER)
     loaded = ReftModel.from_pretrained(base, directory / ADAPTER)
     test = _test(loaded, split["test"], neutral[1::2], settings)
     results = {
@@ -89,7 +91,7 @@ def search(
         "neutral_prompts": {"choose": len(neutral[::2]), "test": len(neutral[1::2])},
         "budget": options.budget,
         "positions": options.positions,
-        **_described(found, candidates),
+        **_described(outcome, candidates),
         "test": test,
     }
     replace_all(directory, {RESULTS: f"{json_text(results, indent=2)}\n".encode()})
@@ -131,16 +133,13 @@ def _contrast(tokenizer: Any, row: PairRow, template: str) -> Contrast:
 def neutral_pairs(reft_model: ReftModel, tokenizer: Any, options: SteerOptions) -> list[TokenPair]:
     """The tokens of neutral prompts, and of the base's own greedy answers to them."""
     prompts = neutral_texts(tokenizer, options.neutral).get("prompts", [])[: options.neutral_limit]
-    alone = [NeutralText(text.prompt) for text in prompts]
-    answered = written_by_base(
+    pairs = answered_pairs(
         reft_model,
         tokenizer,
-        alone,
+        [text.prompt for text in prompts],
         max_new_tokens=options.neutral_tokens,
         batch_size=options.batch_size,
     )
-    whole = [rendered(tokenizer, text.prompt, text.completion or "") for text in answered]
-    pairs = tokenize_all(tokenizer, whole, nonstop=True)
     return [(prompt, rest[: options.neutral_tokens]) for prompt, rest in pairs]
 
 
@@ -158,10 +157,10 @@ def _config(options: SteerOptions, layers: int | list[int] | str) -> ReftConfig:
 
 
 def _write_adapter(
-    reft_model: ReftModel, found: Sweep, options: SteerOptions, directory: Path
+    reft_model: ReftModel, outcome: Sweep, options: SteerOptions, directory: Path
 ) -> None:
     """Save the chosen vector times its factor, as an adapter of its layer alone."""
-    candidate, scale = found.chosen
+    candidate, scale = outcome.chosen
     chosen = get_reft_model(reft_model.model, _config(options, candidate.layer))
     ((_, factors),) = reft_model.adapters[candidate.name].factors()
     set_vector(chosen.engine.units[0], factors.up[0])
@@ -183,10 +182,10 @@ def _test(
     }
 
 
-def _described(found: Sweep, candidates: Sequence[Candidate]) -> dict[str, Any]:
+def _described(outcome: Sweep, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """The choice, its curve, and all that was measured to make it."""
-    chosen, scale = found.chosen
-    shifts, kl = found.shifts(chosen.name), found.divergence[chosen.name]
+    chosen, scale = outcome.chosen
+    shifts, kl = outcome.shifts(chosen.name), outcome.divergence[chosen.name]
     curve = [
         {
             "scale": factor,
@@ -198,8 +197,8 @@ def _described(found: Sweep, candidates: Sequence[Candidate]) -> dict[str, Any]:
     ]
     tried = []
     for candidate in candidates:
-        means = found.shifts(candidate.name).mean(1).tolist()
-        known = found.divergence.get(candidate.name)
+        means = outcome.shifts(candidate.name).mean(1).tolist()
+        known = outcome.divergence.get(candidate.name)
         costs = [None] * len(means) if known is None else known.mean(1).tolist()
         for factor, shift, cost in zip(candidate.scales, means, costs, strict=True):
             place = {"method": candidate.method, "layer": candidate.layer, "scale": factor}
@@ -212,7 +211,7 @@ def _described(found: Sweep, candidates: Sequence[Candidate]) -> dict[str, Any]:
             "scale": scale,
             "size": scale * chosen.ratio,
         },
-        "base": float(found.base.mean()),
+        "base": float(outcome.base.mean()),
         "curve": curve,
         "tried": tried,
     }

@@ -173,7 +173,7 @@ class Sweep:
 
     Args:
         base: probability of the matching answer of each question, by the bare base.
-        matching: likewise with each vector, by its name, [scales, questions].
+        matching: the same with each vector, by its name, [scales, questions].
         divergence: of the vectors for which it was needed, [scales, prompts].
         chosen: vector and factor with the largest shift within the budget.
     """

@@ -6,7 +6,7 @@ Heavy imports are inside the functions: `--help` and mistakes do not wait for to
 from typing import Any
 
 from ..._util.files import local_path
-from ...analysis.steering.options import SteerOptions
+from ...analysis.steering.options import SteerOptions, expect_room
 from ...analysis.steering.pairs import read_pairs
 from ...config.base_model import expect_base
 from ..printing import print_json, progress_console
@@ -19,6 +19,7 @@ def steer(
     output_dir: str = "steering",
     dtype: str = "auto",
     device: str = "auto",
+    overwrite: bool = False,
     quiet: bool = False,
     json: bool = False,
 ) -> None:
@@ -34,6 +35,7 @@ def steer(
         output_dir: directory for the adapter, the results and the picture.
         dtype: dtype of the base, such as bfloat16.
         device: cpu, cuda or another device of torch; auto is a GPU where there is one.
+        overwrite: whether the results of an earlier search in output_dir are replaced.
         quiet: whether nothing but errors is printed.
         json: whether the results are printed as JSON, without progress.
     """
@@ -41,13 +43,21 @@ def steer(
         raise ValueError("steer: expected --model, the name or path of the base model")
     expect_base(model, dtype)
     place = local_path(output_dir, "output_dir")
-    if place.exists() and not place.is_dir():
-        raise ValueError(f"output_dir {output_dir}: expected a directory, found a file")
+    expect_room(place, overwrite=overwrite)
     read_pairs(pairs)
     from ...analysis.steering.search import search
 
     console = progress_console(quiet or json)
-    results = search(pairs, model, place, options, dtype=dtype, device=device, console=console)
+    results = search(
+        pairs,
+        model,
+        place,
+        options,
+        dtype=dtype,
+        device=device,
+        overwrite=overwrite,
+        console=console,
+    )
     if json:
         print_json(results)
     elif not quiet:
