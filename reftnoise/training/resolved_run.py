@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from .._util.errors import brief, nearest, one_line, value_errors
 from .._util.files import local_path
@@ -280,3 +280,26 @@ def _registered() -> list[tuple[str, str]]:
     """Each name in the registry, and the module of its class."""
     source = (Path(__file__).parents[1] / "interventions" / "registry.py").read_text("utf-8")
     return re.findall(r'^    "(\w+)": (\w+)', source[: source.index("}")], re.MULTILINE)
+
+
+def load_base_of(run: ResolvedRun) -> tuple[Any, Any]:
+    """The base of a recipe, with a new head for a task of classification; its tokenizer."""
+    from transformers import AutoModelForSequenceClassification
+
+    from ..engine.base.loading import load_base
+
+    recipe, settings = run.recipe, dict[str, Any]()
+    if isinstance(run.task, ClassifierTask):
+        settings = {
+            "auto_class": AutoModelForSequenceClassification,
+            "padding_side": "right",  # encoders with absolute positions count from the left
+            "num_labels": run.task.num_labels,
+        }
+    return load_base(
+        recipe.model,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        quantization=recipe.quantization,
+        **settings,
+    )

@@ -21,13 +21,7 @@ from typing import Any
 
 import datasets
 from rich.console import Console
-from transformers import (
-    AutoModelForSequenceClassification,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from .._util.hardware import machine, peak_memory
 from .._util.progress import progress_of
@@ -38,12 +32,11 @@ from ..data.sources import Rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.examples import as_examples
 from ..data.tokenization import smallest_limit
-from ..engine.base.loading import load_base
 from ..engine.training_pass.prefix_cache import PrefixCache
 from ..evaluation.forgetting import expect_causal
 from ..model import ReftModel, get_reft_model
 from .divergence import unfallen
-from .resolved_run import ResolvedRun
+from .resolved_run import ResolvedRun, load_base_of
 from .run_adapter import adapter_directory
 from .run_directory import RunDirectory, is_main_process
 from .run_scores import Entry, one_answer, save_scores, score
@@ -92,8 +85,10 @@ def _warn(run: ResolvedRun, summary: dict[str, Any], problem: str) -> None:
     """Log what is wrong with a run that has ended, and keep it in the summary."""
     rate = run.recipe.training.learning_rate
     advice = f"try a smaller training.learning_rate than {rate:g}, or more steps"
-    summary["warnings"].append(f"{problem}; {advice}")
-    logger.warning("%s: %s", run.recipe.output_dir, summary["warnings"][-1])
+    warning = f"{problem}; {advice}"
+    if warning not in summary["warnings"]:  # of a run that was killed between summary and scores
+        summary["warnings"].append(warning)
+    logger.warning("%s: %s", run.recipe.output_dir, warning)
 
 
 def _train(
@@ -229,25 +224,6 @@ def load_trained(run: ResolvedRun) -> tuple[ReftModel, Any]:
     directory = adapter_directory(run.directory)
     base, tokenizer = load_base_of(run)
     return ReftModel.from_pretrained(base, directory), tokenizer
-
-
-def load_base_of(run: ResolvedRun) -> tuple[Any, Any]:
-    """The base of a recipe, with a new head for a task of classification; its tokenizer."""
-    recipe, settings = run.recipe, dict[str, Any]()
-    if isinstance(run.task, ClassifierTask):
-        settings = {
-            "auto_class": AutoModelForSequenceClassification,
-            "padding_side": "right",  # encoders with absolute positions count from the left
-            "num_labels": run.task.num_labels,
-        }
-    return load_base(
-        recipe.model,
-        revision=recipe.revision,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        quantization=recipe.quantization,
-        **settings,
-    )
 
 
 def data_module_of(

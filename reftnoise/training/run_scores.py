@@ -14,11 +14,11 @@ from typing_extensions import NotRequired
 
 from .._util.files import json_lines, json_text, replace_all
 from .._util.progress import progress_of
-from ..evaluation.forgetting import forgetting, neutral_texts
+from ..evaluation.forgetting import forgetting, holds_trained_base, neutral_texts
 from ..evaluation.scoring import evaluate
 from ..model import ReftModel
 from .recipe import Recipe
-from .resolved_run import ResolvedRun, scored_by
+from .resolved_run import ResolvedRun, load_base_of, scored_by
 from .run_directory import alone
 from .run_files import PREDICTIONS, SCORES
 from .study.statistics import mean_interval
@@ -75,7 +75,7 @@ def score(
                 way = {"by": entry["by"], "adapter": is_adapted}
                 predictions += [way | row for row in rows]
             if is_adapted and run.recipe.evaluation.forgetting is not False:
-                entries += _of_forgetting(run.recipe, reft_model, tokenizer, console)
+                entries += _of_forgetting(run, reft_model, tokenizer, console)
             if run.recipe.evaluation.lm_eval:
                 entries += _of_harness(run.recipe, reft_model, tokenizer, is_adapted)
     return entries, predictions
@@ -154,18 +154,25 @@ def _of_task(
 
 
 def _of_forgetting(
-    recipe: Recipe, reft_model: ReftModel, tokenizer: Any, console: Console | None
+    run: ResolvedRun, reft_model: ReftModel, tokenizer: Any, console: Console | None
 ) -> list[Entry]:
     """Loss and KL to the base on unrelated prompts and texts, of the adapted model and the base.
 
-    Each is the mean over texts of a text's mean over tokens, with its interval over texts.
+    Each is the mean over texts of a text's mean over tokens, with its interval over texts. A base
+    whose own modules were trained is loaded again.
     """
-    settings, entries = recipe.evaluation, list[Entry]()
+    settings, entries = run.recipe.evaluation, list[Entry]()
+    base = load_base_of(run)[0] if holds_trained_base(reft_model) else None
     path = settings.forgetting if isinstance(settings.forgetting, str) else None
     for kind, texts in neutral_texts(tokenizer, path).items():
         with progress_of(console, f"forgetting, {kind}", len(texts)) as progress:
             measured = forgetting(
-                reft_model, tokenizer, texts, batch_size=settings.batch_size, progress=progress
+                reft_model,
+                tokenizer,
+                texts,
+                base=base,
+                batch_size=settings.batch_size,
+                progress=progress,
             )
         data = f"{path or 'neutral'} {kind}"
         adapted = {"kl": measured.kl, "loss": measured.adapted_loss, "change": measured.loss_change}

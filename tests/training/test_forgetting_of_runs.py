@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import reftnoise as rn
 from reftnoise.evaluation.forgetting import forgetting, neutral_texts
 from reftnoise.inference.loading import load_adapted
 from reftnoise.training.recipe import EvaluationConfig, Recipe
@@ -66,6 +67,24 @@ def test_the_command_measures_what_the_function_does(
                 continue
             assert adapted["intervals"][name] == pytest.approx([low, high], rel=1e-4, abs=1e-6)
         assert base["scores"] == pytest.approx({"loss": np.mean(measured.base_loss)}, rel=1e-4)
+
+
+def test_a_trained_base_is_compared_with_what_it_was(texts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained = ("--representations", "[]", "--modules_to_save", "[layers]", "--lr", "1e-4")
+    asked = ("--evaluation.forgetting", texts, "--evaluation.data", "null")
+    assert command(*quick(run), *trained, *asked, "--quiet") == 0
+    entries = {(entry["data"], entry["adapter"]): entry["scores"] for entry in entries_of(run)}
+    reft_model, tokenizer = load_adapted(run, device="cpu")
+    base, _ = rn.load_base("tiny-chat", device="cpu")
+    for kind, rows in neutral_texts(tokenizer, texts).items():
+        with pytest.raises(ValueError, match=r"base: .*modules_to_save \['layers'\]"):
+            forgetting(reft_model, tokenizer, rows)
+        measured = forgetting(reft_model, tokenizer, rows, base=base, batch_size=16)
+        assert min(measured.kl) > 0
+        adapted, untrained = (entries[f"{texts} {kind}", is_on] for is_on in (True, False))
+        assert adapted["kl"] == pytest.approx(np.mean(measured.kl), rel=1e-4, abs=1e-5)
+        assert untrained["loss"] == pytest.approx(np.mean(measured.base_loss), rel=1e-4)
 
 
 def test_the_report_has_a_part_on_it(run: Path) -> None:

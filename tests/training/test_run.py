@@ -309,6 +309,22 @@ def test_a_run_that_was_killed_anywhere_goes_on(
     assert command(*quick(run, *more), "--resume", "--quiet") == 2  # nothing is missing
 
 
+def test_a_run_killed_before_its_scores_warns_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reftnoise.training.run.one_answer", lambda _: "all answers are 'no'")
+    with monkeypatch.context() as patch:
+        patch.setattr("reftnoise.training.run.save_scores", killed)
+        assert command(*quick(tmp_path), "--quiet") == 130
+    assert command(*quick(tmp_path), "--resume", "--quiet") == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (warning,) = (text for text in summary["warnings"] if "all answers" in text)
+    assert warning.startswith("all answers are 'no'; try")
+
+
 def test_a_run_that_is_being_replaced_is_never_taken_for_a_finished_one(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,8 @@ from ...engine.training_pass.prefix_cache import Place, PrefixCache
 from ...evaluation.scoring import evaluating
 from ...model import ReftModel, get_reft_model
 from ..recipe import Recipe
-from ..resolved_run import ResolvedRun
-from ..run import data_module_of, load_base_of, trainer_of
+from ..resolved_run import ResolvedRun, load_base_of
+from ..run import data_module_of, trainer_of
 from .held_out import Measurement, measure_of
 
 OnMeasurement = Callable[[int, Measurement], bool]
