@@ -1,7 +1,7 @@
 """How likely a model finds texts after prompts, for evaluation and lm-evaluation-harness."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -119,7 +119,7 @@ def choice_pairs(
     prompts: Sequence[str | Messages],
     choices: Sequence[Sequence[str]],
 ) -> list[TokenPair]:
-    """The tokens of each prompt with each of its choices, as the model reads them."""
+    """The tokens of each prompt with each of its choices, without an end-of-text token."""
     texts = [
         rendered(tokenizer, prompt, text)
         for prompt, of_prompt in zip(prompts, choices, strict=True)
@@ -129,19 +129,35 @@ def choice_pairs(
     return without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, model, None))
 
 
-def summed_log_probs(
+def completion_pairs(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Messages],
+    completions: Sequence[str],
+) -> list[TokenPair]:
+    """The tokens of each prompt with its completion, those of training: an end-of-text token, too.
+
+    A prompt without room for its completion loses its beginning.
+    """
+    texts = [
+        rendered(tokenizer, prompt, text) for prompt, text in zip(prompts, completions, strict=True)
+    ]
+    pairs = tokenize_all(tokenizer, texts, nonstop=False)
+    return without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, model, None))
+
+
+def following_log_probs(
     model: Any,
     pairs: Sequence[TokenPair],
     *,
     batch_size: int = 16,
     progress: Progress | None = None,
-) -> Float[Tensor, " pairs"]:
-    """Σᵢ log p(cᵢ | prompt, c₁…cᵢ₋₁) of the text c that follows each prompt.
+) -> Iterator[tuple[int, Float[Tensor, " tokens"]]]:
+    """Index of each pair, and log p(cᵢ | prompt, c₁…cᵢ₋₁) of the text c that follows its prompt.
 
-    The progress counts passes of rows.
+    The longest pairs come first. The progress counts pairs.
     """
-    groups = grouped(pairs)
-    sums = torch.empty(len(pairs))
+    groups, done = grouped(pairs), 0
     for start in range(0, len(groups), batch_size):
         batch = groups[start : start + batch_size]
         all_log_probs = next_token_log_probs(
@@ -150,42 +166,41 @@ def summed_log_probs(
         for group, log_probs in zip(batch, all_log_probs, strict=True):
             for index in group:
                 tokens = torch.tensor(pairs[index][1], device=log_probs.device)
-                sums[index] = log_probs.gather(1, tokens[:, None]).sum()
+                yield index, log_probs.gather(1, tokens[:, None])[:, 0]
+            done += len(group)
         if progress is not None:
-            progress(min(start + batch_size, len(groups)), len(groups))
+            progress(done, len(pairs))
+
+
+def summed_log_probs(
+    model: Any,
+    pairs: Sequence[TokenPair],
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Float[Tensor, " pairs"]:
+    """Σᵢ log p(cᵢ | prompt, c₁…cᵢ₋₁) of the text c that follows each prompt."""
+    sums = torch.empty(len(pairs))
+    for index, log_probs in following_log_probs(
+        model, pairs, batch_size=batch_size, progress=progress
+    ):
+        sums[index] = log_probs.sum()
     return sums
 
 
 def completion_losses(
     model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str | Messages],
-    completions: Sequence[str],
+    pairs: Sequence[TokenPair],
     *,
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> list[float]:
-    """The mean of −log p over each completion's tokens, its end-of-text token too, in nats.
-
-    Tokens are those of training. A prompt without room for its completion loses its beginning.
-    """
-    texts = [
-        rendered(tokenizer, prompt, text) for prompt, text in zip(prompts, completions, strict=True)
-    ]
-    pairs = tokenize_all(tokenizer, texts, nonstop=False)
-    pairs = without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, model, None))
-    order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
+    """The mean of −log p over the tokens of the text that follows each prompt, in nats."""
     losses = [0.0] * len(pairs)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        all_log_probs = next_token_log_probs(
-            model, [pairs[index] for index in batch], dtype=torch.float32
-        )
-        for index, log_probs in zip(batch, all_log_probs, strict=True):
-            tokens = torch.tensor(pairs[index][1], device=log_probs.device)
-            losses[index] = -float(log_probs.gather(1, tokens[:, None]).mean())
-        if progress is not None:
-            progress(min(start + batch_size, len(order)), len(order))
+    for index, log_probs in following_log_probs(
+        model, pairs, batch_size=batch_size, progress=progress
+    ):
+        losses[index] = -float(log_probs.mean())
     return losses
 
 

@@ -17,7 +17,7 @@ from ..data.tokenization import expect_tokenizer, smallest_limit, tokenize_all
 from ..engine.base.threads import in_evaluation_mode, seeded
 from ..model import ReftModel
 from .generation import generated
-from .likelihood import Progress, choice_log_probs, completion_losses
+from .likelihood import Progress, choice_log_probs, completion_losses, completion_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -242,10 +242,8 @@ def _by_loss(
     """The loss of each row's completion."""
     model, tokenizer, batch_size, progress = settings
     questions = [question for _, question in parsed]
-    completions = [question.completion for question in questions]
-    losses = completion_losses(
-        model, tokenizer, prompts, completions, batch_size=batch_size, progress=progress
-    )
+    pairs = completion_pairs(model, tokenizer, prompts, [q.completion for q in questions])
+    losses = completion_losses(model, pairs, batch_size=batch_size, progress=progress)
     return Evaluation(
         scores={"loss": sum(losses) / len(losses)},
         right=[],

@@ -134,6 +134,7 @@ def test_trials_of_shipped_recipes_can_be_trained(path: Path) -> None:
     ("changes", "said"),
     [
         ({"trials": 0}, "trials 0: expected at least 1"),
+        ({"prefix_cache_bytes": 1, "jobs": 2}, "prefix_cache_bytes 1: expected a number of bytes"),
         ({"held_out": 1.5}, "held_out 1.5: expected a share of the rows"),
         ({"held_out": 40}, "held_out 40: expected fewer than the 40 rows"),
         ({"minutes": 0}, "minutes 0"),
@@ -310,6 +311,40 @@ def test_right_answers_are_those_of_an_evaluation(tmp_path: Path) -> None:
             log_probs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
             nll = -log_probs.gather(1, whole[0, len(prompt) :, None]).sum()
             assert loss == pytest.approx(float(nll), rel=1e-4)
+
+
+def test_losses_of_answers_are_those_of_an_evaluation(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": f"Say {word}.", "input": "", "output": f"{word} {word}"}
+        for word in ["bee", "bear", "cat", "owl", "dog", "cow", "fly", "eel"]
+    ]
+    (tmp_path / "rows.jsonl").write_bytes(json_lines(rows))
+    own = recipe(task="instruct", data={"train": str(tmp_path / "rows.jsonl")})
+    run = ResolvedRun(read(Recipe, own))
+    shared = SharedBase(run, held_out=5, seed=0)
+    base, tokenizer = rn.load_tiny_model()
+    model = rn.get_reft_model(base, run.config).eval()
+    held = [rows[index] for index in split_rows(8, 5, 0)[1]]
+    expected = evaluate(model, tokenizer, run.task, held, by="loss")
+    measured = shared.measured(model)
+    assert measured.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert measured.right == ""
+    misses = shared.prefix_cache.misses
+    assert misses == 5
+    shared.measured(model)
+    assert shared.prefix_cache.misses == misses  # prompts are kept
+
+
+def test_jobs_divide_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(self: SharedBase, *_: Any, **__: Any) -> None:
+        assert self.prefix_cache.max_bytes == 5000
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SharedBase, "train", trained)
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(
+            TrialStorage(tuning(tmp_path, jobs=2, prefix_cache_bytes=10_001)), lambda _: None
+        )
 
 
 def test_losses_of_texts_are_those_of_training() -> None:

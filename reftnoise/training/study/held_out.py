@@ -4,7 +4,7 @@
 |---|---|---|
 | of a task with choices | −log p(right choice) | where the right choice is the likeliest |
 | for a classification head | cross-entropy, or squared error of a number | the predicted class |
-| others | mean −log p of the completion's tokens | – |
+| others | mean −log p of the completion's tokens, its end-of-text token, too | – |
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,12 @@ from ...data.tasks.base import parse_rows
 from ...data.tasks.classifier import ClassifierTask
 from ...data.templates import fill
 from ...engine.training_pass.loss import targets_of
-from ...evaluation.likelihood import choice_pairs, summed_log_probs
+from ...evaluation.likelihood import (
+    choice_pairs,
+    completion_losses,
+    completion_pairs,
+    summed_log_probs,
+)
 from ...model import ReftModel
 from ..resolved_run import ResolvedRun
 from ..run import data_module_of
@@ -56,15 +61,14 @@ def measure_of(run: ResolvedRun, tokenizer: Any, base: Any, rows: Rows) -> HeldO
     parsed = parse_rows(task, rows, name="training")
     questions = [question for _, question in parsed]
     prompts = [fill(run.recipe.data.template, question.prompt, row) for row, question in parsed]
-    has_choices = all(question.choices for question in questions)
-    choices = [q.choices if has_choices else (q.completion,) for q in questions]
+    if not all(question.choices for question in questions):
+        texts = completion_pairs(base, tokenizer, prompts, [q.completion for q in questions])
+        return lambda model: Measurement(completion_losses(model, texts, batch_size=size), "")
+    choices = [question.choices for question in questions]
     pairs = choice_pairs(base, tokenizer, prompts, choices)
 
     def measure(model: ReftModel) -> Measurement:
         sums = torch.split(summed_log_probs(model, pairs, batch_size=size), list(map(len, choices)))
-        if not has_choices:
-            counts = (max(1, len(tokens)) for _, tokens in pairs)
-            return Measurement([-float(s) / n for s, n in zip(sums, counts, strict=True)], "")
         losses, right = [], ""
         for of_row, question in zip(sums, questions, strict=True):
             answers = [task.is_right(a, question.answer) for a in question.choice_answers]

@@ -28,25 +28,33 @@ OnMeasurement = Callable[[int, Measurement], bool]
 class SharedBase:
     """A base, its rows, and the prompts that trainings on it share.
 
-    What a training ends with is what its recipe alone gives on the rows that are not held out. A
-    prompt's keys and values before the first edit depend on the frozen base and on tokens alone, so
-    units at other layers, of other ranks or rates find them in the cache. Positions that edit a
-    prompt's start, and noise on prompts, compute them in each epoch. Modules of the base that are
-    trained, such as a classifier's head, begin each training as they were loaded. A recipe with
-    `peft`, whose layers stay in the base, loads it for each training.
+    What a training ends with is what its recipe alone gives on the rows that are not held out, up
+    to rounding where a prompt was first computed in a batch of another width. A prompt's keys and
+    values before the first edit depend on the frozen base and on tokens alone, so units at other
+    layers, of other ranks or rates find them in the cache. Positions that edit a prompt's start,
+    and noise on prompts, compute them in each epoch. Modules of the base that are trained, such as
+    a classifier's head, begin each training as they were loaded. A recipe with `peft`, whose layers
+    stay in the base, loads it for each training.
 
     Args:
         run: recipe whose base, rows and task all trainings have.
         held_out: share of the training rows that is held out; from 1 on, their number.
         seed: seed of the choice of these rows.
         prefix_cache: place for keys and values of prompts.
+        prefix_cache_bytes: greatest size of these.
 
     Raises:
         ValueError: too few rows, or a row that the task cannot read.
     """
 
     def __init__(
-        self, run: ResolvedRun, *, held_out: float, seed: int, prefix_cache: Place = "memory"
+        self,
+        run: ResolvedRun,
+        *,
+        held_out: float,
+        seed: int,
+        prefix_cache: Place = "memory",
+        prefix_cache_bytes: int = 2**32,
     ) -> None:
         self._run = run
         self._has_layers_of_peft = False
@@ -68,7 +76,9 @@ class SharedBase:
 
         self._data = placed(data_module_of, train)
         self._measure = placed(measure_of, held)
-        self.prefix_cache = None if prefix_cache == "none" else PrefixCache(prefix_cache)
+        self.prefix_cache = (
+            None if prefix_cache == "none" else PrefixCache(prefix_cache, prefix_cache_bytes)
+        )
 
     def train(
         self, recipe: Recipe, *, measurements: int, on_measurement: OnMeasurement

@@ -17,6 +17,16 @@ LAYERS = ("all", "even", "lower", "upper")
 """Words for layers: all, every second one, and the lower or upper half."""
 EDIT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4, "positions": "l1"}
 """What is edited first where a recipe trains nothing."""
+_NOT_DECIDING = (
+    "trials",
+    "minutes",
+    "jobs",
+    "threads",
+    "gpus",
+    "prefix_cache",
+    "prefix_cache_bytes",
+    "output_dir",
+)
 _NOT_IN_TRIALS = (
     "do_eval",
     "eval_on_start",
@@ -78,6 +88,7 @@ class Tuning:
         gpus: indices of the GPUs that jobs take in turn; empty for none.
         prefix_cache: place for the keys and values of prompts, which trials share: none, memory or
             disk.
+        prefix_cache_bytes: greatest size of these, which is divided among the jobs.
         seed: seed of the search, and of the choice of held-out rows; trainings have the recipe's.
         output_dir: directory of the trials, the best recipe and the report.
     """
@@ -94,6 +105,7 @@ class Tuning:
     threads: int | None = None
     gpus: list[int] = field(default_factory=list)
     prefix_cache: Literal["none", "memory", "disk"] = "memory"
+    prefix_cache_bytes: int = 2**32
     seed: int = 0
     output_dir: str = "reftnoise-tuning"
 
@@ -104,7 +116,7 @@ class Tuning:
     def deciding(self) -> dict[str, Any]:
         """What decides the results of trials: all but how many there are, and where they run."""
         values = asdict(self)
-        for name in ("trials", "minutes", "jobs", "threads", "gpus", "prefix_cache", "output_dir"):
+        for name in _NOT_DECIDING:
             del values[name]
         for name in ("output_dir", "device", "evaluation"):
             del values["recipe"][name]
@@ -138,6 +150,11 @@ def check_tuning(tuning: Tuning) -> ResolvedRun:
     for name in ("trials", "measurements", "jobs"):
         if getattr(tuning, name) < 1:
             raise ValueError(f"{name} {getattr(tuning, name)}: expected at least 1")
+    if tuning.prefix_cache_bytes < tuning.jobs:
+        raise ValueError(
+            f"prefix_cache_bytes {tuning.prefix_cache_bytes}: expected a number of bytes, such as "
+            "4294967296"
+        )
     if tuning.threads is not None and tuning.threads < 1:
         raise ValueError(f"threads {tuning.threads}: expected at least 1")
     if tuning.minutes is not None and not tuning.minutes > 0:

@@ -253,7 +253,11 @@ def run_trials(storage: TrialStorage, on_trial: OnTrial) -> None:
         return
     dimensions = Dimensions(run, tuning.space)
     shared = SharedBase(
-        run, held_out=tuning.held_out, seed=tuning.seed, prefix_cache=tuning.prefix_cache
+        run,
+        held_out=tuning.held_out,
+        seed=tuning.seed,
+        prefix_cache=tuning.prefix_cache,
+        prefix_cache_bytes=tuning.prefix_cache_bytes // tuning.jobs,
     )
     while time.monotonic() < ends:
         with storage.next(dimensions) as begun:
