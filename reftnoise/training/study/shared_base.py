@@ -41,7 +41,7 @@ class SharedBase:
         held_out: share of the training rows that is held out; from 1 on, their number.
         seed: seed of the choice of these rows.
         prefix_cache: place for keys and values of prompts.
-        prefix_cache_bytes: greatest size of these.
+        prefix_cache_bytes: greatest size of the kept prompts.
 
     Raises:
         ValueError: too few rows, or a row that the task cannot read.

@@ -88,7 +88,7 @@ class Tuning:
         gpus: indices of the GPUs that jobs take in turn; empty for none.
         prefix_cache: place for the keys and values of prompts, which trials share: none, memory or
             disk.
-        prefix_cache_bytes: greatest size of these, which is divided among the jobs.
+        prefix_cache_bytes: greatest size of the kept prompts, which the jobs divide among them.
         seed: seed of the search, and of the choice of held-out rows; trainings have the recipe's.
         output_dir: directory of the trials, the best recipe and the report.
     """
