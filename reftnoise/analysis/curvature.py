@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..adapters.library import OWN
-from ..engine.base.threads import undone_in_children
+from ..engine.base.threads import hooked
 from ..engine.layout import prompt_lengths_from_labels
 from ..evaluation.scoring import evaluating
 from ..model import ReftModel
@@ -89,15 +88,10 @@ def _row_losses(reft_model: ReftModel, batch: Mapping[str, Any]) -> Float[Tensor
 def _embeddings(reft_model: ReftModel) -> Iterator[list[Tensor]]:
     """The token embeddings of the calls within the block, as leaves of their graphs."""
     seen: list[Tensor] = []
-    thread = get_ident()  # others may run the base meanwhile
 
-    def keep(_: Any, __: Any, output: Tensor) -> Tensor | None:
-        if get_ident() != thread:
-            return None
+    def keep(_: Any, __: Any, output: Tensor) -> Tensor:
         seen.append(output.detach().requires_grad_())
         return seen[-1]
 
-    with undone_in_children() as stack:
-        handle = reft_model.get_input_embeddings().register_forward_hook(keep)
-        stack.callback(handle.remove)
+    with hooked([(reft_model.get_input_embeddings(), keep)]):
         yield seen

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from threading import get_ident
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..._util.errors import brief
 from ...config.positions import Positions
 from ...data.conversations import Messages, whole_text
 from ...data.tokenization import prompt_tokens
-from ...engine.base.threads import undone_in_children
+from ...engine.base.threads import hooked
 from ...engine.layout import named_tokens
 from ...engine.units import PlacedUnit
 from ...evaluation.likelihood import Progress
@@ -134,19 +134,11 @@ def read_states(
 def _recorded(units: Sequence[PlacedUnit]) -> Iterator[dict[str, Tensor]]:
     """The states that reach each unit's site within the block, by unit key."""
     seen: dict[str, Tensor] = {}
-    thread = get_ident()  # others may run the base meanwhile
-    with undone_in_children() as stack:
-        for unit in units:
 
-            def record(
-                _: Any, args: Any, kwargs: Any, output: Any, unit: PlacedUnit = unit
-            ) -> None:
-                if get_ident() != thread:
-                    return
-                if unit.site.is_input:
-                    output = args[0] if args else kwargs["hidden_states"]
-                seen[unit.key] = output[0] if isinstance(output, tuple) else output
+    def record(unit: PlacedUnit, args: Any, kwargs: Any, output: Any) -> None:
+        if unit.site.is_input:
+            output = args[0] if args else kwargs["hidden_states"]
+        seen[unit.key] = output[0] if isinstance(output, tuple) else output
 
-            handle = unit.site.module.register_forward_hook(record, with_kwargs=True)
-            stack.callback(handle.remove)
+    with hooked([(unit.site.module, partial(record, unit)) for unit in units]):
         yield seen

@@ -7,7 +7,8 @@ and what that thread changed for a while stays changed.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from threading import RLock, get_ident
 from types import TracebackType
 from typing import Any
@@ -60,6 +61,26 @@ def undone_in_children() -> Iterator[contextlib.ExitStack]:
             yield stack
     finally:
         _OPEN.pop(key, None)
+
+
+@contextlib.contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[[Any, Any, Any], Any]]]) -> Iterator[None]:
+    """Within the block, modules call their forward hooks in this thread's passes alone.
+
+    Args:
+        hooks: modules, each with a function of its arguments, keyword arguments and output, which
+            may return another output.
+    """
+    thread = get_ident()
+
+    def in_thread(hook: Callable[[Any, Any, Any], Any], _: nn.Module, *values: Any) -> Any:
+        return hook(*values) if get_ident() == thread else None
+
+    with undone_in_children() as stack:
+        for module, hook in hooks:
+            handle = module.register_forward_hook(partial(in_thread, hook), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def _in_child() -> None:
