@@ -5,7 +5,11 @@ The command line is made from this class, so nothing heavy is imported here.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
+
+Way: TypeAlias = Literal["generation", "likelihood", "loss"]
+"""How a model is scored: by what it writes, by the choice it finds likeliest, or by its loss."""
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 @dataclass(frozen=True, kw_only=True)

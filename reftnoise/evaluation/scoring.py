@@ -5,10 +5,11 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple
 
 import torch
 
+from ..config.decoding import WAYS, Way
 from ..data.conversations import Messages, rendered
 from ..data.tasks.base import ParsedRow, RowError, Task, parse_rows
 from ..data.tasks.classifier import ClassifierTask
@@ -20,9 +21,6 @@ from .generation import generated
 from .likelihood import Progress, choice_log_probs, completion_losses, completion_pairs
 
 logger = logging.getLogger(__name__)
-
-Way: TypeAlias = Literal["generation", "likelihood", "loss"]
-WAYS: tuple[Way, ...] = get_args(Way)
 
 
 @dataclass(frozen=True)

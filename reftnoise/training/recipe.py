@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from .._util import yaml
+from ..config.decoding import Way
 
 
 @dataclass(kw_only=True)
@@ -109,7 +110,7 @@ class EvaluationConfig:
     data: str | None = None
     split: str = "test"
     subset: str | None = None
-    by: Literal["generation", "likelihood", "loss"] = "generation"
+    by: Way = "generation"
     batch_size: int = 16
     max_new_tokens: int | None = None
     lm_eval: list[str] = field(default_factory=list)

@@ -2,14 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import reftnoise as rn
-from reftnoise.cli.demo.chat import DATA, is_emoji, run_chat_demo
+from reftnoise._util.options import read_file
+from reftnoise.cli.demo.chat import DATA, demo_recipe, is_emoji, run_chat_demo
 from reftnoise.config.base_model import PACKAGED, expect_base
 from reftnoise.engine.base.tiny import DIRECTORY
+from reftnoise.training.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -33,6 +38,14 @@ def test_the_data_is_whole() -> None:
     assert all(is_emoji(row["completion"]) and not is_emoji(row["prompt"]) for row in train)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     assert all(row.keys() == {"cheerful", "gloomy"} for row in moods)
+
+
+def test_the_recipe_that_is_shipped_is_the_demos() -> None:
+    shipped = read_file(Recipe, ROOT / "examples" / "recipes" / "persona.yaml")
+    assert (ROOT / str(shipped.data.train)).samefile(DATA / "train.jsonl")
+    data = replace(shipped.data, train=str(DATA / "train.jsonl"))
+    recipe = demo_recipe(shipped.model, shipped.seed, shipped.output_dir)
+    assert replace(shipped, data=data) == recipe
 
 
 @pytest.fixture
@@ -67,7 +80,7 @@ def installed() -> bool:
 @pytest.mark.skipif(not installed(), reason=f"needs {PACKAGED['smollm2'].install}")
 def test_it_convinces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_chat_demo("smollm2", str(tmp_path / "adapter"), 0)
-    found = re.search(r"In emoji alone: (\d+) of 12 answers, and (\d+)", capsys.readouterr().out)
-    assert found is not None
-    assert int(found[1]) >= 10
-    assert int(found[2]) == 0
+    shares = re.search(r"In emoji alone: (\d+) of 12 answers, and (\d+)", capsys.readouterr().out)
+    assert shares is not None
+    assert int(shares[1]) >= 10
+    assert int(shares[2]) == 0

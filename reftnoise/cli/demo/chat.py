@@ -93,18 +93,22 @@ def _rows(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
+def demo_recipe(base: str, seed: int, output_dir: str) -> Recipe:
+    """What the demo trains, as `examples/recipes/persona.yaml` has it, too."""
+    return Recipe(
+        model=base,
+        representations=[LOREFT],
+        data=DataConfig(train=str(DATA / "train.jsonl"), template="chat"),
+        training=TRAINING,
+        seed=seed,
+        output_dir=output_dir,
+    )
+
+
 def _trained(base: str, seed: int, console: Console) -> tuple[ReftModel, Any, dict[str, Any]]:
     """The adapted model, its tokenizer, and the summary of its training, which a bar shows."""
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = Recipe(
-            model=base,
-            representations=[LOREFT],
-            data=DataConfig(train=str(DATA / "train.jsonl"), template="chat"),
-            training=TRAINING,
-            seed=seed,
-            output_dir=f"{scratch}/emoji",
-        )
-        run = ResolvedRun(recipe)
+        run = ResolvedRun(demo_recipe(base, seed, f"{scratch}/emoji"))
         summary, _ = run_recipe(run, console=console)
         gc.collect()  # the base that was trained on, before it is loaded again
         return *load_trained(run), summary
