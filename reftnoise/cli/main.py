@@ -139,17 +139,17 @@ def _of_resumed(options: Sequence[str]) -> Sequence[str]:
     """An option for the recipe of the run that `train --resume --output_dir DIR` continues."""
     from .._util.options import read_yaml
 
-    given = {name: value for name, _, value in (option.partition("=") for option in options)}
-    if given.get("--resume", "false") not in ("", "true"):
+    values = {name: value for name, _, value in (option.partition("=") for option in options)}
+    if values.get("--resume", "false") not in ("", "true"):
         return ()
-    directory = given.get("--output_dir") or Recipe.output_dir
+    directory = values.get("--output_dir") or Recipe.output_dir
     if "--output_dir" in options[:-1]:
         directory = options[options.index("--output_dir") + 1]
     path = local_path(directory, "output_dir") / RECIPE
     if path.is_file():
         read_yaml(path)  # its errors are clearer than the parser's
         return ("--config", str(path))
-    if not any(name.startswith(("--representations", "--peft", "--modules")) for name in given):
+    if not any(name.startswith(("--representations", "--peft", "--modules")) for name in values):
         raise FileNotFoundError(f"output_dir {directory}: no {RECIPE} in it, so no run to resume")
     return ()
 

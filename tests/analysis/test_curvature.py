@@ -52,7 +52,7 @@ def test_estimates_have_the_mean_and_the_spread_of_the_whole_hessian() -> None:
     assert estimates.shape == (2, DRAWS)
     for row, hessian in zip(estimates, hessians, strict=True):
         trace = hessian.trace().double()
-        # The variance of vᵀHv for signs v: twice the squares beside the diagonal.
+        # The variance of vᵀHv for signs v: twice the squares off the diagonal.
         variance = 2 * (hessian.square().sum() - hessian.diagonal().square().sum()).double()
         assert variance > 0
         assert abs(row.mean() - trace) < 5 * (variance / DRAWS).sqrt()

@@ -243,7 +243,7 @@ def test_mistakes_are_told() -> None:
     reft_model, tokenizer = wrapped()
     with pytest.raises(ValueError, match="3 positive and 2 negative prompts: expected pairs"):
         rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE[:2])
-    with pytest.raises(ValueError, match="method 'median': expected 'mean', 'pca' or 'probe'"):
+    with pytest.raises(ValueError, match="method 'median': did you mean 'mean'"):
         rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, method="median")
     for positions in ("decode", [5]):
         with pytest.raises(ValueError, match=r"positions .*: prompt '.*' has no such token"):

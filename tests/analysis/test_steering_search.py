@@ -124,8 +124,11 @@ def test_the_largest_shift_within_the_budget_is_chosen() -> None:
     result = sweep(candidates, questions, neutral, budget=0.5)  # type: ignore[arg-type]
     assert result.chosen == (candidates[0], 2.0)  # .9 and .4 cost more than .5
     assert neutral.asked == ["mean-1", "mean-3", "mean-0"]  # nothing that cannot be chosen
-    with pytest.raises(ValueError, match=r"budget 0.05: no vector is within it, .* is 0.1 nats"):
+    reason = r"budget 0.05: no vector is within it, .* is 0.1 nats .*: try smaller sizes"
+    with pytest.raises(ValueError, match=reason):
         sweep(candidates[:2], questions, neutral, budget=0.05)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="try smaller scales"):
+        sweep(candidates[:2], questions, neutral, budget=0.05, sized_by="scales")  # type: ignore[arg-type]
 
 
 def test_all_vectors_come_from_one_pass() -> None:

@@ -104,22 +104,23 @@ class Continuations:
     def _prepared(self, indices: list[int]) -> _Batch:
         pairs = [self._pairs[index] for index in indices]
         shortest = min(len(prompt) for prompt, _ in pairs)
-        tail = max(self._edited(len(prompt)) for prompt, _ in pairs)
-        has_beginning = tail < shortest
+        end = max(self._edited(len(prompt)) for prompt, _ in pairs)
+        has_beginning = end < shortest
         if not has_beginning:
-            tail = max(len(prompt) for prompt, _ in pairs)
+            end = max(len(prompt) for prompt, _ in pairs)
         width = max(len(rest) for _, rest in pairs) - 1  # the last token is predicted, not read
-        heads = [prompt[:-tail] if has_beginning else [] for prompt, _ in pairs]
-        tails = [prompt[-tail:] for prompt, _ in pairs]
-        most = max(map(len, heads))
+        beginnings = [prompt[:-end] if has_beginning else [] for prompt, _ in pairs]
+        most = max(map(len, beginnings))
         device = self._model.device
         ids, mask = [], []
-        for (prompt, rest), head, end in zip(pairs, heads, tails, strict=True):
-            before, between, after = most - len(head), tail - len(end), width - len(rest) + 1
+        for (prompt, rest), beginning in zip(pairs, beginnings, strict=True):
+            read = prompt[len(beginning) :] + rest[:-1]
+            before, after = most - len(beginning), width - len(rest) + 1
+            between = end + width - len(read) - after
             pad = prompt[:1]
-            ids.append([*pad * before, *head, *pad * between, *end, *rest[:-1], *pad * after])
-            written = [1] * (len(end) + len(rest) - 1)
-            mask.append([0] * before + [1] * len(head) + [0] * between + written + [0] * after)
+            ids.append([*pad * before, *beginning, *pad * between, *read, *pad * after])
+            is_beginning = [0] * before + [1] * len(beginning)
+            mask.append([*is_beginning, *[0] * between, *[1] * len(read), *[0] * after])
         all_ids = torch.tensor(ids, device=device)
         attended = torch.tensor(mask, device=device)
         cache = None
@@ -131,7 +132,7 @@ class Continuations:
             ids=all_ids[:, most:],
             mask=attended,
             prompt_lengths=torch.tensor([len(prompt) for prompt, _ in pairs], device=device),
-            end=tail,
+            end=end,
             cache=cache,
         )
 

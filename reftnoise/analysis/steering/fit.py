@@ -32,7 +32,7 @@ def fit_steering_vectors(
     - `"mean"`: $v = \bar\delta$, the difference of means (CAA, arXiv:2312.06681);
     - `"pca"`: $v = (\bar\delta^\top u)\,u$ with u the first principal component of the δᵢ about
       zero (as in representation engineering, arXiv:2310.01405);
-    - `"probe"`: likewise with u the unit normal of the plane by which logistic regression parts the
+    - `"probe"`: the same with u the unit normal of the plane by which logistic regression parts the
       positive states from the negative ones (as in inference-time intervention, arXiv:2306.03341).
 
     `positions="differing"` reads the tokens by which the halves of a pair differ: those after their
@@ -50,7 +50,7 @@ def fit_steering_vectors(
 
     Returns:
         ‖v‖ / ‖h‖ by unit key, where ‖h‖ is the mean norm of the states that were read: how large
-        the edit is next to what it edits.
+        the edit is next to them.
 
     Raises:
         ValueError: no `addition` unit, unequal numbers of prompts, an unknown method, a prompt

@@ -80,6 +80,7 @@ def search(
             Questions(reft_model, split["choose"], **settings),
             NeutralPrompts(reft_model, neutral[::2], **settings),
             budget=options.budget,
+            sized_by="scales" if options.scales else "sizes",
             progress=progress,
         )
     _write_adapter(reft_model, outcome, options, directory / ADAPTER)

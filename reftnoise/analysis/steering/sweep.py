@@ -8,7 +8,7 @@ neutral prompts.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -169,7 +169,7 @@ class NeutralPrompts:
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """What a search found on the questions and neutral prompts to choose by.
+    """What a search measured on the questions and neutral prompts to choose by.
 
     Args:
         base: probability of the matching answer of each question, by the bare base.
@@ -194,12 +194,21 @@ def sweep(
     neutral: NeutralPrompts,
     *,
     budget: float,
+    sized_by: Literal["sizes", "scales"] = "sizes",
     progress: Progress | None = None,
 ) -> Sweep:
     """The vector and factor with the largest mean shift of those within the budget.
 
     The divergence is measured in the order of shifts, until the first that is within: no other can
     be chosen.
+
+    Args:
+        candidates: vectors, and the factors of each.
+        questions: questions that the shift is measured on.
+        neutral: prompts that the divergence is measured on.
+        budget: greatest mean divergence, in nats per token.
+        sized_by: option that says the factors, which an error names.
+        progress: function that is called with the numbers of vectors done and of all vectors.
 
     Raises:
         ValueError: none is within the budget.
@@ -220,7 +229,7 @@ def sweep(
     least = min(float(kl.mean(1).min()) for kl in divergence.values())
     raise ValueError(
         f"budget {budget}: no vector is within it, the least divergence is {least:.2g} nats per "
-        "token: try smaller sizes"
+        f"token: try smaller {sized_by}"
     )
 
 
