@@ -246,6 +246,14 @@ def test_options_that_make_no_sense(options: dict[str, Any], reason: str) -> Non
         SteerOptions(**options)
 
 
+def test_halves_that_are_equal_are_named_with_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    row = {"positive": "I like tea", "negative": "I like tea"}
+    path.write_text((json.dumps(row) + "\n") * 8, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl: line 1: the two are equal"):
+        search(str(path), "tiny-chat", tmp_path / "out", SteerOptions())
+
+
 def test_neutral_prompts_that_are_too_long_lose_their_beginning(tmp_path: Path) -> None:
     reft_model, tokenizer = steered("l1+decode")
     path = tmp_path / "neutral.jsonl"

@@ -117,7 +117,10 @@ def split_pairs(
     if limit is not None:
         order = _even(order, limit)
     if len(order) < FEWEST_PAIRS:
-        raise ValueError(f"{len(order)} different pairs: expected at least {FEWEST_PAIRS}")
+        raise ValueError(
+            f"{len(order)} different pairs: expected at least {FEWEST_PAIRS}, with other common "
+            "beginnings or other differing tokens after them"
+        )
     order.sort(key=lambda pair: pair.matching)
     split: dict[str, list[Contrast]] = {name: [] for name in dict.fromkeys(_DEALT)}
     for index, pair in enumerate(order):

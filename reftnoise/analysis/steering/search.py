@@ -16,7 +16,7 @@ from ...data.conversations import rendered
 from ...data.templates import fill
 from ...data.tokenization import tokenize_all
 from ...engine.base.loading import load_base
-from ...evaluation.forgetting import answered_pairs, neutral_texts
+from ...evaluation.forgetting import answered_pairs, expect_causal, neutral_texts
 from ...evaluation.likelihood import TokenPair
 from ...model import ReftModel, get_reft_model
 from ...training.study.statistics import mean_interval
@@ -65,9 +65,11 @@ def search(
     expect_room(directory, overwrite=overwrite)
     rows = read_pairs(pairs)
     base, tokenizer = load_base(model, dtype=dtype, device=device)
-    contrasts = tokenized_pairs(tokenizer, rows, options.template)
+    with value_errors(pairs):
+        contrasts = tokenized_pairs(tokenizer, rows, options.template)
     split = split_pairs(contrasts, limit=options.limit, seed=options.seed)
     reft_model = get_reft_model(base, _config(options, options.layers)).eval()
+    expect_causal(reft_model)
     with progress_of(console, "Reading pairs") as progress:
         candidates = fitted_candidates(reft_model, split["fit"], options, progress=progress)
     neutral = neutral_pairs(reft_model, tokenizer, options)
