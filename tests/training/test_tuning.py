@@ -123,8 +123,8 @@ def test_a_recipe_without_units_gets_an_edit_and_one_of_peft_none(tmp_path: Path
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_trials_of_shipped_recipes_can_be_trained(path: Path) -> None:
     own = read_file(Recipe, path)
-    own.device = "cpu"
-    own.data.train, own.evaluation.data = "tiny-chat", None  # some name files that users make
+    own.model, own.device = "tiny-chat", "cpu"  # some name bases that packages carry
+    own.data.train, own.evaluation.data = "tiny-chat", None  # or files that users make
     run = check_tuning(Tuning(recipe=own))
     assert run.arguments.eval_strategy == run.arguments.save_strategy == "no"
     assert run.arguments.learning_rate == own.training.learning_rate
