@@ -317,8 +317,8 @@ def test_a_page_shows_answers_norms_and_mistakes(adapters: dict[str, Path], libr
         ask(page)
         wait_until(lambda: texts(page) == answers)
         wait_until(lambda: page.locator("#norms-2 tbody tr").count() == 3)
-        assert page.locator("#norms-2 td.new[title]").count() > 0
-        assert page.locator("#norms-0").inner_text().strip() == "No edits."
+        wait_until(lambda: page.locator("#norms-2 td.new[title]").count() > 0)
+        wait_until(lambda: page.locator("#norms-0").inner_text().strip() == "No edits.")
         fill(page, "#scale-2", "0.5")
         ask(page)
         wait_until(lambda: texts(page)[2] == half)
@@ -363,8 +363,9 @@ def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
     with command("serve", *chosen(adapters), "--host", "127.0.0.1", "--port", str(port)):
         wait_until(lambda: is_up(f"{address}/models"))
         with opened(address) as page:
-            names = page.locator("#names label").all_inner_texts()
-            assert sorted(names) == [BASE, "emoji", "polite"]
+            labels = page.locator("#names label")
+            wait_until(lambda: sorted(labels.all_inner_texts()) == [BASE, "emoji", "polite"])
+            names = labels.all_inner_texts()
             page.click("text=Template and sampling")
             fill(page, "#new-tokens", str(TOKENS))
             page.fill("#template input", "plain")
