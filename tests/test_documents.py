@@ -23,6 +23,7 @@ from reftnoise.cli.main import main
 from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.interventions import INTERVENTIONS
 from reftnoise.training.recipe import Recipe
+from reftnoise.training.resolved_run import with_default_edit
 from reftnoise.training.study.grid import Study, cells
 from reftnoise.training.study.space import Tuning, check_tuning
 from support.models.architectures import tiny_model
@@ -186,7 +187,7 @@ def test_yaml_is_a_recipe_a_study_or_a_config(page: Path, tmp_path: Path) -> Non
         elif "\nspace:" in block.code:
             check_tuning(read_file(Tuning, path))
         elif "model:" in block.code:
-            assert read_file(Recipe, path).representations
+            assert with_default_edit(read_file(Recipe, path)).representations
         else:
             assert rn.ReftConfig.from_file(path).representations
 

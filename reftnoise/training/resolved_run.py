@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -43,8 +43,23 @@ _POSITIVE = (
 )
 
 
+def with_default_edit(recipe: Recipe) -> Recipe:
+    """The recipe; LoReFT at all layers where it names neither units nor PEFT nor modules to train.
+
+    Rank, rate and positions are chosen in a study: examples/studies/defaults.md.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    if recipe.representations or recipe.peft or recipe.modules_to_save:
+        return recipe
+    positions = get_task(recipe.task).default_positions
+    edit = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
+    return replace(recipe, representations=[edit | {"positions": positions}])
+
+
 class ResolvedRun:
-    """A recipe, and what it names.
+    """A recipe with what it trains by default, and what it names.
 
     Raises:
         ValueError: the task, the base's dtype, the template or a number of the evaluation is wrong.
@@ -52,7 +67,7 @@ class ResolvedRun:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = with_default_edit(recipe)
         self.directory = local_path(recipe.output_dir, "output_dir")
         self.task = get_task(recipe.task)
         expect_base(recipe.model, recipe.dtype)
@@ -86,12 +101,6 @@ class ResolvedRun:
     def expect_trainable(self) -> None:
         """Raise a ValueError or OSError for what can be known to be wrong without torch."""
         recipe, data, training = self.recipe, self.recipe.data, self.recipe.training
-        if not (recipe.representations or recipe.peft or recipe.modules_to_save):
-            raise ValueError(
-                "the recipe trains nothing: expected representations, such as "
-                "[{layer: all, intervention: loreft, low_rank_dimension: 4, positions: l1}], "
-                "peft or modules_to_save"
-            )
         for unit in recipe.representations:
             name = unit.get("intervention")
             if isinstance(name, str) and "torch" not in sys.modules and name not in unit_names():

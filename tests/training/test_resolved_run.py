@@ -2,14 +2,21 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import reftnoise as rn
+from reftnoise._util.options import read_file
 from reftnoise.data import sources
 from reftnoise.data.tasks.text import TextTask
 from reftnoise.training import resolved_run
+from reftnoise.training.recipe import Recipe
+from reftnoise.training.resolved_run import ResolvedRun, with_default_edit
+from reftnoise.training.study.grid import Study, cells
+from reftnoise.training.study.space import Tuning
 from support.command_line import command, quick
 
 
@@ -43,3 +50,43 @@ def test_task_and_rows_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert command("eval", tmp_path / "run", "--base", "--quiet") == 0
     del expected["tiny-chat train"]
     assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "positions"),
+    [
+        ("text", "l1"),
+        ({"name": "classification", "labels": ["good", "bad"]}, "l1"),
+        ({"name": "glue", "subset": "sst2"}, "all"),
+    ],
+)
+def test_a_recipe_that_names_no_units_has_those_of_its_task(task: Any, positions: str) -> None:
+    edit = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
+    units = [edit | {"positions": positions}]
+    recipe = Recipe(task=task)
+    assert ResolvedRun(recipe).recipe.representations == units
+    study = Study(recipe=recipe, axes={"rate": {"high": {"training": {"learning_rate": 0.1}}}})
+    assert [cell.recipe.representations for cell in cells(study)] == [units]
+    assert Tuning(recipe=recipe).searched_recipe().representations == units
+    others: list[dict[str, Any]] = [
+        {"representations": [{"intervention": "neftune"}]},
+        {"peft": {"peft_type": "lora"}},
+        {"modules_to_save": ["lm_head"]},
+    ]
+    for other in others:
+        named = replace(recipe, **other)
+        assert with_default_edit(named) is named
+
+
+def test_a_run_says_what_it_trained_by_default(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {train: tiny-chat, template: chat}\ntraining: {max_steps: 2}\n")
+    assert command("train", recipe, "--output_dir", run, "--device", "cpu", "--quiet") == 0
+    written = read_file(Recipe, run / "recipe.yaml")
+    assert written == ResolvedRun(written).recipe
+    assert [entry["positions"] for entry in written.representations] == ["l1"]
+    base = rn.load_tiny_model()[0]
+    reft_model = rn.ReftModel.from_pretrained(base, run / "adapter")
+    assert len(reft_model.engine.units) == base.config.num_hidden_layers
+    assert command("train", "--output_dir", run, "--resume", "--quiet") == 2  # it is finished

@@ -525,7 +525,10 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
             ("--representations", LOREFT.replace('"all"', "99")),
             "the model has layers 0 to",
         ),
-        "nothing": (("--representations", "[]"), "the recipe trains nothing"),
+        "nothing": (
+            ("--representations", '[{"intervention": "neftune"}]'),
+            "the recipe trains nothing: noise has no weights",
+        ),
         "task": (("--task", "boolk"), "did you mean 'boolq'?"),
         "template": (("--data.template", "alpacca"), "alpacca"),
         "model": (("--model", tmp_path / "nothing"), "no such directory of a model"),

@@ -62,7 +62,7 @@ def train(
     run.expect_trainable()
     from ...training.run_directory import RunDirectory, is_main_process
 
-    directory = RunDirectory(recipe, resume=resume, overwrite=overwrite)
+    directory = RunDirectory(run.recipe, resume=resume, overwrite=overwrite)
     from ...training.run import run_recipe
 
     console = progress_console(quiet or json)

@@ -105,6 +105,8 @@ class Task(ABC):
     name: str
     max_new_tokens: ClassVar[int | None] = 32
     """Greatest number of tokens of an answer; None for those of the longest choice and an end."""
+    default_positions: ClassVar[str] = "l1"
+    """Tokens of the prompt that are edited where a recipe does not say what is trained."""
     generation: Mapping[str, Any] = {"do_sample": False}
     """Further arguments of `generate`, as the task's authors chose them."""
 

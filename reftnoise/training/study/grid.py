@@ -13,7 +13,7 @@ from ..._util import yaml
 from ..._util.errors import nearest
 from ..._util.options import read
 from ..recipe import Recipe
-from ..resolved_run import ResolvedRun
+from ..resolved_run import ResolvedRun, with_default_edit
 
 SEED = "seed"
 
@@ -154,7 +154,7 @@ def _recipe(study: Study, combination: Mapping[str, str]) -> Recipe:
         if all(combination[axis] in _levels(chosen) for axis, chosen in rule.when.items()):
             values = merged(values, rule.then)
     where = ", ".join(f"{axis} {level}" for axis, level in combination.items())
-    return read(Recipe, values, f"cell {where}: ")
+    return with_default_edit(read(Recipe, values, f"cell {where}: "))
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

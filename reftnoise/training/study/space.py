@@ -9,14 +9,12 @@ from ..._util import yaml
 from ..._util.errors import is_finite_number, nearest
 from ...config.positions import Positions
 from ..recipe import Recipe
-from ..resolved_run import ResolvedRun, noise_names
+from ..resolved_run import ResolvedRun, noise_names, with_default_edit
 
 Value = str | int | float
 NONE = "none"
 LAYERS = ("all", "even", "lower", "upper")
 """Words for layers: all, every second one, and the lower or upper half."""
-EDIT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4, "positions": "l1"}
-"""What is edited first where a recipe trains nothing."""
 _NOT_DECIDING = (
     "trials",
     "minutes",
@@ -123,11 +121,8 @@ class Tuning:
         return values
 
     def searched_recipe(self) -> Recipe:
-        """The recipe that takes a trial's values. Where it trains nothing, LoReFT is its edit."""
-        recipe = self.recipe
-        if not (recipe.representations or recipe.peft or recipe.modules_to_save):
-            recipe = replace(recipe, representations=[dict(EDIT)])
-        return recipe
+        """The recipe that takes a trial's values."""
+        return with_default_edit(self.recipe)
 
     def trial_recipe(self) -> Recipe:
         """The recipe that trials train: without rows that are only measured, and without files."""
