@@ -5,10 +5,11 @@ from typing import Literal
 COMPONENTS = (
     *("block_output", "block_input", "attention_output", "mlp_output", "embeddings"),
     *("attention_input", "query_output", "key_output", "value_output", "attention_value_output"),
-    *("mlp_input", "mlp_activation"),
+    *("mlp_input", "mlp_activation", "attention_parallel", "mlp_parallel"),
 )
-"""Names of pyvene, but for the embeddings. `attention_value_output` is the sum of values that the
-output projection reads, and `mlp_activation` what the activation function returns."""
+"""Names of pyvene, but for the embeddings and the last two. `attention_value_output` is the sum of
+values that the output projection reads, and `mlp_activation` what the activation function returns.
+At the last two, an edit is computed of the module's input and added to its output."""
 
 Stack = Literal["encoder", "decoder"]
 

@@ -171,6 +171,8 @@ class RepresentationConfig:
         entry = {key: plain(value, key) for key, value in entry.items()}
         arguments = entry_arguments(intervention, values)
         component = entry.pop("component", "embeddings" if is_noise else "block_output")
+        if is_noise and str(component).endswith("_parallel"):
+            raise ValueError(f"component {component!r}: noise reads nothing; expected an output")
         embed_dim = entry.pop("embed_dim", None)
         if embed_dim is not None and (type(embed_dim) is not int or embed_dim < 1):
             raise ValueError(f"embed_dim {embed_dim!r}: expected a positive integer")

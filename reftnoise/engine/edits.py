@@ -19,31 +19,44 @@ from ..interventions import (
     has_factors,
 )
 from .base.running import is_spread, is_transformed, shaped_like
+from .base.sites import Site
 from .calls import AnyCall, Call, Hidden, ReadyEdit
 from .units import PlacedUnit
 
 
-def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
+def apply_units(
+    units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden, read: Hidden | None = None
+) -> Hidden:
     """Apply a site's units in their order.
 
     Edits that no noise stands between read equal states, unless the plan has them act in turn.
+
+    Args:
+        units: units of one site.
+        call: call of the base.
+        hidden: hidden states that are changed.
+        read: hidden states that edits are computed of, at a parallel site; by default `hidden`.
 
     Raises:
         ValueError: hidden states that are not one per row and token, or of another width than a
             unit's.
     """
     site = units[0].site
-    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-        raise ValueError(
-            f"{site}: expected hidden states [batch, length, width], got "
-            f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
-        )
+    _expect_states(site, hidden)
     call = call.at(hidden)
     if hidden.shape[:2] != (call.rows, call.length):
         raise ValueError(
             f"{site}: expected hidden states [{call.rows}, {call.length}, width], one per row "
             f"and token of the input, got {tuple(hidden.shape)}"
         )
+    if read is not None:
+        _expect_states(site, read)
+        if read.shape != hidden.shape:
+            raise ValueError(
+                f"{site}: its input is {tuple(read.shape)} and its output {tuple(hidden.shape)}: "
+                "an edit of one from the other needs equal shapes"
+            )
+        return _add_edits(units, call, hidden, read)
     if (ready := _ready_edit(units, call, hidden)) is not None:
         call.ready[units[0].key] = ready
         return ready(hidden)
@@ -68,11 +81,22 @@ def apply_units(units: Sequence[PlacedUnit], call: AnyCall, hidden: Hidden) -> H
     return _add_edits(edits, call, hidden)
 
 
-def _add_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> Hidden:
-    """Add the edits of all units to the states that all of them read.
+def _expect_states(site: Site, hidden: Any) -> None:
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        raise ValueError(
+            f"{site}: expected hidden states [batch, length, width], got "
+            f"{tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__}"
+        )
+
+
+def _add_edits(
+    units: Sequence[PlacedUnit], call: Call, hidden: Hidden, read: Hidden | None = None
+) -> Hidden:
+    """Add the edits of all units, all of the same states, which are `hidden` unless others are.
 
     Those of few positions are applied at once.
     """
+    read = hidden if read is None else read
     if call.offset + call.length <= call.plan.cut or call.plan.choices.scale == 0.0:
         return hidden
     groups: dict[tuple[bool | str, bool], list[PlacedUnit]] = {}
@@ -91,7 +115,7 @@ def _add_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> Hidde
     edited = hidden
     for (_, is_low_rank), group in groups.items():
         edit = _edit_low_rank if is_low_rank else _edit_by_delta
-        edited = edit(edited, hidden, group, call)
+        edited = edit(edited, read, group, call)
     return edited
 
 

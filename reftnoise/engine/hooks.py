@@ -267,12 +267,15 @@ class Engine:
     def _hook(self, units: list[PlacedUnit], call_at: CallAt) -> Callable[..., Any]:
         site = units[0].site
 
-        def edit_output(_: nn.Module, __: Any, output: Any) -> Any:
+        def edit_output(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             if (call := call_at(site)) is None:
                 return output
+            read = None
+            if site.is_parallel:
+                read = args[0] if args else kwargs["hidden_states"]
             if isinstance(output, tuple):
-                return (self._apply(units, call, output[0]), *output[1:])
-            return self._apply(units, call, output)
+                return (self._apply(units, call, output[0], read), *output[1:])
+            return self._apply(units, call, output, read)
 
         def edit_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if (call := call_at(site)) is None:
@@ -284,17 +287,29 @@ class Engine:
 
         return edit_input if site.is_input else edit_output
 
-    def _apply(self, units: list[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
+    def _apply(
+        self,
+        units: list[PlacedUnit],
+        call: AnyCall,
+        hidden: Hidden,
+        read: Hidden | None = None,
+    ) -> Hidden:
         if units[0].site.stack != call.plan.stack:  # an embedding that two stacks share
             return hidden
         if (columns := units[0].site.columns) is not None:
             before, part, after = hidden.tensor_split(columns, dim=-1)
             return torch.cat([before, self._edit(units, call, part), after], dim=-1)
-        return self._edit(units, call, hidden)
+        return self._edit(units, call, hidden, read)
 
-    def _edit(self, units: list[PlacedUnit], call: AnyCall, hidden: Hidden) -> Hidden:
+    def _edit(
+        self,
+        units: list[PlacedUnit],
+        call: AnyCall,
+        hidden: Hidden,
+        read: Hidden | None = None,
+    ) -> Hidden:
         ready = call.ready.get(units[0].key) if isinstance(call, Call) else None
-        edited = apply_units(units, call, hidden) if ready is None else ready(hidden)
+        edited = apply_units(units, call, hidden, read) if ready is None else ready(hidden)
         if call.plan.choices.observer is not None:
             call.plan.choices.observer(units, hidden, edited)
         return edited

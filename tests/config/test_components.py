@@ -65,12 +65,14 @@ def test_every_component_is_the_right_module(architecture: str) -> None:
         "mlp_output": f"{block}.{mlp}.output",
         "attention_input": f"{block}.{attention}.input",
         "mlp_input": f"{block}.{mlp}.input",
+        "attention_parallel": f"{block}.{attention}.output, computed of its input",
+        "mlp_parallel": f"{block}.{mlp}.output, computed of its input",
     }
     assert set(expected) | set(PARTS) == set(COMPONENTS)
     for component, name in expected.items():
         site = find_site(model, component, None if component == "embeddings" else 1)
         assert str(site) == name
-        assert site.module is model.get_submodule(name.rpartition(".")[0])
+        assert site.module is model.get_submodule(name.partition(",")[0].rpartition(".")[0])
         assert site.width == WIDTH
     assert find_layers(model)[1] is model.get_submodule(block)
     assert (num_layers(model), hidden_size(model)) == (LAYERS, WIDTH)

@@ -127,7 +127,7 @@ def edited_outside(
         if is_input:
             args, kwargs = edit(module, args, kwargs)
             return compiled(*args, **kwargs)
-        return edit(module, args, compiled(*args, **kwargs))
+        return edit(module, args, kwargs, compiled(*args, **kwargs))
 
     return replaced(module, "_compiled_call_impl", call)
 
@@ -203,7 +203,7 @@ def hook_first(module: nn.Module, edit: Callable[..., Any], *, is_input: bool) -
     """Register a hook; first, so that later hooks read edited hidden states."""
     if is_input:
         return module.register_forward_pre_hook(edit, prepend=True, with_kwargs=True)
-    return module.register_forward_hook(edit, prepend=True)
+    return module.register_forward_hook(edit, prepend=True, with_kwargs=True)
 
 
 def put_in_order(module: nn.Module) -> None:

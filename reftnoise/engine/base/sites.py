@@ -29,8 +29,10 @@ _PARTS: dict[str, tuple[re.Pattern[str], re.Pattern[str] | None]] = {
     "key_output": (_ATTENTION, re.compile(r"(k|key)(_proj|_lin)?")),
     "value_output": (_ATTENTION, re.compile(r"(v|value)(_proj|_lin)?")),
     "attention_value_output": (_ATTENTION, re.compile(r"(o|out|c)(_proj|_lin)|dense|o|out")),
+    "attention_parallel": (_ATTENTION, None),
     "mlp_output": (_MLP, None),
     "mlp_input": (_MLP, None),
+    "mlp_parallel": (_MLP, None),
     "mlp_activation": (_MLP, re.compile(r"act|act_fn|activation|activation_fn")),
 }
 _THIRDS = {"query_output": 0, "key_output": 1, "value_output": 2}
@@ -52,9 +54,13 @@ class Site:
     """Whether the module makes hidden states of token ids."""
     columns: tuple[int, int] | None = None
     """First and end of the features that are edited; None for all."""
+    is_parallel: bool = False
+    """Whether edits of the output are computed of the input."""
 
     def __str__(self) -> str:
         part = "" if self.columns is None else "[{}:{}]".format(*self.columns)
+        if self.is_parallel:
+            return f"{self.name}.output, computed of its input"
         return f"{self.name}.{'input' if self.is_input else 'output'}{part}"
 
 
@@ -231,7 +237,14 @@ def _part_of_layer(
     child = _only(fitting, children, component, uncompiled(layer), path)
     is_input = component.endswith("_input") or component == "attention_value_output"
     if of_part is None:
-        return Site(child, _name_of(model, child), is_input, hidden_size(model), stack)
+        return Site(
+            child,
+            _name_of(model, child),
+            is_input,
+            hidden_size(model),
+            stack,
+            is_parallel=component.endswith("_parallel"),
+        )
     path, child = _name_of(model, child), uncompiled(child)
     is_activation = component == "mlp_activation"
     # Experts, which are deeper, run on tokens of their own.

@@ -54,6 +54,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "hra": {"r": 2, **QV},
     "fourierft": {"n_frequency": 10, **QV},
 }
+PARALLEL = {"layer": "all", "component": "mlp_parallel"} | {
+    "intervention": "adapter",
+    "low_rank_dimension": 4,
+    "act_fn": "relu",
+}
+"""With prefix tuning, this is the MAM adapter (arXiv:2110.04366)."""
 VIRTUAL = ["prefix_tuning", "prompt_tuning", "p_tuning"]
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2, "positions": "f1+l1"}
 
@@ -94,9 +100,13 @@ def train(model: rn.ReftModel, steps: int = 6) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("name", SECTIONS)
-def test_a_method_trains_saves_and_loads_with_the_units(name: str, tmp_path: Path) -> None:
-    model = composed(name, LOREFT, {"intervention": "symnoise", "alpha": 1.0})
+@pytest.mark.parametrize(
+    ("name", "unit"), [*((name, LOREFT) for name in SECTIONS), ("prefix_tuning", PARALLEL)]
+)
+def test_a_method_trains_saves_and_loads_with_the_units(
+    name: str, unit: dict[str, Any], tmp_path: Path
+) -> None:
+    model = composed(name, unit, {"intervention": "symnoise", "alpha": 1.0})
     expected = {n: p.clone() for n, p in tiny_model().named_parameters()}
     losses = train(model)
     assert losses[-1] < losses[0]
@@ -369,20 +379,28 @@ LLAMA_3_8B = LlamaConfig(
 
 
 def test_the_guide_has_every_tested_method() -> None:
-    listed = [json.loads(entry) for _, entry, _ in TABLE]
-    named = {entry.get("peft_type", entry.get("intervention")) for entry in listed}
+    listed = [config_of(entry) for _, entry, _ in TABLE]
+    named = {config.peft["peft_type"] for config in listed if config.peft}
+    named |= {unit.intervention for config in listed for unit in config.representations}
     assert {section(name)["peft_type"] for name in SECTIONS} - named == {"randlora", "vblora"}
     assert {"loreft", "bias", "adapter"} <= named
 
 
+def config_of(entry: str) -> rn.ReftConfig:
+    """The config of a unit, of a section `peft`, or of both."""
+    values = json.loads(entry)
+    if "representations" in values:
+        return rn.ReftConfig(**values)
+    return rn.ReftConfig([], peft=values) if "peft_type" in values else rn.ReftConfig(values)
+
+
 @pytest.mark.parametrize(("method", "entry", "count"), TABLE, ids=[row[0] for row in TABLE])
 def test_the_guides_counts(method: str, entry: str, count: str) -> None:
-    values, shape, device, times = json.loads(entry), LLAMA_3_8B, "meta", 1
+    shape, device, times = LLAMA_3_8B, "meta", 1
     if method == "BOFT":  # which reads its weights when it is built
         small = {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8}
         shape, device, times = LlamaConfig(**(LLAMA_3_8B.to_dict() | small)), "cpu", 32
-    units, peft_section = ([], values) if "peft_type" in values else ([values], None)
     with torch.device(device):
-        config = rn.ReftConfig(units, peft=peft_section)
-        model = rn.get_reft_model(LlamaForCausalLM(shape), config, set_device=False)
+        model = LlamaForCausalLM(shape)
+        model = rn.get_reft_model(model, config_of(entry), set_device=False)
     assert f"{times * sum(model.parameter_counts()[:2]):,}" == count
