@@ -183,6 +183,45 @@ def test_losses(tmp_path: Path) -> None:
     assert "nats per token" in page
 
 
+@pytest.mark.parametrize("name", ["right", "losses"])
+def test_the_level_that_is_best_on_the_first_rows(tmp_path: Path, name: str) -> None:
+    """Noise and loss pull apart: what is best on the first rows is worse on the others."""
+    directory = make_study(tmp_path / "tuned", axes=("method", "noise"))
+    first = {"loreft": {"none": 1, "symnoise": 3}, "direft": {"none": 3, "symnoise": 2}}
+    others = {"loreft": {"none": 4, "symnoise": 2}, "direft": {"none": 3, "symnoise": 4}}
+    lines = lines_of(directory)
+    for line in lines:
+        method, noise = line["cell"]["method"], line["cell"]["noise"]
+        rows = [n < first[method][noise] for n in range(4)]
+        rows += [n < others[method][noise] for n in range(8)]
+        del line["right"]
+        if name == "right":
+            line["right"] = "".join("01"[row] for row in rows)
+        else:
+            line["losses"] = [1.0 - row for row in rows]
+    write_lines(directory / "results.jsonl", lines)
+    path = directory / "study.yaml"
+    text = path.read_text(encoding="utf-8").replace(
+        "select: null", "select: {axis: noise, rows: 4}"
+    )
+    path.write_text(text.replace("noise: none", "method: direft"), encoding="utf-8")
+    page = write_report(directory).read_text(encoding="utf-8")
+    found = table(directory, 2)
+    columns = found.pop(("columns",))
+    assert columns[:4] == ["method", "noise", "by", "seeds"]
+    assert "accuracy" not in columns  # which is of all rows
+    shown = {"right": ["25.0", "37.5", "−12.5"], "losses": ["0.750", "0.625", "+0.125"]}[name]
+    assert [list(found), found["loreft", "symnoise"][2], found["direft", "none"][2]] == [
+        [("loreft", "symnoise"), ("direft", "none")],
+        *shown[:2],
+    ]
+    assert found["loreft", "symnoise"][4] == shown[2]
+    assert "best on the first 4 scored rows" in page
+    path.write_text(path.read_text(encoding="utf-8").replace("rows: 4", "rows: 12"))
+    with pytest.raises(ValueError, match=r"select\.rows 12: loreft, none has no more"):
+        write_report(directory)
+
+
 def test_what_is_wrong_with_a_study(tmp_path: Path) -> None:
     directory = make_study(tmp_path / "wrong", axes=("noise",))
     with pytest.raises(ValueError, match=r"against: .* is a study; expected a run's directory"):

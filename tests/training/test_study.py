@@ -109,6 +109,12 @@ def test_levels_that_look_alike_have_directories_of_their_own(tmp_path: Path) ->
         ({"jobs": 0}, "jobs 0, threads 1: expected at least 1"),
         ({"baseline": {"nois": "none"}}, "did you mean 'noise'?"),
         ({"baseline": {"noise": "non"}}, "did you mean 'none'?"),
+        ({"select": {"axis": "rat", "rows": 4}}, "select: no axis 'rat'"),
+        ({"select": {"axis": "noise", "rows": 0}, "baseline": {}}, "select.rows 0: expected"),
+        (
+            {"select": {"axis": "noise", "rows": 4}, "baseline": {"noise": "none"}},
+            "baseline: noise is selected; leave it out",
+        ),
         ({"grids": [{"noise": ["loud"]}]}, "grids[0]: noise has no level 'loud'"),
         ({"rules": [{"when": {"noise": "none"}}]}, "rules"),
         ({"rules": [{"when": 3, "then": {}}]}, "rules"),

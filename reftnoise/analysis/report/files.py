@@ -1,6 +1,8 @@
 """What the directories of runs and studies hold."""
 
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from ...data.tasks.registry import get_task
 from ...training.recipe import Recipe
 from ...training.resolved_run import scored_by
 from ...training.run_files import LOG, PREDICTIONS, RECIPE, SCORES, STUDY, SUMMARY
-from ...training.study.grid import SEED, Study, cells
+from ...training.study.grid import SEED, Study, TunedAxis, cells
 from ...training.study.results import Result, read_results
 from .page import signed
 
@@ -68,6 +70,8 @@ class Combination:
     results: dict[str, Result]
     """By seed."""
     scored_by: str = ""
+    selected: str | None = None
+    """The level that was best on rows of which `results` hold none."""
 
     @property
     def measure(self) -> Measure:
@@ -116,6 +120,8 @@ class StudyResults:
     combinations: list[Combination]
     missing: int
     """Cells that are not finished."""
+    select: TunedAxis | None = None
+    """The axis that `axes` lacks, since each combination has its best level of it."""
 
     def baseline_of(self, combination: Combination) -> Combination | None:
         """The combination that differs in the baseline's axes alone; None for a baseline itself."""
@@ -167,13 +173,54 @@ def read_study(directory: Path) -> StudyResults:
     def place(combination: Combination) -> list[int]:
         return [list(study.axes[axis]).index(combination.axes[axis]) for axis in names]
 
+    ordered = sorted(combinations.values(), key=place)
+    if study.select is not None:
+        names.remove(study.select.axis)
+        ordered = _selected(ordered, study.select)
     return StudyResults(
         text=(directory / STUDY).read_text(encoding="utf-8"),
         baseline=study.baseline,
         axes=names,
-        combinations=sorted(combinations.values(), key=place),
+        combinations=ordered,
         missing=sum(cell.key not in results for cell in grid),
+        select=study.select,
     )
+
+
+def _selected(combinations: Sequence[Combination], select: TunedAxis) -> list[Combination]:
+    """Of combinations that differ in an axis alone, the best on the first rows, on the others.
+
+    Raises:
+        ValueError: a result with no rows beyond those.
+    """
+    groups = defaultdict[tuple[tuple[str, str], ...], list[Combination]](list)
+    for combination in combinations:
+        others = {axis: v for axis, v in combination.axes.items() if axis != select.axis}
+        groups[tuple(others.items())].append(combination)
+    chosen = []
+    for axes, group in groups.items():
+        rows = [combination.answers(list(combination.results)) for combination in group]
+        means = []
+        for combination, answers in zip(group, rows, strict=True):
+            if answers is None or answers.shape[1] <= select.rows:
+                raise ValueError(f"select.rows {select.rows}: {combination.name()} has no more")
+            mean = float(answers[:, : select.rows].mean())
+            means.append(-mean if combination.measure.is_better_low else mean)
+        best = group[means.index(max(means))]
+        results = {seed: _beyond(result, select.rows) for seed, result in best.results.items()}
+        level = best.axes[select.axis]
+        chosen.append(replace(best, axes=dict(axes), results=results, selected=level))
+    return chosen
+
+
+def _beyond(result: Result, rows: int) -> Result:
+    """A result of the rows after the first ones; its scores are of all, so it has none."""
+    beyond: Result = {**result, "scores": {}}
+    if "right" in beyond:
+        beyond["right"] = beyond["right"][rows:]
+    if "losses" in beyond:
+        beyond["losses"] = beyond["losses"][rows:]
+    return beyond
 
 
 def _json(path: Path, default: Any) -> Any:

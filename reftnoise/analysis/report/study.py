@@ -78,7 +78,7 @@ def _compare(study: StudyResults, combination: Combination) -> Comparison:
 def _table(study: StudyResults, compared: Sequence[Comparison]) -> Table:
     """A row for each combination of axes."""
     names = _score_names(study)
-    columns = [*study.axes, "by", "seeds", _measures(study), "95 % interval"]
+    columns = [*study.axes, *_selected(study), "by", "seeds", _measures(study), "95 % interval"]
     if study.baseline:
         columns += ["difference", "95 % interval", "p"]
     columns += [*names, "parameters", "time", "peak memory"]
@@ -88,6 +88,8 @@ def _table(study: StudyResults, compared: Sequence[Comparison]) -> Table:
 def _row(study: StudyResults, compared: Comparison, names: Sequence[str]) -> list[TableCell]:
     combination = compared.combination
     cells = [TableCell(combination.axes[axis]) for axis in study.axes]
+    if combination.selected is not None:
+        cells.append(TableCell(combination.selected))
     cells.append(TableCell(combination.scored_by))
     measure = combination.measure
     cells += [number(str(len(combination.results))), *_mean_cells(compared.mean, measure)]
@@ -158,6 +160,11 @@ def _results(study: StudyResults) -> str:
     return "; ".join(names[measure] for measure in _used(study))
 
 
+def _selected(study: StudyResults) -> list[str]:
+    """The axis of which each combination has its best level."""
+    return [] if study.select is None else [study.select.axis]
+
+
 def _baseline(study: StudyResults) -> str:
     return ", ".join(f"{axis} {value}" for axis, value in study.baseline.items())
 
@@ -184,6 +191,11 @@ def _explanation(study: StudyResults) -> str:
             f" Differences are to the combination with {_baseline(study)} and all else "
             "equal, paired over seeds and items; p is two-sided and not corrected for the number "
             "of comparisons."
+        )
+    if study.select is not None:
+        text += (
+            f" Of {study.select.axis}, each row has the level that was best on the first "
+            f"{study.select.rows} scored rows, and shows the others."
         )
     if study.missing:
         text += f" {study.missing} cells are not finished."

@@ -32,6 +32,20 @@ class Rule:
 
 
 @dataclass(kw_only=True)
+class TunedAxis:
+    """An axis that is tuned, such as the learning rate, whatever the others are.
+
+    Args:
+        axis: axis of which the report keeps the level that is best, for each combination of others.
+        rows: number of scored rows, from the first on, on which it is best; the report shows the
+            others, which no choice has seen.
+    """
+
+    axis: str = ""
+    rows: int = 0
+
+
+@dataclass(kw_only=True)
 class Study:
     """A grid of recipes × seeds.
 
@@ -47,6 +61,7 @@ class Study:
         rules: changes for combinations of levels: {when: {axis: level, or a list}, then: {…}}.
         seeds: seeds of the cells.
         baseline: level by axis that the report compares other levels with.
+        select: axis that is tuned on the first of the scored rows, and reported on the others.
         jobs: number of cells that run at a time.
         threads: number of threads of a cell; by default the cores are divided among the jobs.
         gpus: indices of the GPUs that jobs take in turn; empty for none.
@@ -60,6 +75,7 @@ class Study:
     rules: list[Rule] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     baseline: dict[str, str] = field(default_factory=dict)
+    select: TunedAxis | None = None
     jobs: int = 1
     threads: int | None = None
     gpus: list[int] = field(default_factory=list)
@@ -189,9 +205,20 @@ def _check(study: Study) -> None:
             raise ValueError(f"axes.{axis}: expected at least one level")
         for level, changes in levels.items():
             _check_level(f"axes.{axis}", level, changes)
+    if study.select is not None:
+        _check_selection(study.select, study)
     for index, rule in enumerate(study.rules):
         _check_level(f"rules[{index}]", "then", rule.then)
     _check_names(study)
+
+
+def _check_selection(select: TunedAxis, study: Study) -> None:
+    if select.axis not in study.axes:
+        raise ValueError(f"select: no axis {select.axis!r}; {nearest(select.axis, study.axes)}")
+    if select.axis in study.baseline:
+        raise ValueError(f"baseline: {select.axis} is selected; leave it out")
+    if select.rows < 1:
+        raise ValueError(f"select.rows {select.rows}: expected at least 1")
 
 
 def _check_names(study: Study) -> None:
