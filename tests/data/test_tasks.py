@@ -30,6 +30,12 @@ COMMONSENSE = {
     "arc_challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
     "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
 }
+PASSAGES = {
+    "The cat sat on it.": ("The", " cat sat on it."),
+    "\n One\ttwo": ("\n One", "\ttwo"),
+    "猫がいる": ("猫", "がいる"),
+    " ab ": (" a", "b "),
+}
 NUMBERS = ["gsm8k", "mawps", "svamp", "addsub"]
 
 
@@ -447,3 +453,16 @@ def test_real_labels(path: str, labels: list[str]) -> None:
     for row in rows_of(path):
         question = task.question({"prompt": row["prompt"], "completion": row["output"]})
         assert question.choices[question.choice_answers.index(question.answer)] == row["output"]
+
+
+@pytest.mark.parametrize("text", PASSAGES)
+def test_all_of_a_raw_text_is_learnt_but_its_beginning(text: str) -> None:
+    question = get_task("raw_text").question({"text": text})
+    assert (question.prompt, question.completion) == PASSAGES[text]
+    assert question.prompt + question.completion == text
+
+
+@pytest.mark.parametrize("text", ["", " ", "a", " a\n"])
+def test_a_raw_text_of_nothing_to_learn(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected more than a word|'text'"):
+        get_task("raw_text").question({"text": text})

@@ -14,6 +14,7 @@ from .base import Task
 
 TASKS = {
     "text": "text.TextTask",
+    "raw_text": "text.RawTextTask",
     "classification": "classification.ClassificationTask",
     "instruct": "instruct.InstructTask",
     "boolq": "commonsense.CommonsenseTask",

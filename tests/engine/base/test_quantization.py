@@ -27,7 +27,9 @@ from transformers import (
 )
 
 import reftnoise as rn
+from reftnoise._util.options import read_file
 from reftnoise.engine.training_pass.probe import one_of_each_kind
+from reftnoise.training.recipe import Recipe
 
 NEEDS = "needs {}: pip install 'reftnoise[quantised]'"
 bnb = pytest.importorskip("bitsandbytes", reason=NEEDS.format("bitsandbytes"))
@@ -239,6 +241,32 @@ def test_lora_and_units_on_four_bits(saved: Path) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.grad is not None and p.grad.any() for n, p in trained.items() if "lora_B" in n)
+
+
+def test_qlora_is_its_recipe(saved: Path, tmp_path: Path) -> None:
+    """Trained, saved and loaded on a fresh base in 4 bits: the same logits."""
+    path = Path(__file__).parents[3] / "examples" / "recipes" / "qlora.yaml"
+    recipe = read_file(Recipe, path)
+    assert recipe.peft is not None
+
+    def base() -> Any:
+        settings = {"dtype": torch.bfloat16, "quantization_config": recipe.quantization}
+        return AutoModelForCausalLM.from_pretrained(saved, **settings)
+
+    model = rn.get_reft_model(base(), rn.ReftConfig([], peft=recipe.peft | {"r": 4})).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    model.eval().save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(base(), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
 
 
 class Inference(nn.Linear):
