@@ -3,6 +3,7 @@
 from .adapters import AdapterIntervention as AdapterIntervention
 from .adapters import AdditionIntervention as AdditionIntervention
 from .adapters import BiasIntervention as BiasIntervention
+from .adapters import RedIntervention as RedIntervention
 from .base import LowRankIntervention as LowRankIntervention
 from .base import NoiseIntervention as NoiseIntervention
 from .base import ReftIntervention as ReftIntervention

@@ -3,10 +3,11 @@ r"""Adapters of the literature that are edits of hidden states.
 | class | formula | paper |
 |---|---|---|
 | `BiasIntervention` | $h + b$ | BitFit (arXiv:2106.10199) |
+| `RedIntervention` | $s \odot h + b$ | RED (arXiv:2402.15179) |
 | `AdditionIntervention` | $h + v$, v not trained | CAA (arXiv:2312.06681) |
 | `AdapterIntervention` | $h + W_2\sigma(W_1h + b_1) + b_2$ | Houlsby et al. (arXiv:1902.00751) |
 
-$b, b_2 \in \mathbb{R}^d$, $W_1 \in \mathbb{R}^{r \times d}$, $W_2 \in \mathbb{R}^{d \times r}$.
+$s, b, b_2 \in \mathbb{R}^d$, $W_1 \in \mathbb{R}^{r \times d}$, $W_2 \in \mathbb{R}^{d \times r}$.
 All start as the identity and edit every token by default, generated ones too.
 """
 
@@ -53,6 +54,37 @@ class BiasIntervention(_OfEveryToken):
 
     def form(self, *parts: Tensor) -> Factors:
         return constant_factors(*parts)
+
+
+class RedIntervention(_OfEveryToken):
+    r"""RED: $s \odot h + b$, where s starts at 1 and b at 0.
+
+    Arguments as in `ReftIntervention`, without rank and `act_fn`. Parameters: $2d$. The paper's
+    place is `mlp_output`. Weight decay pulls s to 0, which erases hidden states: leave it at 0.
+
+    Paper: RED (arXiv:2402.15179), section 3.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        dropout: float = 0.0,
+        dtype: torch.dtype | str = torch.float32,
+        **pyvene: Unpack[PyveneFields],
+    ) -> None:
+        reject_unknown(type(self), pyvene)
+        super().__init__(embed_dim=embed_dim, dropout=dropout, dtype=dtype, **pyvene)
+        self.scaling = nn.Parameter(torch.ones(embed_dim, dtype=self.dtype))
+        self.bias = nn.Parameter(torch.zeros(embed_dim, dtype=self.dtype))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.scaling, self.bias
+
+    def form(self, *parts: Tensor) -> Factors:
+        scaling, bias = parts
+        wide = torch.promote_types(scaling.dtype, torch.float32)  # a difference loses digits
+        return constant_factors(bias)._replace(diagonal=scaling.to(wide)[..., None, :] - 1)
 
 
 class AdditionIntervention(_OfEveryToken):

@@ -1,9 +1,11 @@
-r"""One form for every low-rank edit: $h \mapsto U^\top(g \odot \phi(Dh + b))$.
+r"""One form for every edit: $h \mapsto U^\top(g \odot \phi(Dh + b)) + (g'S) \odot h$.
 
 $D, U \in \mathbb{R}^{k \times d}$, $b, g \in \mathbb{R}^k$. $\phi$ applies an activation to some
 of the k rows alone: LoReFT with one is $D = [W; R]$, $U = [R; -R]$ with σ on the first half, and
-without one $D = W - R$, $U = R$. In this form the edits of several adapters are rows of a single
-one, and the gates g say which of them a hidden state gets, and how much of each.
+without one $D = W - R$, $U = R$. $S \in \mathbb{R}^{n \times d}$ is the diagonal part, which most
+edits do not have: n is 0. RED's $s \odot h$ is $S = s - 1$, one row. In this form the edits of
+several adapters are rows of a single one, and the gates g and $g' \in \mathbb{R}^n$ say which of
+them a hidden state gets, and how much of each.
 """
 
 import functools
@@ -21,7 +23,7 @@ Activations: TypeAlias = tuple[tuple[str | Activation | None, int], ...]
 
 
 class Factors(NamedTuple):
-    """D, b and U of an edit, and the activations of successive rows of D."""
+    """D, b, U and S of an edit, and the activations of successive rows of D."""
 
     down: Float[Tensor, "k hidden"]
     bias: Float[Tensor, " k"]
@@ -29,11 +31,20 @@ class Factors(NamedTuple):
     acts: Activations
     """Of each run of rows, the activation or its name, or None, and the number of rows."""
     is_constant: bool = False
-    """Whether D is 0, so that all hidden states get the same edit."""
+    """Whether D is 0, so that all hidden states get the same edit but for a diagonal part."""
+    diagonal: Float[Tensor, "n hidden"] | None = None
+    """S; None where there is no diagonal part."""
 
-    def of(self, down: Tensor, bias: Tensor, up: Tensor) -> "Factors":
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """D, b, U, and S if there is one."""
+        return self[:3] if self.diagonal is None else (*self[:3], self.diagonal)
+
+    def of(
+        self, down: Tensor, bias: Tensor, up: Tensor, diagonal: Tensor | None = None
+    ) -> "Factors":
         """The same form with other tensors."""
-        return Factors(down, bias, up, self.acts, self.is_constant)
+        return Factors(down, bias, up, self.acts, self.is_constant, diagonal)
 
     def to(self, like: Tensor) -> "Factors":
         """The factors in the dtype and on the device of a tensor."""
@@ -41,12 +52,12 @@ class Factors(NamedTuple):
 
     def ready(self, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> "Factors":
         """The factors in a dtype and on a device, of an edit that is so many times as strong."""
-        down, bias, up = (tensor.to(device, dtype) for tensor in self[:3])
-        return self.of(down, bias, up if scale == 1.0 else scale * up)
+        down, bias, *outer = (tensor.to(device, dtype) for tensor in self.tensors)
+        return self.of(down, bias, *(outer if scale == 1.0 else [scale * t for t in outer]))
 
     def detach(self) -> "Factors":
         """The factors outside of autograd."""
-        return self.of(*(tensor.detach() for tensor in self[:3]))
+        return self.of(*(tensor.detach() for tensor in self.tensors))
 
     def edit(
         self,
@@ -57,20 +68,37 @@ class Factors(NamedTuple):
 
         Args:
             hidden: hidden states.
-            gates: g, all ones if None. Fewer than k gates are for the dimensions of a subspace,
-                each of which has a row in every block of as many rows.
+            gates: g and g′, all ones if None. Fewer than k gates are for the dimensions of a
+                subspace, each of which has a row in every block of as many rows.
         """
         inner = F.linear(hidden, self.down, self.bias)
         if any(act for act, _ in self.acts):
             inner = activated(inner, self.acts)
         if gates is not None:
-            inner = inner * self.spread(gates)
-        return inner @ self.up
+            gates = self.spread(gates)
+            inner = inner * (gates if self.diagonal is None else gates[..., : len(self.up)])
+        delta = inner @ self.up
+        scaling = self.scaling(gates)
+        return delta if scaling is None else delta + scaling * hidden
+
+    def scaling(
+        self, gates: Float[Tensor, "*rows gates"] | None
+    ) -> Float[Tensor, "*#rows hidden"] | None:
+        """g′S, with the gates of all k + n rows; None where there is no diagonal part."""
+        if self.diagonal is None:
+            return None
+        return self.diagonal.sum(0) if gates is None else gates[..., len(self.up) :] @ self.diagonal
 
     def spread(self, gates: Float[Tensor, "*rows gates"]) -> Float[Tensor, "*rows k"]:
-        """Gates of a subspace's dimensions as gates of all k rows, block after block."""
-        blocks = len(self.up) // gates.shape[-1]
-        return gates if blocks == 1 else torch.cat([gates] * blocks, dim=-1)
+        """Gates of a subspace's dimensions as gates of all rows, block after block.
+
+        A diagonal part is in no dimension of a subspace, and whole.
+        """
+        count = 0 if self.diagonal is None else len(self.diagonal)
+        if gates.shape[-1] == len(self.up) + count:
+            return gates
+        blocks = [gates] * (len(self.up) // gates.shape[-1])
+        return torch.cat([*blocks, gates.new_ones(*gates.shape[:-1], count)], dim=-1)
 
 
 def activated(inner: Float[Tensor, "*rows k"], acts: Activations) -> Float[Tensor, "*rows k"]:
@@ -83,8 +111,8 @@ def activated(inner: Float[Tensor, "*rows k"], acts: Activations) -> Float[Tenso
     return torch.cat(values, dim=-1)
 
 
-def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " k"]]:
-    """Several edits as one, and for each of its rows the number of the edit that it is from.
+def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " rows"]]:
+    """Several edits as one, and for each of its k + n rows the number of the edit that it is from.
 
     Rows with the same activation are put together, so that it is called once.
     """
@@ -102,7 +130,12 @@ def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " k"]]:
         counts[name] += len(bias)
     of = [torch.full_like(b, o, dtype=torch.long) for o, b in zip(owners, biases, strict=True)]
     acts = tuple((name or None, count) for name, count in counts.items())
-    return Factors(torch.cat(downs), torch.cat(biases), torch.cat(ups), acts), torch.cat(of)
+    factors = Factors(torch.cat(downs), torch.cat(biases), torch.cat(ups), acts)
+    diagonals = {owner: p.diagonal for owner, p in enumerate(parts) if p.diagonal is not None}
+    if diagonals:
+        factors = factors._replace(diagonal=torch.cat(list(diagonals.values())))
+        of += [torch.full_like(s[:, 0], o, dtype=torch.long) for o, s in diagonals.items()]
+    return factors, torch.cat(of)
 
 
 @functools.cache

@@ -72,7 +72,7 @@ def shared_factors(
                 with outside_autocast(next(iter(group.values()))[0].device.type):
                     stacked = [torch.stack(parts) for parts in zip(*group.values(), strict=True)]
                     factors = next(iter(group)).form(*stacked)
-                each = zip(*(tensor.to(chosen).unbind() for tensor in factors[:3]), strict=True)
+                each = zip(*(tensor.to(chosen).unbind() for tensor in factors.tensors), strict=True)
                 for unit, tensors in zip(group, each, strict=True):
                     unit._shared = factors.of(*tensors)
                     shared.append(unit)

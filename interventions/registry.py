@@ -19,6 +19,7 @@ INTERVENTIONS: dict[str, type[Unit]] = {
     "consreft": reft.ConsreftIntervention,
     "lobireft": reft.LobireftIntervention,
     "bias": adapters.BiasIntervention,
+    "red": adapters.RedIntervention,
     "addition": adapters.AdditionIntervention,
     "adapter": adapters.AdapterIntervention,
     "neftune": noise.NeftuneIntervention,

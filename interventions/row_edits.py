@@ -1,4 +1,4 @@
-r"""Low-rank edits of rows of hidden states: gather → edit → scatter of a site in one function.
+r"""Edits by factors of rows of hidden states: gather → edit → scatter of a site in one function.
 
 Training, evaluation, adapters by name and servers all call `edit_rows`. Of few rows, an edit costs
 a GPU what starting its operations costs. So each operation here has a reason, and the gradient has
@@ -20,17 +20,32 @@ from .factors import Factors, activated, side_by_side
 
 @dataclass(eq=False)
 class RowEdit:
-    """A low-rank edit, ready for use: in the dtype of its arithmetic, with its scale."""
+    """An edit by factors, ready for use: in the dtype of its arithmetic, with its scale."""
 
     factors: Factors
-    gates: Float[Tensor, "rows k"] | None = None
-    """g of each row; all ones if None."""
+    gates: Float[Tensor, "rows gates"] | None = None
+    """g and g′ of each row; all ones if None."""
     dropout: float = 0.0
     """Probability that an element of the edit is zeroed."""
 
     def __post_init__(self) -> None:
         self._transposed = self.factors.down.mT
         self._has_acts = any(act for act, _ in self.factors.acts)
+        self._scaling_kept: Tensor | None = None
+
+    @property
+    def gates_of_rank(self) -> Float[Tensor, "rows k"]:
+        """g of each row."""
+        assert self.gates is not None
+        has_more = self.factors.diagonal is not None
+        return self.gates[:, : len(self.factors.up)] if has_more else self.gates
+
+    @property
+    def _scaling(self) -> Float[Tensor, "*rows hidden"] | None:
+        """g′S; None where there is no diagonal part."""
+        if self._scaling_kept is None and self.factors.diagonal is not None:
+            self._scaling_kept = self.factors.scaling(self.gates)
+        return self._scaling_kept
 
     @property
     def has_closed_form(self) -> bool:
@@ -40,7 +55,8 @@ class RowEdit:
 
     def vector(self, dtype: torch.dtype) -> Float[Tensor, " hidden"] | None:
         """What it adds to all hidden states, if that is one vector."""
-        if not self.factors.is_constant or self.gates is not None or self.dropout:
+        is_vector = self.factors.is_constant and self.factors.diagonal is None
+        if not is_vector or self.gates is not None or self.dropout:
             return None
         return (self.factors.bias[:, None] * self.factors.up).sum(0).to(dtype)
 
@@ -49,24 +65,44 @@ class RowEdit:
         inner = torch.addmm(self.factors.bias, states, self._transposed)
         if self._has_acts:
             inner = activated(inner, self.factors.acts)
-        return inner if self.gates is None else inner * self.gates
+        return inner if self.gates is None else inner * self.gates_of_rank
 
-    def outer(self, inner: Float[Tensor, "rows k"]) -> Float[Tensor, "rows hidden"]:
-        r"""The change, $U^\top$ times what `inner` returns."""
-        delta = inner @ self.factors.up
+    def outer(
+        self, inner: Float[Tensor, "rows k"], states: Float[Tensor, "rows hidden"]
+    ) -> Float[Tensor, "rows hidden"]:
+        r"""The change, $U^\top$ times what `inner` returns, and what the diagonal part adds."""
+        delta = self.with_scaled(inner @ self.factors.up, states)
         return F.dropout(delta, self.dropout) if self.dropout else delta
 
     def added(
-        self, states: Float[Tensor, "rows hidden"], inner: Float[Tensor, "rows k"]
+        self,
+        base: Float[Tensor, "rows hidden"],
+        inner: Float[Tensor, "rows k"],
+        states: Float[Tensor, "rows hidden"],
     ) -> Float[Tensor, "rows hidden"]:
-        """The states and their change, in one operation, without dropout."""
-        return torch.addmm(states, inner, self.factors.up)
+        """The base and the change of states, in one operation or two, without dropout."""
+        return self.with_scaled(torch.addmm(base, inner, self.factors.up), states)
+
+    def with_scaled(
+        self, values: Float[Tensor, "rows hidden"], states: Float[Tensor, "rows hidden"]
+    ) -> Float[Tensor, "rows hidden"]:
+        r"""$\mathrm{values} + (g'S) \odot \mathrm{states}$: the values, without a diagonal part."""
+        scaling = self._scaling
+        return values if scaling is None else torch.addcmul(values, scaling, states)
+
+    def of_diagonal(self, products: Float[Tensor, "rows hidden"]) -> Float[Tensor, "n hidden"]:
+        r"""The gradient of S, $g'^\top(H \odot G)$, from $H \odot G$."""
+        diagonal = self.factors.diagonal
+        assert diagonal is not None
+        if self.gates is None:
+            return products.sum(0).expand_as(diagonal)
+        return self.gates[:, len(self.factors.up) :].mT @ products
 
     def of_all(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """`edit_rows` of all rows outside autograd, in the least time."""
         with outside_autocast(hidden.device.type):
             wide = hidden.reshape(-1, hidden.shape[-1]).to(self.factors.up.dtype)
-            edited = self.added(wide, self.inner(wide))
+            edited = self.added(wide, self.inner(wide), wide)
         return edited.to(hidden.dtype).view(hidden.shape)
 
 
@@ -105,7 +141,7 @@ def edit_rows(
     in_place: bool = False,
     is_transformed: bool = False,
 ) -> Float[Tensor, "rows hidden"]:
-    r"""$h_i \mapsto h_i + \sum U^\top(g \odot \phi(Dh_i + b))$ in rows i.
+    r"""$h_i \mapsto h_i + \sum U^\top(g \odot \phi(Dh_i + b)) + (g'S) \odot h_i$ in rows i.
 
     All edits read the states as they are before any of them. The arithmetic has the dtype of the
     factors, the result that of the hidden states. A skipped row adds nothing to a gradient, even if
@@ -127,7 +163,7 @@ def edit_rows(
     with outside_autocast(hidden.device.type):
         if torch.is_grad_enabled() and is_closed and all(edit.has_closed_form for edit in edits):
             gates = [edit.gates for edit in edits]
-            tensors = [tensor for edit in edits for tensor in edit.factors[:3]]
+            tensors = [t for edit in edits for t in (*edit.factors[:3], edit.factors.diagonal)]
             edited: Tensor = _EditRows.apply(hidden, rows, gates, *tensors)[0]  # type: ignore[no-untyped-call]  # torch's
             return edited
         return _edited(hidden, edits, rows, states, in_place=in_place)[0]
@@ -159,8 +195,11 @@ def _edited(
     # What autograd records would multiply a NaN among skipped rows' gradients by zero.
     is_masked = rows.skipped is not None and torch.is_grad_enabled()
     if rows.indices is None and not (states or edits[0].dropout or is_masked):
-        return edits[0].added(whole, inners[0]).to(hidden.dtype), wide, inners
-    deltas = [edit.outer(inner) for edit, inner in zip(edits, inners, strict=True)]
+        return edits[0].added(whole, inners[0], wide).to(hidden.dtype), wide, inners
+    deltas = [
+        edit.outer(inner, part)
+        for edit, inner, part in zip(edits, inners, rows.split(wide), strict=True)
+    ]
     delta = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(hidden.dtype)
     if rows.skipped is not None and is_masked:
         delta = delta.masked_fill(rows.skipped, 0)
@@ -177,18 +216,20 @@ class _EditRows(torch.autograd.Function):
 
     With H the states that are read, $Q = g \odot (HD^\top + b)$, and G the gradient of the edited
     rows, $P = g \odot GU^\top$: the gradient of U is $Q^\top G$, that of D is $P^\top H$, that of b
-    is the sum of P's rows, and that of H is $G + PD$. H and Q are outputs, too, so that gradients
-    of gradients reach what they were computed from.
+    is the sum of P's rows, that of S is $g'^\top(H \odot G)$, and that of H is
+    $G + PD + (g'S) \odot G$. H and Q are outputs, too, so that gradients of gradients reach what
+    they were computed from.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, rows: EditedRows, gates: Sequence[Tensor | None], *tensors: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        rows: EditedRows,
+        gates: Sequence[Tensor | None],
+        *tensors: Any,
     ) -> tuple[Tensor | None, ...]:
-        edits = [
-            RowEdit(Factors(down, bias, up, ()), gate)
-            for down, bias, up, gate in zip(*(tensors[i::3] for i in range(3)), gates, strict=True)
-        ]
+        edits = _edits(tensors, gates)
         edited, wide, inners = _edited(hidden, edits, rows)
         ctx.rows, ctx.gates, ctx.shape = rows, gates, hidden.shape
         ctx.set_materialize_grads(False)
@@ -215,11 +256,11 @@ def _gradients(
     of_states: Tensor | None,
     of_inners: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of hidden states, and of D, b and U of each edit."""
+    """The gradients of hidden states, and of D, b, U and S of each edit."""
     rows, count, needed = ctx.rows, len(ctx.gates), ctx.needs_input_grad
     states, *rest = ctx.saved_tensors
-    inners, tensors = rest[:count], rest[count:]
-    dtype, skipped = tensors[2].dtype, rows.skipped
+    inners, edits = rest[:count], _edits(rest[count:], ctx.gates)
+    dtype, skipped = edits[0].factors.up.dtype, rows.skipped
     states, whole = states.to(dtype), rows.gather(gradient).to(dtype)
     wide = whole
     if skipped is not None:
@@ -227,30 +268,43 @@ def _gradients(
         if rows.indices is None:
             states = states.masked_fill(skipped, 0)
     between, of_tensors = [], []
-    parts = zip(rows.split(wide), rows.split(states), rows.split(skipped), strict=True)
-    for index, (part, read, off) in enumerate(parts):
-        down, _, up = tensors[3 * index : 3 * index + 3]
-        product = part @ up.mT
+    parts = zip(edits, rows.split(wide), rows.split(states), rows.split(skipped), strict=True)
+    for index, (edit, part, read, off) in enumerate(parts):
+        product = part @ edit.factors.up.mT
         if (extra := of_inners[index]) is not None:
             product = product + (extra if off is None else extra.masked_fill(off, 0))
-        if (gates := ctx.gates[index]) is not None:
-            product = product * gates
-        of_down, of_bias, of_up = needed[3 * index + 3 : 3 * index + 6]
+        if edit.gates is not None:
+            product = product * edit.gates_of_rank
+        of_down, of_bias, of_up, of_diagonal = needed[4 * index + 3 : 4 * index + 7]
         of_tensors += [
             product.mT @ read if of_down else None,
             product.sum(0) if of_bias else None,
             inners[index].mT @ part if of_up else None,
+            edit.of_diagonal(read * part) if of_diagonal else None,
         ]
-        between.append((product, down))
+        between.append((edit, product, part))
     if not needed[0]:
         return None, of_tensors
     if rows.indices is None:
-        return torch.addmm(whole, *between[0]).to(gradient.dtype), of_tensors
-    of_read = [product @ down for product, down in between]
+        edit, product, part = between[0]
+        of_all = edit.with_scaled(torch.addmm(whole, product, edit.factors.down), part)
+        return of_all.to(gradient.dtype), of_tensors
+    of_read = [
+        edit.with_scaled(product @ edit.factors.down, part) for edit, product, part in between
+    ]
     change = of_read[0] if count == 1 else torch.cat(of_read)
     if of_states is not None:
         change = change + (of_states if skipped is None else of_states.masked_fill(skipped, 0))
     return gradient.index_add(0, rows.indices, change.to(gradient.dtype)), of_tensors
+
+
+def _edits(tensors: Sequence[Any], gates: Sequence[Tensor | None]) -> list[RowEdit]:
+    """Edits without activations, from the tensors of all of them."""
+    each = zip(*(tensors[i::4] for i in range(4)), gates, strict=True)
+    return [
+        RowEdit(Factors(down, bias, up, (), diagonal=diagonal), gate)
+        for down, bias, up, diagonal, gate in each
+    ]
 
 
 class StackedEdit(nn.Module):
@@ -264,12 +318,13 @@ class StackedEdit(nn.Module):
     down: Tensor
     bias: Tensor
     up: Tensor
+    diagonal: Tensor | None
     owner: Tensor
 
     def __init__(self, parts: Sequence[Factors], owners: Sequence[int]) -> None:
         super().__init__()
         factors, of = side_by_side(parts)
-        for name in ("down", "bias", "up"):
+        for name in ("down", "bias", "up", "diagonal"):
             self.register_buffer(name, getattr(factors, name), persistent=False)
         self.register_buffer("owner", torch.tensor(owners, device=of.device)[of], persistent=False)
         self.acts = factors.acts
@@ -287,7 +342,8 @@ class StackedEdit(nn.Module):
         gates: Float[Tensor, "rows adapters"] | None = None,
     ) -> RowEdit:
         """The sum of the edits, each times its adapter's gate; arguments as of an intervention."""
-        factors = Factors(self.down, self.bias, self.up, self.acts).ready(dtype, device, scale)
+        factors = Factors(self.down, self.bias, self.up, self.acts, diagonal=self.diagonal)
+        factors = factors.ready(dtype, device, scale)
         if gates is not None:
             gates = gates.to(factors.up).index_select(-1, self.owner)
         return RowEdit(factors, gates)

@@ -26,6 +26,7 @@ from .interventions import NeftuneIntervention as NeftuneIntervention
 from .interventions import NodireftIntervention as NodireftIntervention
 from .interventions import NoiseIntervention as NoiseIntervention
 from .interventions import NoreftIntervention as NoreftIntervention
+from .interventions import RedIntervention as RedIntervention
 from .interventions import ReftIntervention as ReftIntervention
 from .interventions import SymNoiseIntervention as SymNoiseIntervention
 from .interventions import register_intervention as register_intervention

@@ -39,6 +39,15 @@ class UnitShape:
     """k, the rows of its factors."""
     width: int
     acts: tuple[tuple[str | Activation | None, int], ...]
+    diagonals: int = 0
+    """n, the rows of their diagonal part."""
+
+    @property
+    def sizes(self) -> list[torch.Size]:
+        """The shapes of its tensors."""
+        rows = torch.Size((self.rank, self.width))
+        diagonal = [torch.Size((self.diagonals, self.width))] if self.diagonals else []
+        return [rows, rows[:1], rows, *diagonal]
 
 
 class FrozenAdapter:
@@ -48,7 +57,7 @@ class FrozenAdapter:
 
     Args:
         shapes: the units without their weights.
-        weights: D, b and U of each unit, one after the other.
+        weights: D, b, U, and S where there is one, of each unit, one after the other.
         others: units that have no factors, as they are.
     """
 
@@ -85,7 +94,8 @@ class FrozenAdapter:
             factors = unit.factors()
             place = (placed.site, placed.positions, placed.prefix, placed.suffix)
             rank, width = factors.down.shape
-            parts.append((UnitShape(*place, rank, width, factors.acts), factors))
+            rows = 0 if factors.diagonal is None else len(factors.diagonal)
+            parts.append((UnitShape(*place, rank, width, factors.acts, rows), factors))
         return cls._joined(parts, others)
 
     @classmethod
@@ -93,19 +103,18 @@ class FrozenAdapter:
     def _joined(
         cls, parts: Sequence[tuple[UnitShape, Factors]], others: Iterable[PlacedUnit]
     ) -> "FrozenAdapter":
-        tensors = [tensor.flatten() for _, factors in parts for tensor in factors[:3]]
+        tensors = [tensor.flatten() for _, factors in parts for tensor in factors.tensors]
         on_one_device = [tensor.to(tensors[0].device) for tensor in tensors]
         weights = torch.cat(on_one_device) if tensors else torch.empty(0)
         return cls(tuple(shape for shape, _ in parts), weights, tuple(others))
 
     def factors(self) -> Iterator[tuple[UnitShape, Factors]]:
         """The units, as views of the weights."""
-        sizes = [n for s in self.shapes for n in (s.rank * s.width, s.rank, s.rank * s.width)]
-        parts = iter(self.weights.split_with_sizes(sizes))
+        sizes = [size for unit in self.shapes for size in unit.sizes]
+        parts = iter(self.weights.split_with_sizes([size.numel() for size in sizes]))
         for unit in self.shapes:
-            down, bias, up = next(parts), next(parts), next(parts)
-            shape = unit.rank, unit.width
-            yield unit, Factors(down.view(shape), bias, up.view(shape), unit.acts)
+            down, bias, up, *diagonal = (next(parts).view(size) for size in unit.sizes)
+            yield unit, Factors(down, bias, up, unit.acts, False, *diagonal)
 
     def part(self, keep: Callable[[Site, Positions], Positions | None]) -> "FrozenAdapter":
         """The adapter's units at the positions that `keep` returns, without those of None."""

@@ -23,7 +23,7 @@ from ..training.run_adapter import adapter_directory
 from ..training.run_files import LOCK, SCORES
 from ..training.run_scores import print_scores
 
-SHORT = {"learned_source.weight": "W", "learned_source.bias": "b"}
+SHORT = {"learned_source.weight": "W", "learned_source.bias": "b", "scaling": "s"}
 """Tensors' names in formulas."""
 
 

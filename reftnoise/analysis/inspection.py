@@ -151,10 +151,15 @@ def library_overlaps(library: AdapterLibrary) -> tuple[list[str], Float[Tensor, 
 
     An entry is the mean over common sites of $\|Q_a Q_b^\top\|_F^2 / \min(r_a, r_b)$, where the
     rows of Q are an orthonormal basis of what an adapter adds there, as in `subspace_cosine`. It is
-    NaN where two adapters have no common site.
+    NaN where two adapters have no common site. Units that scale all dimensions, as RED does, add in
+    no subspace, and are left out.
     """
     spaces = [
-        row_spaces((str(place.site), factors.up) for place, factors in adapter.factors())
+        row_spaces(
+            (str(place.site), factors.up)
+            for place, factors in adapter.factors()
+            if factors.diagonal is None
+        )
         for adapter in library.values()
     ]
     return list(library), overlap_matrix(spaces)

@@ -109,10 +109,11 @@ def _rows(files: AdapterFiles) -> Iterator[tuple[str, Tensor]]:
                 if not has_factors(unit):
                     continue
                 unit.load_state_dict(state)
-                up = unit.factors().up
-                if not up.isfinite().all():
+                factors = unit.factors()
+                if not all(tensor.isfinite().all() for tensor in factors.tensors):
                     raise ValueError("holds numbers that are not finite")
-                yield place_name(entry, layer), up
+                if factors.diagonal is None:
+                    yield place_name(entry, layer), factors.up
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{files.weights_path}: {key}: {one_line(error)}") from None
 

@@ -15,11 +15,12 @@ from torch import Tensor
 import reftnoise as rn
 from reftnoise.adapters.frozen import FrozenAdapter
 from reftnoise.analysis.inspection import library_overlaps, subspace_cosine, subspaces
+from reftnoise.interventions.arguments import constructor_arguments
 from support.adapters import ENTRIES, wrapped
 from support.models.architectures import tiny_model
 from support.tolerance import assert_close
 
-NAMES = ["last", None, "ends", "everywhere", "houlsby", "direft", None, "last"]
+NAMES = ["last", None, "ends", "everywhere", "houlsby", "direft", "red", "last"]
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +176,9 @@ def everywhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", rn.interventions.INTERVENTIONS)
 def test_frozen_weights_have_no_gradient(name: str) -> None:
-    entry = {"layer": 0, "intervention": name, "low_rank_dimension": 2, "positions": "l1"}
-    if name in ("bias", "addition"):
-        del entry["low_rank_dimension"]
+    entry = {"layer": 0, "intervention": name, "positions": "l1"}
+    if "low_rank_dimension" in constructor_arguments(rn.interventions.INTERVENTIONS[name]):
+        entry["low_rank_dimension"] = 2
     if issubclass(rn.interventions.INTERVENTIONS[name], rn.interventions.NoiseIntervention):
         pytest.skip("noise is no part of a frozen adapter")
     frozen = FrozenAdapter.of(rn.get_reft_model(tiny_model(), rn.ReftConfig([entry])).engine.units)

@@ -16,7 +16,7 @@ EPS = torch.finfo(torch.bfloat16).eps
 def model(intervention: str = "loreft", positions: str = "all+decode") -> rn.ReftModel:
     base = tiny_model(num_hidden_layers=2).to(torch.bfloat16)
     entry = {"layer": 0, "intervention": intervention, "positions": positions}
-    if intervention != "bias":
+    if intervention not in ("bias", "red"):
         entry["low_rank_dimension"] = 2
     return moved(rn.get_reft_model(base, rn.ReftConfig([entry]))).eval()
 
@@ -27,7 +27,7 @@ def states(called: torch.nn.Module) -> Tensor:
     return hidden
 
 
-@pytest.mark.parametrize("intervention", ["loreft", "nodireft", "bias"])
+@pytest.mark.parametrize("intervention", ["loreft", "nodireft", "bias", "red"])
 def test_wide_rounds_once_and_base_at_each_operation(intervention: str) -> None:
     reft_model = model(intervention)
     [unit] = reft_model.interventions.values()
@@ -43,8 +43,9 @@ def test_wide_rounds_once_and_base_at_each_operation(intervention: str) -> None:
     # The sum is rounded once, and a constant before that.
     once = EPS / 2 * exact.abs() + (EPS * (exact - before).abs() if intervention == "bias" else 0)
     assert (errors["wide"] <= once * 1.001).all()
-    down, bias, up = unit.factors()[:3]
-    terms = (before.abs() @ down.abs().mT.double() + bias.abs()) @ up.abs().double()
+    down, bias, up, *diagonal = (tensor.abs().double() for tensor in unit.factors().tensors)
+    terms = (before.abs() @ down.mT + bias) @ up
+    terms += sum(before.abs() * part for part in diagonal)
     assert (errors["base"] <= EPS * (exact.abs() + 4 * terms)).all()
     if intervention != "bias":
         assert errors["base"].max() > errors["wide"].max()

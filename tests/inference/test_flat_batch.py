@@ -1,6 +1,7 @@
 """Flattened batches in chunks: they edit the tokens that padded batches do."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from reftnoise.adapters.frozen import FrozenAdapter
 from reftnoise.config.positions import Positions
 from reftnoise.engine.layout import PromptLayout
 from reftnoise.inference.vllm.flat_batch import FlatBatch, StepRequests, apply_
+from support.adapters import moved
 from support.models.architectures import tiny_model
 from support.tolerance import assert_close
 
+RED = {"intervention": "red", "positions": "l1"}
 POSITIONS = ["l1", "f7+l7", "f2+l3", "all", "all+decode", "decode", [0, 3, -1]]
 
 
@@ -78,14 +81,14 @@ def test_chunks_edit_what_a_row_alone_edits(seed: int) -> None:
         assert found == expected, (POSITIONS[column], prompt, written)
 
 
+@pytest.mark.parametrize("unit_entry", [{"intervention": "loreft", "low_rank_dimension": 2}, RED])
 @pytest.mark.parametrize("has_residual", [False, True])
-def test_edits_are_added_to_the_sum_of_both_parts(has_residual: bool) -> None:
+def test_edits_are_added_to_the_sum_of_both_parts(
+    has_residual: bool, unit_entry: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
     base = tiny_model()
-    units = rn.get_reft_model(
-        base,
-        rn.ReftConfig([{"layer": 1, "intervention": "loreft", "low_rank_dimension": 2}]),
-    )
+    units = moved(rn.get_reft_model(base, rn.ReftConfig([{"layer": 1} | unit_entry])))
     (unit,) = units.interventions.values()
     batch = FlatBatch([FrozenAdapter.of(units.engine.units)], torch.device("cpu"))
     one, zero = torch.tensor([1]), torch.tensor([0])

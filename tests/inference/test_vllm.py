@@ -70,6 +70,7 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "attention": [{"layer": "0-2", "component": "attention_output", "intervention": "bias"}],
+    "red": [{"layer": "all", "component": "mlp_output", "intervention": "red"}],
     "embeddings": [
         {
             "component": "embeddings",

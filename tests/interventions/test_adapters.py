@@ -1,4 +1,4 @@
-"""Bias and bottleneck adapter against their formulas."""
+"""Bias, RED and bottleneck adapter against their formulas."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import reftnoise as rn
+from reftnoise.interventions import EditedRows, edit_rows
 
 WIDTH = 8
 
@@ -27,6 +28,48 @@ def test_a_bias_is_added(dtype: torch.dtype) -> None:
     assert sum(p.numel() for p in unit.parameters()) == WIDTH
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_red_scales_and_shifts(dtype: torch.dtype) -> None:
+    unit = rn.RedIntervention(embed_dim=WIDTH, dtype=dtype)
+    assert torch.equal(unit.scaling, torch.ones(WIDTH, dtype=dtype))
+    hidden = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    assert torch.equal(unit(hidden), hidden)
+    s, b = filled(unit).scaling.double(), unit.bias.double()
+    torch.testing.assert_close(unit(hidden), s * hidden + b, rtol=1e-6, atol=1e-6)
+    assert sum(p.numel() for p in unit.parameters()) == 2 * WIDTH
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("rows", ["all", "few", "dropout"])
+def test_red_and_its_gradients_are_those_of_the_formula(rows: str, grad: bool) -> None:
+    """As a model edits with it, in float64."""
+    dropout = 0.4 if rows == "dropout" else 0.0
+    unit = filled(rn.RedIntervention(embed_dim=WIDTH, dropout=dropout, dtype="float64"))
+    hidden = torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True)
+    places = EditedRows(torch.tensor([0, 2, 5]) if rows == "few" else None)
+    inputs = (hidden, unit.scaling, unit.bias)
+    weight = torch.randn_like(hidden)
+    with torch.set_grad_enabled(grad):
+        torch.manual_seed(0)
+        edited = edit_rows(hidden, [unit.row_edit(torch.float64, hidden.device)], places)
+    torch.manual_seed(0)
+    kept = F.dropout(torch.ones_like(hidden), dropout)
+    delta = (unit.scaling - 1) * hidden + unit.bias
+    mask = torch.zeros(6, 1, dtype=torch.float64).index_fill(0, torch.tensor([0, 2, 5]), 1.0)
+    expected = hidden + delta * (mask if rows == "few" else kept)
+    torch.testing.assert_close(edited, expected, rtol=1e-12, atol=1e-12)
+    if grad:
+        pairs = (torch.autograd.grad((x * weight).sum(), inputs) for x in (edited, expected))
+        for found, right in zip(*pairs, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+def test_red_has_no_subspace() -> None:
+    unit = rn.RedIntervention(embed_dim=WIDTH)
+    with pytest.raises(ValueError, match="RedIntervention has no subspace to edit a part of"):
+        unit.delta(torch.randn(2, WIDTH), torch.ones(2, 1))
+
+
 @pytest.mark.parametrize(
     ("act_fn", "function"), [("gelu", F.gelu), ("relu", F.relu), (None, lambda x: x)]
 )
@@ -39,8 +82,8 @@ def test_the_adapter_is_a_bottleneck_beside_the_residual(act_fn: str | None, fun
     assert sum(p.numel() for p in unit.parameters()) == 2 * 3 * WIDTH + 3 + WIDTH
 
 
-@pytest.mark.parametrize("name", ["bias", "adapter"])
-def test_both_start_as_the_identity_and_edit_every_token(name: str) -> None:
+@pytest.mark.parametrize("name", ["bias", "red", "adapter"])
+def test_all_start_as_the_identity_and_edit_every_token(name: str) -> None:
     rank = {"low_rank_dimension": 3} if name == "adapter" else {}
     config = rn.ReftConfig({"layer": "all", "intervention": name} | rank)
     assert config.representations[0].positions == "all+decode"

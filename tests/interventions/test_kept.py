@@ -19,6 +19,7 @@ from reftnoise.interventions import (
     edit_rows,
     shared_factors,
 )
+from reftnoise.interventions.arguments import constructor_arguments
 from support.tolerance import assert_close
 
 LOW_RANK = {n: c for n, c in INTERVENTIONS.items() if issubclass(c, LowRankIntervention)}
@@ -26,8 +27,8 @@ WIDTH = 6
 
 
 def build(cls: Any) -> Any:
-    rank = {"low_rank_dimension": 2} if cls not in (LOW_RANK["bias"], LOW_RANK["addition"]) else {}
-    unit = cls(embed_dim=WIDTH, **rank).eval()
+    has_rank = "low_rank_dimension" in constructor_arguments(cls)
+    unit = cls(embed_dim=WIDTH, **({"low_rank_dimension": 2} if has_rank else {})).eval()
     with torch.no_grad():
         for tensor in (*unit.parameters(), *unit.buffers()):
             if tensor.is_floating_point():

@@ -59,7 +59,7 @@ def rotated_constant(unit: Any) -> Any:
     return unit
 
 
-@pytest.mark.parametrize("cls", [rn.BiasIntervention, rn.AdditionIntervention])
+@pytest.mark.parametrize("cls", [rn.BiasIntervention, rn.RedIntervention, rn.AdditionIntervention])
 def test_classes_that_pyreft_has_not_take_no_such_arguments(cls: Any) -> None:
     with pytest.raises(TypeError, match="unknown argument 'device'"):
         cls(embed_dim=WIDTH, device="cpu")

@@ -16,9 +16,10 @@ HIDDEN = 6
 ROWS = 9
 
 
-def factors(rank: int, width: int = HIDDEN, dtype: torch.dtype = torch.float64) -> Factors:
-    down, bias, up = torch.randn(rank, width), torch.randn(rank), torch.randn(rank, width)
-    return Factors(down.to(dtype), bias.to(dtype), up.to(dtype), ((None, rank),))
+def factors(rank: int, width: int = HIDDEN, diagonals: int = 0) -> Factors:
+    shapes = [(rank, width), (rank,), (rank, width), *[(diagonals, width)] * bool(diagonals)]
+    down, bias, up, *diagonal = (torch.randn(s, dtype=torch.float64) for s in shapes)
+    return Factors(down, bias, up, ((None, rank),), False, *diagonal)
 
 
 def states(*shape: int) -> Tensor:
@@ -35,8 +36,11 @@ def by_row(hidden: Tensor, edits: Sequence[RowEdit], rows: EditedRows) -> Tensor
         if rows.skipped is not None and rows.skipped[slot]:
             continue
         (down, bias, up), gates = edits[owner].factors[:3], edits[owner].gates
-        inner = down @ hidden[row] + bias
-        out[row] += up.T @ (inner if gates is None else gates[slot - start] * inner)
+        every = 0 if edits[owner].factors.diagonal is None else len(edits[owner].factors.diagonal)
+        gate = torch.ones(len(up) + every).double() if gates is None else gates[slot - start]
+        out[row] += up.T @ (gate[: len(up)] * (down @ hidden[row] + bias))
+        if every:
+            out[row] += torch.diag(gate[len(up) :] @ edits[owner].factors.diagonal) @ hidden[row]
     return out
 
 
@@ -52,17 +56,19 @@ PLACES = {
     "two that meet": EditedRows(BOTH, None, (3, 2)),
     "two, some skipped": EditedRows(BOTH, torch.tensor([0, 1, 0, 1, 0]).bool()[:, None], (3, 2)),
 }
+WITH_DIAGONAL = ("all but padding", "all, with gates", "few", "some skipped", "two, some skipped")
+PLACES |= {f"{name}, diagonal": PLACES[name] for name in WITH_DIAGONAL}
 CASES = list(PLACES)
 
 
 def case(name: str) -> tuple[list[RowEdit], EditedRows]:
     torch.manual_seed(0)
-    rows = PLACES[name]
+    rows, diagonals = PLACES[name], 2 * ("diagonal" in name)
     if rows.counts:
-        gates = torch.rand(2, 3, dtype=torch.float64)
-        return [RowEdit(factors(2)), RowEdit(factors(3), gates)], rows
-    gated = torch.rand(ROWS, 2, dtype=torch.float64) if "gates" in name else None
-    return [RowEdit(factors(2), gated)], rows
+        gates = torch.rand(2, 3 + diagonals, dtype=torch.float64)
+        return [RowEdit(factors(2)), RowEdit(factors(3, diagonals=diagonals), gates)], rows
+    gated = torch.rand(ROWS, 2 + diagonals, dtype=torch.float64) if "gates" in name else None
+    return [RowEdit(factors(2, diagonals=diagonals), gated)], rows
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,18 +105,19 @@ def test_any_rank_and_batch(rank: int, shape: tuple[int, int]) -> None:
 
 
 def tensors_of(edits: Sequence[RowEdit]) -> list[Tensor]:
-    return [t.requires_grad_() for edit in edits for t in edit.factors[:3]]
+    return [t.requires_grad_() for edit in edits for t in edit.factors.tensors]
 
 
 def function_of(edits: Sequence[RowEdit], rows: EditedRows, **options: Any) -> Any:
     """`edit_rows` of hidden states and the factors' tensors."""
 
     def run(hidden: Tensor, *tensors: Tensor) -> Tensor:
-        given = [
-            RowEdit(Factors(*tensors[3 * i : 3 * i + 3], edit.factors.acts), edit.gates)
-            for i, edit in enumerate(edits)
+        values = iter(tensors)
+        again = [
+            RowEdit(edit.factors.of(*(next(values) for _ in edit.factors.tensors)), edit.gates)
+            for edit in edits
         ]
-        return edit_rows(hidden, given, rows, **options)
+        return edit_rows(hidden, again, rows, **options)
 
     return run
 
@@ -139,9 +146,9 @@ def test_the_closed_form_is_the_gradient_of_the_operations(name: str) -> None:
         assert_close(closed, recorded)
 
 
-@pytest.mark.parametrize("frozen", range(4))
+@pytest.mark.parametrize("frozen", range(5))
 def test_what_is_frozen_gets_no_gradient(frozen: int) -> None:
-    edits, rows = case("few")
+    edits, rows = case("few, diagonal")
     inputs = [states().requires_grad_(), *tensors_of(edits)]
     whole = torch.autograd.grad(function_of(edits, rows)(*inputs).square().sum(), inputs)
     inputs[frozen].requires_grad_(False)
@@ -153,13 +160,15 @@ def test_what_is_frozen_gets_no_gradient(frozen: int) -> None:
             assert tensor.grad is None
 
 
-@pytest.mark.parametrize("name", ["all but padding", "some skipped"])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name.startswith(("all but padding", "some skipped"))]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("act", [None, "relu"])
 def test_skipped_rows_reach_nothing(name: str, bad: float, act: str | None) -> None:
     edits, rows = case(name)
     tensors = tensors_of(edits)
-    edits = [RowEdit(Factors(*tensors, ((act, 2),)))]
+    edits = [RowEdit(edits[0].factors._replace(acts=((act, 2),)))]
     clean, out = states(), []
     off = range(3) if rows.indices is None else [4]
     for spoiled in (False, True):

@@ -79,6 +79,11 @@ ENTRIES: dict[str, Any] = {
         {"layer": 1, "intervention": "nodireft", "low_rank_dimension": 2, "positions": [0, 2]},
         {"layer": 2, "intervention": "consreft", "low_rank_dimension": 2, "positions": "f1"},
     ],
+    "red": [
+        {"layer": [0, 1], "component": "mlp_output", "intervention": "red"},
+        {"layer": 1, "intervention": "red", "positions": "all+decode"},
+        {"layer": 2, "intervention": "red", "positions": "f1+l1"},
+    ],
 }
 
 

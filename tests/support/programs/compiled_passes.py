@@ -42,18 +42,19 @@ def assert_same(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list
 
 
 SYMNOISE = [{"intervention": "symnoise"}]
-STEPS: list[Any] = [("f1+l1", []), ("all", SYMNOISE)]
+RED = [{"layer": "all", "component": "mlp_output", "intervention": "red"}]
+STEPS: list[Any] = [("f1+l1", RED), ("all", SYMNOISE)]
 STEPS += [
-    pytest.param(positions, noise, marks=pytest.mark.slow)
+    pytest.param(positions, more, marks=pytest.mark.slow)
     for positions in ("l1", "f1+l1", "f7+l7", "all")
-    for noise in ([], SYMNOISE)
-    if (positions, noise) not in STEPS
+    for more in ([], SYMNOISE, RED)
+    if (positions, more) not in STEPS
 ]
 
 
-@pytest.mark.parametrize(("positions", "noise"), STEPS)
-def test_a_training_step_is_one_graph(positions: str, noise: list[dict[str, Any]]) -> None:
-    model, inputs = wrapped(positions, *noise), batch() | {"use_cache": False}
+@pytest.mark.parametrize(("positions", "more"), STEPS)
+def test_a_training_step_is_one_graph(positions: str, more: list[dict[str, Any]]) -> None:
+    model, inputs = wrapped(positions, *more), batch() | {"use_cache": False}
     expected = gradients(model, model, **inputs, return_logits=True)
     bare = model.model(**inputs).loss
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
