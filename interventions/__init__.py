@@ -1,9 +1,11 @@
 """The mathematics: interventions on hidden states, free of any model, config or file."""
 
+from .adapters import AblationIntervention as AblationIntervention
 from .adapters import AdapterIntervention as AdapterIntervention
 from .adapters import AdditionIntervention as AdditionIntervention
 from .adapters import BiasIntervention as BiasIntervention
 from .adapters import RedIntervention as RedIntervention
+from .adapters import VectorIntervention as VectorIntervention
 from .base import LowRankIntervention as LowRankIntervention
 from .base import NoiseIntervention as NoiseIntervention
 from .base import ReftIntervention as ReftIntervention

@@ -5,15 +5,17 @@ r"""Adapters of the literature that are edits of hidden states.
 | `BiasIntervention` | $h + b$ | BitFit (arXiv:2106.10199) |
 | `RedIntervention` | $s \odot h + b$ | RED (arXiv:2402.15179) |
 | `AdditionIntervention` | $h + v$, v not trained | CAA (arXiv:2312.06681) |
+| `AblationIntervention` | $h - (h \cdot w)w$, $\|w\| = 1$, w not trained | arXiv:2406.11717 |
 | `AdapterIntervention` | $h + W_2\sigma(W_1h + b_1) + b_2$ | Houlsby et al. (arXiv:1902.00751) |
 
 $s, b, b_2 \in \mathbb{R}^d$, $W_1 \in \mathbb{R}^{r \times d}$, $W_2 \in \mathbb{R}^{d \times r}$.
-All start as the identity and edit every token by default, generated ones too.
+All but ablation start as the identity, and all edit every token by default, generated ones too.
 """
 
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -84,13 +86,14 @@ class RedIntervention(_OfEveryToken):
     def form(self, *parts: Tensor) -> Factors:
         scaling, bias = parts
         wide = torch.promote_types(scaling.dtype, torch.float32)  # a difference loses digits
-        return constant_factors(bias)._replace(diagonal=scaling.to(wide)[..., None, :] - 1)
+        down, ones, up, acts, *_ = constant_factors(bias)
+        return Factors(down, ones, up, acts, diagonal=scaling.to(wide)[..., None, :] - 1)
 
 
-class AdditionIntervention(_OfEveryToken):
-    r"""A steering vector: $h + v$, where v is set, as by `fit_steering_vectors`, and not trained.
+class VectorIntervention(_OfEveryToken):
+    """An edit by a vector that is set, as by `fit_steering_vectors`, and not trained.
 
-    Arguments as in `ReftIntervention`, without rank and `act_fn`. v starts at zero.
+    Arguments as in `ReftIntervention`, without rank and `act_fn`. The vector starts at zero.
     """
 
     vector: Tensor
@@ -109,8 +112,44 @@ class AdditionIntervention(_OfEveryToken):
     def parts(self) -> tuple[Tensor, ...]:
         return (self.vector,)
 
+
+class AdditionIntervention(VectorIntervention):
+    r"""A steering vector: $h + v$.
+
+    Arguments as in `VectorIntervention`.
+    """
+
     def form(self, *parts: Tensor) -> Factors:
         return constant_factors(*parts)
+
+
+class AblationIntervention(VectorIntervention):
+    r"""Directional ablation: $h - (h \cdot w)w$ with $w = v/\|v\|$ of the vector v.
+
+    No state has then a part along v. Arguments as in `VectorIntervention`. By default, all layers
+    are edited. v must be set before a pass.
+
+    Raises:
+        ValueError: v is zero where the edit is computed.
+
+    Paper: Refusal in language models is mediated by a single direction (arXiv:2406.11717), 2.4.
+    """
+
+    default_layer: ClassVar[str | None] = "all"
+
+    def parts(self) -> tuple[Tensor, ...]:
+        if not torch.compiler.is_compiling() and not self.vector.any():
+            raise ValueError(
+                "vector of AblationIntervention is zero, which is no direction: set it, as "
+                "fit_steering_vectors does, or by unit.vector.copy_(direction)"
+            )
+        return super().parts()
+
+    def form(self, *parts: Tensor) -> Factors:
+        (vector,) = parts
+        wide = vector.to(torch.promote_types(vector.dtype, torch.float32))
+        rows = F.normalize(wide, dim=-1)[..., None, :]
+        return Factors(-rows, torch.zeros_like(rows[..., 0]), rows, ((None, 1),))
 
 
 class AdapterIntervention(_OfEveryToken):

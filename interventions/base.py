@@ -89,6 +89,8 @@ class ReftIntervention(
 
     default_positions: ClassVar[str] = "l1"
     """The positions of configurations that say none."""
+    default_layer: ClassVar[str | None] = None
+    """The layers of configurations that say none; None where they have to."""
     unread_arguments: ClassVar[frozenset[str]] = frozenset()
     """Arguments that have no effect, and are taken because pyreft's class takes them."""
 

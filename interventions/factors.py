@@ -31,7 +31,7 @@ class Factors(NamedTuple):
     acts: Activations
     """Of each run of rows, the activation or its name, or None, and the number of rows."""
     is_constant: bool = False
-    """Whether D is 0, so that all hidden states get the same edit but for a diagonal part."""
+    """Whether D is 0 and there is no diagonal part, so that all hidden states get the same edit."""
     diagonal: Float[Tensor, "n hidden"] | None = None
     """S; None where there is no diagonal part."""
 
@@ -130,12 +130,11 @@ def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " rows"
         counts[name] += len(bias)
     of = [torch.full_like(b, o, dtype=torch.long) for o, b in zip(owners, biases, strict=True)]
     acts = tuple((name or None, count) for name, count in counts.items())
-    factors = Factors(torch.cat(downs), torch.cat(biases), torch.cat(ups), acts)
     diagonals = {owner: p.diagonal for owner, p in enumerate(parts) if p.diagonal is not None}
-    if diagonals:
-        factors = factors._replace(diagonal=torch.cat(list(diagonals.values())))
-        of += [torch.full_like(s[:, 0], o, dtype=torch.long) for o, s in diagonals.items()]
-    return factors, torch.cat(of)
+    of += [torch.full_like(s[:, 0], o, dtype=torch.long) for o, s in diagonals.items()]
+    diagonal = torch.cat(list(diagonals.values())) if diagonals else None
+    tensors = torch.cat(downs), torch.cat(biases), torch.cat(ups)
+    return Factors(*tensors, acts, diagonal=diagonal), torch.cat(of)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ INTERVENTIONS: dict[str, type[Unit]] = {
     "bias": adapters.BiasIntervention,
     "red": adapters.RedIntervention,
     "addition": adapters.AdditionIntervention,
+    "ablate": adapters.AblationIntervention,
     "adapter": adapters.AdapterIntervention,
     "neftune": noise.NeftuneIntervention,
     "gaussian": noise.GaussianNoiseIntervention,

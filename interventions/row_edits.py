@@ -55,8 +55,7 @@ class RowEdit:
 
     def vector(self, dtype: torch.dtype) -> Float[Tensor, " hidden"] | None:
         """What it adds to all hidden states, if that is one vector."""
-        is_vector = self.factors.is_constant and self.factors.diagonal is None
-        if not is_vector or self.gates is not None or self.dropout:
+        if not self.factors.is_constant or self.gates is not None or self.dropout:
             return None
         return (self.factors.bias[:, None] * self.factors.up).sum(0).to(dtype)
 

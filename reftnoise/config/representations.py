@@ -79,8 +79,7 @@ class RepresentationConfig:
     @property
     def is_per_layer(self) -> bool:
         """Whether the entry needs `layer`; a dotted path and embeddings need none."""
-        is_embeddings = split_component(self.component)[1] == "embeddings"
-        return not is_embeddings and not is_dotted(self.component)
+        return _has_layers(self.component)
 
     def layers(self, count: int) -> list[int]:
         """The layers that `layer` means in a model that has `count` of them."""
@@ -177,6 +176,8 @@ class RepresentationConfig:
         if embed_dim is not None and (type(embed_dim) is not int or embed_dim < 1):
             raise ValueError(f"embed_dim {embed_dim!r}: expected a positive integer")
         default = getattr(unit_class, "default_positions", "l1")
+        if isinstance(intervention, str) and _has_layers(component):
+            entry.setdefault("layer", getattr(unit_class, "default_layer", None))
         tied = entry.pop("tied", True)
         if not isinstance(tied, bool):
             raise ValueError(f"tied {tied!r}: expected true or false")
@@ -301,6 +302,13 @@ class ReftConfig:
             return readers[path.suffix](path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _has_layers(component: Any) -> bool:
+    """Whether a component is a place of each layer."""
+    if not isinstance(component, str) or is_dotted(component):
+        return False
+    return split_component(component)[1] != "embeddings"
 
 
 def _tokens(token_rows: Any) -> list[int]:

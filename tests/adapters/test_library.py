@@ -181,7 +181,10 @@ def test_frozen_weights_have_no_gradient(name: str) -> None:
         entry["low_rank_dimension"] = 2
     if issubclass(rn.interventions.INTERVENTIONS[name], rn.interventions.NoiseIntervention):
         pytest.skip("noise is no part of a frozen adapter")
-    frozen = FrozenAdapter.of(rn.get_reft_model(tiny_model(), rn.ReftConfig([entry])).engine.units)
+    reft_model = rn.get_reft_model(tiny_model(), rn.ReftConfig([entry]))
+    for buffer in reft_model.interventions.buffers():
+        buffer.fill_(1)
+    frozen = FrozenAdapter.of(reft_model.engine.units)
     assert not frozen.weights.requires_grad
     assert len(frozen.weights)
 

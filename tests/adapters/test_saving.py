@@ -26,7 +26,7 @@ from reftnoise.interventions.arguments import constructor_arguments
 from support.models.architectures import tiny_model
 
 NOISE = [name for name, unit in INTERVENTIONS.items() if issubclass(unit, NoiseIntervention)]
-TRAINED = [name for name in INTERVENTIONS if name not in (*NOISE, "addition")]
+TRAINED = [name for name in INTERVENTIONS if name not in (*NOISE, "addition", "ablate")]
 LOREFT = {"layer": 0, "intervention": "loreft", "low_rank_dimension": 2}
 FILES = {"reft_config.json", "reft_model.safetensors", "README.md"}
 

@@ -57,6 +57,22 @@ def test_states_are_averaged_over_positions(positions: Any, tokens: slice) -> No
     assert_close(unit.vector, torch.tensor(differences(tokenizer, 1, tokens).mean(0)).float())
 
 
+def test_ablation_removes_the_fitted_direction() -> None:
+    base, tokenizer = rn.load_tiny_model()
+    reft_model = rn.get_reft_model(base, rn.ReftConfig({"intervention": "ablate"}))
+    rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE)
+    assert len(reft_model.interventions) == base.config.num_hidden_layers
+    inputs = tokenizer(POSITIVE[1], return_tensors="pt")
+    with torch.no_grad():
+        states = reft_model.eval()(**inputs, output_hidden_states=True).hidden_states[1:-1]
+    for layer, hidden in enumerate(states):  # the last one has gone through the final norm
+        unit = reft_model.interventions[f"layer_{layer}_comp_block_output_unit_pos_nunit_1#0"]
+        direction = torch.tensor(differences(tokenizer, layer).mean(0)).float()
+        direction /= direction.norm()
+        assert (hidden @ direction).abs().max() <= 1e-5 * hidden.norm(dim=-1).max()
+        torch.testing.assert_close(unit.vector / unit.vector.norm(), direction)
+
+
 def test_the_first_principal_component() -> None:
     reft_model, tokenizer = wrapped()
     rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, method="pca")
@@ -249,7 +265,7 @@ def test_mistakes_are_told() -> None:
         with pytest.raises(ValueError, match=r"positions .*: prompt '.*' has no such token"):
             rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, positions=positions)
     other, _ = wrapped(intervention="bias")
-    with pytest.raises(ValueError, match="no unit whose intervention is 'addition'"):
+    with pytest.raises(ValueError, match="no unit whose intervention is 'addition' or"):
         rn.fit_steering_vectors(other, tokenizer, POSITIVE, NEGATIVE)
     with pytest.raises(ValueError, match="expected lists of prompts, got a single text"):
         rn.fit_steering_vectors(reft_model, tokenizer, "I love it", "I hate it")

@@ -64,6 +64,43 @@ def test_red_and_its_gradients_are_those_of_the_formula(rows: str, grad: bool) -
             torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", [0.01, 1.0, 30.0])
+def test_ablation_takes_the_part_along_the_direction_away(norm: float, dtype: torch.dtype) -> None:
+    unit, vector = (
+        rn.AblationIntervention(embed_dim=WIDTH, dtype=dtype),
+        torch.randn(WIDTH).double(),
+    )
+    unit.vector.copy_(norm * vector)
+    hidden = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    w = vector / vector.norm()
+    projection = torch.eye(WIDTH, dtype=torch.float64) - torch.outer(w, w)
+    edited, weight = unit(hidden), torch.randn_like(hidden)
+    precision = 10 * torch.finfo(dtype).eps
+    torch.testing.assert_close(edited, hidden @ projection, rtol=precision, atol=precision)
+    (gradient,) = torch.autograd.grad((edited * weight).sum(), hidden)
+    torch.testing.assert_close(gradient, weight @ projection, rtol=precision, atol=precision)
+    assert not list(unit.parameters())
+
+
+def test_no_direction_is_an_error() -> None:
+    unit = rn.AblationIntervention(embed_dim=WIDTH)
+    for ablate in (lambda: unit(torch.randn(1, 2, WIDTH)), unit.factors):
+        with pytest.raises(ValueError, match=r"vector of AblationIntervention is zero.*: set it"):
+            ablate()
+
+
+def test_ablation_is_of_all_layers_unless_an_entry_says_which() -> None:
+    def layers(**entry: object) -> object:
+        return rn.ReftConfig({"intervention": "ablate"} | entry).representations[0].layer
+
+    assert layers() == "all"
+    assert layers(layer=[1, 3]) == [1, 3]
+    assert layers(component="embeddings") is None
+    with pytest.raises(ValueError, match="layer is missing"):
+        rn.ReftConfig({"intervention": "bias"})
+
+
 def test_red_has_no_subspace() -> None:
     unit = rn.RedIntervention(embed_dim=WIDTH)
     with pytest.raises(ValueError, match="RedIntervention has no subspace to edit a part of"):

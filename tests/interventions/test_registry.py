@@ -20,7 +20,7 @@ from reftnoise.interventions import (
 from support.tolerance import assert_close
 
 REFT = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"]
-ADAPTERS = ["bias", "red", "addition", "adapter"]
+ADAPTERS = ["bias", "red", "addition", "ablate", "adapter"]
 NOISE = ["neftune", "gaussian", "bernoulli", "symnoise"]
 
 # For every argument of a registered class, a value that is no class's default.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...data.conversations import Messages
 from ...engine.units import PlacedUnit
-from ...interventions import AdditionIntervention
+from ...interventions import VectorIntervention
 from ...model import ReftModel
 from .directions import steering_vector
 from .options import Method, expect_method
@@ -24,7 +24,7 @@ def fit_steering_vectors(
     positions: str | list[int] = "l1",
     batch_size: int = 16,
 ) -> dict[str, float]:
-    r"""Set the vector of every `addition` unit from contrastive pairs of prompts.
+    r"""Set the vector of every `addition` and `ablate` unit from contrastive pairs of prompts.
 
     $\delta_i = h(x_i^+) - h(x_i^-)$ is the difference of the bare base's states at the unit's site,
     averaged over `positions`, and $\bar\delta$ is its mean over pairs.
@@ -38,6 +38,8 @@ def fit_steering_vectors(
     `positions="differing"` reads the tokens by which the halves of a pair differ: those after their
     common beginning and before their common end. A conversation may then end in the assistant's
     answer.
+
+    Of an `ablate` unit, the direction of v alone counts.
 
     Args:
         reft_model: model whose units are set; its `scale` and adapters' scales multiply them.
@@ -53,12 +55,12 @@ def fit_steering_vectors(
         the edit is next to them.
 
     Raises:
-        ValueError: no `addition` unit, unequal numbers of prompts, an unknown method, a prompt
-            without a token at `positions`, or states that are not finite.
+        ValueError: no unit that has a vector, unequal numbers of prompts, an unknown method, a
+            prompt without a token at `positions`, or states that are not finite.
     """
-    placed = [p for p in reft_model.engine.units if isinstance(p.unit, AdditionIntervention)]
+    placed = [p for p in reft_model.engine.units if isinstance(p.unit, VectorIntervention)]
     if not placed:
-        raise ValueError("the config has no unit whose intervention is 'addition'")
+        raise ValueError("the config has no unit whose intervention is 'addition' or 'ablate'")
     expect_method(method)
     if isinstance(positive, str) or isinstance(negative, str):
         raise ValueError("positive and negative: expected lists of prompts, got a single text")
@@ -80,6 +82,6 @@ def fit_steering_vectors(
 
 
 def set_vector(placed: PlacedUnit, vector: Tensor) -> None:
-    """Put a vector into an `addition` unit."""
+    """Put a vector into a unit that has one."""
     unit: Any = placed.unit
     unit.vector.copy_(vector)
