@@ -15,6 +15,8 @@ from .factors import Factors as Factors
 from .factors import side_by_side as side_by_side
 from .formed import FormedIntervention as FormedIntervention
 from .formed import shared_factors as shared_factors
+from .losses import AddsLoss as AddsLoss
+from .losses import EditsRows as EditsRows
 from .noise import BernoulliNoiseIntervention as BernoulliNoiseIntervention
 from .noise import GaussianNoiseIntervention as GaussianNoiseIntervention
 from .noise import NeftuneIntervention as NeftuneIntervention

@@ -58,5 +58,6 @@ from .training.trainer import (
 from .training.trainer import (
     ReftTrainerForSequenceClassification as ReftTrainerForSequenceClassification,
 )
+from .training.watching import TrainingProgress as TrainingProgress
 
 __version__: str

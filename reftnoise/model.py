@@ -34,13 +34,14 @@ from .engine.planning import Planner, TrainingChecks
 from .engine.settings import Arithmetic
 from .engine.training_pass.fused_head import call_fused, expect_plain_head, has_fused_head
 from .engine.training_pass.loss import at_labels
+from .engine.training_pass.mixin import TrainingMixin
 from .engine.training_pass.prefix_cache import PrefixCache
 from .engine.training_pass.runner import ForwardPasses, Logits, SplitMode
 from .engine.training_pass.symnoise import in_pairs, mean_of_pairs
 from .engine.units import Subspaces, place_units, subspace_gates
 
 
-class ReftModel(TakesBatches, AdapterMixin):
+class ReftModel(TakesBatches, TrainingMixin, AdapterMixin):
     """A base model whose hidden states are edited, and perturbed in training, by units.
 
     It is called like the base and returns the base's output class; `generate` returns token ids.
@@ -219,6 +220,7 @@ class ReftModel(TakesBatches, AdapterMixin):
         if batch.inputs.get("fused_lm_head"):
             with self.engine.running(*plans):
                 outputs = self._call(self.model, batch.inputs)
+            outputs = self._passes.with_added_loss(outputs, plans[0], batch)
             return outputs if batch.copies == 1 else mean_of_pairs(outputs, rows)
         return self._passes.run(
             plans,
@@ -307,21 +309,6 @@ class ReftModel(TakesBatches, AdapterMixin):
                 "bare base: use `with model.disabled():`"
             )
         return planner
-
-    @property
-    def split(self) -> SplitMode:
-        """Whether training runs what comes before the first edit without gradients.
-
-        `"auto"` where that is possible and saves time, `"always"` or an error that says why not,
-        or `"never"`. `prefix_cache`, a `PrefixCache` or None, keeps its results for later epochs.
-        """
-        return self._split
-
-    @split.setter
-    def split(self, mode: SplitMode) -> None:
-        if mode not in get_args(SplitMode):
-            raise ValueError(f"split {mode!r}: expected 'auto', 'always' or 'never'")
-        self._split = mode
 
     @property
     def arithmetic(self) -> Arithmetic:

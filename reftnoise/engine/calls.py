@@ -25,6 +25,26 @@ ReadyEdit: TypeAlias = Callable[[Tensor], Tensor]
 """Of the hidden states of a site in evaluation, all of which it edits, or none."""
 Gates: TypeAlias = Float[Tensor, "batch k"] | RowSubspaces
 
+
+@dataclass(eq=False)
+class Notes:
+    """What units note in a training pass, by unit key, for the losses that they add."""
+
+    values: dict[str, list[Tensor]] = field(default_factory=dict)
+    is_open: bool = True
+    """Whether the pass goes on: its layers may run again in the backward pass."""
+
+    def add(self, key: str, value: Tensor | None) -> None:
+        """Note a value for a unit."""
+        if self.is_open and value is not None:
+            self.values.setdefault(key, []).append(value)
+
+    def close(self) -> dict[str, list[Tensor]]:
+        """End the pass; returns what was noted."""
+        values, self.values, self.is_open = self.values, {}, False
+        return values
+
+
 # -- plans -----------------------------------------------------------------------------------------
 
 
@@ -54,6 +74,8 @@ class EditPlan:
     rows are shifted against the layout; each call draws its own otherwise."""
     choices: CallChoices = MODEL_CHOICES
     """How much is edited and who looks on."""
+    notes: Notes = field(default_factory=Notes)
+    """What units note for the losses that they add."""
     _ready: dict[tuple[int, int], dict[str, ReadyEdit]] = field(default_factory=dict, compare=False)
 
     def ready_to_decode(self, rows: int, length: int) -> dict[str, ReadyEdit]:
@@ -77,6 +99,8 @@ class DeferredPlan:
     """Whether tokens that generation appends are edited."""
     choices: CallChoices = MODEL_CHOICES
     """How much is edited and who looks on."""
+    notes: Notes = field(default_factory=Notes)
+    """What units note for the losses that they add, in all stacks."""
 
 
 Plan: TypeAlias = EditPlan | DeferredPlan

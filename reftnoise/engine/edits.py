@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..interventions import (
+    EditsRows,
     NoiseIntervention,
     RowEdit,
     StackedEdit,
@@ -111,7 +112,8 @@ def _add_edits(
                 f"embed_dim={hidden.shape[-1]}"
             )
         is_joint = selection.columns is not None
-        groups.setdefault((is_joint or placed.key, _is_low_rank(placed)), []).append(placed)
+        is_low_rank = _is_low_rank(placed) and not _edits_rows(placed, call)
+        groups.setdefault((is_joint or placed.key, is_low_rank), []).append(placed)
     edited = hidden
     for (_, is_low_rank), group in groups.items():
         edit = _edit_low_rank if is_low_rank else _edit_by_delta
@@ -136,7 +138,8 @@ def _ready_edit(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> Read
     if not acting or call.plan.choices.scale == 0.0:
         return lambda hidden: hidden
     [placed, *others] = acting
-    if others or not _is_low_rank(placed) or hidden.shape[-1] != placed.unit.hidden_size:
+    is_alone = not others and _is_low_rank(placed) and not _edits_rows(placed, call)
+    if not is_alone or hidden.shape[-1] != placed.unit.hidden_size:
         return None
     [edit] = _row_edits([placed], call, hidden)
     if (vector := edit.vector(hidden.dtype)) is not None:
@@ -149,6 +152,11 @@ def _is_low_rank(placed: PlacedUnit) -> bool:
     if isinstance(placed.unit, StackedEdit):
         return True
     return has_factors(placed.unit) and not is_spread(placed.unit)
+
+
+def _edits_rows(placed: PlacedUnit, call: Call) -> bool:
+    """Whether a unit reads all edited tokens of a row together: in training passes alone."""
+    return isinstance(placed.unit, EditsRows) and placed.unit.training and call.is_noised
 
 
 def _edit_low_rank(
@@ -205,9 +213,8 @@ def _edit_by_delta(
         states = states.masked_fill(rows.skipped, 0)
         if getattr(units[0].unit, "has_own_forward", False):  # which may divide by their norm
             states = torch.where(rows.skipped, flat.nan_to_num(), flat)
-    deltas = [
-        _delta(unit, call, part) for unit, part in zip(units, rows.split(states), strict=True)
-    ]
+    parts = zip(units, rows.split(states), rows.split(rows.skipped), strict=True)
+    deltas = [_delta(unit, call, part, skipped) for unit, part, skipped in parts]
     delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas)
     if rows.skipped is not None:
         delta = delta.masked_fill(rows.skipped, 0)
@@ -217,13 +224,24 @@ def _edit_by_delta(
 
 
 def _delta(
-    placed: PlacedUnit, call: Call, hidden: Float[Tensor, "n hidden"]
+    placed: PlacedUnit,
+    call: Call,
+    hidden: Float[Tensor, "n hidden"],
+    skipped: Bool[Tensor, "n 1"] | None,
 ) -> Float[Tensor, "n hidden"]:
     unit: Any = placed.unit
     scale = call.plan.choices.scale
     gates = call.gates(placed.key)
+    if _edits_rows(placed, call):
+        by_row = hidden.view(call.rows, -1, hidden.shape[-1])
+        edited = torch.ones(by_row.shape[:2], dtype=torch.bool, device=hidden.device)
+        if skipped is not None:
+            edited = ~skipped.view(by_row.shape[:2])
+        delta, noted = unit.row_delta(by_row, edited)
+        call.plan.notes.add(placed.key, noted)
+        return delta.flatten(0, 1).to(hidden.dtype)
     if gates is None and not unit.has_own_forward:
-        delta: Tensor = unit.delta(hidden)
+        delta = unit.delta(hidden)
     else:
         if isinstance(gates, Tensor):
             gates = gates.to(hidden.device)[:, None]

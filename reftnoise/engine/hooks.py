@@ -117,7 +117,9 @@ class Engine:
                 return
             stack.enter_context(self._apart_from_outer_call())
             for placed in self.units:
-                gather_for(placed.unit, "delta")
+                for method in ("delta", "row_delta", "added_loss"):
+                    if hasattr(placed.unit, method):
+                        gather_for(placed.unit, method)
             # What is recomputed in the backward pass must not depend on what is computed outside:
             # with reentrant checkpointing, a shared basis would be differentiated several times.
             if not checkpointed:

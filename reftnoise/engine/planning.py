@@ -4,6 +4,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..config.positions import Positions
 from .base.peft import inner_model, virtual_tokens
 from .base.running import is_transformed
 from .base.sites import can_generate, stacks_of
-from .calls import CachedEdits, DeferredPlan, EditPlan, Gates, Plan
+from .calls import CachedEdits, DeferredPlan, EditPlan, Gates, Notes, Plan
 from .hooks import Engine
 from .layout import (
     Batch,
@@ -89,9 +90,10 @@ class Planner:
                 "sequences only when it runs, so unit_locations and prompt_lengths cannot be "
                 "given: use the config's positions"
             )
-        settle, decodes = functools.partial(self._settle, batch, places, choices), _decodes(places)
+        notes, decodes = Notes(), _decodes(places)
+        settle = functools.partial(self._settle, batch, places, choices, notes)
         return [
-            DeferredPlan(functools.partial(settle, stack), stack, decodes, choices)
+            DeferredPlan(functools.partial(settle, stack), stack, decodes, choices, notes)
             for stack in self.stacks
         ]
 
@@ -100,6 +102,7 @@ class Planner:
         batch: Batch,
         places: EditedPlaces,
         choices: CallChoices,
+        notes: Notes,
         stack: Stack | None,
         attended: Tensor,
         past: int,
@@ -114,7 +117,8 @@ class Planner:
             lengths = attended.sum(1).clamp(max=1)
         elif past:
             lengths = attended[:, :past].sum(1)
-        return self._plan(PromptLayout(attended, lengths), places, batch, choices, stack)
+        plan = self._plan(PromptLayout(attended, lengths), places, batch, choices, stack)
+        return replace(plan, notes=notes)
 
     def _places(self, batch: Batch, width: int | None) -> EditedPlaces:
         """Where units edit: as the call says, or else the config."""
@@ -155,9 +159,16 @@ class Planner:
             if placed.key in places and placed.site.stack == stack
         }
         gates = {key: gate.repeat(batch.copies, 1) for key, gate in self._gates.items()}
-        in_turn = batch.unit_locations is not None
-        decodes = _decodes(places)
-        return EditPlan(layout, selections, gates, stack, decodes, in_turn=in_turn, choices=choices)
+        return EditPlan(
+            layout,
+            selections,
+            gates,
+            stack,
+            decodes=_decodes(places),
+            in_turn=batch.unit_locations is not None,
+            choices=choices,
+            notes=Notes(),
+        )
 
 
 def expect_same_edits(cache: Any, plan: Plan, past: int) -> None:

@@ -35,12 +35,12 @@ from ..data.tokenization import smallest_limit
 from ..engine.training_pass.prefix_cache import PrefixCache
 from ..evaluation.forgetting import expect_causal
 from ..model import ReftModel, get_reft_model
-from .divergence import unfallen
 from .resolved_run import ResolvedRun, load_base_of
 from .run_adapter import adapter_directory
 from .run_directory import RunDirectory, is_main_process
 from .run_scores import Entry, one_answer, save_scores, score
 from .trainer import ReftTrainer
+from .watching import unfallen
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,12 @@ from ..engine.base.peft import inner_model
 from ..engine.base.sharding import whole_state
 from ..engine.layout import Batch, has_token_labels, prompt_lengths_from_labels
 from ..engine.planning import FROZEN_UNITS
+from ..engine.training_pass.added_loss import share_of_step
 from ..engine.training_pass.prefix_cache import Place, PrefixCache
 from ..engine.training_pass.runner import SplitMode
 from ..model import ReftModel
 from .data_order import by_epoch, seed_workers
-from .divergence import Divergence
+from .watching import Divergence, TrainingProgress
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class ReftTrainer(Trainer):
         elif prefix_cache != "none":
             self._prefix_cache = PrefixCache(prefix_cache, prefix_cache_bytes)
         super().__init__(model=model, args=args, **trainer_arguments)
+        self.add_callback(TrainingProgress())
         if split is not None:
             self.model.split = split
         if self.args.label_names is None and isinstance(self.model, ReftModel):
@@ -171,7 +173,23 @@ class ReftTrainer(Trainer):
         returns_outputs = kwargs.get("return_outputs", bool(args and args[0]))
         if model.training and not returns_outputs and isinstance(adapter, ReftModel):
             inputs = {"return_logits": False} | inputs
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        takes_labels = self.label_smoother is not None or self.compute_loss_func is not None
+        if not (takes_labels and model.training and isinstance(adapter, ReftModel)):
+            return result
+        loss, *outputs = result if isinstance(result, tuple) else (result,)
+        count = args[1] if len(args) > 1 else kwargs.get("num_items_in_batch")
+        loss = self._with_added_loss(loss, adapter, labels, count)
+        return (loss, *outputs) if outputs else loss
+
+    def _with_added_loss(self, loss: Any, adapter: ReftModel, labels: Any, count: Any) -> Any:
+        """The Trainer's own loss of logits, and what the units add to it."""
+        if (added := adapter.added_loss) is None:
+            return loss
+        share = share_of_step(adapter.model, {"labels": labels, "num_items_in_batch": count})
+        if self.args.average_tokens_across_devices and count is not None:
+            share = share * (self.accelerator.num_processes // self.get_tp_size())
+        return loss + share * added.to(loss.device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's micro-batches of a step, and their number of labels, at least 1.

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reftnoise.training.divergence import unfallen
 from reftnoise.training.run_scores import one_answer
+from reftnoise.training.watching import unfallen
 from support.command_line import command, quick
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
-from ...interventions import NoiseIntervention
+from ...interventions import AddsLoss, NoiseIntervention
 from ..base.peft import has_switched_adapters, inner_model, may_add_to_loss, virtual_tokens
 from ..base.running import (
     checkpointed_modules,
@@ -37,6 +37,7 @@ from ..base.sites import takes_position_ids
 from ..calls import EditPlan, Plan
 from ..hooks import Engine
 from ..layout import Batch, has_token_labels
+from .added_loss import AddedLoss, share_of_step, with_added_loss
 from .loss import Head, at_labels, label_loss, targets_of, with_lazy_logits, without_logits
 from .prefix_cache import PrefixCache
 from .probe import Abilities, check_gradients, is_random, probe
@@ -63,7 +64,7 @@ class ForwardPasses:
     """Runs forward passes of an engine, each in the cheapest way."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self._tracer = engine, Tracer(engine)
+        self._engine, self._tracer, self.added = engine, Tracer(engine), AddedLoss()
         self._logged: set[tuple[str, str]] = set()
         self._known: dict[tuple[object, ...], Abilities] = {}
         self._randomness: tuple[tuple[bool, ...], bool] | None = None
@@ -91,7 +92,7 @@ class ForwardPasses:
         """
         plan, rows = plans[0], batch.rows // batch.copies
         if torch.compiler.is_compiling():
-            outputs = self._tracer.run(plan, batch)
+            outputs = self.with_added_loss(self._tracer.run(plan, batch), plan, batch)
             return outputs if batch.copies == 1 else first_of_pairs(outputs, rows)
         if torch.is_grad_enabled() and not self._is_checked and not is_transformed():
             check_gradients(self._engine.base)
@@ -112,12 +113,21 @@ class ForwardPasses:
         else:
             with self._engine.running(*plans):
                 outputs = self._engine.base(**batch.inputs)
+        outputs = self.with_added_loss(outputs, plan, batch)
         if batch.copies > 1:
             outputs = first_of_pairs(outputs, rows)
         if logits is None and return_logits == "labels":
             labels = batch.inputs.get("labels")
             outputs = at_labels(outputs, {"labels": labels if labels is None else labels[:rows]})
         return outputs if logits is None else with_lazy_logits(outputs, logits)
+
+    def with_added_loss(self, outputs: Any, plan: Plan, batch: Batch) -> Any:
+        """The outputs of a pass, with what the units add to their loss, if they have one."""
+        units = [placed for placed in self._engine.units if isinstance(placed.unit, AddsLoss)]
+        added = self.added.of_pass(units, plan.notes) if units else None
+        if added is None or batch.labels is None:
+            return outputs
+        return with_added_loss(outputs, added, share_of_step(self._engine.base, batch.inputs))
 
     # -- the ways ------------------------------------------------------------------------------
 

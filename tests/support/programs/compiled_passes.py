@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import reftnoise as rn
+from support.added_losses import WIDTH, Averaged, model_with, penalised
 from support.models.architectures import tiny_model
 from support.tolerance import assert_close, assert_close_gradients
 from support.training_steps import batch
@@ -65,6 +66,21 @@ def test_a_training_step_is_one_graph(positions: str, more: list[dict[str, Any]]
     # Its hooks stay, and act in a compiled pass alone.
     assert torch.equal(model.model(**inputs).loss, bare)
     assert_same(gradients(model, model, **inputs, return_logits=True), expected)
+
+
+@pytest.mark.parametrize("kind", ["weights", "pass"])
+def test_units_add_their_losses_in_the_graph(kind: str) -> None:
+    base = tiny_model(num_hidden_layers=2)
+    model = penalised(base) if kind == "weights" else model_with(Averaged(embed_dim=WIDTH), base)
+    inputs = batch() | {"use_cache": False, "num_items_in_batch": torch.tensor(40)}
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for progress in (0.25, 1.0):
+            model.training_progress = progress
+            expected = gradients(model, model, **inputs, return_logits=True)
+            added = model.added_loss
+            assert_same(gradients(model, compiled, **inputs), expected)
+            assert_close(model.added_loss, added)
 
 
 # Hooks act alike in a graph whatever its backend: no gradients need to be traced below.

@@ -1,17 +1,21 @@
-"""Find out that a training has diverged, without waiting for the device more often than it does.
+"""What is watched of a training: how far it is, and whether it has diverged.
 
-And at its end, whether its loss has fallen at all.
+Neither waits for the device more often than the training does. At the end, whether its loss has
+fallen at all.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..engine.base.sharding import own_part
+from ..model import ReftModel
 
 PATIENCE = 10
 """Micro-batches in a row without a finite loss, after which finite weights are no excuse.
@@ -88,3 +92,30 @@ def unfallen(losses: Sequence[float]) -> str | None:
         f"the loss did not fall: it was {first:.3g} in the first tenth of the steps and {last:.3g} "
         f"in the last, ± {error:.2g}"
     )
+
+
+class TrainingProgress(TrainerCallback):
+    """Sets `ReftModel.training_progress` at each step of a Trainer of transformers or TRL.
+
+    `ReftTrainer` has it already. The progress is steps done / steps of the training, also where one
+    goes on from a checkpoint, and 1 after the training.
+    """
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the progress before the first micro-batch of a step."""
+        _set_progress(kwargs.get("model"), min(state.global_step / max(state.max_steps, 1), 1.0))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave schedules at their end."""
+        _set_progress(kwargs.get("model"), 1.0)
+
+
+def _set_progress(model: Any, share: float) -> None:
+    for module in model.modules():  # the first is the model, unless something wraps it
+        if isinstance(module, ReftModel):
+            module.training_progress = share
+            return

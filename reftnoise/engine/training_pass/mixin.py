@@ -1,0 +1,56 @@
+"""What users of a model set and read of its training passes."""
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from .prefix_cache import PrefixCache
+from .runner import ForwardPasses, SplitMode
+
+
+class TrainingMixin:
+    """The part of `ReftModel` that concerns training passes."""
+
+    _passes: ForwardPasses
+    _split: SplitMode
+    prefix_cache: PrefixCache | None
+
+    @property
+    def split(self) -> SplitMode:
+        """Whether training runs what comes before the first edit without gradients.
+
+        `"auto"` where that is possible and saves time, `"always"` or an error that says why not,
+        or `"never"`. `prefix_cache`, a `PrefixCache` or None, keeps its results for later epochs.
+        """
+        return self._split
+
+    @split.setter
+    def split(self, mode: SplitMode) -> None:
+        if mode not in get_args(SplitMode):
+            raise ValueError(f"split {mode!r}: expected 'auto', 'always' or 'never'")
+        self._split = mode
+
+    @property
+    def training_progress(self) -> float:
+        """Share of the training that is done, from 0 to 1, for units whose loss has a schedule.
+
+        `ReftTrainer` sets it at each step, the callback `TrainingProgress` in other Trainers, and a
+        loop of your own may. It is 1 until somebody does: schedules are then at their end.
+        """
+        return float(self._passes.added.progress)
+
+    @training_progress.setter
+    def training_progress(self, share: Any) -> None:
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"training_progress {share!r}: expected a share from 0 to 1")
+        self._passes.added.progress = torch.tensor(float(share))
+
+    @property
+    def added_loss(self) -> Tensor | None:
+        """What units added to the loss in the last pass; None for nothing, as in evaluation.
+
+        It is a mean and has its gradient. `outputs.loss` includes it; a trainer that makes its loss
+        of logits adds it itself.
+        """
+        return self._passes.added.last
