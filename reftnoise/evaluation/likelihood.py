@@ -134,16 +134,17 @@ def completion_pairs(
     tokenizer: Any,
     prompts: Sequence[str | Messages],
     completions: Sequence[str],
+    max_length: int | None = None,
 ) -> list[TokenPair]:
     """The tokens of each prompt with its completion, those of training: an end-of-text token, too.
 
-    A prompt without room for its completion loses its beginning.
+    A prompt without room for its completion, in `max_length` tokens or fewer, loses its beginning.
     """
     texts = [
         rendered(tokenizer, prompt, text) for prompt, text in zip(prompts, completions, strict=True)
     ]
     pairs = tokenize_all(tokenizer, texts, nonstop=False)
-    return without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, model, None))
+    return without_beginnings(tokenizer, pairs, smallest_limit(tokenizer, model, max_length))
 
 
 def following_log_probs(

@@ -65,6 +65,7 @@ def evaluate(
     by: Way = "generation",
     batch_size: int = 16,
     template: str = "plain",
+    max_length: int | None = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -88,6 +89,8 @@ def evaluate(
         by: whether the model writes the answer, finds one most likely, or reads the right one.
         batch_size: number of prompts, or by likelihood of prompts with a choice, per forward pass.
         template: template, as in training.
+        max_length: by loss, greatest number of tokens of a prompt with its completion, as in
+            training.
         max_new_tokens: greatest number of tokens of an answer; by default as many as the task
             needs, but no more than half of the model's context.
         seed: seed for tasks that draw their answers; these also depend on the batch size.
@@ -114,7 +117,7 @@ def evaluate(
         else:
             prompts = _prompts(settings, template, parsed)
             if by == "loss":
-                return _by_loss(settings, parsed, prompts)
+                return _by_loss(settings, parsed, prompts, max_length)
             if by == "generation":
                 if max_new_tokens is None:
                     max_new_tokens = _needed_tokens(settings, task, parsed, prompts)
@@ -235,12 +238,16 @@ def _by_likelihood(
 
 
 def _by_loss(
-    settings: _Settings, parsed: Sequence[ParsedRow], prompts: Sequence[str | Messages]
+    settings: _Settings,
+    parsed: Sequence[ParsedRow],
+    prompts: Sequence[str | Messages],
+    max_length: int | None,
 ) -> Evaluation:
     """The loss of each row's completion."""
     model, tokenizer, batch_size, progress = settings
     questions = [question for _, question in parsed]
-    pairs = completion_pairs(model, tokenizer, prompts, [q.completion for q in questions])
+    completions = [question.completion for question in questions]
+    pairs = completion_pairs(model, tokenizer, prompts, completions, max_length)
     losses = completion_losses(model, pairs, batch_size=batch_size, progress=progress)
     return Evaluation(
         scores={"loss": sum(losses) / len(losses)},

@@ -138,6 +138,7 @@ class ResolvedRun:
         further, eval_steps = training.pop("arguments"), training.pop("eval_steps")
         save_steps, by_length = training.pop("save_steps"), training.pop("group_by_length")
         training.pop("prefix_cache")
+        has_gpu = torch.accelerator.is_available()
         evaluates = "steps" if eval_steps else "epoch"
         settings = {
             **training,
@@ -151,7 +152,7 @@ class ResolvedRun:
             "train_sampling_strategy": "group_by_length" if by_length else "random",
             "include_num_input_tokens_seen": "non_padding",
             "dataloader_pin_memory": torch.cuda.is_available() and recipe.device != "cpu",
-            "use_cpu": recipe.device == "cpu",
+            "use_cpu": recipe.device == "cpu" or (recipe.device == "auto" and not has_gpu),
             "disable_tqdm": True,
             "report_to": "none",
         }

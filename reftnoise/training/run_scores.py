@@ -130,6 +130,7 @@ def _of_task(
             by=settings.by,
             batch_size=settings.batch_size,
             template=recipe.data.template,
+            max_length=recipe.data.max_length,
             max_new_tokens=settings.max_new_tokens,
             seed=recipe.seed,
             progress=progress,

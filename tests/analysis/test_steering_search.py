@@ -297,7 +297,15 @@ def test_a_search_writes_an_adapter_that_does_what_it_tells(
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     arguments = ["--model", "tiny-chat", "--layers", "1-3", "--neutral_limit", "4", "--budget", "9"]
     arguments += ["--dtype", "float32", "--positions", "all+decode", "--scales", "[1.0, 2.0]"]
-    assert main(["steer", str(path), *arguments]) == 0
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # between the adapter and its test
+        patch.setattr(rn.ReftModel, "from_pretrained", killed)
+        assert main(["steer", str(path), *arguments]) == 130
+    assert "test" not in json.loads((tmp_path / "steering" / "steering.json").read_text())
+    assert main(["steer", str(path), *arguments, "--overwrite"]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "steering" / "steering.json").read_text())
     test, chosen = results["test"], results["chosen"]

@@ -277,13 +277,17 @@ def test_loss_is_that_of_each_row_alone(positions: str | None, side: str, pads_w
         assert [row["loss"] for row in found.rows()] == found.losses
 
 
-def test_loss_is_that_of_training() -> None:
+@pytest.mark.parametrize("max_length", [None, 12, 4])
+def test_loss_is_that_of_training(max_length: int | None) -> None:
     model, tokenizer = loaded("f1+l1")
     row = {"prompt": PROMPTS[0], "completion": " yes indeed"}
-    found = evaluate(model, tokenizer, get_task("text"), [row], by="loss", template="chat")
+    limit: Any = {"max_length": max_length}
+    found = evaluate(model, tokenizer, get_task("text"), [row], by="loss", template="chat", **limit)
     data = rn.make_last_position_supervised_data_module(
-        tokenizer, model, [row["prompt"]], [row["completion"]], chat_template=True
+        tokenizer, model, [row["prompt"]], [row["completion"]], chat_template=True, **limit
     )
+    if max_length is not None:
+        assert len(data["train_dataset"][0]["input_ids"]) == max_length
     batch = data["data_collator"](list(data["train_dataset"]))
     with torch.no_grad():
         assert found.scores["loss"] == pytest.approx(float(model(**batch).loss), rel=1e-4)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import reftnoise as rn
 from reftnoise._util.options import read_file
 from reftnoise.data import sources
 from reftnoise.data.tasks.text import TextTask
 from reftnoise.training import resolved_run
-from reftnoise.training.recipe import Recipe
+from reftnoise.training.recipe import Recipe, TrainingConfig
 from reftnoise.training.resolved_run import ResolvedRun, with_default_edit
 from reftnoise.training.study.grid import Study, cells
 from reftnoise.training.study.space import Tuning
@@ -90,3 +91,10 @@ def test_a_run_says_what_it_trained_by_default(tmp_path: Path) -> None:
     reft_model = rn.ReftModel.from_pretrained(base, run / "adapter")
     assert len(reft_model.engine.units) == base.config.num_hidden_layers
     assert command("train", "--output_dir", run, "--resume", "--quiet") == 2  # it is finished
+
+
+def test_bf16_needs_no_gpu() -> None:
+    """transformers refuses it on a processor unless it is told that this is meant."""
+    arguments = ResolvedRun(Recipe(training=TrainingConfig(bf16=True))).arguments
+    assert arguments.bf16
+    assert arguments.use_cpu is not torch.accelerator.is_available()

@@ -319,13 +319,13 @@ def test_losses_of_answers_are_those_of_an_evaluation(tmp_path: Path) -> None:
         for word in ["bee", "bear", "cat", "owl", "dog", "cow", "fly", "eel"]
     ]
     (tmp_path / "rows.jsonl").write_bytes(json_lines(rows))
-    own = recipe(task="instruct", data={"train": str(tmp_path / "rows.jsonl")})
+    own = recipe(task="instruct", data={"train": str(tmp_path / "rows.jsonl"), "max_length": 9})
     run = ResolvedRun(read(Recipe, own))
     shared = SharedBase(run, held_out=5, seed=0)
     base, tokenizer = rn.load_tiny_model()
     model = rn.get_reft_model(base, run.config).eval()
     held = [rows[index] for index in split_rows(8, 5, 0)[1]]
-    expected = evaluate(model, tokenizer, run.task, held, by="loss")
+    expected = evaluate(model, tokenizer, run.task, held, by="loss", max_length=9)
     measured = shared.measured(model)
     assert measured.losses == pytest.approx(expected.losses, rel=1e-4)
     assert measured.right == ""

@@ -85,9 +85,6 @@ def search(
             sized_by="scales" if options.scales else "sizes",
             progress=progress,
         )
-    _write_adapter(reft_model, outcome, options, directory / ADAPTER)
-    loaded = ReftModel.from_pretrained(base, directory / ADAPTER)
-    test = _test(loaded, split["test"], neutral[1::2], settings)
     results = {
         "model": model,
         "pairs": {name: len(part) for name, part in split.items()},
@@ -95,10 +92,19 @@ def search(
         "budget": options.budget,
         "positions": options.positions,
         **_described(outcome, candidates),
-        "test": test,
     }
-    replace_all(directory, {RESULTS: f"{json_text(results, indent=2)}\n".encode()})
+    # First, so that a search that is killed before its end is one that may be replaced.
+    _write_results(directory, results)
+    _write_adapter(reft_model, outcome, options, directory / ADAPTER)
+    loaded = ReftModel.from_pretrained(base, directory / ADAPTER)
+    results["test"] = _test(loaded, split["test"], neutral[1::2], settings)
+    _write_results(directory, results)
     return results
+
+
+def _write_results(directory: Path, results: dict[str, Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_all(directory, {RESULTS: f"{json_text(results, indent=2)}\n".encode()})
 
 
 def tokenized_pairs(

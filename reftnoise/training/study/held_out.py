@@ -60,9 +60,11 @@ def measure_of(run: ResolvedRun, tokenizer: Any, base: Any, rows: Rows) -> HeldO
         return lambda model: _by_batch(model, batches, _of_head if by_head else _of_completion)
     parsed = parse_rows(task, rows, name="training")
     questions = [question for _, question in parsed]
-    prompts = [fill(run.recipe.data.template, question.prompt, row) for row, question in parsed]
+    settings = run.recipe.data
+    prompts = [fill(settings.template, question.prompt, row) for row, question in parsed]
     if not all(question.choices for question in questions):
-        texts = completion_pairs(base, tokenizer, prompts, [q.completion for q in questions])
+        completions = [question.completion for question in questions]
+        texts = completion_pairs(base, tokenizer, prompts, completions, settings.max_length)
         return lambda model: Measurement(completion_losses(model, texts, batch_size=size), "")
     choices = [question.choices for question in questions]
     pairs = choice_pairs(base, tokenizer, prompts, choices)
