@@ -2,6 +2,7 @@
 
 from .analysis.steering.fit import fit_steering_vectors as fit_steering_vectors
 from .config.positions import Positions as Positions
+from .config.preference import PreferenceObjective as PreferenceObjective
 from .config.representations import ReftConfig as ReftConfig
 from .config.representations import RepresentationConfig as RepresentationConfig
 from .data.collation import ReftDataCollator as ReftDataCollator
@@ -29,6 +30,7 @@ from .interventions import NoiseIntervention as NoiseIntervention
 from .interventions import NoreftIntervention as NoreftIntervention
 from .interventions import RedIntervention as RedIntervention
 from .interventions import ReftIntervention as ReftIntervention
+from .interventions import RowStrengths as RowStrengths
 from .interventions import SymNoiseIntervention as SymNoiseIntervention
 from .interventions import register_intervention as register_intervention
 from .model import ReftModel as ReftModel
@@ -50,6 +52,8 @@ from .pyreft.dataset import (
 )
 from .pyreft.dataset import parse_positions as parse_positions
 from .pyreft.utils import TaskType as TaskType
+from .training.preference.data import make_preference_data_module as make_preference_data_module
+from .training.preference.trainer import ReftPreferenceTrainer as ReftPreferenceTrainer
 from .training.trainer import ReftTrainer as ReftTrainer
 from .training.trainer import ReftTrainerForCausalLM as ReftTrainerForCausalLM
 from .training.trainer import (

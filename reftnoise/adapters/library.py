@@ -20,6 +20,7 @@ from ..engine.base.sites import Site, layer_of, num_layers, stacks_of
 from ..engine.hooks import Engine
 from ..engine.planning import Planner
 from ..engine.units import PlacedUnit
+from ..interventions import RowStrengths
 from .frozen import FrozenAdapter, UnitShape, stacked_units
 
 AdapterChoice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
@@ -279,7 +280,11 @@ class CallChoiceMixin:
 
     @contextlib.contextmanager
     def using(
-        self, *, adapter: AdapterChoice | EllipsisType = ..., scale: float | None = None
+        self,
+        *,
+        adapter: AdapterChoice | EllipsisType = ...,
+        scale: float | None = None,
+        strengths: RowStrengths | None = None,
     ) -> Iterator[Self]:
         """Within the block, calls have another adapter or scale; other threads' calls do not.
 
@@ -290,6 +295,7 @@ class CallChoiceMixin:
         Args:
             adapter: choice as of `set_adapter`; by default the present one.
             scale: factor as of `scale`; by default the present one.
+            strengths: further factors, one for each row of a batch, also in training.
 
         Raises:
             ValueError: an adapter that is not loaded, or a scale that is not a finite number.
@@ -299,6 +305,8 @@ class CallChoiceMixin:
             changes["adapter"] = self.adapters.checked(adapter)
         if scale is not None:
             changes["scale"] = _checked_scale(scale)
+        if strengths is not None:
+            changes["strengths"] = strengths
         with self.engine.settings.block(**changes):
             yield self
 

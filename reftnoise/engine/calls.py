@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..config.components import Stack
-from ..interventions import EditedRows, NoiseIntervention, RowSubspaces
+from ..interventions import EditedRows, NoiseIntervention, RowStrengths, RowSubspaces
 from .base.running import mask_after_convolutions
 from .layout import PromptLayout, Selection, cached_length
 from .settings import MODEL_CHOICES, CallChoices
@@ -160,6 +160,14 @@ class Call:
         """A unit's gates for the rows of this call."""
         gates = self.plan.gates.get(key)
         return None if gates is None else gates.repeat_interleave(self._times, 0)
+
+    def strengths(self, key: str) -> RowStrengths | None:
+        """What each hidden state that a unit edits gets of its edit; None for all of it."""
+        if (strengths := self.plan.choices.strengths) is None:
+            return None
+        columns = self.plan.selections[key].columns
+        slots = self.length if columns is None else columns.shape[1]
+        return strengths.repeat_interleave(self._times * slots)
 
     def tokens(self, device: torch.device) -> dict[str, Tensor]:
         """What noise asks of tokens."""

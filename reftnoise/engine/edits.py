@@ -194,7 +194,10 @@ def _row_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> list[
             columns = call.plan.selections[placed.key].columns
             slots = call.length if columns is None else columns.shape[1]
             gates = gates.to(hidden.device).repeat_interleave(slots, 0)
-        edits.append(unit.row_edit(dtype, hidden.device, choices.scale, gates))
+        edit = unit.row_edit(dtype, hidden.device, choices.scale, gates)
+        if (strengths := call.strengths(placed.key)) is not None:
+            edit = strengths.of(edit)
+        edits.append(edit)
     return edits
 
 
@@ -247,4 +250,6 @@ def _delta(
             gates = gates.to(hidden.device)[:, None]
         by_row = hidden.view(call.rows, -1, hidden.shape[-1])
         delta = unit.delta(by_row, gates).flatten(0, 1)
+    if (strengths := call.strengths(placed.key)) is not None:
+        delta = strengths.of_delta(delta)
     return (delta if scale == 1.0 else scale * delta).to(hidden.dtype)

@@ -76,7 +76,7 @@ class Planner:
             )
         is_known = self.stacks == (None,) and batch.tokens is not None  # the length of sequences
         places = self._places(batch, batch.length if is_known else None)
-        choices = self.engine.settings.now
+        choices = self.engine.settings.now.for_rows(batch.rows, batch.copies)
         if is_known:
             layout = read_layout(batch, continues=self.labels_end_prompts)
             plan = self._plan(layout, places, batch, choices)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..interventions import RowStrengths
 from .base.threads import ForkSafeLock
 from .units import PlacedUnit
 
@@ -29,6 +30,8 @@ class CallChoices:
     """What edits, as `adapter_names` has it for a row."""
     scale: float = 1.0
     """Factor of all edits."""
+    strengths: RowStrengths | None = None
+    """What each row gets of its edits, times that factor; None for all of them."""
     is_disabled: bool = False
     """Whether the bare base runs."""
     is_noised: bool = False
@@ -38,6 +41,21 @@ class CallChoices:
     dtypes, or in that of the hidden states."""
     observer: Observer | None = None
     """Called with the units of a site, and the hidden states before and after them."""
+
+    def for_rows(self, rows: int, copies: int) -> "CallChoices":
+        """The choices of a call whose rows are so many copies of a batch, one after the other.
+
+        Raises:
+            ValueError: strengths for another number of rows.
+        """
+        if self.strengths is None:
+            return self
+        if len(self.strengths) != rows // copies:
+            raise ValueError(
+                f"strengths: expected {rows // copies}, one per row of the batch, got "
+                f"{len(self.strengths)}"
+            )
+        return replace(self, strengths=self.strengths.repeat(copies))
 
 
 MODEL_CHOICES = CallChoices()

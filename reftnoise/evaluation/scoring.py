@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ..config.decoding import WAYS, Way
 from ..data.conversations import Messages, rendered
@@ -109,6 +111,7 @@ def evaluate(
     answers = [question.answer for _, question in parsed]
     settings = _Settings(model, tokenizer, batch_size, progress)
     normalised: list[str] | None = None
+    further: dict[str, float] = {}
     with evaluating(model, seed):
         if isinstance(task, ClassifierTask):
             if template != "plain":
@@ -132,13 +135,15 @@ def evaluate(
                 )
                 predictions = [task.extract(text) for text in texts]
             else:
-                texts, predictions, normalised = _by_likelihood(settings, task, parsed, prompts)
+                sums = _choice_sums(settings, task, parsed, prompts)
+                texts, predictions, normalised = _likeliest(parsed, sums)
+                further = task.scores_of_choices([row.tolist() for row in sums])
     scores = task.scores(predictions, answers)
     if normalised is not None:
         metrics = task.scores(normalised, answers)
         scores |= {f"{name}_normalised": value for name, value in metrics.items()}
     return Evaluation(
-        scores=scores,
+        scores=scores | further,
         right=[task.is_right(p, a) for p, a in zip(predictions, answers, strict=True)],
         predictions=predictions,
         texts=texts,
@@ -212,22 +217,28 @@ def _needed_tokens(
     return needed
 
 
-def _by_likelihood(
+def _choice_sums(
     settings: _Settings,
     task: Task,
     parsed: Sequence[ParsedRow],
     prompts: Sequence[str | Messages],
-) -> tuple[list[str], list[str], list[str]]:
-    """The likeliest choices, their answers, and the answers of the likeliest per character."""
+) -> list[Float[Tensor, " choices"]]:
+    """The log-probabilities of each row's choices."""
     model, tokenizer, batch_size, progress = settings
-    questions = [question for _, question in parsed]
-    if not all(question.choices for question in questions):
+    if not all(question.choices for _, question in parsed):
         raise ValueError(f"task {task.name!r} has no choices: evaluate by generation")
-    choices = [question.choices for question in questions]
-    sums = choice_log_probs(
+    choices = [question.choices for _, question in parsed]
+    return choice_log_probs(
         model, tokenizer, prompts, choices, batch_size=batch_size, progress=progress
     )
-    lengths = [torch.tensor([max(1, len(choice.strip())) for choice in texts]) for texts in choices]
+
+
+def _likeliest(
+    parsed: Sequence[ParsedRow], sums: Sequence[Float[Tensor, " choices"]]
+) -> tuple[list[str], list[str], list[str]]:
+    """The likeliest choices, their answers, and the answers of the likeliest per character."""
+    questions = [question for _, question in parsed]
+    lengths = [torch.tensor([max(1, len(c.strip())) for c in q.choices]) for q in questions]
     best = [int(row.argmax()) for row in sums]
     of_normalised = [int((row / count).argmax()) for row, count in zip(sums, lengths, strict=True)]
     return (

@@ -17,6 +17,7 @@ from .._util.errors import brief, nearest, one_line, value_errors
 from .._util.files import local_path
 from .._util.types import expect_type
 from ..config.base_model import expect_base
+from ..config.decoding import Way
 from ..config.positions import Positions
 from ..data.files import expect_file
 from ..data.tasks.base import ParsedRow, RowError, Task, parse_rows
@@ -209,7 +210,7 @@ class ResolvedRun:
             rows = rows.take(min(evaluation.limit, len(rows)))
         with self.places():
             parsed = parse_rows(task, rows, name="scored")
-        needs_choices = evaluation.by == "likelihood" and not isinstance(task, ClassifierTask)
+        needs_choices = scored_by(self.recipe, task) == "likelihood"
         if needs_choices and not all(row.question.choices for row in parsed):
             raise ValueError(
                 f"evaluation.by likelihood: the task {task.name!r} has no choices; expected "
@@ -238,8 +239,14 @@ class ResolvedRun:
 
 
 def scored_by(recipe: Recipe, task: Task) -> str:
-    """The way in which rows are scored: as the recipe says, or by a classifier's head."""
-    return "head" if isinstance(task, ClassifierTask) else recipe.evaluation.by
+    """The way in which rows are scored: as recipe and task say, or by a classifier's head."""
+    return "head" if isinstance(task, ClassifierTask) else way_of(recipe, task)
+
+
+def way_of(recipe: Recipe, task: Task) -> Way:
+    """The way in which a recipe says that rows are scored, or its task, where none are written."""
+    by = recipe.evaluation.by
+    return (task.way or by) if by == "generation" else by
 
 
 def _expect_positive(training: "TrainingConfig | TrainingArguments") -> None:

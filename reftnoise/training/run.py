@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import datasets
@@ -31,16 +32,19 @@ from ..data.collation import make_last_position_supervised_data_module
 from ..data.sources import Rows
 from ..data.tasks.classifier import ClassifierTask
 from ..data.tasks.examples import as_examples
+from ..data.tasks.preference import PreferenceTask
 from ..data.tokenization import smallest_limit
 from ..engine.training_pass.prefix_cache import PrefixCache
 from ..evaluation.forgetting import expect_causal
 from ..model import ReftModel, get_reft_model
+from .preference.data import make_preference_data_module
+from .preference.trainer import ReftPreferenceTrainer
 from .resolved_run import ResolvedRun, load_base_of
 from .run_adapter import adapter_directory
 from .run_directory import RunDirectory, is_main_process
 from .run_scores import Entry, one_answer, save_scores, score
+from .steps.watching import unfallen
 from .trainer import ReftTrainer
-from .watching import unfallen
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +145,11 @@ def trainer_of(
         data: datasets and collator.
         prefix_cache: prompts that several trainings on one base share; by default the recipe's.
     """
-    own = run.recipe.training.prefix_cache
-    trainer = ReftTrainer(
+    own, task = run.recipe.training.prefix_cache, run.task
+    kind: Callable[..., ReftTrainer] = ReftTrainer
+    if isinstance(task, PreferenceTask):
+        kind = partial(ReftPreferenceTrainer, objective=task.objective)
+    trainer = kind(
         model=reft_model,
         args=run.arguments,
         processing_class=tokenizer,
@@ -241,6 +248,16 @@ def data_module_of(
         limit = smallest_limit(tokenizer, reft_model, data.max_length or task.max_length)
         return make_classifier_data_module(
             tokenizer, task, rows, eval_rows, max_length=limit or task.max_length
+        )
+    if isinstance(task, PreferenceTask):
+        return make_preference_data_module(
+            tokenizer,
+            reft_model,
+            rows,
+            eval_rows=eval_rows,
+            template=data.template,
+            max_length=data.max_length,
+            shuffle_seed=seed,
         )
     eval_examples = None
     if eval_rows is not None:

@@ -18,7 +18,7 @@ from ..evaluation.forgetting import forgetting, holds_trained_base, neutral_text
 from ..evaluation.scoring import evaluate
 from ..model import ReftModel
 from .recipe import Recipe
-from .resolved_run import ResolvedRun, load_base_of, scored_by
+from .resolved_run import ResolvedRun, load_base_of, scored_by, way_of
 from .run_directory import alone
 from .run_files import PREDICTIONS, SCORES
 from .study.statistics import mean_interval
@@ -127,7 +127,7 @@ def _of_task(
             tokenizer,
             run.task,
             run.scored_rows,
-            by=settings.by,
+            by=way_of(recipe, run.task),
             batch_size=settings.batch_size,
             template=recipe.data.template,
             max_length=recipe.data.max_length,

@@ -26,8 +26,8 @@ from ..engine.training_pass.added_loss import share_of_step
 from ..engine.training_pass.prefix_cache import Place, PrefixCache
 from ..engine.training_pass.runner import SplitMode
 from ..model import ReftModel
-from .data_order import by_epoch, seed_workers
-from .watching import Divergence, TrainingProgress
+from .steps.data_order import by_epoch, seed_workers
+from .steps.watching import Divergence, TrainingProgress
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 
 import reftnoise as rn
 from reftnoise.engine.base.tiny import DIRECTORY
-from reftnoise.training.data_order import EpochOrder, by_epoch
+from reftnoise.training.steps.data_order import EpochOrder, by_epoch
 from support.trainer_runs import arguments, loreft, module, weights, wrapped
 
 PERSISTENT = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}

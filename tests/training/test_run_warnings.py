@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from reftnoise.training.run_scores import one_answer
-from reftnoise.training.watching import unfallen
+from reftnoise.training.steps.watching import unfallen
 from support.command_line import command, quick
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from ...config.decoding import Way
+
 
 @dataclass(frozen=True)
 class Question:
@@ -103,6 +105,8 @@ class Task(ABC):
     """A task; a recipe gives its constructor's arguments with its name."""
 
     name: str
+    way: ClassVar[Way | None] = None
+    """The way to score it where a recipe's `generation` is none; None for tasks with answers."""
     max_new_tokens: ClassVar[int | None] = 32
     """Greatest number of tokens of an answer; None for those of the longest choice and an end."""
     default_positions: ClassVar[str] = "l1"
@@ -130,6 +134,10 @@ class Task(ABC):
         """The task's metrics over all rows, the main one first."""
         right = sum(map(self.is_right, predictions, answers))
         return {"accuracy": right / len(answers)}
+
+    def scores_of_choices(self, log_probs: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Further metrics by likelihood, from the log-probabilities of each row's choices."""
+        return {}
 
 
 class RowError(ValueError):

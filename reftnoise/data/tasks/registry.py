@@ -31,6 +31,7 @@ TASKS = {
     "svamp": "arithmetic.ArithmeticTask",
     "addsub": "arithmetic.ArithmeticTask",
     "glue": "glue.GlueTask",
+    "preference": "preference.PreferenceTask",
 }
 
 

@@ -159,6 +159,22 @@ def label_loss(
     return total / (len(targets) if num_items is None else num_items)
 
 
+def loss_and_logits(
+    head: Head,
+    hidden: Float[Tensor, "batch length hidden"],
+    targets: Int[Tensor, "batch length"],
+    num_items: Tensor | int | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "labels vocabulary"]]:
+    """`label_loss`, and the logits that it is computed of; arguments as there."""
+    is_target = (targets != -100).to(hidden.device)
+    logits = head.logits(hidden[is_target][None])[0]
+    wanted = targets.to(logits.device)[is_target.to(logits.device)]
+    total = F.cross_entropy(logits.float(), wanted, reduction="sum")
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(total.device)
+    return total / (len(wanted) if num_items is None else num_items), logits
+
+
 def targets_of(labels: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
     """The token that each column predicts: the label of the next column."""
     return F.pad(labels[:, 1:], (0, 1), value=-100)

@@ -38,7 +38,15 @@ from ..calls import EditPlan, Plan
 from ..hooks import Engine
 from ..layout import Batch, has_token_labels
 from .added_loss import AddedLoss, share_of_step, with_added_loss
-from .loss import Head, at_labels, label_loss, targets_of, with_lazy_logits, without_logits
+from .loss import (
+    Head,
+    at_labels,
+    label_loss,
+    loss_and_logits,
+    targets_of,
+    with_lazy_logits,
+    without_logits,
+)
 from .prefix_cache import PrefixCache
 from .probe import Abilities, check_gradients, is_random, probe
 from .split import PER_TOKEN, Alignment, SplitPass, align
@@ -153,11 +161,17 @@ class ForwardPasses:
             outputs, hidden, all_hidden = self._split(plan, inputs, alignment, prefix_cache, to_end)
             targets = alignment.take(targets, -100)[:, alignment.cut :]
         head = Head(inner_model(self._engine.base), self._abilities.decoder_output)
-        loss = label_loss(head, hidden, targets, num_items)
+        ready: Tensor | None = None
+        if return_logits == "labels" and batch.copies == 1:
+            loss, ready = loss_and_logits(head, hidden, targets, num_items)
+        else:
+            loss = label_loss(head, hidden, targets, num_items)
         kept = {n: v for n, v in outputs.items() if n not in ("loss", "logits")}
         outputs = type(outputs)(loss=loss, **kept)
         if return_logits is False:
             return outputs, None
+        if ready is not None:
+            return outputs, lambda: ready
         device, rows = hidden.device.type, batch.rows // batch.copies
         autocast = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..engine.base.sharding import own_part
-from ..model import ReftModel
+from ...engine.base.sharding import own_part
+from ...model import ReftModel
 
 PATIENCE = 10
 """Micro-batches in a row without a finite loss, after which finite weights are no excuse.

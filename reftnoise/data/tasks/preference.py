@@ -1,0 +1,45 @@
+"""Pairs of answers of which one is preferred."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from ...config.decoding import Way
+from ...config.preference import ObjectiveName, PreferenceObjective, Suppression
+from .base import Question, Task, column
+
+
+class PreferenceTask(Task):
+    """Rows of `prompt`, `chosen` and `rejected`: the answer is the more probable one of the two.
+
+    Args:
+        objective: loss of training, reps, bipo or dpo.
+        beta: as of `PreferenceObjective`.
+        factors: as of `PreferenceObjective`.
+        suppression: as of `PreferenceObjective`.
+    """
+
+    name = "preference"
+    way: ClassVar[Way | None] = "likelihood"
+
+    def __init__(
+        self,
+        *,
+        objective: ObjectiveName = "reps",
+        beta: float | None = None,
+        factors: Sequence[float] | None = None,
+        suppression: Suppression | None = None,
+    ) -> None:
+        self.objective = PreferenceObjective(
+            name=objective, beta=beta, factors=factors, suppression=suppression
+        )
+
+    def question(self, row: Mapping[str, Any]) -> Question:
+        prompt, chosen, rejected = (column(row, n) for n in ("prompt", "chosen", "rejected"))
+        if chosen == rejected:
+            raise ValueError(f"chosen and rejected are the same, {chosen!r}: expected two answers")
+        return Question(prompt, chosen, "chosen", (chosen, rejected), ("chosen", "rejected"))
+
+    def scores_of_choices(self, log_probs: Sequence[Sequence[float]]) -> dict[str, float]:
+        """`margin`, the mean of log p(chosen) − log p(rejected), in nats."""
+        margins = [chosen - rejected for chosen, rejected in log_probs]
+        return {"margin": sum(margins) / len(margins)}

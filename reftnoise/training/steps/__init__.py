@@ -1,0 +1,1 @@
+"""What a Trainer sees to in its steps: the order of the data, and whether it diverges."""
