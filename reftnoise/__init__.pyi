@@ -54,6 +54,7 @@ from .pyreft.dataset import parse_positions as parse_positions
 from .pyreft.utils import TaskType as TaskType
 from .training.preference.data import make_preference_data_module as make_preference_data_module
 from .training.preference.trainer import ReftPreferenceTrainer as ReftPreferenceTrainer
+from .training.steps.watching import TrainingProgress as TrainingProgress
 from .training.trainer import ReftTrainer as ReftTrainer
 from .training.trainer import ReftTrainerForCausalLM as ReftTrainerForCausalLM
 from .training.trainer import (
@@ -62,6 +63,5 @@ from .training.trainer import (
 from .training.trainer import (
     ReftTrainerForSequenceClassification as ReftTrainerForSequenceClassification,
 )
-from .training.watching import TrainingProgress as TrainingProgress
 
 __version__: str
