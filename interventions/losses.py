@@ -44,11 +44,15 @@ class EditsRows(ABC):
 
     @abstractmethod
     def row_delta(
-        self, hidden: Float[Tensor, "batch tokens hidden"], edited: Bool[Tensor, "batch tokens"]
+        self,
+        hidden: Float[Tensor, "batch tokens hidden"],
+        edited: Bool[Tensor, "batch tokens"],
+        gates: Float[Tensor, "batch gates"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens hidden"], Tensor | None]:
         """What is added to the hidden states, and what the pass notes for `added_loss`.
 
         Args:
             hidden: hidden states of the tokens at the unit's positions, row by row.
             edited: mask of those that are edited; the others are padding, or fill a row up.
+            gates: share of each dimension of the subspace that a row gets; all of each, if None.
         """

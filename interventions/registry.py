@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from . import adapters, noise, reft
+from . import adapters, concepts, noise, reft
 from .arguments import did_you_mean
 from .base import NoiseIntervention, ReftIntervention, is_edit, overrides_forward
 from .pyvene_units import unit_class_for
@@ -23,6 +23,7 @@ INTERVENTIONS: dict[str, type[Unit]] = {
     "addition": adapters.AdditionIntervention,
     "ablate": adapters.AblationIntervention,
     "adapter": adapters.AdapterIntervention,
+    "reftr1": concepts.ReftR1Intervention,
     "neftune": noise.NeftuneIntervention,
     "gaussian": noise.GaussianNoiseIntervention,
     "bernoulli": noise.BernoulliNoiseIntervention,

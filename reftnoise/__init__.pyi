@@ -30,6 +30,7 @@ from .interventions import NoiseIntervention as NoiseIntervention
 from .interventions import NoreftIntervention as NoreftIntervention
 from .interventions import RedIntervention as RedIntervention
 from .interventions import ReftIntervention as ReftIntervention
+from .interventions import ReftR1Intervention as ReftR1Intervention
 from .interventions import RowStrengths as RowStrengths
 from .interventions import SymNoiseIntervention as SymNoiseIntervention
 from .interventions import register_intervention as register_intervention

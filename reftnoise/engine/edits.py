@@ -240,7 +240,7 @@ def _delta(
         edited = torch.ones(by_row.shape[:2], dtype=torch.bool, device=hidden.device)
         if skipped is not None:
             edited = ~skipped.view(by_row.shape[:2])
-        delta, noted = unit.row_delta(by_row, edited)
+        delta, noted = unit.row_delta(by_row, edited, gates)
         call.plan.notes.add(placed.key, noted)
         return delta.flatten(0, 1).to(hidden.dtype)
     if gates is None and not unit.has_own_forward:

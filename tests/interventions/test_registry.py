@@ -20,7 +20,7 @@ from reftnoise.interventions import (
 from support.tolerance import assert_close
 
 REFT = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"]
-ADAPTERS = ["bias", "red", "addition", "ablate", "adapter"]
+ADAPTERS = ["bias", "red", "addition", "ablate", "adapter", "reftr1"]
 NOISE = ["neftune", "gaussian", "bernoulli", "symnoise"]
 
 # For every argument of a registered class, a value that is no class's default.
@@ -31,6 +31,10 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "dtype": ["bfloat16", torch.float64],
     "add_bias": [True],
     "alpha": [2.5, 10, 0],
+    "topk": [3],
+    "sparsity": [0.1, 0],
+    "factor": [2.0, -1],
+    "skip": [0],
     "length": ["padded"],
     "unit_variance": [True, False],
     "where": ["prompt", "completion"],

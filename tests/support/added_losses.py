@@ -33,7 +33,9 @@ class Averaged(AddsLoss, EditsRows, rn.ReftIntervention):
     def edit(self, hidden: Tensor) -> Tensor:
         return torch.zeros_like(hidden)
 
-    def row_delta(self, hidden: Tensor, edited: Tensor) -> tuple[Tensor, Tensor]:
+    def row_delta(
+        self, hidden: Tensor, edited: Tensor, gates: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         inner = (hidden @ self.weight).masked_fill(~edited, 0)
         mean = inner.sum(1) / edited.sum(1).clamp(min=1)
         delta = (mean[:, None, None] * self.weight).expand_as(hidden)
