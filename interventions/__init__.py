@@ -16,6 +16,13 @@ from .factors import Factors as Factors
 from .factors import side_by_side as side_by_side
 from .formed import FormedIntervention as FormedIntervention
 from .formed import shared_factors as shared_factors
+from .gates import GATES as GATES
+from .gates import Gate as Gate
+from .gates import NormGate as NormGate
+from .gates import ProbeGate as ProbeGate
+from .gates import gate_class as gate_class
+from .gates import gate_of as gate_of
+from .gates import put_gate as put_gate
 from .losses import AddsLoss as AddsLoss
 from .losses import EditsRows as EditsRows
 from .noise import BernoulliNoiseIntervention as BernoulliNoiseIntervention

@@ -26,6 +26,7 @@ from .arguments import (
     reject_unknown,
 )
 from .factors import Activation, Factors
+from .gates import gate_of
 from .kept import KeepsForEvaluation
 from .own_forward import RowSubspaces, own_edit
 from .row_edits import RowEdit, outside_autocast
@@ -144,8 +145,9 @@ class ReftIntervention(
         self,
         hidden: Float[Tensor, "*rows hidden"],
         gates: Float[Tensor, "*#rows gates"] | RowSubspaces | None = None,
+        scale: float | Float[Tensor, "*#rows 1"] = 1.0,
     ) -> Float[Tensor, "*rows hidden"]:
-        """`edit` as it acts: in the wider dtype, outside autocast, with dropout.
+        """`edit` as it acts: in the wider dtype, outside autocast, with dropout and gate.
 
         A `forward` of its own acts as it is written, in the narrowest dtype of its tensors, or that
         of the hidden states where it is wider.
@@ -154,11 +156,12 @@ class ReftIntervention(
             hidden: hidden states; of a unit with a `forward` of its own, by row of the batch.
             gates: share of each dimension of the subspace that is edited; 1 if None. For a
                 `forward` of its own, its `subspaces`.
+            scale: factor of the edit, before its gate; of a unit without a `forward` of its own.
         """
         if not self.has_own_forward:
             if isinstance(gates, RowSubspaces):
                 raise TypeError("subspaces of rows are for units with a forward of their own")
-            return self._delta(hidden, gates)
+            return self._delta(hidden, gates, scale)
         own = [t.dtype for t in self._tensors() if t.is_floating_point()] or [hidden.dtype]
         narrow = min(own, key=lambda dtype: dtype.itemsize)
         return own_edit(self, hidden.to(torch.promote_types(hidden.dtype, narrow)), gates)
@@ -170,11 +173,14 @@ class ReftIntervention(
         self,
         hidden: Float[Tensor, "*rows hidden"],
         gates: Float[Tensor, "*#rows gates"] | None = None,
+        scale: float | Float[Tensor, "*#rows 1"] = 1.0,
     ) -> Float[Tensor, "*rows hidden"]:
-        wide = hidden.to(self.wide_dtype(hidden.dtype))
+        wide, gate = hidden.to(self.wide_dtype(hidden.dtype)), gate_of(self)
         with torch.autocast(hidden.device.type, enabled=False):
             changed: Tensor = self.dropout(self._edit(wide, gates))
-        return changed
+            if isinstance(scale, Tensor) or scale != 1.0:
+                changed = changed * scale
+            return changed if gate is None else gate(wide, changed)
 
     def wide_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The widest of a dtype and those of the weights."""
@@ -236,6 +242,20 @@ class LowRankIntervention(KeepsForEvaluation, ReftIntervention):
         change.
         """
 
+    def gated_factors(self) -> Factors:
+        """The factors, with those of the unit's gate."""
+        return self._with_gate(self.factors())
+
+    def _with_gate(self, factors: Factors) -> Factors:
+        gate = gate_of(self)
+        return factors if gate is None else gate.factors(factors)
+
+    @property
+    def keeps_norm(self) -> bool:
+        """Whether its gate makes edited states as long as they were."""
+        gate = gate_of(self)
+        return gate is not None and gate.keeps_norm
+
     def edit(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         return self.factors().to(hidden).edit(hidden)
 
@@ -258,13 +278,14 @@ class LowRankIntervention(KeepsForEvaluation, ReftIntervention):
             raise no_subspace(self)
 
         def ready() -> Factors:
-            return self._factors_in(dtype).ready(dtype, device, scale)
+            return self._with_gate(self._factors_in(dtype)).ready(dtype, device, scale)
 
         with outside_autocast(device.type):
             factors: Factors = self.kept((dtype, device, scale), ready)
         if gates is not None:
             gates = factors.spread(gates.to(factors.up))
-        return RowEdit(factors, gates, self.dropout.p if self.dropout.training else 0.0)
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        return RowEdit(factors, gates, dropout, self.keeps_norm)
 
     def _factors_in(self, _: torch.dtype) -> Factors:
         """The factors, not rounded to less than a dtype."""

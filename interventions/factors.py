@@ -5,7 +5,8 @@ of the k rows alone: LoReFT with one is $D = [W; R]$, $U = [R; -R]$ with σ on t
 without one $D = W - R$, $U = R$. $S \in \mathbb{R}^{n \times d}$ is the diagonal part, which most
 edits do not have: n is 0. RED's $s \odot h$ is $S = s - 1$, one row. In this form the edits of
 several adapters are rows of a single one, and the gates g and $g' \in \mathbb{R}^n$ say which of
-them a hidden state gets, and how much of each.
+them a hidden state gets, and how much of each. Probes are more gates, which a hidden state says
+itself: $\sigma(Ph + c)$, one for all rows of an edit that has one.
 """
 
 import functools
@@ -34,17 +35,21 @@ class Factors(NamedTuple):
     """Whether D is 0 and there is no diagonal part, so that all hidden states get the same edit."""
     diagonal: Float[Tensor, "n hidden"] | None = None
     """S; None where there is no diagonal part."""
+    probe: Float[Tensor, "m width"] | None = None
+    """P, and c as its last column; None where no edit has a probe."""
+    probed: Int[Tensor, " gates"] | None = None
+    """Of each of the k + n rows, its probe, m for none; None where all have the only one."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """D, b, U, and S if there is one."""
-        return self[:3] if self.diagonal is None else (*self[:3], self.diagonal)
+        """D, b, U, and of S and P those that there are."""
+        return *self[:3], *(t for t in (self.diagonal, self.probe) if t is not None)
 
-    def of(
-        self, down: Tensor, bias: Tensor, up: Tensor, diagonal: Tensor | None = None
-    ) -> "Factors":
+    def of(self, down: Tensor, bias: Tensor, up: Tensor, *more: Tensor) -> "Factors":
         """The same form with other tensors."""
-        return Factors(down, bias, up, self.acts, self.is_constant, diagonal)
+        rest = iter(more)
+        diagonal, probe = (None if t is None else next(rest) for t in (self.diagonal, self.probe))
+        return Factors(down, bias, up, self.acts, self.is_constant, diagonal, probe, self.probed)
 
     def to(self, like: Tensor) -> "Factors":
         """The factors in the dtype and on the device of a tensor."""
@@ -52,8 +57,12 @@ class Factors(NamedTuple):
 
     def ready(self, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> "Factors":
         """The factors in a dtype and on a device, of an edit that is so many times as strong."""
-        down, bias, *outer = (tensor.to(device, dtype) for tensor in self.tensors)
-        return self.of(down, bias, *(outer if scale == 1.0 else [scale * t for t in outer]))
+        down, bias, up, *more = (tensor.to(device, dtype) for tensor in self.tensors)
+        if scale != 1.0:
+            up = scale * up
+            if self.diagonal is not None:
+                more[0] = scale * more[0]
+        return self.of(down, bias, up, *more)
 
     def detach(self) -> "Factors":
         """The factors outside of autograd."""
@@ -74,8 +83,8 @@ class Factors(NamedTuple):
         inner = F.linear(hidden, self.down, self.bias)
         if any(act for act, _ in self.acts):
             inner = activated(inner, self.acts)
+        gates = self.gated(hidden, None if gates is None else self.spread(gates))
         if gates is not None:
-            gates = self.spread(gates)
             inner = inner * (gates if self.diagonal is None else gates[..., : len(self.up)])
         delta = inner @ self.up
         scaling = self.scaling(gates)
@@ -88,6 +97,20 @@ class Factors(NamedTuple):
         if self.diagonal is None:
             return None
         return self.diagonal.sum(0) if gates is None else gates[..., len(self.up) :] @ self.diagonal
+
+    def gated(
+        self, hidden: Float[Tensor, "*rows hidden"], gates: Float[Tensor, "*#rows gates"] | None
+    ) -> Float[Tensor, "*#rows gates"] | None:
+        """The gates of all k + n rows, times what the probes say of hidden states."""
+        if self.probe is None:
+            return gates
+        shares = F.linear(hidden, self.probe[:, :-1], self.probe[:, -1]).sigmoid()
+        if self.probed is not None:
+            shares = F.pad(shares, (0, 1), value=1.0).index_select(-1, self.probed)
+        elif gates is None:
+            count = len(self.up) + (0 if self.diagonal is None else len(self.diagonal))
+            return shares.expand(*shares.shape[:-1], count)
+        return shares if gates is None else gates * shares
 
     def spread(self, gates: Float[Tensor, "*rows gates"]) -> Float[Tensor, "*rows k"]:
         """Gates of a subspace's dimensions as gates of all rows, block after block.
@@ -114,14 +137,15 @@ def activated(inner: Float[Tensor, "*rows k"], acts: Activations) -> Float[Tenso
 def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " rows"]]:
     """Several edits as one, and for each of its k + n rows the number of the edit that it is from.
 
-    Rows with the same activation are put together, so that it is called once.
+    Rows with the same activation are put together, so that it is called once. An edit has at most
+    one probe.
     """
     runs = []
-    for owner, part in enumerate(parts):
+    for number, part in enumerate(parts):
         sizes = [count for _, count in part.acts]
         pieces = zip(*(rows.split_with_sizes(sizes) for rows in part[:3]), strict=True)
         runs += [
-            (name or "", owner, *piece) for (name, _), piece in zip(part.acts, pieces, strict=True)
+            (name or "", number, *piece) for (name, _), piece in zip(part.acts, pieces, strict=True)
         ]
     runs.sort(key=lambda run: run[0] if isinstance(run[0], str) else f"{run[0]} {id(run[0])}")
     names, owners, downs, biases, ups = zip(*runs, strict=True)
@@ -130,11 +154,24 @@ def side_by_side(parts: Sequence[Factors]) -> tuple[Factors, Int[Tensor, " rows"
         counts[name] += len(bias)
     of = [torch.full_like(b, o, dtype=torch.long) for o, b in zip(owners, biases, strict=True)]
     acts = tuple((name or None, count) for name, count in counts.items())
-    diagonals = {owner: p.diagonal for owner, p in enumerate(parts) if p.diagonal is not None}
+    diagonals = {number: p.diagonal for number, p in enumerate(parts) if p.diagonal is not None}
     of += [torch.full_like(s[:, 0], o, dtype=torch.long) for o, s in diagonals.items()]
+    owner = torch.cat(of)
     diagonal = torch.cat(list(diagonals.values())) if diagonals else None
     tensors = torch.cat(downs), torch.cat(biases), torch.cat(ups)
-    return Factors(*tensors, acts, diagonal=diagonal), torch.cat(of)
+    return Factors(*tensors, acts, False, diagonal, *_probes(parts, owner)), owner
+
+
+def _probes(
+    parts: Sequence[Factors], owner: Int[Tensor, " gates"]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The probes of edits, and of each row that of its edit."""
+    probes = {number: p.probe for number, p in enumerate(parts) if p.probe is not None}
+    if not probes:
+        return None, None
+    of_part = torch.full((len(parts),), len(probes), device=owner.device)
+    of_part[list(probes)] = torch.arange(len(probes), device=owner.device)
+    return torch.cat(list(probes.values())), of_part[owner]
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .gates import gate_of
+
 
 class _LastOutputs(threading.local):
     def __init__(self) -> None:
@@ -67,12 +69,18 @@ class GatedUnit(nn.Module):
         self,
         hidden: Float[Tensor, "*rows hidden"],
         gates: Float[Tensor, "*#rows adapters"] | RowSubspaces | None = None,
+        scale: float = 1.0,
     ) -> Float[Tensor, "*rows hidden"]:
-        """The unit's edit, times its adapter's gate."""
-        delta: Tensor = self.unit.delta(hidden)  # type: ignore[operator]  # of a unit
+        """The unit's edit, times its adapter's gate and a scale, before its own gate."""
+        unit: Any = self.unit
+        strength: Any = scale
         if isinstance(gates, Tensor):
-            delta = delta * gates[..., self.owner, None].to(delta)
-        return delta
+            strength = scale * gates[..., self.owner, None].to(hidden)
+        if gate_of(unit) is not None:
+            delta: Tensor = unit.delta(hidden, scale=strength)
+            return delta
+        delta = unit.delta(hidden)
+        return delta * (strength.to(delta) if isinstance(strength, Tensor) else strength)
 
 
 def own_edit(

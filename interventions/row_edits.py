@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .factors import Factors, activated, side_by_side
+from .gates import with_norm_of
 
 
 @dataclass(eq=False)
@@ -27,23 +28,33 @@ class RowEdit:
     """g and g′ of each row; all ones if None."""
     dropout: float = 0.0
     """Probability that an element of the edit is zeroed."""
+    keeps_norm: bool = False
+    """Whether edited states are made as long as they were, by the gate `norm`."""
 
     def __post_init__(self) -> None:
         self._transposed = self.factors.down.mT
         self._has_acts = any(act for act, _ in self.factors.acts)
         self._scaling_kept: Tensor | None = None
 
-    @property
-    def gates_of_rank(self) -> Float[Tensor, "rows k"]:
-        """g of each row."""
-        assert self.gates is not None
+    def times_gates(
+        self, inner: Float[Tensor, "rows k"], states: Float[Tensor, "rows hidden"]
+    ) -> Float[Tensor, "rows k"]:
+        """The values between D and U, times g."""
+        gates = self.factors.gated(states, self.gates)
+        if gates is None:
+            return inner
         has_more = self.factors.diagonal is not None
-        return self.gates[:, : len(self.factors.up)] if has_more else self.gates
+        return inner * (gates[:, : len(self.factors.up)] if has_more else gates)
 
-    @property
-    def _scaling(self) -> Float[Tensor, "*rows hidden"] | None:
+    def _scaling(
+        self, states: Float[Tensor, "rows hidden"]
+    ) -> Float[Tensor, "*rows hidden"] | None:
         """g′S; None where there is no diagonal part."""
-        if self._scaling_kept is None and self.factors.diagonal is not None:
+        if self.factors.diagonal is None:
+            return None
+        if self.factors.probe is not None:
+            return self.factors.scaling(self.factors.gated(states, self.gates))
+        if self._scaling_kept is None:
             self._scaling_kept = self.factors.scaling(self.gates)
         return self._scaling_kept
 
@@ -51,11 +62,13 @@ class RowEdit:
     def has_closed_form(self) -> bool:
         """Whether its gradient has: it is linear in h, nothing is random, and gates are numbers."""
         has_numbers = self.gates is None or not self.gates.requires_grad
-        return not (self._has_acts or self.dropout) and has_numbers
+        is_linear = not (self._has_acts or self.keeps_norm) and self.factors.probe is None
+        return is_linear and has_numbers and not self.dropout
 
     def vector(self, dtype: torch.dtype) -> Float[Tensor, " hidden"] | None:
         """What it adds to all hidden states, if that is one vector."""
-        if not self.factors.is_constant or self.gates is not None or self.dropout:
+        is_one = self.factors.is_constant and self.factors.probe is None and not self.keeps_norm
+        if not is_one or self.gates is not None or self.dropout:
             return None
         return (self.factors.bias[:, None] * self.factors.up).sum(0).to(dtype)
 
@@ -64,14 +77,16 @@ class RowEdit:
         inner = torch.addmm(self.factors.bias, states, self._transposed)
         if self._has_acts:
             inner = activated(inner, self.factors.acts)
-        return inner if self.gates is None else inner * self.gates_of_rank
+        return self.times_gates(inner, states)
 
     def outer(
         self, inner: Float[Tensor, "rows k"], states: Float[Tensor, "rows hidden"]
     ) -> Float[Tensor, "rows hidden"]:
         r"""The change, $U^\top$ times what `inner` returns, and what the diagonal part adds."""
         delta = self.with_scaled(inner @ self.factors.up, states)
-        return F.dropout(delta, self.dropout) if self.dropout else delta
+        if self.dropout:
+            delta = F.dropout(delta, self.dropout)
+        return with_norm_of(states, states + delta) - states if self.keeps_norm else delta
 
     def added(
         self,
@@ -79,14 +94,14 @@ class RowEdit:
         inner: Float[Tensor, "rows k"],
         states: Float[Tensor, "rows hidden"],
     ) -> Float[Tensor, "rows hidden"]:
-        """The base and the change of states, in one operation or two, without dropout."""
+        """The base and the change of states, in one operation or two, without dropout and norm."""
         return self.with_scaled(torch.addmm(base, inner, self.factors.up), states)
 
     def with_scaled(
         self, values: Float[Tensor, "rows hidden"], states: Float[Tensor, "rows hidden"]
     ) -> Float[Tensor, "rows hidden"]:
         r"""$\mathrm{values} + (g'S) \odot \mathrm{states}$: the values, without a diagonal part."""
-        scaling = self._scaling
+        scaling = self._scaling(states)
         return values if scaling is None else torch.addcmul(values, scaling, states)
 
     def of_diagonal(self, products: Float[Tensor, "rows hidden"]) -> Float[Tensor, "n hidden"]:
@@ -102,6 +117,8 @@ class RowEdit:
         with outside_autocast(hidden.device.type):
             wide = hidden.reshape(-1, hidden.shape[-1]).to(self.factors.up.dtype)
             edited = self.added(wide, self.inner(wide), wide)
+            if self.keeps_norm:
+                edited = with_norm_of(wide, edited)
         return edited.to(hidden.dtype).view(hidden.shape)
 
 
@@ -193,7 +210,8 @@ def _edited(
     ]
     # What autograd records would multiply a NaN among skipped rows' gradients by zero.
     is_masked = rows.skipped is not None and torch.is_grad_enabled()
-    if rows.indices is None and not (states or edits[0].dropout or is_masked):
+    is_one = not (edits[0].dropout or edits[0].keeps_norm)
+    if rows.indices is None and is_one and not (states or is_masked):
         return edits[0].added(whole, inners[0], wide).to(hidden.dtype), wide, inners
     deltas = [
         edit.outer(inner, part)
@@ -272,8 +290,7 @@ def _gradients(
         product = part @ edit.factors.up.mT
         if (extra := of_inners[index]) is not None:
             product = product + (extra if off is None else extra.masked_fill(off, 0))
-        if edit.gates is not None:
-            product = product * edit.gates_of_rank
+        product = edit.times_gates(product, part)
         of_down, of_bias, of_up, of_diagonal = needed[4 * index + 3 : 4 * index + 7]
         of_tensors += [
             product.mT @ read if of_down else None,
@@ -312,18 +329,24 @@ class StackedEdit(nn.Module):
     Args:
         parts: the edits.
         owners: for each edit, the number of its adapter, which is the column of its gate.
+        keeps_norm: whether the sum of a row's edits keeps the norm of its states.
     """
 
     down: Tensor
     bias: Tensor
     up: Tensor
     diagonal: Tensor | None
+    probe: Tensor | None
+    probed: Tensor | None
     owner: Tensor
 
-    def __init__(self, parts: Sequence[Factors], owners: Sequence[int]) -> None:
+    def __init__(
+        self, parts: Sequence[Factors], owners: Sequence[int], keeps_norm: bool = False
+    ) -> None:
         super().__init__()
+        self.keeps_norm = keeps_norm
         factors, of = side_by_side(parts)
-        for name in ("down", "bias", "up", "diagonal"):
+        for name in ("down", "bias", "up", "diagonal", "probe", "probed"):
             self.register_buffer(name, getattr(factors, name), persistent=False)
         self.register_buffer("owner", torch.tensor(owners, device=of.device)[of], persistent=False)
         self.acts = factors.acts
@@ -341,8 +364,9 @@ class StackedEdit(nn.Module):
         gates: Float[Tensor, "rows adapters"] | None = None,
     ) -> RowEdit:
         """The sum of the edits, each times its adapter's gate; arguments as of an intervention."""
-        factors = Factors(self.down, self.bias, self.up, self.acts, diagonal=self.diagonal)
-        factors = factors.ready(dtype, device, scale)
+        tensors = self.down, self.bias, self.up
+        more = self.diagonal, self.probe, self.probed
+        factors = Factors(*tensors, self.acts, False, *more).ready(dtype, device, scale)
         if gates is not None:
             gates = gates.to(factors.up).index_select(-1, self.owner)
-        return RowEdit(factors, gates)
+        return RowEdit(factors, gates, keeps_norm=self.keeps_norm)

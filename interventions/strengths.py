@@ -69,7 +69,7 @@ class RowStrengths:
             before = by_row.new_ones(by_row.shape)
             before[:, owners == 0] = edit.gates
             by_row = by_row * before
-        return RowEdit(factors, by_row, edit.dropout)
+        return RowEdit(factors, by_row, edit.dropout, edit.keeps_norm)
 
     def of_delta(self, delta: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
         """A change of hidden states with these strengths, one for each of them.
@@ -114,7 +114,7 @@ def removal(factors: Factors) -> Factors:
 
 
 def _is_vector(factors: Factors) -> bool:
-    return factors.is_constant and factors.diagonal is None
+    return factors.is_constant
 
 
 def _has_rank_one(factors: Factors) -> bool:

@@ -1,9 +1,10 @@
-"""A thousand adapters on one base: their memory, what choosing costs, and rows of eight in a batch.
+"""Many adapters on one base: memory, what choosing costs, and a batch with units of all kinds.
 
 python examples/serving/many_adapters.py [--model MODEL]
 """
 
 import argparse
+import functools
 import gc
 import os
 import random
@@ -52,10 +53,38 @@ def interleaved(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, flo
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+KINDS: list[dict[str, Any]] = [
+    {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4, "positions": "f1+l1"},
+    {"layer": "all", "component": "mlp_output", "intervention": "red"},
+    {"layer": "all", "component": "mlp_output", "intervention": "bias"},
+    {"layer": 1, "intervention": "addition"},
+    {"intervention": "ablate"},
+]
+"""The units of mixed adapters, in turn."""
+
+
+def with_mixed(base: Any, count: int) -> rn.ReftModel:
+    """A model with so many adapters, each of one kind of units, far from the identity."""
+    model = rn.get_reft_model(base)
+    for number in range(count):
+        torch.manual_seed(number)
+        own = rn.get_reft_model(base, rn.ReftConfig([KINDS[number % len(KINDS)]]))
+        with torch.no_grad():
+            for unit in own.interventions.values():
+                for name, tensor in unit.state_dict().items():
+                    if "rotate_layer" not in name:
+                        tensor.normal_(1.0 if name == "scaling" else 0.0, 0.02)
+        with tempfile.TemporaryDirectory() as folder:
+            own.eval().save_pretrained(folder)
+            model.load_adapter(folder, str(number))
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="name or directory of a base; a random one by default")
     parser.add_argument("--adapters", type=int, default=1000)
+    parser.add_argument("--mixed", type=int, default=64, help="adapters, and rows, of all kinds")
     parser.add_argument("--turns", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -104,6 +133,18 @@ def main() -> None:
         options.turns,
     )
     print(f"a prefill of 32 rows with 8 adapters against 1: {routed['eight'] / routed['one']:.3f}")
+
+    mixed, ids = with_mixed(base, options.mixed), ids.repeat(options.mixed, 1)[: options.mixed]
+    kinds = [kind["intervention"] for kind in KINDS][: options.mixed]
+    rows: dict[str, list[str]] = {"each": list(mixed.adapters)}
+    rows |= {kind: [str(number)] * len(ids) for number, kind in enumerate(kinds)}
+    ways: dict[str, Callable[[], Any]] = {
+        name: functools.partial(prefill, mixed, names) for name, names in rows.items()
+    }
+    seconds = interleaved(ways, options.turns)
+    ratios = {kind: round(seconds["each"] / seconds[kind], 3) for kind in kinds}
+    print(f"a prefill of {len(ids)} rows, each with an adapter of its own, against one for all:")
+    print(", ".join(f"{kind} {ratio}" for kind, ratio in ratios.items()))
 
 
 if __name__ == "__main__":

@@ -41,13 +41,17 @@ class UnitShape:
     acts: tuple[tuple[str | Activation | None, int], ...]
     diagonals: int = 0
     """n, the rows of their diagonal part."""
+    has_probe: bool = False
+    keeps_norm: bool = False
+    """Whether its gate makes edited states as long as they were."""
 
     @property
     def sizes(self) -> list[torch.Size]:
         """The shapes of its tensors."""
         rows = torch.Size((self.rank, self.width))
         diagonal = [torch.Size((self.diagonals, self.width))] if self.diagonals else []
-        return [rows, rows[:1], rows, *diagonal]
+        probe = [torch.Size((1, self.width + 1))] if self.has_probe else []
+        return [rows, rows[:1], rows, *diagonal, *probe]
 
 
 class FrozenAdapter:
@@ -57,7 +61,7 @@ class FrozenAdapter:
 
     Args:
         shapes: the units without their weights.
-        weights: D, b, U, and S where there is one, of each unit, one after the other.
+        weights: D, b, U, and S and a probe where there is one, of each unit, one after the other.
         others: units that have no factors, as they are.
     """
 
@@ -91,11 +95,12 @@ class FrozenAdapter:
                 others.append(placed)
                 continue
             assert placed.positions is not None
-            factors = unit.factors()
+            factors = unit.gated_factors()
             place = (placed.site, placed.positions, placed.prefix, placed.suffix)
             rank, width = factors.down.shape
             rows = 0 if factors.diagonal is None else len(factors.diagonal)
-            parts.append((UnitShape(*place, rank, width, factors.acts, rows), factors))
+            more = rows, factors.probe is not None, unit.keeps_norm
+            parts.append((UnitShape(*place, rank, width, factors.acts, *more), factors))
         return cls._joined(parts, others)
 
     @classmethod
@@ -113,8 +118,12 @@ class FrozenAdapter:
         sizes = [size for unit in self.shapes for size in unit.sizes]
         parts = iter(self.weights.split_with_sizes([size.numel() for size in sizes]))
         for unit in self.shapes:
-            down, bias, up, *diagonal = (next(parts).view(size) for size in unit.sizes)
-            yield unit, Factors(down, bias, up, unit.acts, False, *diagonal)
+            down, bias, up, *more = (next(parts).view(size) for size in unit.sizes)
+            diagonal, probe = (
+                more[0] if unit.diagonals else None,
+                more[-1] if unit.has_probe else None,
+            )
+            yield unit, Factors(down, bias, up, unit.acts, False, diagonal, probe)
 
     def part(self, keep: Callable[[Site, Positions], Positions | None]) -> "FrozenAdapter":
         """The adapter's units at the positions that `keep` returns, without those of None."""
@@ -161,15 +170,19 @@ def freeze(adapter: AdapterFiles, base: PreTrainedModel) -> FrozenAdapter:
 
 def stacked_units(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:
     """Adapters as units of an engine; an adapter's number in the sequence is its gates' column."""
-    by_place = defaultdict[tuple[Site, Positions, int, int], list[tuple[int, Factors]]](list)
+    by_place = defaultdict[
+        tuple[tuple[Site, Positions, int, int], bool], list[tuple[int, Factors]]
+    ](list)
     for number, adapter in enumerate(adapters):
         for unit, factors in adapter.factors():
             place = (unit.site, unit.positions, unit.prefix, unit.suffix)
-            by_place[place].append((number, factors))
+            by_place[place, unit.keeps_norm].append((number, factors))
     units = []
-    for index, (place, parts) in enumerate(by_place.items()):
+    for index, ((place, keeps_norm), parts) in enumerate(by_place.items()):
         site, (owners, edits) = place[0], zip(*parts, strict=True)
-        stacked = StackedEdit(edits, owners).to(device_of(site.module) or edits[0].up.device)
+        stacked = StackedEdit(edits, owners, keeps_norm).to(
+            device_of(site.module) or edits[0].up.device
+        )
         units.append(PlacedUnit(f"{site}#{index}", stacked, *place))
     for owner, adapter in enumerate(adapters):
         for other in adapter.others:

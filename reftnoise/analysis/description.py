@@ -37,6 +37,7 @@ class UnitDescription:
         norms: Frobenius norm of each tensor; for a rotation that of R itself, which is √rank.
         orthonormality_error: the largest entry of |RRᵀ − I|; None for units without a rotation.
         layer: layer of its site; None where there is none.
+        gate: type of its gate; None for units that have none.
     """
 
     key: str
@@ -48,6 +49,7 @@ class UnitDescription:
     norms: dict[str, float]
     orthonormality_error: float | None
     layer: int | None = None
+    gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def _units(
                 norms={name: round(float(t.norm()), 6) for name, t in named.items()},
                 orthonormality_error=error,
                 layer=layer,
+                gate=None if entry.gate is None else entry.gate["type"],
             )
         )
     return units
@@ -161,8 +164,8 @@ def folded(units: Iterable[UnitDescription]) -> list[list[UnitDescription]]:
     for unit in units:
         place = unit.site if unit.layer is None else unit.site.removesuffix(str(unit.layer))
         tensors = tuple(unit.norms)
-        alike = (unit.intervention, place, unit.positions, unit.rank, unit.parameters, tensors)
-        groups[alike].append(unit)
+        kind = (unit.intervention, unit.gate, unit.rank, unit.parameters, tensors)
+        groups[place, unit.positions, kind].append(unit)
     return list(groups.values())
 
 
@@ -179,7 +182,7 @@ def _row(units: Sequence[UnitDescription]) -> list[str]:
         norms.append(f"{SHORT.get(name, name)} {' to '.join(ends)}")
     errors = [e for unit in units if (e := unit.orthonormality_error) is not None]
     return [
-        first.intervention,
+        first.intervention if first.gate is None else f"{first.intervention}, gate {first.gate}",
         site,
         first.positions,
         "" if first.rank is None else str(first.rank),

@@ -11,11 +11,13 @@ from ..interventions import (
     NoiseIntervention,
     Unit,
     adopt,
+    gate_class,
     intervention_class,
     intervention_name,
 )
 from ..interventions.arguments import constructor_arguments
 from ..interventions.base import is_intervention
+from .components import split_component
 from .values import plain, plain_if_possible
 
 _METHODS_OF_PEFT = {"lora", "dora", "adalora", "vera", "ia3", "oft", "boft", "loha", "lokr"}
@@ -178,7 +180,34 @@ def _drop_fields_of_pyvene(intervention: Any, entry: dict[str, Any]) -> None:
         entry.pop(key, None)
 
 
-def argument_defaults(unit_class: type[Unit]) -> dict[str, Any]:
+def read_gate(gate: Any, component: str) -> dict[str, Any] | None:
+    """The gate of an entry, or None where it has none.
+
+    Raises:
+        ValueError: no mapping, an unknown type or argument, or one that the component cannot have.
+    """
+    if gate is None:
+        return None
+    values = {"type": gate} if isinstance(gate, str) else gate
+    if not isinstance(values, dict) or "type" not in values:
+        raise ValueError(f"gate {brief(gate)}: expected a mapping such as {{'type': 'probe'}}")
+    cls = gate_class(values["type"])
+    known = [key for key in argument_defaults(cls) if key != "dtype"]  # which is the unit's
+    for key in values:
+        if key not in ("type", *known):
+            possible = ", ".join(known) or "nothing"
+            raise ValueError(
+                f"gate {values['type']!r}: unknown key {key!r}; next to type it takes {possible}"
+            )
+    if cls.keeps_norm and split_component(component)[1].endswith("_parallel"):
+        raise ValueError(
+            f"gate {values['type']!r}: at {component!r} an edit is computed of other states than "
+            "those that it is added to, so that no norm is kept"
+        )
+    return values
+
+
+def argument_defaults(unit_class: type) -> dict[str, Any]:
     """The arguments that an entry of a class can have, and their defaults."""
     parameters = constructor_arguments(unit_class)
     own = {name: p.default for name, p in parameters.items() if name not in _OF_PLACES}

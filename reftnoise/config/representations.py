@@ -15,13 +15,14 @@ from typing_extensions import Unpack
 from .._util import yaml
 from .._util.errors import brief, nearest
 from .._util.files import local_path
-from ..interventions import NoiseIntervention, Unit, registered_name
+from ..interventions import NoiseIntervention, Unit, put_gate, registered_name
 from .components import COMPONENTS, is_dotted, split_component
 from .interventions import (
     argument_defaults,
     entry_arguments,
     expect_one_site,
     pop_intervention,
+    read_gate,
     unit_class_of,
     unsayable,
 )
@@ -56,6 +57,9 @@ class RepresentationConfig:
     """Whether a prefix and a suffix (`"f5+l5"`) share one set of weights."""
     embed_dim: int | None = None
     """Width of the hidden states, where a dotted path leads to another than the model's."""
+    gate: dict[str, Any] | None = None
+    """How much of the edit a state gets, by the state itself: `{"type": "probe"}` (σ(w·h + c) of
+    the edit) or `{"type": "norm"}` (the edited state keeps the norm). None for all of it."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of the intervention class, defaults filled in."""
 
@@ -111,9 +115,12 @@ class RepresentationConfig:
             raise ValueError(
                 f"embed_dim {own!r}: the hidden states at {self.component!r} have width {width}"
             )
-        if isinstance(self.intervention, Unit):
-            return self.intervention
-        return self.unit_class(embed_dim=own or width or default, **self.arguments)
+        unit = self.intervention
+        if isinstance(unit, str):
+            unit = self.unit_class(embed_dim=own or width or default, **self.arguments)
+        if self.gate is not None:
+            put_gate(unit, self.gate)
+        return unit
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain JSON values; a ready module becomes its name and arguments.
@@ -136,12 +143,12 @@ class RepresentationConfig:
             "positions": self.positions,
             "tied": self.tied,
             "embed_dim": self.embed_dim,
-            **self.arguments,
+            "gate": self.gate,
         }
         absent = {"positions", "tied"} if self.is_noise else set()
         absent |= set() if self.names_positions else {"positions"}
-        absent |= {key for key in ("layer", "embed_dim") if entry[key] is None}
-        return {key: value for key, value in entry.items() if key not in absent}
+        absent |= {key for key in ("layer", "embed_dim", "gate") if entry[key] is None}
+        return {k: value for k, value in entry.items() if k not in absent} | self.arguments
 
     @classmethod
     def from_dict(
@@ -189,6 +196,7 @@ class RepresentationConfig:
             positions=Positions.parse(entry.pop("positions", default)).spec(),
             tied=tied,
             embed_dim=embed_dim,
+            gate=read_gate(entry.pop("gate", None), component),
             arguments=arguments,
         )
         if isinstance(intervention, Unit):
@@ -332,7 +340,7 @@ def _expect_known(
     """Raise a ValueError for a key that an entry of a class cannot have."""
     allowed = ["layer", "component", "embed_dim"]
     if not issubclass(unit_class, NoiseIntervention):
-        allowed += ["positions", "tied"]
+        allowed += ["positions", "tied", "gate"]
     if unknown := [key for key in entry if key not in (*arguments, *allowed)]:
         possible = [*allowed, "intervention", *arguments]
         meant = _OTHER_NAMES.get(unknown[0], unknown[0])

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..interventions import (
     EditsRows,
+    GatedUnit,
     NoiseIntervention,
     RowEdit,
     StackedEdit,
     edit_rows,
+    gate_of,
     has_factors,
 )
 from .base.running import is_spread, is_transformed, shaped_like
@@ -235,6 +237,7 @@ def _delta(
     unit: Any = placed.unit
     scale = call.plan.choices.scale
     gates = call.gates(placed.key)
+    delta: Tensor
     if _edits_rows(placed, call):
         by_row = hidden.view(call.rows, -1, hidden.shape[-1])
         edited = torch.ones(by_row.shape[:2], dtype=torch.bool, device=hidden.device)
@@ -243,13 +246,18 @@ def _delta(
         delta, noted = unit.row_delta(by_row, edited, gates)
         call.plan.notes.add(placed.key, noted)
         return delta.flatten(0, 1).to(hidden.dtype)
+    options: dict[str, float] = {}
+    if isinstance(unit, GatedUnit) or gate_of(unit) is not None:  # which come after the scale
+        options, scale = {"scale": scale}, 1.0
     if gates is None and not unit.has_own_forward:
-        delta = unit.delta(hidden)
+        delta = unit.delta(hidden, **options)
     else:
         if isinstance(gates, Tensor):
             gates = gates.to(hidden.device)[:, None]
         by_row = hidden.view(call.rows, -1, hidden.shape[-1])
-        delta = unit.delta(by_row, gates).flatten(0, 1)
+        delta = unit.delta(by_row, gates, **options).flatten(0, 1)
     if (strengths := call.strengths(placed.key)) is not None:
+        if getattr(gate_of(unit), "keeps_norm", False):
+            raise ValueError(f"gate of {placed.key}: rows have strengths, which come before a norm")
         delta = strengths.of_delta(delta)
     return (delta if scale == 1.0 else scale * delta).to(hidden.dtype)

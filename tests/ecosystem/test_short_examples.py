@@ -5,8 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from reftnoise.config.base_model import PACKAGED
+from reftnoise.engine.base import tiny
 from reftnoise.interventions import INTERVENTIONS
 
 SMOLLM2 = PACKAGED["smollm2"]
@@ -49,6 +51,23 @@ def test_steering_a_chat_model(
     base, half, whole = (float(line.split("P(gloomy) ")[1][:4]) for line in lines)
     assert half > base + 0.15
     assert whole > half + 0.15
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_many_adapters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(Path(tiny.__file__).with_name("tiny-chat"))
+    flags = ["--model", folder, "--adapters", "2", "--turns", "1", "--mixed", "6"]
+    monkeypatch.setattr("sys.argv", ["many_adapters.py", *flags])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(EXAMPLES / "serving" / "many_adapters.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    *_, mixed, ratios = capsys.readouterr().out.splitlines()
+    assert mixed == "a prefill of 6 rows, each with an adapter of its own, against one for all:"
+    by_kind = dict(part.split(" ") for part in ratios.split(", "))
+    assert list(by_kind) == ["loreft", "red", "bias", "addition", "ablate"]
+    assert all(float(ratio) > 0 for ratio in by_kind.values())
 
 
 def test_custom_intervention(capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,14 +81,15 @@ def test_chunks_edit_what_a_row_alone_edits(seed: int) -> None:
         assert found == expected, (POSITIONS[column], prompt, written)
 
 
+@pytest.mark.parametrize("gate", [None, "probe", "norm"])
 @pytest.mark.parametrize("unit_entry", [{"intervention": "loreft", "low_rank_dimension": 2}, RED])
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_edits_are_added_to_the_sum_of_both_parts(
-    has_residual: bool, unit_entry: dict[str, Any]
+    has_residual: bool, unit_entry: dict[str, Any], gate: str | None
 ) -> None:
     torch.manual_seed(0)
     base = tiny_model()
-    units = moved(rn.get_reft_model(base, rn.ReftConfig([{"layer": 1} | unit_entry])))
+    units = moved(rn.get_reft_model(base, rn.ReftConfig([{"layer": 1, "gate": gate} | unit_entry])))
     (unit,) = units.interventions.values()
     batch = FlatBatch([FrozenAdapter.of(units.engine.units)], torch.device("cpu"))
     one, zero = torch.tensor([1]), torch.tensor([0])
@@ -97,6 +98,6 @@ def test_edits_are_added_to_the_sum_of_both_parts(
     states: Tensor = hidden + residual if has_residual else hidden
     expected = hidden.clone()
     with torch.no_grad():
-        expected[2] += 0.5 * unit.edit(states[2])
+        expected[2] += unit.delta(states[2], scale=0.5)
     apply_(found[base.model.layers[1]], hidden, residual if has_residual else None)
     assert_close(hidden, expected)

@@ -71,6 +71,10 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
     ],
     "attention": [{"layer": "0-2", "component": "attention_output", "intervention": "bias"}],
     "red": [{"layer": "all", "component": "mlp_output", "intervention": "red"}],
+    "gated": [
+        {"layer": "0-1", "component": "mlp_output", "intervention": "red", "gate": "probe"},
+        {"layer": 2, "intervention": "bias", "gate": "norm"},
+    ],
     "embeddings": [
         {
             "component": "embeddings",

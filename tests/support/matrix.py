@@ -57,6 +57,10 @@ def wrapped(architecture: str, positions: str = "f1+l1", *, noise: bool = False)
     ]
     if noise:
         units.append({"intervention": "symnoise", "component": kind.noised, "alpha": 1.0})
+    return _with(architecture, units)
+
+
+def _with(architecture: str, units: list[Any]) -> rn.ReftModel:
     torch.manual_seed(1)
     return rn.get_reft_model(copy.deepcopy(model_of(architecture)), rn.ReftConfig(units))
 
@@ -167,6 +171,37 @@ def checkpointing(architecture: str) -> str:
     return "ok"
 
 
+def other_units(architecture: str) -> str:
+    """RED behind a probe, and LoReFT that keeps norms, get their gradients, and act in a cache."""
+    units: list[Any] = []
+    for component in MODELS[architecture][0].edited:
+        place = {"component": component, "positions": "f1+l1"}
+        units += [
+            place | {"layer": 0, "intervention": "red", "gate": {"type": "probe"}},
+            LAYERS | place | {"layer": 1, "gate": {"type": "norm"}},
+        ]
+    model, rows = _with(architecture, units).train(), examples_of(architecture)
+    gradients(model, padded(rows))
+    edited = dict(model.interventions.named_parameters())
+    assert all(p.grad is not None for p in edited.values())
+    # The gradient of a fresh probe is 0: s ⊙ h + b is h.
+    assert all(p.grad.abs().max() > 0 for n, p in edited.items() if ".gate." not in n)  # type: ignore[union-attr]
+    with torch.no_grad():
+        for name, parameter in edited.items():
+            if "rotate_layer" not in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    given = {n: v for n, v in rows[0].items() if n not in ("labels", "position_ids")}
+    try:
+        tokens, logits = greedy(model.eval(), given, use_cache=True)
+    except ValueError as error:
+        return reason(error)
+    with torch.no_grad():
+        expected = forced(model, given)
+    assert torch.equal(tokens, expected[0])
+    assert relative(logits, expected[1]) <= TOLERANCE
+    return "ok"
+
+
 CELLS: dict[str, Callable[[str], str]] = {
     "train": train,
     "padded batch = single row": padding,
@@ -174,6 +209,7 @@ CELLS: dict[str, Callable[[str], str]] = {
     "save, load": saving,
     "split pass": split,
     "gradient checkpointing": checkpointing,
+    "RED, gates": other_units,
 }
 
 

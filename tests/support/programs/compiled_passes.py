@@ -43,7 +43,7 @@ def assert_same(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list
 
 
 SYMNOISE = [{"intervention": "symnoise"}]
-RED = [{"layer": "all", "component": "mlp_output", "intervention": "red"}]
+RED = [{"layer": "all", "component": "mlp_output", "intervention": "red", "gate": "probe"}]
 STEPS: list[Any] = [("f1+l1", RED), ("all", SYMNOISE)]
 STEPS += [
     pytest.param(positions, more, marks=pytest.mark.slow)

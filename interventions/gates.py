@@ -1,0 +1,131 @@
+r"""Gates: how much of a unit's edit Δ a hidden state gets, by the state itself.
+
+| class | name | gated edit | parameters |
+|---|---|---|---|
+| `ProbeGate` | `probe` | $\sigma(w \cdot h + c)\,\Delta$ | $d + 1$ |
+| `NormGate` | `norm` | $(h + \Delta)\,\|h\| / \|h + \Delta\| - h$ | none |
+
+A gate knows nothing of the unit whose edit it gets, and a unit nothing of its gate. It is a module
+of the unit, so that it trains, moves and is saved with it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .arguments import did_you_mean
+from .factors import Factors
+from .losses import EditsRows
+
+
+class Gate(nn.Module):
+    """What becomes of an edit.
+
+    Args:
+        embed_dim: width of the hidden states.
+        dtype: dtype of the parameters.
+    """
+
+    keeps_norm: ClassVar[bool] = False
+    """Whether the whole of what a state is added is scaled, and not an edit by itself."""
+
+    def __init__(self, *, embed_dim: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+
+    def forward(
+        self, hidden: Float[Tensor, "*rows hidden"], delta: Float[Tensor, "*rows hidden"]
+    ) -> Float[Tensor, "*rows hidden"]:
+        """The gated edit.
+
+        Args:
+            hidden: hidden states that the edit was computed of.
+            delta: the edit.
+        """
+        raise NotImplementedError
+
+    def factors(self, factors: Factors) -> Factors:
+        """An edit's factors with those of the gate."""
+        return factors
+
+
+class ProbeGate(Gate):
+    r"""A share of the edit for each token: $\sigma(w \cdot h + c)\,\Delta$.
+
+    w and c start at 0, where the share is ½, and are trained with the unit.
+    """
+
+    def __init__(self, *, embed_dim: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(embed_dim=embed_dim)
+        self.weight = nn.Parameter(torch.zeros(embed_dim, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros((), dtype=dtype))
+
+    def forward(
+        self, hidden: Float[Tensor, "*rows hidden"], delta: Float[Tensor, "*rows hidden"]
+    ) -> Float[Tensor, "*rows hidden"]:
+        logit = hidden @ self.weight.to(hidden) + self.bias.to(hidden)
+        return logit.sigmoid()[..., None] * delta
+
+    def factors(self, factors: Factors) -> Factors:
+        return Factors(*factors[:6], probe=torch.cat([self.weight, self.bias[None]])[None])
+
+
+class NormGate(Gate):
+    r"""The edited state keeps the norm of the state: $(h + \Delta)\,\|h\| / \|h + \Delta\|$."""
+
+    keeps_norm: ClassVar[bool] = True
+
+    def forward(
+        self, hidden: Float[Tensor, "*rows hidden"], delta: Float[Tensor, "*rows hidden"]
+    ) -> Float[Tensor, "*rows hidden"]:
+        return with_norm_of(hidden, hidden + delta) - hidden
+
+
+GATES: dict[str, type[Gate]] = {"probe": ProbeGate, "norm": NormGate}
+
+
+def gate_class(name: object) -> type[Gate]:
+    """The class of a name; a ValueError lists all names."""
+    if not isinstance(name, str) or name not in GATES:
+        near = did_you_mean(name, GATES) if isinstance(name, str) else ""
+        raise ValueError(f"gate type {name!r}: {near}expected one of {', '.join(GATES)}")
+    return GATES[name]
+
+
+def gate_of(unit: nn.Module) -> Gate | None:
+    """The gate of a unit; None for one that has none."""
+    gate = getattr(unit, "gate", None)
+    return gate if isinstance(gate, Gate) else None
+
+
+def put_gate(unit: Any, values: Mapping[str, Any]) -> None:
+    """Give a unit a gate.
+
+    Args:
+        unit: unit that has none, or one of the same class.
+        values: the gate's `type`, and its arguments.
+
+    Raises:
+        ValueError: the unit's class has a `forward` or a gate of its own, or edits whole rows.
+    """
+    arguments = {name: value for name, value in values.items() if name != "type"}
+    cls, name = gate_class(values.get("type")), type(unit).__name__
+    if getattr(unit, "has_own_forward", True):
+        raise ValueError(f"gate {values.get('type')!r}: {name} says in a forward what it returns")
+    if isinstance(unit, EditsRows):
+        raise ValueError(f"gate {values.get('type')!r}: {name} edits whole rows in training")
+    if type(gate_of(unit)) is cls:
+        return
+    if hasattr(unit, "gate"):
+        raise ValueError(f"gate {values.get('type')!r}: {name} has a gate of its own")
+    unit.gate = cls(embed_dim=unit.hidden_size, dtype=unit.dtype, **arguments)
+
+
+def with_norm_of(
+    states: Float[Tensor, "*rows hidden"], edited: Float[Tensor, "*rows hidden"]
+) -> Float[Tensor, "*rows hidden"]:
+    """Edited states, as long as the states were; zero where the edited ones are zero."""
+    before, after = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (states, edited))
+    return edited * (before / after.masked_fill(after == 0, 1))

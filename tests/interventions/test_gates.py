@@ -1,0 +1,265 @@
+"""Gates: each by its formula, with every unit, alone and in a batch of adapters."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import reftnoise as rn
+from reftnoise.adapters.frozen import FrozenAdapter, stacked_units
+from reftnoise.interventions import EditedRows, NormGate, ProbeGate, edit_rows, put_gate
+from support.adapters import moved
+from support.models.architectures import tiny_model
+from support.tolerance import assert_close
+
+WIDTH, ROWS = 6, 5
+LOREFT = {"intervention": "loreft", "low_rank_dimension": 2}
+KINDS: list[dict[str, Any]] = [
+    LOREFT,
+    LOREFT | {"act_fn": "gelu"},
+    {"intervention": "red"},
+    {"intervention": "bias"},
+]
+GATES = [{"type": "probe"}, {"type": "norm"}]
+EVERY = "all+decode"
+
+
+def written_out(gate: Any, hidden: Tensor, delta: Tensor) -> Tensor:
+    """The edited states, from states and the edit without its gate."""
+    if isinstance(gate, ProbeGate):
+        return hidden + torch.sigmoid(hidden @ gate.weight + gate.bias)[..., None] * delta
+    edited = hidden + delta
+    return edited * (hidden.norm(dim=-1) / edited.norm(dim=-1))[..., None]
+
+
+def unit_of(kind: dict[str, Any], gate: dict[str, Any], **arguments: Any) -> Any:
+    torch.manual_seed(0)
+    values = kind | arguments
+    cls = rn.interventions.intervention_class(values.pop("intervention"))
+    unit: Any = cls(embed_dim=WIDTH, dtype="float64", **values)
+    put_gate(unit, gate)
+    with torch.no_grad():
+        for parameter in unit.parameters():
+            parameter.normal_()
+    return unit
+
+
+@pytest.mark.parametrize("gate", GATES, ids=["probe", "norm"])
+@pytest.mark.parametrize("kind", KINDS, ids=["loreft", "gelu", "red", "bias"])
+@pytest.mark.parametrize("rows", ["all", "few", "padded"])
+def test_a_gate_and_its_gradients_are_those_of_the_formula(
+    rows: str, kind: dict[str, Any], gate: dict[str, Any]
+) -> None:
+    unit, scale = unit_of(kind, gate), 0.7
+    hidden = torch.randn(ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
+    chosen = torch.tensor([0, 3]) if rows == "few" else torch.arange(ROWS - (rows == "padded"))
+    on = torch.zeros(ROWS, 1, dtype=torch.bool).index_fill(0, chosen, True)
+    places = EditedRows(chosen if rows == "few" else None, ~on if rows == "padded" else None)
+    edit = unit.factors().edit(hidden)
+    formula = torch.where(on, written_out(unit.gate, hidden, scale * edit), hidden)
+    ready = unit.row_edit(torch.float64, hidden.device, scale)
+    edited = edit_rows(hidden, [ready], places)
+    assert_close(edited, formula)
+    assert_close(
+        hidden + unit.delta(hidden, scale=scale), written_out(unit.gate, hidden, scale * edit)
+    )
+    inputs, weight = (hidden, *unit.parameters()), torch.randn_like(hidden)
+    pairs = (torch.autograd.grad((x * weight).sum(), inputs) for x in (edited, formula))
+    for found, right in zip(*pairs, strict=True):
+        assert_close(found, right)
+    with torch.no_grad():
+        assert_close(edit_rows(hidden, [ready], places), formula)
+        assert_close(ready.of_all(hidden), written_out(unit.gate, hidden, scale * edit))
+
+
+def test_norms_of_zero_states_are_no_nan() -> None:
+    unit = unit_of({"intervention": "bias"}, {"type": "norm"})
+    for hidden in (torch.zeros(2, WIDTH).double(), -unit.bias.detach()[None]):
+        hidden.requires_grad_()
+        edited = hidden + unit.delta(hidden)
+        assert torch.equal(edited, torch.zeros_like(edited))
+        edited.sum().backward()
+        assert hidden.grad is not None
+        assert hidden.grad.isfinite().all()
+
+
+def test_a_fresh_probe_gives_half_of_the_edit_and_a_norm_has_no_weights() -> None:
+    probe, norm = ProbeGate(embed_dim=WIDTH), NormGate(embed_dim=WIDTH)
+    hidden, delta = torch.randn(2, ROWS, WIDTH)
+    assert_close(probe(hidden, delta), delta / 2)
+    assert not list(norm.parameters())
+
+
+def test_dropout_is_within_the_gate() -> None:
+    unit = unit_of(LOREFT, {"type": "norm"}, dropout=0.5)
+    hidden = torch.randn(ROWS, WIDTH, dtype=torch.float64)
+    edited = edit_rows(hidden, [unit.row_edit(torch.float64, hidden.device)])
+    assert_close(edited.norm(dim=-1), hidden.norm(dim=-1))
+    assert not torch.allclose(edited, hidden)
+
+
+def test_a_unit_of_ones_own_formula_is_gated() -> None:
+    class Double(rn.ReftIntervention):
+        def edit(self, hidden: Tensor) -> Tensor:
+            return hidden
+
+    unit = Double(embed_dim=WIDTH, low_rank_dimension=1)
+    put_gate(unit, {"type": "probe"})
+    hidden = torch.randn(1, ROWS, WIDTH)
+    assert_close(unit(hidden), 1.5 * hidden)
+
+
+@pytest.mark.parametrize("cls", ["forward", "gate"])
+def test_units_that_can_have_none(cls: str) -> None:
+    class Own(rn.ReftIntervention):
+        gate = 1.0
+
+        def edit(self, hidden: Tensor) -> Tensor:
+            return hidden
+
+    class Forward(Own):
+        def forward(self, base: Tensor, *_: Any, **__: Any) -> Tensor:
+            return base
+
+    unit = {"forward": Forward, "gate": Own}[cls](embed_dim=WIDTH, low_rank_dimension=1)
+    with pytest.raises(ValueError, match=rf"gate 'probe': {type(unit).__name__} .* {cls}"):
+        put_gate(unit, {"type": "probe"})
+
+
+# -- in a model ------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 13, 14, 15], [1, 2, 3, 4, 5]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+BATCH = {"input_ids": IDS, "attention_mask": MASK}
+LABELS = IDS.masked_fill((MASK == 0) | (torch.arange(5) < 3), -100)
+ENTRIES: list[dict[str, Any]] = [
+    LOREFT | {"layer": "all", "positions": EVERY, "gate": {"type": "probe"}},
+    LOREFT | {"layer": "all", "positions": EVERY, "gate": {"type": "norm"}},
+    {"intervention": "red", "layer": 1, "gate": {"type": "probe"}},
+    {"intervention": "red", "layer": 1, "gate": {"type": "norm"}},
+    LOREFT | {"layer": 1, "positions": "f1+l1", "tied": False, "gate": {"type": "probe"}},
+    LOREFT | {"layer": "all", "positions": EVERY},
+    {"intervention": "bias", "layer": 1},
+]
+
+
+def model_of(entry: dict[str, Any], seed: int) -> rn.ReftModel:
+    torch.manual_seed(seed)
+    return moved(rn.get_reft_model(tiny_model().eval(), rn.ReftConfig([entry]))).eval()
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_trained_saved_and_loaded(index: int, tmp_path: Path) -> None:
+    model = model_of(ENTRIES[index], index)
+    parameters = dict(model.interventions.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    for _ in range(2):
+        model.train()(**BATCH, labels=LABELS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[name]) for name, p in parameters.items())
+    is_probe = ENTRIES[index]["gate"] == {"type": "probe"}
+    assert any(name.endswith("gate.weight") for name in parameters) == is_probe
+    model.eval().save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    assert loaded.reft_config == model.reft_config
+    assert loaded.reft_config.representations[0].gate == ENTRIES[index]["gate"]
+    with torch.no_grad():
+        assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
+
+
+@torch.no_grad()
+def test_rows_with_gated_and_plain_adapters_are_each_as_alone() -> None:
+    own = {str(n): model_of(entry, n) for n, entry in enumerate(ENTRIES)}
+    together = rn.get_reft_model(tiny_model().eval())
+    for name, single in own.items():
+        together.adapters.put(name, FrozenAdapter.of(single.engine.units))
+    rows = [(name, scale) for name in own for scale in (1.0, -0.6)]
+    batch = {key: value[:1].repeat(len(rows), 1) for key, value in BATCH.items()}
+    logits = together(**batch, adapter_names=[{name: scale} for name, scale in rows]).logits
+    for row, (name, scale) in enumerate(rows):
+        with own[name].using(scale=scale):
+            alone = own[name](**{key: value[:1] for key, value in batch.items()}).logits[0]
+        assert_close(logits[row], alone)
+
+
+@torch.no_grad()
+def test_edits_of_a_row_are_added_and_its_norm_gates_act_on_their_sum() -> None:
+    hidden = torch.randn(1, WIDTH)
+    units = [unit_of(kind, gate).float() for kind in KINDS[:2] for gate in GATES]
+    deltas = [unit.factors().edit(hidden) for unit in units]
+    probed = sum(unit.gate(hidden, d) for unit, d in zip(units[::2], deltas[::2], strict=True))
+    normed = units[1].gate(hidden, deltas[1] + deltas[3])
+    edits = [
+        rn.interventions.StackedEdit([u.gated_factors() for u in group], [0, 1], keeps)
+        for group, keeps in ((units[::2], False), (units[1::2], True))
+    ]
+    gates = torch.ones(1, 2)
+    found = [edit.row_edit(torch.float32, hidden.device, gates=gates) for edit in edits]
+    assert_close(edit_rows(hidden, found[:1]) - hidden, probed)
+    assert_close(edit_rows(hidden, found[1:]) - hidden, normed)
+
+
+def test_generation_has_the_gate_of_each_token() -> None:
+    for entry in ENTRIES[:2]:
+        model = model_of(entry, 0)
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        settings |= {"eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+        prompt = {"input_ids": IDS[:1], "attention_mask": MASK[:1]}
+        found = model.generate(**prompt, **settings)
+        with torch.no_grad():
+            whole = model(input_ids=found.sequences, prompt_lengths=torch.tensor([5])).logits
+        assert_close(torch.stack(found.logits, 1)[0], whole[0, 4:-1])
+
+
+def test_probes_share_a_product_with_plain_edits_and_norms_have_one_of_their_own() -> None:
+    base = tiny_model().eval()
+    frozen = [
+        FrozenAdapter.of(rn.get_reft_model(base, rn.ReftConfig([entry])).engine.units)
+        for entry in (ENTRIES[0], ENTRIES[5], ENTRIES[1])
+    ]
+    probed, plain, _ = frozen
+    layers, width = len(plain.shapes), plain.shapes[0].width
+    assert probed.weights.numel() - plain.weights.numel() == layers * (width + 1)
+    assert len(stacked_units([probed, plain])) == layers
+    assert len(stacked_units(frozen)) == 2 * layers
+
+
+# -- in a config -----------------------------------------------------------------------------------
+
+
+def test_a_name_is_a_mapping_of_its_type() -> None:
+    entry = {"layer": 0, "gate": "norm"} | LOREFT
+    config = rn.ReftConfig(entry)
+    assert config.representations[0].gate == {"type": "norm"}
+    assert rn.ReftConfig.from_yaml(config.to_yaml()) == config
+    assert "gate" not in rn.ReftConfig(LOREFT | {"layer": 0}).to_dict()["representations"][0]
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("prob", r"gate type 'prob': did you mean 'probe'\? expected one of probe, norm"),
+        ({"kind": "norm"}, "gate .*: expected a mapping such as {'type': 'probe'}"),
+        (3, "gate 3: expected a mapping such as"),
+        ({"type": 3}, "gate type 3: expected one of probe, norm"),
+        (
+            {"type": "probe", "at": 1},
+            "gate 'probe': unknown key 'at'; next to type it takes nothing",
+        ),
+    ],
+)
+def test_mistakes(gate: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rn.ReftConfig(LOREFT | {"layer": 0, "gate": gate})
+
+
+def test_places_that_can_have_none() -> None:
+    parallel = {"layer": 0, "component": "mlp_parallel", "gate": {"type": "norm"}}
+    with pytest.raises(ValueError, match="gate 'norm': at 'mlp_parallel' an edit is computed of"):
+        rn.ReftConfig(LOREFT | parallel)
+    with pytest.raises(ValueError, match="unknown key 'gate' for SymNoiseIntervention"):
+        rn.ReftConfig({"intervention": "symnoise", "gate": {"type": "probe"}})
