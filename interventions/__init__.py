@@ -17,6 +17,7 @@ from .factors import side_by_side as side_by_side
 from .formed import FormedIntervention as FormedIntervention
 from .formed import shared_factors as shared_factors
 from .gates import GATES as GATES
+from .gates import ConditionGate as ConditionGate
 from .gates import Gate as Gate
 from .gates import NormGate as NormGate
 from .gates import ProbeGate as ProbeGate

@@ -145,7 +145,7 @@ class ReftIntervention(
         self,
         hidden: Float[Tensor, "*rows hidden"],
         gates: Float[Tensor, "*#rows gates"] | RowSubspaces | None = None,
-        scale: float | Float[Tensor, "*#rows 1"] = 1.0,
+        scale: float | Tensor = 1.0,
     ) -> Float[Tensor, "*rows hidden"]:
         """`edit` as it acts: in the wider dtype, outside autocast, with dropout and gate.
 
@@ -173,7 +173,7 @@ class ReftIntervention(
         self,
         hidden: Float[Tensor, "*rows hidden"],
         gates: Float[Tensor, "*#rows gates"] | None = None,
-        scale: float | Float[Tensor, "*#rows 1"] = 1.0,
+        scale: float | Tensor = 1.0,
     ) -> Float[Tensor, "*rows hidden"]:
         wide, gate = hidden.to(self.wide_dtype(hidden.dtype)), gate_of(self)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -308,6 +308,8 @@ def overrides_forward(cls: type) -> bool:
 def has_factors(unit: object) -> TypeGuard[LowRankIntervention]:
     """Whether `factors` are all that a unit adds: a `forward` of its own may do anything."""
     if not isinstance(unit, LowRankIntervention) or type(unit.dropout) is not nn.Dropout:
+        return False
+    if (gate := gate_of(unit)) is not None and gate.reads_prompts:  # of which no row of D knows
         return False
     names = ("forward", "delta", "edit", "_delta", "_edit")
     return all(getattr(type(unit), n) is getattr(LowRankIntervention, n) for n in names)

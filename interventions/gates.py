@@ -1,9 +1,10 @@
-r"""Gates: how much of a unit's edit Δ a hidden state gets, by the state itself.
+r"""Gates: how much of a unit's edit Δ a hidden state gets, by the state or its prompt's states.
 
 | class | name | gated edit | parameters |
 |---|---|---|---|
 | `ProbeGate` | `probe` | $\sigma(w \cdot h + c)\,\Delta$ | $d + 1$ |
 | `NormGate` | `norm` | $(h + \Delta)\,\|h\| / \|h + \Delta\| - h$ | none |
+| `ConditionGate` | `condition` | Δ, or 0: the row's prompt decides | none, a vector is set |
 
 A gate knows nothing of the unit whose edit it gets, and a unit nothing of its gate. It is a module
 of the unit, so that it trains, moves and is saved with it.
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,6 +33,8 @@ class Gate(nn.Module):
 
     keeps_norm: ClassVar[bool] = False
     """Whether the whole of what a state is added is scaled, and not an edit by itself."""
+    reads_prompts: ClassVar[bool] = False
+    """Whether rows get the edit or not, as `decide` says of their prompts."""
 
     def __init__(self, *, embed_dim: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -49,6 +53,14 @@ class Gate(nn.Module):
     def factors(self, factors: Factors) -> Factors:
         """An edit's factors with those of the gate."""
         return factors
+
+    def decide(self, means: Float[Tensor, "rows hidden"]) -> Float[Tensor, " rows"]:
+        """Of a gate that reads prompts, 1 for rows that are edited, 0 for the others.
+
+        Args:
+            means: mean of the states of each row's prompt.
+        """
+        raise NotImplementedError
 
 
 class ProbeGate(Gate):
@@ -83,7 +95,71 @@ class NormGate(Gate):
         return with_norm_of(hidden, hidden + delta) - hidden
 
 
-GATES: dict[str, type[Gate]] = {"probe": ProbeGate, "norm": NormGate}
+class ConditionGate(Gate):
+    r"""An edit of rows whose prompt meets a condition, throughout their prompt and answer.
+
+    $\cos(\bar h, \tanh(P\bar h)) > \theta$ with $\bar h$ the mean of the prompt's states at the
+    unit's site, before its edit, and $P = vv^\top / \|v\|^2$. v starts at zero, and must be set. It
+    is decided once for each prompt, by the pass that reads it.
+
+    Args:
+        embed_dim: width of the hidden states.
+        dtype: dtype of v.
+        threshold: θ.
+        above: whether rows above the threshold are edited, and not the others.
+
+    Paper: CAST (arXiv:2409.05907), section 3.
+    """
+
+    reads_prompts: ClassVar[bool] = True
+    vector: Tensor
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        dtype: torch.dtype = torch.float32,
+        threshold: float = 0.0,
+        above: bool = True,
+    ) -> None:
+        super().__init__(embed_dim=embed_dim)
+        is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if not is_number or not -1 <= threshold <= 1:
+            raise ValueError(f"threshold {threshold!r}: expected a number from -1 to 1")
+        if not isinstance(above, bool):
+            raise ValueError(f"above {above!r}: expected true or false")
+        self.threshold, self.above = threshold, above
+        self.register_buffer("vector", torch.zeros(embed_dim, dtype=dtype))
+
+    def similarity(self, means: Float[Tensor, "rows hidden"]) -> Float[Tensor, " rows"]:
+        r"""$\cos(\bar h, \tanh(P\bar h))$; 0 where one of the two is zero.
+
+        Raises:
+            ValueError: v is zero.
+        """
+        if not torch.compiler.is_compiling() and not self.vector.any():
+            raise ValueError(
+                "vector of the gate 'condition' is zero, which is no condition: set it, by "
+                "unit.gate.vector.copy_(direction)"
+            )
+        wide = means.to(torch.promote_types(means.dtype, torch.float32))
+        direction = F.normalize(self.vector.to(wide), dim=0)
+        projected = ((wide @ direction)[:, None] * direction).tanh()
+        return F.cosine_similarity(wide, projected, dim=-1)
+
+    def decide(self, means: Float[Tensor, "rows hidden"]) -> Float[Tensor, " rows"]:
+        similarity = self.similarity(means)
+        met = similarity > self.threshold if self.above else similarity < self.threshold
+        return met.to(means)
+
+    def forward(
+        self, hidden: Float[Tensor, "*rows hidden"], delta: Float[Tensor, "*rows hidden"]
+    ) -> Float[Tensor, "*rows hidden"]:
+        """The edit, as of rows whose condition is met: the pass knows which these are."""
+        return delta
+
+
+GATES: dict[str, type[Gate]] = {"probe": ProbeGate, "norm": NormGate, "condition": ConditionGate}
 
 
 def gate_class(name: object) -> type[Gate]:

@@ -69,13 +69,13 @@ class GatedUnit(nn.Module):
         self,
         hidden: Float[Tensor, "*rows hidden"],
         gates: Float[Tensor, "*#rows adapters"] | RowSubspaces | None = None,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
     ) -> Float[Tensor, "*rows hidden"]:
         """The unit's edit, times its adapter's gate and a scale, before its own gate."""
         unit: Any = self.unit
         strength: Any = scale
         if isinstance(gates, Tensor):
-            strength = scale * gates[..., self.owner, None].to(hidden)
+            strength = gates[..., self.owner, None].to(hidden) * scale
         if gate_of(unit) is not None:
             delta: Tensor = unit.delta(hidden, scale=strength)
             return delta

@@ -58,8 +58,9 @@ class RepresentationConfig:
     embed_dim: int | None = None
     """Width of the hidden states, where a dotted path leads to another than the model's."""
     gate: dict[str, Any] | None = None
-    """How much of the edit a state gets, by the state itself: `{"type": "probe"}` (σ(w·h + c) of
-    the edit) or `{"type": "norm"}` (the edited state keeps the norm). None for all of it."""
+    """How much of the edit a state gets, by states: `{"type": "probe"}` (σ(w·h + c) of the edit),
+    `{"type": "norm"}` (the edited state keeps the norm) or `{"type": "condition"}` (rows whose
+    prompt meets one). None for all of it."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of the intervention class, defaults filled in."""
 

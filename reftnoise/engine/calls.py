@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..config.components import Stack
-from ..interventions import EditedRows, NoiseIntervention, RowStrengths, RowSubspaces
+from ..interventions import EditedRows, Gate, NoiseIntervention, RowStrengths, RowSubspaces
 from .base.running import mask_after_convolutions
 from .layout import PromptLayout, Selection, cached_length
 from .settings import MODEL_CHOICES, CallChoices
@@ -76,6 +76,8 @@ class EditPlan:
     """How much is edited and who looks on."""
     notes: Notes = field(default_factory=Notes)
     """What units note for the losses that they add."""
+    decisions: dict[str, Float[Tensor, " rows"]] = field(default_factory=dict, compare=False)
+    """By unit key, which rows a gate lets be edited, once their prompts have been read."""
     _ready: dict[tuple[int, int], dict[str, ReadyEdit]] = field(default_factory=dict, compare=False)
 
     def ready_to_decode(self, rows: int, length: int) -> dict[str, ReadyEdit]:
@@ -169,6 +171,30 @@ class Call:
         slots = self.length if columns is None else columns.shape[1]
         return strengths.repeat_interleave(self._times * slots)
 
+    def decision(self, key: str, gate: Gate, hidden: Hidden) -> Float[Tensor, " rows"]:
+        """1 for rows whose prompt meets a gate's condition; decided by the call that reads them.
+
+        Args:
+            key: key of the gate's unit.
+            gate: gate that reads prompts.
+            hidden: hidden states of this call.
+
+        Raises:
+            ValueError: the call has a part of the prompts alone.
+        """
+        decisions, prompt = self.plan.decisions, self.plan.layout.prompt
+        if not self.is_decoding:
+            end = self.offset + self.length
+            if prompt[:, : max(self.offset, 0)].any() or prompt[:, end:].any():
+                raise ValueError(_PARTIAL.format(key))
+            mask = self._columns(prompt).to(hidden.device)[..., None]
+            total = hidden.masked_fill(~mask, 0).sum(1)
+            decisions[key] = gate.decide(total / mask.sum(1).clamp(min=1)).detach()
+        if key not in decisions or self.rows % len(decisions[key]):
+            raise ValueError(_PARTIAL.format(key))
+        decided = decisions[key]
+        return decided.repeat_interleave(self.rows // len(decided))
+
     def tokens(self, device: torch.device) -> dict[str, Tensor]:
         """What noise asks of tokens."""
         layout = self.plan.layout
@@ -182,6 +208,12 @@ class Call:
         part = values[:, max(self.offset, 0) : self.offset + self.length]
         part = F.pad(part, (max(-self.offset, 0), 0))
         return part.repeat_interleave(self._times, 0)
+
+
+_PARTIAL = (
+    "gate of {}: a condition is decided by whole prompts, and this call does not have them: "
+    "pass the prompt in one call, without keys and values of a part of it"
+)
 
 
 @dataclass

@@ -218,8 +218,9 @@ def _edit_by_delta(
         states = states.masked_fill(rows.skipped, 0)
         if getattr(units[0].unit, "has_own_forward", False):  # which may divide by their norm
             states = torch.where(rows.skipped, flat.nan_to_num(), flat)
-    parts = zip(units, rows.split(states), rows.split(rows.skipped), strict=True)
-    deltas = [_delta(unit, call, part, skipped) for unit, part, skipped in parts]
+    shares = [_share(placed, call, hidden) for placed in units]
+    parts = zip(units, rows.split(states), rows.split(rows.skipped), shares, strict=True)
+    deltas = [_delta(unit, call, part, skipped, share) for unit, part, skipped, share in parts]
     delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas)
     if rows.skipped is not None:
         delta = delta.masked_fill(rows.skipped, 0)
@@ -228,33 +229,41 @@ def _edit_by_delta(
     return shaped_like(hidden, target.index_add(0, rows.indices, delta))
 
 
+def _share(placed: PlacedUnit, call: Call, hidden: Hidden) -> Float[Tensor, " rows"] | None:
+    """How much of a unit's edit each row gets by its prompt; None for all of it."""
+    unit: Any = placed.unit
+    gate = gate_of(unit.unit if isinstance(unit, GatedUnit) else unit)
+    return call.decision(placed.key, gate, hidden) if gate and gate.reads_prompts else None
+
+
 def _delta(
     placed: PlacedUnit,
     call: Call,
     hidden: Float[Tensor, "n hidden"],
     skipped: Bool[Tensor, "n 1"] | None,
+    share: Float[Tensor, " rows"] | None,
 ) -> Float[Tensor, "n hidden"]:
     unit: Any = placed.unit
     scale = call.plan.choices.scale
     gates = call.gates(placed.key)
     delta: Tensor
     if _edits_rows(placed, call):
-        by_row = hidden.view(call.rows, -1, hidden.shape[-1])
+        by_row = hidden.view(call.rows, len(hidden) // call.rows, hidden.shape[-1])
         edited = torch.ones(by_row.shape[:2], dtype=torch.bool, device=hidden.device)
         if skipped is not None:
             edited = ~skipped.view(by_row.shape[:2])
         delta, noted = unit.row_delta(by_row, edited, gates)
         call.plan.notes.add(placed.key, noted)
         return delta.flatten(0, 1).to(hidden.dtype)
-    options: dict[str, float] = {}
+    options: dict[str, Any] = {}
     if isinstance(unit, GatedUnit) or gate_of(unit) is not None:  # which come after the scale
-        options, scale = {"scale": scale}, 1.0
-    if gates is None and not unit.has_own_forward:
+        options, scale = {"scale": scale if share is None else scale * share[:, None, None]}, 1.0
+    if gates is None and share is None and not unit.has_own_forward:
         delta = unit.delta(hidden, **options)
     else:
         if isinstance(gates, Tensor):
             gates = gates.to(hidden.device)[:, None]
-        by_row = hidden.view(call.rows, -1, hidden.shape[-1])
+        by_row = hidden.view(call.rows, len(hidden) // call.rows, hidden.shape[-1])
         delta = unit.delta(by_row, gates, **options).flatten(0, 1)
     if (strengths := call.strengths(placed.key)) is not None:
         if getattr(gate_of(unit), "keeps_norm", False):

@@ -9,7 +9,14 @@ from torch import Tensor
 
 import reftnoise as rn
 from reftnoise.adapters.frozen import FrozenAdapter, stacked_units
-from reftnoise.interventions import EditedRows, NormGate, ProbeGate, edit_rows, put_gate
+from reftnoise.interventions import (
+    ConditionGate,
+    EditedRows,
+    NormGate,
+    ProbeGate,
+    edit_rows,
+    put_gate,
+)
 from support.adapters import moved
 from support.models.architectures import tiny_model
 from support.tolerance import assert_close
@@ -228,6 +235,130 @@ def test_probes_share_a_product_with_plain_edits_and_norms_have_one_of_their_own
     assert len(stacked_units(frozen)) == 2 * layers
 
 
+# -- conditions of prompts -------------------------------------------------------------------------
+
+
+def cast(mean: Tensor, vector: Tensor) -> float:
+    """The similarity of one prompt as the paper has it."""
+    projected = torch.tanh((torch.outer(vector, vector) / vector.dot(vector)) @ mean)
+    return float(mean.dot(projected) / (mean.norm() * projected.norm()))
+
+
+def test_similarities_are_the_papers() -> None:
+    torch.manual_seed(0)
+    gate, means = ConditionGate(embed_dim=WIDTH, threshold=0.2), torch.randn(40, WIDTH)
+    gate.vector.copy_(3 * torch.randn(WIDTH))
+    expected = torch.tensor([cast(mean, gate.vector) for mean in means])
+    assert_close(gate.similarity(means), expected)
+    assert torch.equal(gate.decide(means), (expected > 0.2).float())
+    assert 0 < gate.decide(means).sum() < 40
+    other = ConditionGate(embed_dim=WIDTH, threshold=0.2, above=False)
+    other.vector.copy_(gate.vector)
+    assert torch.equal(other.decide(means), (expected < 0.2).float())
+    assert not gate.decide(torch.zeros(1, WIDTH)).any()
+
+
+def means_of(layer: int = 1) -> Tensor:
+    """The mean of each prompt's states, from the base's own hidden states."""
+    with torch.no_grad():
+        states = tiny_model().eval()(**BATCH, output_hidden_states=True).hidden_states[layer + 1]
+    return (states * MASK[..., None]).sum(1) / MASK.sum(1, keepdim=True)
+
+
+def conditioned(positions: str = EVERY, **entry: Any) -> tuple[rn.ReftModel, rn.ReftModel, Tensor]:
+    """A model with a condition, the same without, and which rows of the batch meet it."""
+    means = means_of()
+    similarity = torch.tensor([cast(mean, means[0]) for mean in means])
+    threshold = float(similarity.sort().values[1:].mean())
+    gate = {"type": "condition", "threshold": threshold}
+    place = {"layer": 1, "positions": positions} | LOREFT | entry
+    gated, plain = model_of(place | {"gate": gate}, 0), model_of(place, 0)
+    [unit] = gated.interventions.values()
+    unit.gate.vector.copy_(means[0])
+    return gated, plain, similarity > threshold
+
+
+@pytest.mark.parametrize("positions", [EVERY, "l1", "f1+l1"])
+@torch.no_grad()
+def test_a_prompt_decides_for_its_row(positions: str) -> None:
+    gated, plain, met = conditioned(positions)
+    assert met.any()
+    assert not met.all()
+    with gated.disabled():
+        bare = gated(**BATCH).logits
+    expected = torch.where(met[:, None, None], plain(**BATCH).logits, bare)
+    attended = MASK.bool()
+    assert_close(gated(**BATCH).logits[attended], expected[attended])
+    gated.scale = plain.scale = -0.5
+    expected = torch.where(met[:, None, None], plain(**BATCH).logits, bare)
+    assert_close(gated(**BATCH).logits[attended], expected[attended])
+
+
+@pytest.mark.parametrize("positions", [EVERY, "decode"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_decision_is_held_while_decoding(beams: int, positions: str) -> None:
+    gated, plain, met = conditioned(positions)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"num_beams": beams}
+    found, edited = gated.generate(**BATCH, **settings), plain.generate(**BATCH, **settings)
+    with gated.disabled():
+        bare = gated.generate(**BATCH, **settings)
+    assert torch.equal(found, torch.where(met[:, None], edited, bare))
+
+
+def test_rows_that_meet_it_train_and_it_is_saved(tmp_path: Path) -> None:
+    gated, plain, met = conditioned("l1")
+    rows = {key: value[met] for key, value in BATCH.items()}
+    for model, batch, labels in ((gated, BATCH, LABELS), (plain, rows, LABELS[met])):
+        model.train()(**batch, labels=labels, num_items_in_batch=6).loss.backward()
+    pairs = zip(gated.interventions.parameters(), plain.interventions.parameters(), strict=True)
+    for ours, expected in pairs:
+        assert ours.grad is not None
+        assert_close(ours.grad, expected.grad, scale=float(expected.grad.abs().max()))  # type: ignore[union-attr]
+    gated.eval().save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**BATCH).logits, gated(**BATCH).logits)
+
+
+@torch.no_grad()
+def test_adapters_by_name_have_conditions_of_their_own() -> None:
+    gated, plain, met = conditioned()
+    together = rn.get_reft_model(tiny_model().eval())
+    together.adapters.put("gated", FrozenAdapter.of(gated.engine.units))
+    together.adapters.put("plain", FrozenAdapter.of(plain.engine.units))
+    for names in (["gated"] * 3, ["plain", "gated", "gated"], [{"gated": -0.5}, None, "plain"]):
+        found = together(**BATCH, adapter_names=names).logits
+        for row, name in enumerate(names):
+            same = "plain" if name == "gated" and met[row] else None if name == "gated" else name
+            if isinstance(name, dict):
+                same = {"plain": -0.5} if met[row] else None
+            expected = together(**BATCH, adapter_names=[same] * 3).logits[row]
+            attended = MASK[row].bool()
+            assert_close(found[row][attended], expected[attended])
+
+
+def test_prompts_in_parts_and_vectors_that_are_not_set() -> None:
+    gated, _, _ = conditioned()
+    first = gated(input_ids=IDS[:1, :2], use_cache=True)
+    with pytest.raises(ValueError, match=r"gate of layer_1.*: a condition is decided by whole"):
+        gated(input_ids=IDS[:1, 2:], past_key_values=first.past_key_values)
+    gated.interventions[next(iter(gated.interventions))].gate.vector.zero_()
+    with pytest.raises(ValueError, match="vector of the gate 'condition' is zero"):
+        gated(**BATCH)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [("threshold", "high", "a number from"), ("threshold", 2, "a number"), ("above", 1, "true or")],
+)
+def test_settings_that_no_condition_has(key: str, value: Any, expected: str) -> None:
+    gate = {"type": "condition", key: value}
+    with pytest.raises(ValueError, match=rf"\[0\]: {key} {value!r}: expected {expected}"):
+        model_of(LOREFT | {"layer": 1, "gate": gate}, 0)
+
+
 # -- in a config -----------------------------------------------------------------------------------
 
 
@@ -242,10 +373,13 @@ def test_a_name_is_a_mapping_of_its_type() -> None:
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
-        ("prob", r"gate type 'prob': did you mean 'probe'\? expected one of probe, norm"),
+        (
+            "prob",
+            r"gate type 'prob': did you mean 'probe'\? expected one of probe, norm, condition",
+        ),
         ({"kind": "norm"}, "gate .*: expected a mapping such as {'type': 'probe'}"),
         (3, "gate 3: expected a mapping such as"),
-        ({"type": 3}, "gate type 3: expected one of probe, norm"),
+        ({"type": 3}, "gate type 3: expected one of probe, norm, condition"),
         (
             {"type": "probe", "at": 1},
             "gate 'probe': unknown key 'at'; next to type it takes nothing",

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
-from ...interventions import AddsLoss, NoiseIntervention
+from ...interventions import AddsLoss, NoiseIntervention, gate_of
 from ..base.peft import has_switched_adapters, inner_model, may_add_to_loss, virtual_tokens
 from ..base.running import (
     checkpointed_modules,
@@ -305,6 +305,9 @@ class ForwardPasses:
             yield "no gradients are taken, and prompts are not kept"
         if any(isinstance(v, Tensor) and v.requires_grad for v in inputs.values()):
             yield "an input requires a gradient"
+        gates = (gate_of(placed.unit) for placed in self._engine.units)
+        if any(gate is not None and gate.reads_prompts for gate in gates):
+            yield "the gate of a unit reads whole prompts"
         if unknown := named(inputs) - _SPLIT_INPUTS:
             yield f"{', '.join(sorted(unknown))} concern the whole batch"
         mask = inputs.get("attention_mask")

@@ -26,6 +26,7 @@ from ...adapters.directory import AdapterFiles
 from ...adapters.frozen import FrozenAdapter, freeze
 from ...adapters.location import ADAPTER, CONFIG_NAME, WEIGHTS_NAME
 from ...engine.base.sites import find_layers, find_site
+from ...interventions import gate_of
 from . import SCALE
 from .flat_batch import FlatBatch, FlatEdit, StepRequests, apply_
 
@@ -153,7 +154,12 @@ class ServedAdapters:
         if number not in self._adapters:
             frozen = freeze(adapter, self._base)
             if frozen.others:
-                name = type(frozen.others[0].unit).__name__
+                unit = frozen.others[0].unit
+                if gate_of(unit) is not None:
+                    raise ValueError(
+                        f"{directory}: the gate 'condition' reads whole prompts, and vLLM parts"
+                    )
+                name = type(unit).__name__
                 raise ValueError(f"{directory}: vLLM edits by factors, which {name} does not have")
             frozen.weights = frozen.weights.to(self._runner.device)
             self._adapters[number] = frozen
