@@ -254,7 +254,8 @@ def _delta(
             edited = ~skipped.view(by_row.shape[:2])
         delta, noted = unit.row_delta(by_row, edited, gates)
         call.plan.notes.add(placed.key, noted)
-        return delta.flatten(0, 1).to(hidden.dtype)
+        delta, strengths = delta.flatten(0, 1), call.strengths(placed.key)
+        return (delta if strengths is None else strengths.of_delta(delta)).to(hidden.dtype)
     options: dict[str, Any] = {}
     if isinstance(unit, GatedUnit) or gate_of(unit) is not None:  # which come after the scale
         options, scale = {"scale": scale if share is None else scale * share[:, None, None]}, 1.0
