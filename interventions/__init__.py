@@ -55,4 +55,5 @@ from .row_edits import RowEdit as RowEdit
 from .row_edits import StackedEdit as StackedEdit
 from .row_edits import edit_rows as edit_rows
 from .strengths import RowStrengths as RowStrengths
+from .strengths import edit_vector as edit_vector
 from .strengths import has_direction as has_direction

@@ -90,7 +90,15 @@ NO_DIRECTION = (
 
 def has_direction(unit: object) -> bool:
     """Whether a unit's edit has one direction, which can be taken out of hidden states."""
-    return has_factors(unit) and (_is_vector(unit.factors()) or _has_rank_one(unit.factors()))
+    if not has_factors(unit):
+        return False
+    factors = unit.factors()
+    return vector_of(factors) is not None or _has_rank_one(factors)
+
+
+def edit_vector(unit: object) -> Float[Tensor, " hidden"] | None:
+    """The vector that a unit adds to all hidden states; None where it adds something else."""
+    return vector_of(unit.factors()) if has_factors(unit) else None
 
 
 def removal(factors: Factors) -> Factors:
@@ -103,18 +111,18 @@ def removal(factors: Factors) -> Factors:
         ValueError: the edit has no single direction.
     """
     act: str | None = "relu"
-    if _is_vector(factors):
-        vector = (factors.bias[:, None] * factors.up).sum(0)
-    elif _has_rank_one(factors):
+    vector = vector_of(factors)
+    if vector is None:
+        if not _has_rank_one(factors):
+            raise ValueError(NO_DIRECTION)
         vector, act = factors.up[0], None
-    else:
-        raise ValueError(NO_DIRECTION)
     unit = F.normalize(vector, dim=0)[None]
     return Factors(unit, torch.zeros_like(unit[:, 0]), -unit, ((act, 1),))
 
 
-def _is_vector(factors: Factors) -> bool:
-    return factors.is_constant
+def vector_of(factors: Factors) -> Float[Tensor, " hidden"] | None:
+    """The vector that an edit adds to all hidden states; None where it adds something else."""
+    return (factors.bias[:, None] * factors.up).sum(0) if factors.is_constant else None
 
 
 def _has_rank_one(factors: Factors) -> bool:

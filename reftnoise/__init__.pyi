@@ -1,5 +1,8 @@
 """The public names and the modules that they come from, for type checkers and `__init__.py`."""
 
+from .analysis.detection.detect import Detection as Detection
+from .analysis.detection.detect import detect as detect
+from .analysis.detection.fit import fit_concept_vectors as fit_concept_vectors
 from .analysis.steering.fit import fit_steering_vectors as fit_steering_vectors
 from .config.positions import Positions as Positions
 from .config.preference import PreferenceObjective as PreferenceObjective

@@ -313,6 +313,34 @@ def common_label(sites: Sequence[str]) -> tuple[str, list[str]]:
     return ("layer" if all(name.isdecimal() for name in names) else "site"), names
 
 
+def draw_tokens(texts: Sequence[Sequence[tuple[str, float, str]]], columns: int = 88) -> Figure:
+    """Texts, a line of letters below the other, on a ground that is darker at larger values."""
+    placed, row = list[tuple[str, float, int, int]](), 0
+    for pieces in texts:
+        column = 0
+        for piece, share, _ in pieces:
+            for number, part in enumerate(piece.split("\n")):
+                if number or column + len(part) > columns:
+                    row, column = row + 1, 0
+                placed.append((part, share, row, column))
+                column += len(part)
+        row += 2
+    columns = max(column + len(text) for text, _, _, column in placed)
+    width, height = 0.0825 * columns, 0.24 * max(row - 1, 1)
+    figure = Figure(figsize=(width + 0.2, height + 0.2))
+    axes = figure.add_axes((0.1 / (width + 0.2), 0.1 / (height + 0.2), width / (width + 0.2),
+                            height / (height + 0.2)))  # fmt: skip
+    axes.set(xlim=(0, columns), ylim=(max(row - 1, 1), 0))
+    axes.axis("off")
+    for text, share, line, column in placed:
+        axes.barh(line + 0.5, len(text), 0.9, left=column, color="C1", alpha=0.75 * share)
+        for offset, letter in enumerate(text):
+            shown = letter if ord(letter) in _glyphs() else "□"
+            axes.text(column + offset + 0.5, line + 0.55, shown, family="DejaVu Sans Mono",
+                      fontsize=9, ha="center", va="center")  # fmt: skip
+    return figure
+
+
 @cache
 def _glyphs() -> set[int]:
     return set(FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap())

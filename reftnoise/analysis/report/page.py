@@ -61,7 +61,14 @@ class Folded:
     text: str
 
 
-Block: TypeAlias = str | dict[str, str] | Picture | Table | Folded
+@dataclass(frozen=True)
+class Tokens:
+    """A text whose tokens are coloured by values from 0 to 1, each with a note."""
+
+    pieces: Sequence[tuple[str, float, str]]
+
+
+Block: TypeAlias = str | dict[str, str] | Picture | Table | Folded | Tokens
 """A text is a paragraph of its own; names with values are shown large."""
 
 

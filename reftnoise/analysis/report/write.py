@@ -10,9 +10,9 @@ from torch import Tensor
 from ..._util.files import local_path, replace_all
 from ...training.recipe import Recipe
 from ...training.run_files import is_study
-from .figures import draw_overlaps, draw_steering, picture
+from .figures import draw_overlaps, draw_steering, draw_tokens, picture
 from .files import read_run, read_study
-from .page import Section, Table, markdown, pictures, render
+from .page import Section, Table, Tokens, markdown, pictures, render
 from .run import run_sections
 from .study import study_page
 
@@ -108,6 +108,48 @@ def write_steering(directory: str | Path, results: Mapping[str, Any]) -> None:
     about = f"Shift by layer, and against KL for {chosen['method']} at layer {chosen['layer']}"
     drawn = picture("steering", about, draw_steering, results)
     replace_all(local_path(directory, "output_dir"), {"steering.png": drawn.light})
+
+
+def write_detection(
+    directory: str | Path,
+    title: str,
+    texts: Sequence[tuple[Sequence[str], Sequence[float]]],
+    *,
+    skip: int = 0,
+) -> Path:
+    """Write `detection.html` and `detection.png`: texts whose tokens are coloured by activation.
+
+    Args:
+        directory: directory that gets the files.
+        title: heading of the page.
+        texts: tokens of each text, and their activations.
+        skip: number of tokens at the beginning of each text that stay without a colour.
+
+    Returns:
+        The path of the page.
+    """
+    counted = [value for _, values in texts for value in values[skip:]]
+    least, most = min(counted), max(counted)
+    span = most - least or 1.0
+    coloured = [
+        [
+            (token, (value - least) / span if index >= skip else 0.0, f"{value:.3g}")
+            for index, (token, value) in enumerate(zip(tokens, values, strict=True))
+        ]
+        for tokens, values in texts
+    ]
+    sections = [
+        Section(f"Text {number}, largest activation {max(values[skip:]):.3g}", [Tokens(pieces)])
+        for number, ((_, values), pieces) in enumerate(zip(texts, coloured, strict=True), start=1)
+    ]
+    low, high = (f"{value:.3g}".replace("-", "−") for value in (least, most))
+    subtitle = f"Colours from {low} (none) to {high}; a pointer shows a token's activation."
+    drawn = picture("detection", title, draw_tokens, coloured)
+    page = render(title, subtitle, sections).encode()
+    place = local_path(directory, "directory")
+    place.mkdir(parents=True, exist_ok=True)
+    replace_all(place, {"detection.html": page, "detection.png": drawn.light})
+    return place / "detection.html"
 
 
 def _write(

@@ -90,7 +90,7 @@ def whole_tokens(tokenizer: Any, prompt: str | Messages) -> list[int]:
     if not ends_in_answer:
         return prompt_tokens(tokenizer, prompt)
     text = whole_text(tokenizer, prompt)  # type: ignore[arg-type]  # no text, as asked above
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def read_states(
@@ -116,7 +116,7 @@ def read_states(
             padded = zip(batch, missing, strict=True)
             weights = torch.tensor([row.are_read + [False] * n for row, n in padded]).double()
             weights /= weights.sum(1, keepdim=True)
-            with _recorded(units) as seen:
+            with recorded(units) as seen:
                 reft_model(input_ids=ids.to(device), attention_mask=mask.long().to(device))
             for key, hidden in seen.items():
                 states, shares = hidden.double(), weights.to(hidden.device)
@@ -131,7 +131,7 @@ def read_states(
 
 
 @contextlib.contextmanager
-def _recorded(units: Sequence[PlacedUnit]) -> Iterator[dict[str, Tensor]]:
+def recorded(units: Sequence[PlacedUnit]) -> Iterator[dict[str, Tensor]]:
     """The states that reach each unit's site within the block, by unit key."""
     seen: dict[str, Tensor] = {}
 
