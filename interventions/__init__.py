@@ -14,6 +14,8 @@ from .concepts import ReftR1Intervention as ReftR1Intervention
 from .factors import Activation as Activation
 from .factors import Factors as Factors
 from .factors import side_by_side as side_by_side
+from .fixed_noise import HypeIntervention as HypeIntervention
+from .fixed_noise import R3fIntervention as R3fIntervention
 from .formed import FormedIntervention as FormedIntervention
 from .formed import shared_factors as shared_factors
 from .gates import GATES as GATES

@@ -325,6 +325,13 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
 
     paired: ClassVar[bool] = False
     """Whether the batch must hold every example twice, first all +δ rows, then all -δ rows."""
+    compares: ClassVar[bool] = False
+    """Whether the second rows have no labels, and their predictions are compared with the first's:
+    how far apart they are is noted for `added_loss`."""
+    default_component: ClassVar[str] = "embeddings"
+    """The component of configurations that say none."""
+    default_layer: ClassVar[str | None] = None
+    """The layer of configurations that say none; None where they have to."""
 
     def __init__(self, *, embed_dim: int | None = None, **pyvene: Unpack[NoiseFields]) -> None:
         reject_unknown(type(self), pyvene)

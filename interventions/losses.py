@@ -4,7 +4,7 @@
 |---|---|
 | of weights | the unit itself, as a penalty of its gates |
 | of what a pass computed | what `EditsRows.row_delta` noted |
-| of two halves of a batch | the noise whose pairs are compared: see `consistency.py` |
+| of two halves of a batch | how far apart predictions are of rows without and with noise |
 """
 
 from abc import ABC, abstractmethod

@@ -44,6 +44,27 @@ def bernoulli_noise(like: Tensor, bound: float) -> Tensor:
     return torch.zeros_like(like).bernoulli_(0.5).mul_(2).sub_(1).mul_(bound)
 
 
+def noise_at(
+    noise: Float[Tensor, "batch length hidden"],
+    where: Where,
+    prompt: Bool[Tensor, "batch length"] | None,
+) -> Float[Tensor, "batch length hidden"]:
+    """The noise at the tokens that `where` says; a ValueError without a prompt that it needs."""
+    if where == "all":
+        return noise
+    if prompt is None:
+        raise ValueError(f"where {where!r} needs to know which tokens are the prompt")
+    chosen = prompt if where == "prompt" else ~prompt
+    return noise.masked_fill(~chosen[..., None], 0.0)
+
+
+def expect_where(where: Where) -> Where:
+    """A name of tokens; a ValueError for another value."""
+    if where not in ("all", "prompt", "completion"):
+        raise ValueError(f"where {where!r}: expected 'all', 'prompt' or 'completion'")
+    return where
+
+
 class _ScaledNoise(NoiseIntervention):
     r"""Noise of scale $\alpha/\sqrt{Ld}$.
 
@@ -79,8 +100,6 @@ class _ScaledNoise(NoiseIntervention):
             raise ValueError(f"alpha {alpha!r}: expected a finite number of at least 0")
         if length not in ("attended", "padded"):
             raise ValueError(f"length {length!r}: expected 'attended' or 'padded'")
-        if where not in ("all", "prompt", "completion"):
-            raise ValueError(f"where {where!r}: expected 'all', 'prompt' or 'completion'")
         if unit_variance is None:
             unit_variance = self.natural_unit_variance
         if not isinstance(unit_variance, bool):
@@ -88,7 +107,7 @@ class _ScaledNoise(NoiseIntervention):
         self.alpha = float(alpha)
         self.length = length
         self.unit_variance = unit_variance
-        self.where = where
+        self.where = expect_where(where)
 
     @abstractmethod
     def sample(self, like: Tensor, bound: float) -> Tensor:
@@ -119,12 +138,7 @@ class _ScaledNoise(NoiseIntervention):
             noise = noise.masked_fill(~attended[..., None], 0.0)
             scale = self.alpha / torch.sqrt(lengths.clamp(min=1) * size)
             noise = noise * scale[..., None].to(noise)
-        if self.where != "all":
-            if prompt is None:
-                raise ValueError(f"where {self.where!r} needs to know which tokens are the prompt")
-            chosen = prompt if self.where == "prompt" else ~prompt
-            noise = noise.masked_fill(~chosen[..., None], 0.0)
-        return noise
+        return noise_at(noise, self.where, prompt)
 
 
 class NeftuneIntervention(_ScaledNoise):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from . import adapters, concepts, noise, reft
+from . import adapters, concepts, fixed_noise, noise, reft
 from .arguments import did_you_mean
 from .base import NoiseIntervention, ReftIntervention, is_edit, overrides_forward
 from .pyvene_units import unit_class_for
@@ -28,6 +28,8 @@ INTERVENTIONS: dict[str, type[Unit]] = {
     "gaussian": noise.GaussianNoiseIntervention,
     "bernoulli": noise.BernoulliNoiseIntervention,
     "symnoise": noise.SymNoiseIntervention,
+    "r3f": fixed_noise.R3fIntervention,
+    "hype": fixed_noise.HypeIntervention,
 }
 
 

@@ -35,9 +35,9 @@ from .engine.settings import Arithmetic
 from .engine.training_pass.fused_head import call_fused, expect_plain_head, has_fused_head
 from .engine.training_pass.loss import at_labels
 from .engine.training_pass.mixin import TrainingMixin
+from .engine.training_pass.pairs import in_pairs_of, mean_of_pairs
 from .engine.training_pass.prefix_cache import PrefixCache
 from .engine.training_pass.runner import ForwardPasses, Logits, SplitMode
-from .engine.training_pass.symnoise import in_pairs, mean_of_pairs
 from .engine.units import Subspaces, place_units, subspace_gates
 
 
@@ -212,8 +212,9 @@ class ReftModel(TakesBatches, TrainingMixin, AdapterMixin):
         """A pass with the model's own units."""
         rows = batch.rows
         is_noised = self.training or self.engine.settings.now.is_noised
-        if is_noised and any(getattr(p.unit, "paired", False) for p in self.engine.units):
-            batch = in_pairs(batch)
+        paired = [p for p in self.engine.units if getattr(p.unit, "paired", False)]
+        if is_noised and paired:
+            batch = in_pairs_of(batch, paired)
         plans = planner.plans(batch)
         if self.training and not torch.compiler.is_compiling():
             self._checks.check(plans[0], batch)

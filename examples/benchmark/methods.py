@@ -178,6 +178,12 @@ def symnoise(bench: Bench) -> Step:
     return bench.step(model, return_logits=False)
 
 
+def r3f(bench: Bench) -> Step:
+    """LoReFT and R3F: every row twice, and the predictions of both compared."""
+    model = bench.reft({"intervention": "r3f"})
+    return bench.step(model, return_logits=False)
+
+
 def compiled(bench: Bench) -> Step:
     """`plain` through `torch.compile`, as one graph.
 
@@ -271,7 +277,7 @@ def pyreft_model(bench: Bench) -> tuple[Any, dict[str, Any]]:
 METHODS: dict[str, Callable[[Bench], Step]] = {
     method.__name__: method
     for method in (
-        *(floor, plain, split, reuse, symnoise, compiled),
+        *(floor, plain, split, reuse, symnoise, r3f, compiled),
         *(lora, neftune, compiled_lora, pyreft),
     )
 }

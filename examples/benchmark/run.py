@@ -44,8 +44,8 @@ def benchmark(
         work: workload that is measured instead of the table.
         vary: number of the workload that takes each of `values`, such as rank or layers.
         values: numbers for `vary`.
-        methods: methods of a training step: some of floor, plain, split, reuse, symnoise, compiled,
-            lora, neftune, compiled_lora, pyreft; by default all that are not compiled.
+        methods: methods of a training step: some of floor, plain, split, reuse, symnoise, r3f,
+            compiled, lora, neftune, compiled_lora, pyreft; by default all that are not compiled.
         generation: methods that generate: some of base, prompt, addition, loreft, adapter,
             adapters, lora, pyreft, compiled_base, compiled_prompt, compiled_addition,
             compiled_loreft.

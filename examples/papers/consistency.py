@@ -1,5 +1,7 @@
 """LoReFT whose predictions are held still under noise: R3F's consistency (arXiv:2008.03156).
 
+The unit `r3f` does that with noise of one scale; here it is NEFTune's, α/√(L·d).
+
     python examples/papers/consistency.py --model MODEL --data FOLDER --labels good bad
 
 FOLDER holds a train.jsonl and a test.jsonl of {"prompt", "output"} lines. Settings are those of

@@ -177,7 +177,7 @@ class RepresentationConfig:
         values = {key: entry.pop(key) for key in known if key in entry}
         entry = {key: plain(value, key) for key, value in entry.items()}
         arguments = entry_arguments(intervention, values)
-        component = entry.pop("component", "embeddings" if is_noise else "block_output")
+        component = entry.pop("component", getattr(unit_class, "default_component", "block_output"))
         if is_noise and str(component).endswith("_parallel"):
             raise ValueError(f"component {component!r}: noise reads nothing; expected an output")
         embed_dim = entry.pop("embed_dim", None)

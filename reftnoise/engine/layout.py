@@ -42,6 +42,8 @@ class Batch:
     """Columns to edit instead of the config's positions."""
     copies: int = 1
     """How often the batch holds each example: twice for SymNoise."""
+    compared: str | None = None
+    """Key of the unit that compares the copies: the inputs have labels of the first alone."""
 
     @classmethod
     def of(
@@ -390,11 +392,9 @@ def read_layout(batch: Batch, *, continues: bool) -> PromptLayout:
                 "label, leave prompt_lengths out"
             )
     if batch.prompt_lengths is not None:
-        lengths = checked_lengths(batch.prompt_lengths, attended)
+        lengths: Tensor | None = checked_lengths(batch.prompt_lengths, attended)
     elif labels is not None:
         lengths = prompt_lengths_from_labels(labels, attended)
-    elif past:
-        lengths = attended[:, :past].sum(1)
     else:
-        return PromptLayout(attended)
+        lengths = attended[:, :past].sum(1) if past else None
     return PromptLayout(attended, lengths)

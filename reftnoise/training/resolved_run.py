@@ -290,7 +290,7 @@ def unit_names() -> tuple[str, ...]:
 @cache
 def noise_names() -> tuple[str, ...]:
     """The names of noises in the registry."""
-    return tuple(name for name, module in _registered() if module == "noise")
+    return tuple(name for name, module in _registered() if module.endswith("noise"))
 
 
 def _registered() -> list[tuple[str, str]]:

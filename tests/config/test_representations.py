@@ -31,6 +31,13 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "dtype": "bfloat16",
     "add_bias": True,
     "alpha": 7.5,
+    "topk": 3,
+    "sparsity": 0.1,
+    "factor": 2.0,
+    "skip": 0,
+    "weight": 0.5,
+    "epsilon": 0.25,
+    "distribution": "normal",
     "length": "padded",
     "where": "completion",
 }

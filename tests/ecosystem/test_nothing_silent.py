@@ -13,7 +13,7 @@ from torch import Tensor
 
 import reftnoise as rn
 from reftnoise.engine.layout import Batch
-from reftnoise.engine.training_pass.symnoise import in_pairs
+from reftnoise.engine.training_pass.pairs import in_pairs
 from support.models import tiny_models
 from support.models.architectures import tiny_model
 from support.models.peft_bases import QV, classifier, seq2seq

@@ -228,7 +228,7 @@ def test_a_reward_model_trains_units_and_its_head(tmp_path: Path) -> None:
 
 def test_symnoise_needs_labels_that_a_reward_model_has_not(tmp_path: Path) -> None:
     trainer = reward(loreft(), noise("symnoise"), path=tmp_path)
-    with pytest.raises(ValueError, match="SymNoise averages the loss"):
+    with pytest.raises(ValueError, match="averages the loss over pairs"):
         trainer.train()
 
 

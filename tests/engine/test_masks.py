@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import reftnoise as rn
 from reftnoise.engine.layout import Batch
-from reftnoise.engine.training_pass.symnoise import in_pairs
+from reftnoise.engine.training_pass.pairs import in_pairs
 from support.adapters import moved
 from support.models.architectures import tiny_model
 from support.tolerance import assert_close

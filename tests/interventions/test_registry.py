@@ -21,7 +21,7 @@ from support.tolerance import assert_close
 
 REFT = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"]
 ADAPTERS = ["bias", "red", "addition", "ablate", "adapter", "reftr1"]
-NOISE = ["neftune", "gaussian", "bernoulli", "symnoise"]
+NOISE = ["neftune", "gaussian", "bernoulli", "symnoise", "r3f", "hype"]
 
 # For every argument of a registered class, a value that is no class's default.
 OTHER_VALUES: dict[str, list[Any]] = {
@@ -31,6 +31,9 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "dtype": ["bfloat16", torch.float64],
     "add_bias": [True],
     "alpha": [2.5, 10, 0],
+    "epsilon": [0.25],
+    "distribution": ["normal"],
+    "weight": [0.5],
     "topk": [3],
     "sparsity": [0.1, 0],
     "factor": [2.0, -1],

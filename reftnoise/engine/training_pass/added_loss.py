@@ -84,7 +84,7 @@ def share_of_step(base: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Ten
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = inputs.get("labels")
-        if isinstance(labels, Tensor) and _shifts_labels(inner_model(base)):
+        if isinstance(labels, Tensor) and shifts_labels(inner_model(base)):
             labels = labels[..., 1:]
     if total is None or not isinstance(labels, Tensor):
         return 1.0
@@ -92,6 +92,7 @@ def share_of_step(base: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Ten
     return count / (total.to(count.device) if isinstance(total, Tensor) else total)
 
 
-def _shifts_labels(base: Any) -> bool:
+def shifts_labels(base: Any) -> bool:
+    """Whether a column of a base's logits predicts the label of the next one."""
     is_causal = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
     return is_causal and not getattr(base.config, "is_encoder_decoder", False)

@@ -37,7 +37,8 @@ from ..base.sites import takes_position_ids
 from ..calls import EditPlan, Plan
 from ..hooks import Engine
 from ..layout import Batch, has_token_labels
-from .added_loss import AddedLoss, share_of_step, with_added_loss
+from .added_loss import AddedLoss, share_of_step, shifts_labels, with_added_loss
+from .consistency import divergence_of_logits, pair_loss
 from .loss import (
     Head,
     at_labels,
@@ -47,10 +48,10 @@ from .loss import (
     with_lazy_logits,
     without_logits,
 )
+from .pairs import first_of_pairs
 from .prefix_cache import PrefixCache
 from .probe import Abilities, check_gradients, is_random, probe
 from .split import PER_TOKEN, Alignment, SplitPass, align
-from .symnoise import first_of_pairs
 from .tracing import Tracer
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,9 @@ class ForwardPasses:
         """
         plan, rows = plans[0], batch.rows // batch.copies
         if torch.compiler.is_compiling():
-            outputs = self.with_added_loss(self._tracer.run(plan, batch), plan, batch)
+            outputs = self._tracer.run(plan, batch)
+            self._compare(outputs, plan, batch)
+            outputs = self.with_added_loss(outputs, plan, batch)
             return outputs if batch.copies == 1 else first_of_pairs(outputs, rows)
         if torch.is_grad_enabled() and not self._is_checked and not is_transformed():
             check_gradients(self._engine.base)
@@ -121,6 +124,7 @@ class ForwardPasses:
         else:
             with self._engine.running(*plans):
                 outputs = self._engine.base(**batch.inputs)
+            self._compare(outputs, plan, batch)
         outputs = self.with_added_loss(outputs, plan, batch)
         if batch.copies > 1:
             outputs = first_of_pairs(outputs, rows)
@@ -128,6 +132,13 @@ class ForwardPasses:
             labels = batch.inputs.get("labels")
             outputs = at_labels(outputs, {"labels": labels if labels is None else labels[:rows]})
         return outputs if logits is None else with_lazy_logits(outputs, logits)
+
+    def _compare(self, outputs: Any, plan: Plan, batch: Batch) -> None:
+        """Note how far the copies' predictions are apart, of the base's own logits."""
+        if batch.compared is not None and batch.labels is not None:
+            shifts = shifts_labels(inner_model(self._engine.base))
+            apart = divergence_of_logits(outputs["logits"], batch.labels, shifts=shifts)
+            plan.notes.add(batch.compared, apart)
 
     def with_added_loss(self, outputs: Any, plan: Plan, batch: Batch) -> Any:
         """The outputs of a pass, with what the units add to their loss, if they have one."""
@@ -164,8 +175,11 @@ class ForwardPasses:
         ready: Tensor | None = None
         if return_logits == "labels" and batch.copies == 1:
             loss, ready = loss_and_logits(head, hidden, targets, num_items)
-        else:
+        elif batch.compared is None:
             loss = label_loss(head, hidden, targets, num_items)
+        else:
+            loss, apart = pair_loss(head, hidden, targets, num_items)
+            plan.notes.add(batch.compared, apart)
         kept = {n: v for n, v in outputs.items() if n not in ("loss", "logits")}
         outputs = type(outputs)(loss=loss, **kept)
         if return_logits is False:
@@ -230,7 +244,8 @@ class ForwardPasses:
         if reason is not None or split == "never":
             return None, reason
         position_ids = batch.inputs.get("position_ids")
-        alignment = align(plan, batch.inputs["labels"], position_ids, keep_end=keep_end)
+        labels: Any = batch.labels  # not those of the inputs, which a copy may lack
+        alignment = align(plan, labels, position_ids, keep_end=keep_end)
         reason = next(self._against_alignment(alignment, split), None)
         return (alignment, None) if reason is None else (None, reason)
 

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ...adapters.library import AdapterChoice
 from ...analysis.inspection import EditNorms, observed
+from ...config.interventions import argument_defaults
 from ...config.positions import POSITION_FIELDS
 from ...data.templates import fill
 from ...data.tokenization import prompt_tokens, smallest_limit
@@ -47,7 +48,9 @@ class LocalModel(Answerer):
     """
 
     noises = tuple(
-        name for name, unit in INTERVENTIONS.items() if issubclass(unit, NoiseIntervention)
+        name
+        for name, unit in INTERVENTIONS.items()
+        if issubclass(unit, NoiseIntervention) and "alpha" in argument_defaults(unit)
     )
 
     def __init__(

@@ -242,7 +242,8 @@ class Dimensions:
 
     def _add_noise(self, run: ResolvedRun, space: Space) -> None:
         entries = [run.config.representations[i] for i in self._noises]
-        if len(entries) > 1 or any(entry.component != "embeddings" for entry in entries):
+        is_known = [e.component == "embeddings" and "alpha" in e.arguments for e in entries]
+        if len(entries) > 1 or not all(is_known):
             return
         own, alpha = NONE, None
         if entries:

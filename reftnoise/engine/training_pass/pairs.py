@@ -1,12 +1,51 @@
-"""Every example twice in one batch, for SymNoise, with the loss of the pair's mean."""
+"""Every example twice in one batch: for SymNoise, with the loss of the pair's mean, and for noise
+that compares the two.
+"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout import Batch
+from ..units import PlacedUnit
+
+
+def in_pairs_of(batch: Batch, paired: Sequence[PlacedUnit]) -> Batch:
+    """Every example twice, for the units that ask for pairs.
+
+    Raises:
+        ValueError: as `in_pairs`; or a unit compares pairs, and another one asks for them, too.
+    """
+    compared = [p for p in paired if getattr(p.unit, "compares", False) and p.unit.training]
+    if compared and len(paired) > 1:
+        first, second = (type(placed.unit).__name__ for placed in paired[:2])
+        raise ValueError(
+            f"{first} and {second}: each asks for every example twice, in its own way: expected "
+            "one such unit in a config"
+        )
+    if not compared:
+        return in_pairs(batch)
+    if batch.inputs.get("fused_lm_head"):
+        raise ValueError(
+            f"{type(compared[0].unit).__name__} compares predictions, which TRL's fused head does "
+            "not return: leave one of them out"
+        )
+    return _compared(batch, compared[0].key)
+
+
+def _compared(batch: Batch, key: str) -> Batch:
+    """Every example twice, the second time without labels of its own, so that the loss stays."""
+    pairs, labels = in_pairs(batch), batch.labels
+    if labels is None or labels.is_floating_point():
+        raise ValueError("labels that are no classes: expected tokens or classes to predict")
+    counted = torch.cat([labels, torch.full_like(labels, -100)])
+    inputs = pairs.inputs | {"labels": counted}
+    if batch.inputs.get("num_items_in_batch") is not None:
+        inputs["num_items_in_batch"] = batch.inputs["num_items_in_batch"]
+    return replace(pairs, inputs=inputs, compared=key)
 
 
 def in_pairs(batch: Batch) -> Batch:
@@ -18,7 +57,7 @@ def in_pairs(batch: Batch) -> Batch:
     inputs, rows = batch.inputs, batch.rows
     if batch.labels is None:
         raise ValueError(
-            "SymNoise averages the loss over the pair x + δ, x - δ, so it needs labels while "
+            "the noise averages the loss over pairs, or compares them, so it needs labels while "
             "training (label smoothing and compute_loss_func take them away); call eval() for "
             "outputs without noise"
         )

@@ -1,0 +1,146 @@
+"""R3F against its formula from two passes of its own, and HyPe's noise at every layer."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
+
+import reftnoise as rn
+from reftnoise.engine.training_pass.prefix_cache import PrefixCache
+from support.models.architectures import tiny_model
+from support.tolerance import assert_close, assert_close_gradients
+from support.training_steps import batch, step, wrapped
+
+R3F = {"intervention": "r3f", "epsilon": 0.1, "weight": 0.5}
+
+
+def by_hand(
+    model: rn.ReftModel, inputs: dict[str, Any], where: str = "all"
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loss, its consistency alone, and the gradients, of two passes with and without noise."""
+    bare = rn.get_reft_model(model.model, rn.ReftConfig(model.reft_config.representations[:1]))
+    bare.load_state_dict(model.state_dict(), strict=False)
+    embeds = model.model.get_input_embeddings()(inputs["input_ids"])
+    torch.manual_seed(3)
+    noise = torch.zeros_like(embeds).uniform_(-0.1, 0.1)
+    mask, labels = inputs["attention_mask"].bool(), inputs["labels"]
+    if where == "completion":
+        mask = mask & (labels != -100)
+    others = {n: v for n, v in inputs.items() if n not in ("input_ids", "labels")}
+    others["prompt_lengths"] = (inputs["attention_mask"].bool() & (labels == -100)).sum(1)
+    counted = labels[:, 1:] != -100
+    logs = []
+    for shift in (0.0, noise.masked_fill(~mask[..., None], 0)):
+        logits = bare(inputs_embeds=embeds + shift, **others).logits[:, :-1][counted]
+        logs.append(logits.log_softmax(-1))
+    p, q = logs
+    one, other = (F.kl_div(a, b, reduction="sum", log_target=True) for a, b in ((p, q), (q, p)))
+    apart = (one + other) / counted.sum()
+    loss = F.nll_loss(p, labels[:, 1:][counted]) + 0.5 * apart
+    return loss, apart, list(torch.autograd.grad(loss, list(bare.interventions.parameters())))
+
+
+WAYS: list[Any] = [
+    ("all", "all logits", {"return_logits": True}),
+    ("all", "label loss", {"return_logits": False}),
+    ("completion", "split", {"return_logits": False}),
+    ("completion", "prefix cache", {"return_logits": False}),
+    ("completion", "lazy logits", {}),
+]
+
+
+@pytest.mark.parametrize(("where", "way", "options"), WAYS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_r3f_is_its_formula(side: str, where: str, way: str, options: Any) -> None:
+    model = wrapped("l1", R3F | {"where": where}, base=tiny_model().double())
+    model.split = "always" if way in ("split", "prefix cache") else "never"
+    model.prefix_cache = PrefixCache() if way == "prefix cache" else None
+    inputs = batch(side)
+    loss, apart, gradients = by_hand(model, inputs, where)
+    outputs, found = step(model, inputs, **options)
+    assert model.added_loss is not None
+    torch.testing.assert_close(model.added_loss.detach(), (0.5 * apart).detach(), rtol=1e-6, atol=0)
+    assert_close(outputs.loss.float(), loss.float())  # the base's own loss is in fp32
+    assert_close_gradients([g.float() for g in found], [g.float() for g in gradients])
+    if options.get("return_logits") is not False:
+        assert outputs.logits.shape[0] == len(inputs["input_ids"])
+    with torch.no_grad():
+        clean = model.eval()(**inputs).loss
+    assert_close(clean.float(), (loss - 0.5 * apart).float())
+
+
+def test_r3f_of_micro_batches_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped("l1", R3F | {"epsilon": 0.0})
+    noise = torch.randn(4, 25, 32)
+    unit = list(model.interventions.values())[-1]
+    rows: list[slice] = []
+
+    def delta(*_: Any, **__: Any) -> Tensor:
+        part = noise[rows[-1]]
+        return torch.cat([torch.zeros_like(part), part])
+
+    monkeypatch.setattr(unit, "delta", delta)
+    monkeypatch.setattr("reftnoise.engine.training_pass.consistency.MAX_LOGITS", 500)  # chunks
+    inputs = batch()
+    rows.append(slice(0, 4))
+    expected = step(model, inputs)
+    model.zero_grad()
+    total, count = 0.0, (inputs["labels"][:, 1:] != -100).sum()
+    for part in (slice(0, 3), slice(3, 4)):
+        rows.append(part)
+        some = {name: values[part] for name, values in inputs.items()}
+        loss = model(**some, num_items_in_batch=count).loss
+        loss.backward()
+        total += float(loss.detach())
+    assert_close(total, expected[0].loss)
+    assert model.added_loss is not None
+    assert_close_gradients([p.grad for p in model.interventions.parameters()], expected[1])
+
+
+def test_r3f_of_a_classifier() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=64, num_hidden_layers=2, num_labels=3, **sizes)
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(config).eval()
+    model = wrapped("f1", R3F, base=base)
+    ids = torch.arange(12).view(3, 4)
+    logits: list[Tensor] = []
+    base.register_forward_hook(lambda _, __, out: logits.append(out.logits))
+    labels = torch.tensor([0, 2, 1])
+    loss = model(input_ids=ids, labels=labels).loss
+    p, q = logits[0].log_softmax(-1).tensor_split(2)
+    apart = F.kl_div(p, q, log_target=True, reduction="batchmean")
+    apart = apart + F.kl_div(q, p, log_target=True, reduction="batchmean")
+    assert apart > 0
+    assert_close(loss, F.nll_loss(p, labels) + 0.5 * apart)
+    with pytest.raises(ValueError, match="labels that are no classes"):
+        model(input_ids=ids, labels=torch.rand(3))
+
+
+def test_pairs_are_of_one_kind() -> None:
+    model = wrapped("l1", R3F, {"intervention": "symnoise"})
+    with pytest.raises(ValueError, match="R3fIntervention and SymNoiseIntervention: each asks"):
+        model(**batch())
+
+
+def test_hype_perturbs_the_input_of_every_layer() -> None:
+    model = wrapped("l1", {"intervention": "hype", "epsilon": 0.25, "distribution": "normal"})
+    places = [(p.site.name, p.site.is_input) for p in model.engine.units[3:]]
+    assert places == [(f"model.layers.{n}", True) for n in range(3)]
+    inputs = batch()
+    mask = inputs["attention_mask"].bool()
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(units: Any, before: Tensor, after: Tensor) -> None:
+        if units[0].site.is_input:
+            seen.append((before, after))
+
+    with model.engine.settings.block(observer=look):
+        model(**inputs, return_logits=True)
+    assert len(seen) == 3
+    noise = torch.cat([(after - before)[mask] for before, after in seen])
+    assert 0.24 < noise.std() < 0.26
+    assert all(torch.equal(after[~mask], before[~mask]) for before, after in seen)
