@@ -111,6 +111,22 @@ def test_as_json_and_as_tables(run: Path) -> None:
     assert "block_output, layers 0-3" in printed
 
 
+def test_a_gate_stands_next_to_its_unit(tmp_path: Path) -> None:
+    red = {"layer": "all", "intervention": "red"}
+    bias = {"component": "attention_output", "layer": 0, "intervention": "bias"}
+    units = [red | {"component": "mlp_output", "gate": "probe"}, red | {"gate": "norm"}, bias]
+    model, _ = rn.load_tiny_model()
+    rn.get_reft_model(model, rn.ReftConfig(units)).save_pretrained(tmp_path)
+    described = describe(tmp_path)
+    assert [unit.gate for unit in described.units] == ["probe"] * 4 + ["norm"] * 4 + [None]
+    assert [unit.parameters for unit in described.units[3:5]] == [3 * 128 + 1, 2 * 128]
+    file = io.StringIO()
+    show(described, Console(file=file, width=140))
+    assert "red, gate probe" in file.getvalue()
+    assert "red, gate norm" in file.getvalue()
+    assert "s 11.3" in file.getvalue()  # √128, the norm of ones
+
+
 def test_what_is_no_adapter(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no reft_config\.json in it"):
         describe(tmp_path)
