@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .base import has_factors
 from .factors import Factors, side_by_side
+from .losses import EditsRows
 from .row_edits import RowEdit
 
 
@@ -90,7 +91,7 @@ NO_DIRECTION = (
 
 def has_direction(unit: object) -> bool:
     """Whether a unit's edit has one direction, which can be taken out of hidden states."""
-    if not has_factors(unit):
+    if not has_factors(unit) or isinstance(unit, EditsRows):  # which edit otherwise in training
         return False
     factors = unit.factors()
     return vector_of(factors) is not None or _has_rank_one(factors)

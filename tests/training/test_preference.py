@@ -250,6 +250,8 @@ def test_units_that_have_no_direction(tokenizer: Any, tmp_path: Path) -> None:
     loreft = {"layer": LAYER, "intervention": "loreft", "low_rank_dimension": 2}
     with pytest.raises(ValueError, match=r"'project': LoreftIntervention at .* or supp"):
         trainer_of(tokenizer, tmp_path, "reps", loreft)
+    with pytest.raises(ValueError, match=r"ReftR1Intervention at .* has no one direction"):
+        trainer_of(tokenizer, tmp_path, "reps", {"layer": LAYER, "intervention": "reftr1"})
     trainer_of(tokenizer, tmp_path, "reps", loreft | {"low_rank_dimension": 1})
     trainer_of(tokenizer, tmp_path, PreferenceObjective(suppression="negate"), loreft)
     with pytest.raises(ValueError, match="expected another noise, such as bernoulli"):
