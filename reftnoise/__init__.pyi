@@ -16,6 +16,7 @@ from .engine.base.loading import load_base as load_base
 from .engine.base.tiny import load_tiny_examples as load_tiny_examples
 from .engine.base.tiny import load_tiny_model as load_tiny_model
 from .engine.training_pass.prefix_cache import PrefixCache as PrefixCache
+from .inference.export.exporting import export_adapter as export_adapter
 from .interventions import AblationIntervention as AblationIntervention
 from .interventions import AdapterIntervention as AdapterIntervention
 from .interventions import AdditionIntervention as AdditionIntervention

@@ -92,6 +92,32 @@ def remove(path: Path) -> None:
         os.replace(path, Path(scratch) / path.name)
 
 
+def replace_directory(new: Path, place: Path) -> None:
+    """Put a directory in the place of another, or of none, on the same file system.
+
+    On Linux there is the old or the new one at every instant. What was there is removed.
+    """
+    if not place.is_dir():
+        os.rename(new, place)
+        return
+    if not _exchanged(new, place):
+        remove(place)
+        os.rename(new, place)
+        return
+    shutil.rmtree(new)
+
+
+def _exchanged(path: Path, other: Path) -> bool:
+    """Exchange two paths at one instant; whether this system can."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return rename(here, os.fsencode(path), here, os.fsencode(other), exchange) == 0
+
+
 @contextlib.contextmanager
 def _saving_alone(directory: Path) -> Iterator[bool]:
     """Hold the lock of a directory that is saved into, which ends with the process that holds it.

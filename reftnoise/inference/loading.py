@@ -39,7 +39,7 @@ def load_adapted(
             of a classifier.
     """
     directory = _of_text_model(adapter)
-    base, tokenizer = _load_base(directory, model, dtype, device)
+    base, tokenizer = base_for(directory, model, dtype, device)
     return ReftModel.from_pretrained(base, directory), tokenizer
 
 
@@ -56,7 +56,7 @@ def load_library(
     """
     directories = {name: _of_text_model(path) for name, path in adapters.items()}
     first = next(iter(directories.values()))
-    base, tokenizer = _load_base(first, model, dtype, device)
+    base, tokenizer = base_for(first, model, dtype, device)
     reft_model = get_reft_model(base)
     for name, directory in directories.items():
         reft_model.load_adapter(directory, name)
@@ -76,9 +76,7 @@ def by_name(adapter: str | Path, others: Mapping[str, str | Path]) -> dict[str, 
     return {name: adapter, **others}
 
 
-def _load_base(
-    directory: Path, model: str | None, dtype: str | None, device: str
-) -> tuple[Any, Any]:
+def base_for(directory: Path, model: str | None, dtype: str | None, device: str) -> tuple[Any, Any]:
     """The base of an adapter directory, and its tokenizer; arguments as in `load_adapted`."""
     known = base_of(directory) if model is None else {"model": model}
     if dtype is not None:

@@ -95,6 +95,13 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("inspect", "nowhere"), "nowhere: no such directory"),
     (("inspect", "{tmp}/run", *OTHER), "nowhere: no such directory"),
     (("inspect", "{tmp}/run", "--output", "a.png"), "the picture is of overlaps"),
+    (("export", "nowhere", "{tmp}/new", "--to", "lora"), "nowhere: no such directory"),
+    (("export", "{tmp}/run", "{tmp}/new"), "to is missing: expected one of merged, lora"),
+    (
+        ("export", "{tmp}/run", "{tmp}/new", "--to", "gguf"),
+        "to 'gguf': possible: merged, lora, gguf-control-vector",
+    ),
+    (("export", "{tmp}/run", "{tmp}/run", "--to", "lora"), "holds other files"),
     (("convert", "nowhere", "{tmp}/new", "--base", "tiny-chat"), "nowhere: no such directory"),
     (("convert", "{tmp}/run/adapter", "{tmp}/new"), "expected --base"),
     (

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftnoise as rn
 from reftnoise.adapters.directory import AdapterFiles
-from support.adapters import MISTAKES, save
+from support.adapters import MISTAKES, moved, save
 
 vllm = pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
 
@@ -418,3 +418,58 @@ def test_a_model_in_two_parts_is_edited_too(
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     expect_equal(engine(base, tensor_parallel_size=2), prompts, ours, adapters)
+
+
+# -- exports ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_exports_need_no_plugin(to: str, tmp_path: Path) -> None:
+    """vLLM's own LoRA, and a checkpoint that has biases for an edit, on 50 prompts."""
+    pytest.importorskip("peft", reason="needs peft: pip install peft")
+    _, tokenizer = rn.load_tiny_model()
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads, initializer_range=0.08)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    unit = {"intervention": "ablate"} if to == "lora" else {"intervention": "bias"}
+    entries = [
+        {"layer": "all", "component": component, "positions": "all+decode", **unit}
+        for component in ("mlp_output", "attention_input")
+    ]
+    reft_model = rn.get_reft_model(loaded(tmp_path / "base"), rn.ReftConfig(entries)).eval()
+    moved(reft_model)
+    for name, buffer in reft_model.interventions.named_buffers():
+        if name.endswith("vector"):
+            buffer.normal_()
+    reft_model.save_pretrained(tmp_path / "adapter")
+    place, base = tmp_path / "export", str(tmp_path / "base")
+    rn.export_adapter(tmp_path / "adapter", place, to, model=base, prompts=["Who are you?"])
+
+    draw = random.Random(0)
+    lengths = [draw.randint(1, 40) for _ in range(50)]
+    asked = [[draw.randrange(3, len(tokenizer)) for _ in range(length)] for length in lengths]
+    settings: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32"}
+    settings |= {"max_model_len": 128, "enforce_eager": True, "block_size": 32}
+    if to == "lora":
+        settings |= {"enable_lora": True, "max_lora_rank": 8}
+    engine = vllm.LLM(str(place) if to == "merged" else base, **settings)
+    outputs = engine.generate(
+        [{"prompt_token_ids": prompt} for prompt in asked],
+        sampling(),
+        lora_request=lora_request("edits", 1, str(place)) if to == "lora" else None,
+        use_tqdm=False,
+    )
+    for output, prompt in zip(outputs, asked, strict=True):
+        ids = torch.tensor([prompt])
+        own = reft_model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert list(output.outputs[0].token_ids) == own[0, len(prompt) :].tolist()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .adapters import convert, inspect_adapter, report
+from .adapters import convert, export, inspect_adapter, report
 from .answers import chat, generate, playground, serve
 from .runs import demo, evaluate, study, train, tune
 from .steering import steer
@@ -21,5 +21,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "inspect": inspect_adapter,
     "convert": convert,
+    "export": export,
 }
 """By name. A `Recipe`, `Study`, `Decoding` or `SteerOptions` is options, one for each field."""

@@ -1,4 +1,4 @@
-"""Commands about what was trained: inspect, report, convert.
+"""Commands about what was trained: inspect, report, convert, export.
 
 Heavy imports are inside the functions: `--help` and mistakes do not wait for torch.
 """
@@ -9,9 +9,10 @@ from ..._util.files import local_path
 from ...adapters.location import expect_place
 from ...config.base_model import expect_base
 from ...config.positions import Positions
+from ...inference.export.target import expect_free_directory, expect_target
 from ...training.run_adapter import adapter_directory
 from ...training.run_files import is_study
-from ..checks import expect_adapters
+from ..checks import expect_adapters, expect_prompts
 from ..printing import print_json
 
 
@@ -117,3 +118,61 @@ def convert(
             source, output, base=base, positions=positions, dropout=dropout, act_fn=act_fn
         )
     )
+
+
+def export(
+    adapter: str,
+    directory: str,
+    to: str | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    prompts: str | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Write an adapter as plain weights, a LoRA or a control vector, exactly or not at all.
+
+    The export is loaded without reftnoise, and compared with the adapted model: export.json.
+
+    Args:
+        adapter: directory of a run or of an adapter, or hub name of an adapter.
+        directory: directory for the export.
+        to: merged for a checkpoint of transformers, lora for an adapter of PEFT, or
+            gguf-control-vector for one of llama.cpp.
+        model: directory, GGUF file or name of the base, if not that which the adapter was saved
+            with.
+        dtype: dtype of the base, such as bfloat16.
+        device: cpu, cuda or another device of torch; auto is a GPU where there is one.
+        prompts: file of JSON lines with the prompts of the comparison; by default built-in ones.
+        overwrite: whether an earlier export in the directory is replaced.
+        json: whether the record is printed as JSON.
+    """
+    expect_target(to)
+    expect_free_directory(local_path(directory, "directory"), overwrite=overwrite)
+    expect_adapters(adapter, model=model, dtype=dtype)
+    if prompts is not None:
+        expect_prompts(None, prompts, None)
+    from ...inference.export.exporting import export_adapter, prompts_of
+
+    record = export_adapter(
+        adapter,
+        directory,
+        str(to),
+        model=model,
+        dtype=dtype,
+        device=device,
+        prompts=prompts_of(prompts),
+        overwrite=overwrite,
+    )
+    if json:
+        print_json(record)
+        return
+    proof = record["proof"]
+    print(
+        f"{directory}: {proof['equal_greedy_answers']} of {proof['prompts']} greedy answers are "
+        f"equal; logits differ by at most {proof['largest_logit_difference']:.2g} "
+        f"(rounding: {proof['limit_of_rounding']:.2g}, largest logit: {proof['largest_logit']:.3g})"
+    )
+    for note in record.get("notes", ()):
+        print(note)

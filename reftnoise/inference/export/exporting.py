@@ -1,0 +1,215 @@
+"""Write an adapter as what other programs read, and prove that it is the same."""
+
+import contextlib
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..._util.files import SCRATCH, json_text, local_path, replace_directory, writing
+from ...adapters.directory import AdapterFiles
+from ...data.files import json_lines_of
+from ...data.templates import fill
+from ...evaluation.forgetting import NEUTRAL
+from ...interventions.arguments import dtype_name
+from ...model import ReftModel
+from ...training.run_adapter import adapter_directory, template_of
+from ..loading import base_for, load_adapted
+from ..prompts import default_template, read_jsonl
+from .formats import (
+    adding_control_vector,
+    read_lora,
+    read_merged,
+    write_control_vector,
+    write_lora,
+    write_merged,
+)
+from .plan import expect_plain_base
+from .proof import (
+    GreedyAnswers,
+    answers_of,
+    largest_difference,
+    largest_logit,
+    limit_of_rounding,
+    token_prompts,
+)
+from .target import RECORD, expect_free_directory, expect_target
+
+BUILT_IN = 16
+"""The number of prompts that a proof reads where none are given."""
+_PACKAGES = ("reftnoise", "torch", "transformers", "peft", "gguf")
+
+
+def export_adapter(
+    adapter: str | Path,
+    directory: str | Path,
+    to: str = "merged",
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    prompts: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    r"""Write an adapter as plain weights, a LoRA or a control vector, exactly or not at all.
+
+    An edit without activation at all tokens, $h \mapsto Mh + v$, goes into the linear layers that
+    make or read the hidden states (`"merged"`, `"lora"`), and a constant at a block's output into a
+    control vector of llama.cpp (`"gguf-control-vector"`). Products are in float64. The export is
+    then loaded without us, by transformers, PEFT or plain hooks, and compared with the adapted
+    model: its logits at what the model writes after prompts, and what it writes itself.
+
+    Args:
+        adapter: directory of a run or of an adapter, or hub name of an adapter.
+        directory: directory for the export, new or empty.
+        to: `"merged"`, `"lora"` or `"gguf-control-vector"`.
+        model: name or directory of the base, if not that which the adapter was saved with.
+        dtype: dtype of the base, as in `load_base`.
+        device: device of the proof, as in `load_base`.
+        prompts: texts that the proof reads, by default built-in ones.
+        overwrite: whether an earlier export in the directory is replaced.
+
+    Returns:
+        The record that is next to the export, in `export.json`.
+
+    Raises:
+        ValueError: what the adapter does is not exact in that form, and why; or the export differs
+            from the adapted model by more than rounding explains. Nothing is written then.
+        OSError: there is no such adapter or base.
+    """
+    expect_target(to)
+    place = local_path(directory, "directory")
+    expect_free_directory(place, overwrite=overwrite)
+    own = adapter_directory(adapter)
+    reft_model, tokenizer = load_adapted(own, model, dtype=dtype, device=device)
+    expect_plain_base(reft_model)
+    base_name, base_dtype = str(reft_model.config.name_or_path), reft_model.model.dtype
+    asked = _prompts(own, tokenizer, prompts)
+    tokens = token_prompts(tokenizer, reft_model, asked)
+    place.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with (
+        writing(place),
+        tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.absolute().parent) as scratch,
+    ):
+        new = Path(scratch) / "export"
+        new.mkdir()
+        # Before the weights change.
+        adapted = answers_of(reft_model, tokenizer, tokens)
+        written = _write(reft_model, tokenizer, to, new)
+        reft_device = reft_model.device
+        del reft_model
+        fresh = None if to == "merged" else base_for(own, model, dtype, device)[0]
+        with contextlib.ExitStack() as stack:
+            exported = _read(to, new, fresh, reft_device, stack)
+            answers = answers_of(exported, tokenizer, tokens, adapted.written)
+        del exported, fresh
+        limit = _limit(adapted, own, tokenizer, tokens, base_dtype, model, device)
+        record = {
+            "to": to,
+            "adapter": {"directory": str(adapter), "identity": AdapterFiles.read(own).identity()},
+            "base": base_name,
+            "dtype": dtype_name(base_dtype),
+            "versions": _versions(),
+            **written,
+            "proof": _proof(adapted, answers, limit),
+        }
+        _expect_same(to, record["proof"])
+        text = json_text(record, indent=2) + "\n"
+        (new / RECORD).write_text(text, encoding="utf-8")
+        os.chmod(new, 0o777 & ~_umask())
+        replace_directory(new, place)
+    return record
+
+
+def _write(reft_model: ReftModel, tokenizer: Any, to: str, directory: Path) -> dict[str, Any]:
+    if to == "merged":
+        return write_merged(reft_model, tokenizer, directory)
+    return (
+        write_lora(reft_model, directory)
+        if to == "lora"
+        else write_control_vector(reft_model, directory)
+    )
+
+
+def _read(to: str, directory: Path, base: Any, device: Any, stack: contextlib.ExitStack) -> Any:
+    """The export, loaded without us; a stack holds the hooks of a control vector."""
+    if to == "merged":
+        return read_merged(directory, device)
+    if to == "lora":
+        return read_lora(base, directory)
+    stack.enter_context(adding_control_vector(base, directory))
+    return base
+
+
+def _limit(
+    adapted: GreedyAnswers,
+    adapter: Path,
+    tokenizer: Any,
+    tokens: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    model: str | None,
+    device: str,
+) -> float:
+    """The difference that rounding explains; half precision is compared with float32."""
+    if dtype.itemsize >= torch.float32.itemsize:
+        return limit_of_rounding(adapted, None)
+    wide, _ = load_adapted(adapter, model, dtype="float32", device=device)
+    return limit_of_rounding(adapted, answers_of(wide, tokenizer, tokens, adapted.written))
+
+
+def _proof(adapted: GreedyAnswers, answers: GreedyAnswers, limit: float) -> dict[str, Any]:
+    pairs = list(zip(adapted.written, answers.written, strict=True))
+    return {
+        "largest_logit_difference": largest_difference(adapted, answers),
+        "limit_of_rounding": limit,
+        "largest_logit": largest_logit(adapted),
+        "prompts": len(pairs),
+        "equal_greedy_answers": sum(mine == theirs for mine, theirs in pairs),
+    }
+
+
+def _expect_same(to: str, proof: dict[str, Any]) -> None:
+    difference, limit = proof["largest_logit_difference"], proof["limit_of_rounding"]
+    if not difference <= limit:  # NaN is not
+        raise ValueError(
+            f"{to}: logits of the export differ by {difference:.3g}, where rounding explains "
+            f"{limit:.3g}; nothing was written"
+        )
+
+
+def _prompts(adapter: Path, tokenizer: Any, prompts: Sequence[str] | None) -> list[Any]:
+    """Prompts in the template of the run, or else that of the tokenizer."""
+    if prompts is None:
+        rows = [row for _, row in json_lines_of(NEUTRAL) if "prompt" in row]
+        prompts = [str(row["prompt"]) for row in rows[:BUILT_IN]]
+    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise ValueError(f"prompts {prompts!r}: expected texts")
+    template = template_of(adapter.parent) or default_template(tokenizer)
+    try:
+        return [fill(template, prompt, {}) for prompt in prompts]
+    except ValueError:  # a template of columns that these prompts do not have
+        return [fill(default_template(tokenizer), prompt, {}) for prompt in prompts]
+
+
+def prompts_of(path: str | None) -> list[str] | None:
+    """The prompts of a file of JSON lines; None for none."""
+    return None if path is None else [row["prompt"] for row in read_jsonl(path, "prompt")]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,36 @@
+"""What an adapter can be exported to, and where; without torch."""
+
+from pathlib import Path
+
+from ..._util.errors import nearest
+
+TARGETS = ("merged", "lora", "gguf-control-vector")
+RECORD = "export.json"
+"""The file next to an export that says of what it is, and how far from it."""
+
+
+def expect_target(to: str | None) -> None:
+    """Raise a ValueError for what no adapter is exported to."""
+    if to is None:
+        raise ValueError(f"to is missing: expected one of {', '.join(TARGETS)}")
+    if to not in TARGETS:
+        raise ValueError(f"to {to!r}: {nearest(to, TARGETS)}")
+
+
+def expect_free_directory(directory: Path, *, overwrite: bool) -> None:
+    """Raise a ValueError unless an export may be written to a directory.
+
+    Args:
+        directory: directory that is to be written.
+        overwrite: whether an earlier export there is replaced; nothing else ever is.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"directory {directory}: expected a directory, found a file")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not (directory / RECORD).is_file():
+        raise ValueError(f"directory {directory} holds other files: choose a new one")
+    if not overwrite:
+        raise ValueError(
+            f"directory {directory} holds an export already: choose another, or --overwrite it"
+        )
