@@ -190,6 +190,7 @@ def other_units(architecture: str) -> str:
         for name, parameter in edited.items():
             if "rotate_layer" not in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    _expect_conditions(architecture)
     given = {n: v for n, v in rows[0].items() if n not in ("labels", "position_ids")}
     try:
         tokens, logits = greedy(model.eval(), given, use_cache=True)
@@ -200,6 +201,30 @@ def other_units(architecture: str) -> str:
     assert torch.equal(tokens, expected[0])
     assert relative(logits, expected[1]) <= TOLERANCE
     return "ok"
+
+
+@torch.no_grad()
+def _expect_conditions(architecture: str) -> None:
+    """Rows whose prompt always meets a condition are edited as without one, the others never."""
+    batch = padded(examples_of(architecture))
+
+    def logits(**gate: Any) -> Tensor:
+        place = {"layer": "all", "intervention": "bias", "positions": "all"} | gate
+        components = MODELS[architecture][0].edited
+        model = _with(architecture, [place | {"component": c} for c in components]).eval()
+        for unit in model.interventions.values():
+            unit.bias[::2] = 1.0  # a norm would take a constant out
+            if gate:
+                unit.gate.vector.fill_(1.0)
+        found: Tensor = model(**batch).logits
+        return found
+
+    always, never = ({"type": "condition", "threshold": t} for t in (-1, 1))
+    plain = logits()
+    assert relative(logits(gate=always), plain) <= TOLERANCE
+    bare: Tensor = _with(architecture, []).eval()(**batch).logits
+    assert torch.equal(logits(gate=never), bare)
+    assert relative(bare, plain) > TOLERANCE
 
 
 CELLS: dict[str, Callable[[str], str]] = {
