@@ -16,6 +16,7 @@ from .factors import Factors as Factors
 from .factors import side_by_side as side_by_side
 from .fixed_noise import HypeIntervention as HypeIntervention
 from .fixed_noise import R3fIntervention as R3fIntervention
+from .fixed_noise import SmartIntervention as SmartIntervention
 from .formed import FormedIntervention as FormedIntervention
 from .formed import shared_factors as shared_factors
 from .gates import GATES as GATES

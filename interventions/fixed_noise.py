@@ -3,11 +3,13 @@ r"""Noise of a fixed scale: $x + z$, $z \sim U(-\epsilon, \epsilon)$ or $N(0, \e
 | class | what it is for | paper |
 |---|---|---|
 | `R3fIntervention` | predictions without and with z must agree | R3F (arXiv:2008.03156) |
+| `SmartIntervention` | the same, with z where they agree least | SMART (arXiv:1911.03437) |
 | `HypeIntervention` | z at the input of every layer | HyPe (arXiv:2212.08853) |
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import ClassVar, Literal
 
@@ -62,7 +64,10 @@ class _FixedNoise(NoiseIntervention):
         lengths: Int[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length hidden"]:
         draw = uniform_noise if self.distribution == "uniform" else gaussian_noise
-        noise = draw(hidden, self.epsilon)
+        return self._chosen(draw(hidden, self.epsilon), attended, prompt)
+
+    def _chosen(self, noise: Tensor, attended: Tensor | None, prompt: Tensor | None) -> Tensor:
+        """The noise at the tokens that are perturbed."""
         if attended is not None:
             noise = noise.masked_fill(~attended[..., None], 0.0)
         return noise_at(noise, self.where, prompt)
@@ -134,13 +139,97 @@ class R3fIntervention(AddsLoss, _FixedNoise):
             )
         masks = (attended, prompt, lengths)
         half = [None if mask is None else mask[clean:] for mask in masks]
-        noise = super().delta(hidden[clean:], *half)
+        noise = self._noise_of(hidden[clean:], *half)
         return torch.cat([torch.zeros_like(noise), noise])
+
+    def _noise_of(self, hidden: Tensor, *masks: Tensor | None) -> Tensor:
+        """The noise of the second half."""
+        return super().delta(hidden, *masks)
 
     def added_loss(
         self, progress: Float[Tensor, ""], noted: Sequence[Tensor]
     ) -> Float[Tensor, ""] | None:
         return self.weight * noted[0] if noted else None
+
+
+class SmartIntervention(R3fIntervention):
+    r"""SMART's smoothness: as R3F, with z from one step up the divergence.
+
+    $$z = \Pi_{\|z\|_\infty \le \epsilon}\left(z_0 + \eta\, g / \|g\|_\infty\right), \qquad
+      g = \nabla_z [\mathrm{KL}(p\|q) + \mathrm{KL}(q\|p)] \text{ at } z_0$$
+
+    $z_0$ is drawn as R3F's z, and the norms are of each row. The step costs a forward and a
+    backward pass more. The paper's proximal term, which holds predictions near those of earlier
+    weights, is not part of it.
+
+    Args:
+        step: $\eta \ge 0$.
+        weight: as in `R3fIntervention`.
+        epsilon: largest element of z.
+        distribution: as in `_FixedNoise`.
+        where: as in `_FixedNoise`.
+        embed_dim: width of the hidden states; not used.
+        pyvene: fields that pyvene passes when it builds the class itself; not used.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Paper: arXiv:1911.03437, section 3.1 and algorithm 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: float = 1e-3,
+        weight: float = 1.0,
+        epsilon: float = 1e-5,
+        distribution: Distribution = "normal",
+        where: Where = "all",
+        embed_dim: int | None = None,
+        **pyvene: Unpack[NoiseFields],
+    ) -> None:
+        super().__init__(
+            weight=weight,
+            epsilon=epsilon,
+            distribution=distribution,
+            where=where,
+            embed_dim=embed_dim,
+            **pyvene,
+        )
+        self.step = expect_size("step", step)
+        self._found: Tensor | None = None
+        """z of this pass; None while its start is drawn."""
+        self._start: Tensor | None = None
+        self._apart: Tensor | None = None
+
+    @contextlib.contextmanager
+    def ascending(self) -> Iterator[None]:
+        """Within the block, a pass runs with $z_0$; from its end on, passes have the z found."""
+        self._found = self._start = self._apart = None
+        try:
+            yield
+            if self._start is None or self._apart is None:
+                raise RuntimeError("no predictions were compared in the pass that SMART looks at")
+            (slope,) = torch.autograd.grad(self._apart, self._start)
+            size = slope.abs().amax(dim=(1, 2), keepdim=True)
+            size = size.clamp(min=torch.finfo(size.dtype).tiny)
+            found = self._start.detach() + self.step * slope / size
+            self._found = found.clamp(-self.epsilon, self.epsilon)
+        finally:
+            self._start = self._apart = None
+
+    def _noise_of(self, hidden: Tensor, *masks: Tensor | None) -> Tensor:
+        if self._found is not None:
+            return self._chosen(self._found, *masks[:2])
+        self._start = super()._noise_of(hidden, *masks).detach().requires_grad_()
+        return self._chosen(self._start, *masks[:2])
+
+    def added_loss(
+        self, progress: Float[Tensor, ""], noted: Sequence[Tensor]
+    ) -> Float[Tensor, ""] | None:
+        if self._found is None and noted:
+            self._apart = noted[0]
+        return super().added_loss(progress, noted)
 
 
 def expect_size(name: str, value: float) -> float:

@@ -29,6 +29,7 @@ INTERVENTIONS: dict[str, type[Unit]] = {
     "bernoulli": noise.BernoulliNoiseIntervention,
     "symnoise": noise.SymNoiseIntervention,
     "r3f": fixed_noise.R3fIntervention,
+    "smart": fixed_noise.SmartIntervention,
     "hype": fixed_noise.HypeIntervention,
 }
 

@@ -25,6 +25,7 @@ from .interventions import BiasIntervention as BiasIntervention
 from .interventions import ConsreftIntervention as ConsreftIntervention
 from .interventions import DireftIntervention as DireftIntervention
 from .interventions import GaussianNoiseIntervention as GaussianNoiseIntervention
+from .interventions import HypeIntervention as HypeIntervention
 from .interventions import LobireftIntervention as LobireftIntervention
 from .interventions import LoreftIntervention as LoreftIntervention
 from .interventions import LowRankRotation as LowRankRotation
@@ -32,10 +33,12 @@ from .interventions import NeftuneIntervention as NeftuneIntervention
 from .interventions import NodireftIntervention as NodireftIntervention
 from .interventions import NoiseIntervention as NoiseIntervention
 from .interventions import NoreftIntervention as NoreftIntervention
+from .interventions import R3fIntervention as R3fIntervention
 from .interventions import RedIntervention as RedIntervention
 from .interventions import ReftIntervention as ReftIntervention
 from .interventions import ReftR1Intervention as ReftR1Intervention
 from .interventions import RowStrengths as RowStrengths
+from .interventions import SmartIntervention as SmartIntervention
 from .interventions import SymNoiseIntervention as SymNoiseIntervention
 from .interventions import register_intervention as register_intervention
 from .model import ReftModel as ReftModel

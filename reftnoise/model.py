@@ -35,7 +35,7 @@ from .engine.settings import Arithmetic
 from .engine.training_pass.fused_head import call_fused, expect_plain_head, has_fused_head
 from .engine.training_pass.loss import at_labels
 from .engine.training_pass.mixin import TrainingMixin
-from .engine.training_pass.pairs import in_pairs_of, mean_of_pairs
+from .engine.training_pass.pairs import ascend, in_pairs_of, mean_of_pairs
 from .engine.training_pass.prefix_cache import PrefixCache
 from .engine.training_pass.runner import ForwardPasses, Logits, SplitMode
 from .engine.units import Subspaces, place_units, subspace_gates
@@ -215,6 +215,9 @@ class ReftModel(TakesBatches, TrainingMixin, AdapterMixin):
         paired = [p for p in self.engine.units if getattr(p.unit, "paired", False)]
         if is_noised and paired:
             batch = in_pairs_of(batch, paired)
+        if batch.compared is not None:
+            unit = self.interventions[batch.compared]
+            ascend(unit, lambda: self._passes.run(planner.plans(batch), batch, split="never"))
         plans = planner.plans(batch)
         if self.training and not torch.compiler.is_compiling():
             self._checks.check(plans[0], batch)

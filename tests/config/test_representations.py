@@ -36,6 +36,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "factor": 2.0,
     "skip": 0,
     "weight": 0.5,
+    "step": 0.5,
     "epsilon": 0.25,
     "distribution": "normal",
     "length": "padded",
@@ -48,6 +49,8 @@ def other_arguments(name: str) -> dict[str, Any]:
     parameters = inspect.signature(INTERVENTIONS[name]).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     values = OTHER_THAN_DEFAULT | {"unit_variance": not defaults.get("unit_variance")}
+    if name == "smart":
+        values["distribution"] = "uniform"
     own = [key for key in defaults if key != "embed_dim"]
     if name == "nodireft":
         own.remove("add_bias")  # which has no effect

@@ -21,7 +21,7 @@ from support.tolerance import assert_close
 
 REFT = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"]
 ADAPTERS = ["bias", "red", "addition", "ablate", "adapter", "reftr1"]
-NOISE = ["neftune", "gaussian", "bernoulli", "symnoise", "r3f", "hype"]
+NOISE = ["neftune", "gaussian", "bernoulli", "symnoise", "r3f", "smart", "hype"]
 
 # For every argument of a registered class, a value that is no class's default.
 OTHER_VALUES: dict[str, list[Any]] = {
@@ -34,6 +34,7 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "epsilon": [0.25],
     "distribution": ["normal"],
     "weight": [0.5],
+    "step": [0.5],
     "topk": [3],
     "sparsity": [0.1, 0],
     "factor": [2.0, -1],

@@ -36,6 +36,27 @@ def in_pairs_of(batch: Batch, paired: Sequence[PlacedUnit]) -> Batch:
     return _compared(batch, compared[0].key)
 
 
+def ascend(unit: Any, run: Callable[[], Any]) -> None:
+    """Let noise look, in a pass before the pass, where the predictions are least alike.
+
+    Args:
+        unit: noise that compares pairs; one without `ascending` is let be.
+        run: such a pass.
+
+    Raises:
+        ValueError: torch.compile traces, which takes no gradient within a pass.
+    """
+    if not hasattr(unit, "ascending"):
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"{type(unit).__name__} takes a gradient within the pass, which torch.compile of a "
+            "ReftModel cannot trace: compile the layers, layer.compile()"
+        )
+    with torch.enable_grad(), unit.ascending():
+        run()
+
+
 def _compared(batch: Batch, key: str) -> Batch:
     """Every example twice, the second time without labels of its own, so that the loss stays."""
     pairs, labels = in_pairs(batch), batch.labels

@@ -100,6 +100,43 @@ def test_r3f_of_micro_batches_is_that_of_the_whole(monkeypatch: pytest.MonkeyPat
     assert_close_gradients([p.grad for p in model.interventions.parameters()], expected[1])
 
 
+@pytest.mark.parametrize("where", ["all", "completion"])
+def test_smart_takes_a_step_up_the_divergence(where: str) -> None:
+    smart = {"intervention": "smart", "epsilon": 0.2, "step": 0.15, "distribution": "uniform"}
+    model, inputs = wrapped("l1", smart | {"where": where}), batch()
+    bare = rn.get_reft_model(model.model, rn.ReftConfig(model.reft_config.representations[:1]))
+    bare.load_state_dict(model.state_dict(), strict=False)
+    embeds = model.model.get_input_embeddings()(inputs["input_ids"]).detach()
+    mask, labels = inputs["attention_mask"].bool(), inputs["labels"]
+    others = {n: v for n, v in inputs.items() if n not in ("input_ids", "labels")}
+    others["prompt_lengths"] = (mask & (labels == -100)).sum(1)
+    counted = labels[:, 1:] != -100
+    chosen = mask & (labels != -100) if where == "completion" else mask
+
+    def apart(noise: Tensor) -> Tensor:
+        p, q = (
+            bare(inputs_embeds=embeds + z * chosen[..., None], **others)
+            .logits[:, :-1][counted]
+            .log_softmax(-1)
+            for z in (torch.zeros_like(noise), noise)
+        )
+        return ((p.exp() - q.exp()) * (p - q)).sum() / counted.sum()
+
+    torch.manual_seed(3)
+    start = torch.zeros_like(embeds).uniform_(-0.2, 0.2) * chosen[..., None]
+    (slope,) = torch.autograd.grad(apart(start.requires_grad_()), start)
+    size = slope.flatten(1).abs().amax(1)[:, None, None]
+    expected = apart((start + 0.15 * slope / size).clamp(-0.2, 0.2).detach())
+    gradients = torch.autograd.grad(expected, list(bare.interventions.parameters()))
+    outputs, found = step(model, inputs)
+    assert expected > apart(start)
+    assert model.added_loss is not None
+    assert_close(model.added_loss, expected)
+    plain, without = step(bare, inputs)
+    assert_close(outputs.loss, plain.loss + expected)
+    assert_close_gradients(found, [w + g for w, g in zip(without, gradients, strict=True)])
+
+
 def test_r3f_of_a_classifier() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
     config = BertConfig(vocab_size=64, num_hidden_layers=2, num_labels=3, **sizes)
