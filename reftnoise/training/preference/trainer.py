@@ -105,8 +105,8 @@ def _expect_units(model: ReftModel, objective: PreferenceObjective) -> None:
     for placed in model.engine.units:
         if getattr(placed.unit, "paired", False):
             raise ValueError(
-                "symnoise draws noise in pairs, so that an answer has two log-probabilities: "
-                "expected another noise, such as bernoulli"
+                f"{type(placed.unit).__name__} draws noise in pairs, so that an answer has two log-"
+                "probabilities: expected another noise, such as bernoulli"
             )
         is_edit = placed.positions is not None
         if objective.suppression == "project" and is_edit and not has_direction(placed.unit):
