@@ -194,11 +194,11 @@ class ReftIntervention(
 
     def forward(
         self,
-        base: Float[Tensor, "batch positions hidden"],
+        base: Float[Tensor, "batch *positions hidden"],
         source: Tensor | None = None,
         subspaces: list[Any] | None = None,
         **module_inputs: object,
-    ) -> Float[Tensor, "batch positions hidden"]:
+    ) -> Float[Tensor, "batch *positions hidden"]:
         """Edit `base`; pyvene's other arguments are accepted and have no effect here."""
         return (base + self._delta(base)).to(base.dtype)
 

@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .columns import Columns, spread_columns
+
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 Activations: TypeAlias = tuple[tuple[str | Activation | None, int], ...]
 
@@ -67,6 +69,19 @@ class Factors(NamedTuple):
     def detach(self) -> "Factors":
         """The factors outside of autograd."""
         return self.of(*(tensor.detach() for tensor in self.tensors))
+
+    def spread_to(self, columns: Columns, width: int) -> "Factors":
+        """The edit of some columns of hidden states as one of all, which leaves the others."""
+        def spread(part: Tensor) -> Tensor:
+            return spread_columns(part, columns, width)
+
+        whole = self._replace(down=spread(self.down), up=spread(self.up))
+        if self.diagonal is not None:
+            whole = whole._replace(diagonal=spread(self.diagonal))
+        if self.probe is not None:  # whose last column is c
+            probe = torch.cat([spread(self.probe[:, :-1]), self.probe[:, -1:]], dim=1)
+            whole = whole._replace(probe=probe)
+        return whole
 
     def edit(
         self,

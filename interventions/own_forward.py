@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .columns import Columns, spread_columns, taken_columns
 from .gates import gate_of
 
 
@@ -56,14 +57,22 @@ class GatedUnit(nn.Module):
     Args:
         unit: the unit.
         owner: the number of its adapter, which is the column of its gate.
+        columns: columns of the hidden states that it edits; None for all.
+        width: width of the hidden states, where it edits columns of them.
     """
 
     has_own_forward: ClassVar[bool] = True
 
-    def __init__(self, unit: nn.Module, owner: int) -> None:
+    def __init__(
+        self,
+        unit: nn.Module,
+        owner: int,
+        columns: Columns | None = None,
+        width: int | None = None,
+    ) -> None:
         super().__init__()
-        self.unit, self.owner = unit, owner
-        self.hidden_size = unit.hidden_size
+        self.unit, self.owner, self.columns = unit, owner, columns
+        self.hidden_size = unit.hidden_size if columns is None else width
 
     def delta(
         self,
@@ -76,11 +85,15 @@ class GatedUnit(nn.Module):
         strength: Any = scale
         if isinstance(gates, Tensor):
             strength = gates[..., self.owner, None].to(hidden) * scale
+        part = hidden if self.columns is None else taken_columns(hidden, self.columns)
         if gate_of(unit) is not None:
-            delta: Tensor = unit.delta(hidden, scale=strength)
+            delta: Tensor = unit.delta(part, scale=strength)
+        else:
+            delta = unit.delta(part)
+            delta = delta * (strength.to(delta) if isinstance(strength, Tensor) else strength)
+        if self.columns is None:
             return delta
-        delta = unit.delta(hidden)
-        return delta * (strength.to(delta) if isinstance(strength, Tensor) else strength)
+        return spread_columns(delta, self.columns, hidden.shape[-1])
 
 
 def own_edit(

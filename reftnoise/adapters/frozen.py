@@ -175,8 +175,13 @@ def stacked_units(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:
     ](list)
     for number, adapter in enumerate(adapters):
         for unit, factors in adapter.factors():
-            place = (unit.site, unit.positions, unit.prefix, unit.suffix)
-            by_place[place, unit.keeps_norm].append((number, factors))
+            # All heads of an attention are in one product; a norm is that of the unit's own heads.
+            site = unit.site if unit.keeps_norm else unit.site.whole
+            place = (site, unit.positions, unit.prefix, unit.suffix)
+            whole = factors
+            if site != unit.site and unit.site.columns is not None and site.width is not None:
+                whole = factors.spread_to(unit.site.columns, site.width)
+            by_place[place, unit.keeps_norm].append((number, whole))
     units = []
     for index, ((place, keeps_norm), parts) in enumerate(by_place.items()):
         site, (owners, edits) = place[0], zip(*parts, strict=True)
@@ -186,6 +191,8 @@ def stacked_units(adapters: Sequence[FrozenAdapter]) -> list[PlacedUnit]:
         units.append(PlacedUnit(f"{site}#{index}", stacked, *place))
     for owner, adapter in enumerate(adapters):
         for other in adapter.others:
-            gated = GatedUnit(other.unit, owner).to(device=device_of(other.site.module))
-            units.append(replace(other, key=f"{other.key}@{owner}", unit=gated))
+            site = other.site.whole
+            gated = GatedUnit(other.unit, owner, other.site.columns, site.width)
+            gated = gated.to(device=device_of(site.module))
+            units.append(replace(other, key=f"{other.key}@{owner}", unit=gated, site=site))
     return units

@@ -16,7 +16,7 @@ from .._util import yaml
 from .._util.errors import brief, nearest
 from .._util.files import local_path
 from ..interventions import NoiseIntervention, Unit, put_gate, registered_name
-from .components import COMPONENTS, is_dotted, split_component
+from .components import COMPONENTS, is_dotted, read_heads, split_component
 from .interventions import (
     argument_defaults,
     entry_arguments,
@@ -49,6 +49,8 @@ class RepresentationConfig:
     component: str = "block_output"
     """One of `COMPONENTS`, of an encoder-decoder's decoder with `decoder.` before it, or a dotted
     path such as `"model.layers[3].output"`."""
+    heads: list[int] | str | None = None
+    """Heads from 0 that a unit at `head_output` edits together, or `"all"`. None elsewhere."""
     positions: str | list[int] = "l1"
     """Edited positions (`Positions`), by default the unit's. Noise has `where` instead."""
     names_positions: bool = True
@@ -140,6 +142,7 @@ class RepresentationConfig:
         entry: dict[str, Any] = {
             "layer": self.layer,
             "component": self.component,
+            "heads": self.heads,
             "intervention": self.intervention,
             "positions": self.positions,
             "tied": self.tied,
@@ -148,7 +151,7 @@ class RepresentationConfig:
         }
         absent = {"positions", "tied"} if self.is_noise else set()
         absent |= set() if self.names_positions else {"positions"}
-        absent |= {key for key in ("layer", "embed_dim", "gate") if entry[key] is None}
+        absent |= {key for key in ("layer", "heads", "embed_dim", "gate") if entry[key] is None}
         return {k: value for k, value in entry.items() if k not in absent} | self.arguments
 
     @classmethod
@@ -193,6 +196,7 @@ class RepresentationConfig:
             intervention=intervention,
             layer=_layer(entry.pop("layer", None), component),
             component=component,
+            heads=read_heads(entry.pop("heads", None), component),
             names_positions=is_noise or "positions" in entry or default != "l1",
             positions=Positions.parse(entry.pop("positions", default)).spec(),
             tied=tied,
@@ -339,7 +343,7 @@ def _expect_known(
     entry: Mapping[str, Any], unit_class: type[Unit], arguments: Mapping[str, Any]
 ) -> None:
     """Raise a ValueError for a key that an entry of a class cannot have."""
-    allowed = ["layer", "component", "embed_dim"]
+    allowed = ["layer", "component", "heads", "embed_dim"]
     if not issubclass(unit_class, NoiseIntervention):
         allowed += ["positions", "tied", "gate"]
     if unknown := [key for key in entry if key not in (*arguments, *allowed)]:

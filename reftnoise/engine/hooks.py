@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..interventions import shared_factors
+from ..interventions import edited_columns, shared_factors
 from .base.peft import inner_model, may_add_to_loss, virtual_tokens
 from .base.running import (
     as_written,
@@ -299,8 +299,7 @@ class Engine:
         if units[0].site.stack != call.plan.stack:  # an embedding that two stacks share
             return hidden
         if (columns := units[0].site.columns) is not None:
-            before, part, after = hidden.tensor_split(columns, dim=-1)
-            return torch.cat([before, self._edit(units, call, part), after], dim=-1)
+            return edited_columns(hidden, columns, lambda part: self._edit(units, call, part))
         return self._edit(units, call, hidden, read)
 
     def _edit(

@@ -77,7 +77,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
             if entry.is_per_layer:
                 layers = num_layers(model, split_component(entry.component)[0])
             for key, layer, positions in _units_of(entry, layers, counts):
-                site = find_site(model, entry.component, layer)
+                site = find_site(model, entry.component, layer, entry.heads)
                 _expect_decoding(model, site, positions)
                 unit = entry.build(site.width, default=default)
                 named = entry.names_positions
@@ -122,8 +122,9 @@ def unit_keys(
 
 
 def place_name(entry: RepresentationConfig, layer: int | None) -> str:
-    """An entry's place as its config has it: `block_output, layer 3`."""
-    return entry.component if layer is None else f"{entry.component}, layer {layer}"
+    """An entry's place as its config has it: `block_output, layer 3`, `head_output [1, 4], …`."""
+    place = f"{entry.component} {entry.heads}" if entry.heads else entry.component
+    return place if layer is None else f"{place}, layer {layer}"
 
 
 def _units_of(
@@ -140,30 +141,31 @@ def _units_of(
 
 def _disjoint(placed: list[PlacedUnit]) -> list[PlacedUnit]:
     """The units with the largest prefix and suffix at their sites; no token is edited twice."""
-    by_site: dict[Site, list[tuple[PlacedUnit, Positions]]] = {}
-    for unit in placed:
-        if unit.positions is not None:
-            by_site.setdefault(unit.site, []).append((unit, unit.positions))
+    edits = [(unit, unit.positions) for unit in placed if unit.positions is not None]
+    sharing: dict[str, list[Positions]] = {unit.key: [positions] for unit, positions in edits}
     overlaps: dict[str, str] = {}
-    for site, units in by_site.items():
-        for (unit, positions), (other, others) in combinations(units, 2):
-            if not positions.overlaps(others):
-                continue
-            overlap = (
-                f"positions {positions.spec()!r} of {unit.key} and {others.spec()!r} of "
-                f"{other.key} can overlap at {site}: units at one site need disjoint positions"
-            )
-            if unit.names_positions and other.names_positions:
-                raise ValueError(overlap)
-            overlap += ", in the config or as unit_locations or intervention_locations of the call"
-            overlaps[unit.key] = overlaps[other.key] = overlap
+    for (unit, positions), (other, others) in combinations(edits, 2):
+        if not unit.site.overlaps(other.site):
+            continue
+        sharing[unit.key].append(others)
+        sharing[other.key].append(positions)
+        if not positions.overlaps(others):
+            continue
+        overlap = (
+            f"positions {positions.spec()!r} of {unit.key} and {others.spec()!r} of "
+            f"{other.key} can overlap at {unit.site}: units at one site need disjoint positions"
+        )
+        if unit.names_positions and other.names_positions:
+            raise ValueError(overlap)
+        overlap += ", in the config or as unit_locations or intervention_locations of the call"
+        overlaps[unit.key] = overlaps[other.key] = overlap
     return [
         unit
         if unit.positions is None
         else replace(
             unit,
-            prefix=max(positions.first for _, positions in by_site[unit.site]),
-            suffix=max(positions.last for _, positions in by_site[unit.site]),
+            prefix=max(positions.first for positions in sharing[unit.key]),
+            suffix=max(positions.last for positions in sharing[unit.key]),
             overlap=overlaps.get(unit.key),
         )
         for unit in placed

@@ -248,8 +248,10 @@ def test_untied_units_are_all_prefixes_before_all_suffixes() -> None:
 
 # -- bad entries ---------------------------------------------------------------------------------
 
-REFT_KEYS = "layer, component, embed_dim, positions, tied, gate, intervention, low_rank_dimension"
-NOISE_KEYS = "layer, component, embed_dim, intervention, alpha, length, unit_variance, where"
+REFT_KEYS = (
+    "layer, component, heads, embed_dim, positions, tied, gate, intervention, low_rank_dimension"
+)
+NOISE_KEYS = "layer, component, heads, embed_dim, intervention, alpha, length, unit_variance, where"
 NAMES = ", ".join(INTERVENTIONS)
 PATH = "or a dotted path that ends in .output or .input, such as 'model.layers[3].output'"
 PLACES = f"{', '.join(COMPONENTS)}, {PATH}"

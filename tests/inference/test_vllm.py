@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -33,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-COMPONENTS = ["block_output", "attention_output", "mlp_output", "embeddings"]
+COMPONENTS = ["block_output", "attention_output", "mlp_output", "embeddings", "head_output"]
 ENTRIES: dict[str, list[dict[str, Any]]] = {
     "last": [{"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}],
     "ends": [
@@ -74,6 +75,17 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
     "gated": [
         {"layer": "0-1", "component": "mlp_output", "intervention": "red", "gate": "probe"},
         {"layer": 2, "intervention": "bias", "gate": "norm"},
+    ],
+    "heads": [
+        {
+            "layer": "0-2",
+            "component": "head_output",
+            "heads": [0, 2],
+            "intervention": "loreft",
+            "low_rank_dimension": 3,
+            "positions": "all+decode",
+        },
+        {"layer": [1, 3], "component": "head_output", "heads": [3], "intervention": "bias"},
     ],
     "embeddings": [
         {
@@ -157,14 +169,14 @@ def expected(ours: rn.ReftModel, prompt: list[int], choice: Any) -> list[int]:
     return tokens[0, len(prompt) :].tolist()
 
 
-def engine(base: Path, **settings: Any) -> Any:
+def engine(base: Path, components: list[str] = COMPONENTS, **settings: Any) -> Any:
     return vllm.LLM(
         str(base),
         skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=256,
         enable_prefix_caching=True,
-        additional_config={"reft": COMPONENTS},
+        additional_config={"reft": components},
         disable_log_stats=False,
         **{"enforce_eager": True, "block_size": 32} | settings,
     )
@@ -389,9 +401,12 @@ def test_an_adapter_that_is_gone_ends_its_requests_alone(
 # -- compiled, and tensor parallel -----------------------------------------------------------------
 
 
-def expect_equal(engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]) -> None:
+def expect_equal(
+    engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path], *without: str
+) -> None:
     """All adapters, in one call."""
-    names = [NAMES[index % len(NAMES)] for index in range(len(prompts))]
+    names = [name for name in NAMES if name not in without]
+    names = [names[index % len(names)] for index in range(len(prompts))]
     outputs = engine.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         sampling(),
@@ -417,7 +432,16 @@ def test_a_model_in_two_parts_is_edited_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    expect_equal(engine(base, tensor_parallel_size=2), prompts, ours, adapters)
+    parts = SimpleNamespace(
+        additional_config={"reft": COMPONENTS},
+        lora_config=None,
+        compilation_config=SimpleNamespace(mode=None),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+    )
+    with pytest.raises(ValueError, match="'head_output' needs --tensor-parallel-size 1"):
+        worker.components_of(parts)
+    components = [name for name in COMPONENTS if name != "head_output"]
+    expect_equal(engine(base, components, tensor_parallel_size=2), prompts, ours, adapters, "heads")
 
 
 # -- exports ---------------------------------------------------------------------------------------

@@ -250,6 +250,10 @@ def _to_pyreft(source: Path, output: Path, name: str) -> str:
         component = entry.component
         if component == "embeddings":  # for which pyvene has no name
             component = str(find_site(base, component))
+        if isinstance(entry.heads, list):
+            raise ValueError(f"{where}: heads {entry.heads}, of which pyreft's format has no units")
+        if entry.heads == "all":
+            component = component.replace("head_output", "attention_value_output")
         units += [(layer, component, cast(ReftIntervention, unit)) for layer, unit in placed]
         _warn_of_losses(where, entry, component)
     if not units:

@@ -7,7 +7,7 @@ the encoder's, which reads the prompt, unless it begins with `decoder.`.
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from ..._util.errors import nearest
 from ...config.components import COMPONENTS, Stack, is_dotted, split_component
+from ...interventions import Columns
+from .heads import OUTPUT_PROJECTION, feature_count, find_heads, runs_of_heads
 from .peft import inner_model
 from .running import path_parts, uncompiled
 
@@ -28,7 +30,7 @@ _PARTS: dict[str, tuple[re.Pattern[str], re.Pattern[str] | None]] = {
     "query_output": (_ATTENTION, re.compile(r"(q|query)(_proj|_lin)?")),
     "key_output": (_ATTENTION, re.compile(r"(k|key)(_proj|_lin)?")),
     "value_output": (_ATTENTION, re.compile(r"(v|value)(_proj|_lin)?")),
-    "attention_value_output": (_ATTENTION, re.compile(r"(o|out|c)(_proj|_lin)|dense|o|out")),
+    "attention_value_output": (_ATTENTION, OUTPUT_PROJECTION),
     "attention_parallel": (_ATTENTION, None),
     "mlp_output": (_MLP, None),
     "mlp_input": (_MLP, None),
@@ -52,23 +54,53 @@ class Site:
     """The stack of an encoder-decoder model; None in other models."""
     is_embeddings: bool = field(default=False, compare=False)
     """Whether the module makes hidden states of token ids."""
-    columns: tuple[int, int] | None = None
-    """First and end of the features that are edited; None for all."""
+    columns: Columns | None = None
+    """The features that are edited, as first and end of each run; None for all."""
+    head_width: int | None = field(default=None, compare=False)
+    """The width of a head, where the features are those of heads."""
     is_parallel: bool = False
     """Whether edits of the output are computed of the input."""
 
     def __str__(self) -> str:
-        part = "" if self.columns is None else "[{}:{}]".format(*self.columns)
         if self.is_parallel:
             return f"{self.name}.output, computed of its input"
-        return f"{self.name}.{'input' if self.is_input else 'output'}{part}"
+        runs = ",".join(f"{start}:{end}" for start, end in self.columns or ())
+        return f"{self.name}.{'input' if self.is_input else 'output'}{f'[{runs}]' if runs else ''}"
+
+    @property
+    def whole(self) -> "Site":
+        """The site with all features of its module's input or output."""
+        if self.columns is None:
+            return self
+        width = feature_count(self.module, is_input=self.is_input)
+        return replace(self, columns=None, width=width, head_width=None)
+
+    def overlaps(self, other: "Site") -> bool:
+        """Whether another site has features of this one."""
+        if self.whole != other.whole:
+            return False
+        if self.columns is None or other.columns is None:
+            return True
+        return any(a < d and c < b for a, b in self.columns for c, d in other.columns)
 
 
-def find_site(model: PreTrainedModel, component: str, layer: int | None = None) -> Site:
+def find_site(
+    model: PreTrainedModel,
+    component: str,
+    layer: int | None = None,
+    heads: Sequence[int] | str | None = None,
+) -> Site:
     """The site that a component name, or a dotted path, means in `model`.
 
+    Args:
+        model: a base model.
+        component: name or path.
+        layer: number of the layer, for a name of a place within layers.
+        heads: of `head_output`, the heads; all for None or `"all"`.
+
     Raises:
-        ValueError: there is no such component, layer or module; the message says what there is.
+        ValueError: there is no such component, layer, module or head; the message says what there
+            is.
     """
     model = inner_model(model)
     if is_dotted(component):
@@ -76,7 +108,7 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
         path = _inside_peft(model, path)
         module = _by_path(model, path, component)
         stack = _stack_around(model, module)
-        width = _width(module, end == "input")
+        width = feature_count(module, is_input=end == "input")
         return Site(module, path, end == "input", width, stack, _embeds(model, module, stack))
     stack, name = split_component(component)
     if name not in COMPONENTS:
@@ -93,11 +125,13 @@ def find_site(model: PreTrainedModel, component: str, layer: int | None = None) 
     if name == "embeddings":
         embeddings = input_embeddings(model, stack)
         name = _name_of(model, embeddings)
-        return Site(embeddings, name, False, _width(embeddings), stack, is_embeddings=True)
+        return Site(embeddings, name, False, feature_count(embeddings), stack, is_embeddings=True)
     layers = find_layers(model, stack)
     if layer is None or not 0 <= layer < len(layers):
         raise ValueError(f"layer {layer}: {type(model).__name__} has layers 0 to {len(layers) - 1}")
     module, is_input = layers[layer], name.endswith("_input")
+    if name == "head_output":
+        return _site_of_heads(model, module, heads, stack)
     if name not in _PARTS:
         return Site(module, _name_of(model, module), is_input, hidden_size(model), stack)
     return _part_of_layer(model, module, name, stack)
@@ -255,14 +289,34 @@ def _part_of_layer(
     if component in _THIRDS and hasattr(getattr(fused, "base_layer", fused), "nf"):
         third = hidden_size(model)
         start = third * _THIRDS[component]
-        columns = (start, start + third)
+        columns = ((start, start + third),)
         return Site(parts["c_attn"], f"{path}.c_attn", False, third, stack, columns=columns)
     part = _only(fitting, parts, component, child, path)
-    width = _width(part, is_input)
+    width = feature_count(part, is_input=is_input)
     if is_activation:  # the last projection reads what it returns
-        widths = [width for part in parts.values() if (width := _width(part, True)) is not None]
-        width = widths[-1] if widths else None
+        widths = [feature_count(part, is_input=True) for part in parts.values()]
+        width = next((width for width in reversed(widths) if width is not None), None)
     return Site(part, _name_of(model, part), is_input, width, stack)
+
+
+def _site_of_heads(
+    model: PreTrainedModel,
+    layer: nn.Module,
+    heads: Sequence[int] | str | None,
+    stack: Stack | None,
+) -> Site:
+    path = _name_of(model, layer)
+    try:
+        place = find_heads(layer, model.config.get_text_config())
+    except ValueError as error:
+        raise ValueError(f"{error}, in {path}") from None
+    columns, width, features = None, place.head_width, place.heads * place.head_width
+    if heads is not None and not isinstance(heads, str):
+        if beyond := [head for head in heads if head >= place.heads]:
+            raise ValueError(f"heads {beyond}: {path} has heads 0 to {place.heads - 1}")
+        columns, features = runs_of_heads(heads, width), len(heads) * width
+    path = f"{path}.{place.path}"
+    return Site(place.projection, path, True, features, stack, columns=columns, head_width=width)
 
 
 def _only(
@@ -310,13 +364,6 @@ def _by_path(model: nn.Module, path: str, component: str) -> nn.Module:
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, candidate in model.named_modules() if candidate is module)
-
-
-def _width(module: nn.Module, is_input: bool = False) -> int | None:
-    """The last dimension of a module's input or output, if its attributes show it."""
-    names = ("in_features", "nx") if is_input else ("out_features", "nf", "embedding_dim")
-    widths = (getattr(module, name, None) for name in names)  # of linear layers of any library
-    return next((width for width in widths if isinstance(width, int)), None)
 
 
 def takes_position_ids(model: nn.Module) -> bool:

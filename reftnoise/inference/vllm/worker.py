@@ -1,7 +1,8 @@
 """Edits of vLLM's model, in each of its workers.
 
 A hook at each component that may be edited calls an operator of ours, which changes the component's
-output in place. vLLM compiles the operator as one opaque node of the model.
+output, or the input of an output projection, in place. vLLM compiles the operator as one opaque
+node of the model.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from ...interventions import gate_of
 from . import SCALE
 from .flat_batch import FlatBatch, FlatEdit, StepRequests, apply_
 
-_SERVED = ["block_output", "attention_output", "mlp_output", "embeddings"]
+_SERVED = ["block_output", "attention_output", "mlp_output", "embeddings", "head_output"]
 
 _KEPT = 4
 """The number of sets of adapters whose stacks are kept, those that ran last."""
@@ -62,6 +63,8 @@ def components_of(config: VllmConfig) -> list[str]:
     is_eager = config.compilation_config.mode in (None, CompilationMode.NONE)
     if named and not is_eager and torch.cuda.is_available():
         raise ValueError("reftnoise's adapters are served on GPUs with --enforce-eager")
+    if "head_output" in named and config.parallel_config.tensor_parallel_size > 1:
+        raise ValueError("additional_config reft: 'head_output' needs --tensor-parallel-size 1")
     return named
 
 
@@ -136,9 +139,12 @@ class ServedAdapters:
         for component in components:
             layers = range(len(find_layers(self._base)))
             for layer in [None] if component == "embeddings" else layers:
-                module = find_site(self._base, component, layer).module
-                number = self._hooks[module] = len(self._hooks)
-                module.register_forward_hook(_Hook(number))
+                site = find_site(self._base, component, layer)
+                number = self._hooks[site.module] = len(self._hooks)
+                if site.is_input:
+                    site.module.register_forward_pre_hook(_InputHook(number))
+                else:
+                    site.module.register_forward_hook(_Hook(number))
 
     def load(self, path: str) -> int:
         """Load the adapter that a directory holds; its number.
@@ -267,6 +273,17 @@ class _Hook:
         hidden = output[0] if isinstance(output, tuple) else output
         residual = output[1] if is_pair and isinstance(output[1], Tensor) else None
         torch.ops.vllm.reftnoise_edit(hidden, residual, self._number)
+
+
+class _InputHook:
+    """Edits in place what a module reads, which nothing else reads."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or self._number in _current:
+            torch.ops.vllm.reftnoise_edit(args[0], None, self._number)
 
 
 def _edit(hidden: Tensor, residual: Tensor | None, number: int) -> None:
