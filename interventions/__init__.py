@@ -29,6 +29,8 @@ from .gates import ProbeGate as ProbeGate
 from .gates import gate_class as gate_class
 from .gates import gate_of as gate_of
 from .gates import put_gate as put_gate
+from .heads import JolaIntervention as JolaIntervention
+from .heads import LofitIntervention as LofitIntervention
 from .losses import AddsLoss as AddsLoss
 from .losses import EditsRows as EditsRows
 from .noise import BernoulliNoiseIntervention as BernoulliNoiseIntervention

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from . import adapters, concepts, fixed_noise, noise, reft
+from . import adapters, concepts, fixed_noise, heads, noise, reft
 from .arguments import did_you_mean
 from .base import NoiseIntervention, ReftIntervention, is_edit, overrides_forward
 from .pyvene_units import unit_class_for
@@ -24,6 +24,8 @@ INTERVENTIONS: dict[str, type[Unit]] = {
     "ablate": adapters.AblationIntervention,
     "adapter": adapters.AdapterIntervention,
     "reftr1": concepts.ReftR1Intervention,
+    "lofit": heads.LofitIntervention,
+    "jola": heads.JolaIntervention,
     "neftune": noise.NeftuneIntervention,
     "gaussian": noise.GaussianNoiseIntervention,
     "bernoulli": noise.BernoulliNoiseIntervention,

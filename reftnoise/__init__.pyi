@@ -26,7 +26,9 @@ from .interventions import ConsreftIntervention as ConsreftIntervention
 from .interventions import DireftIntervention as DireftIntervention
 from .interventions import GaussianNoiseIntervention as GaussianNoiseIntervention
 from .interventions import HypeIntervention as HypeIntervention
+from .interventions import JolaIntervention as JolaIntervention
 from .interventions import LobireftIntervention as LobireftIntervention
+from .interventions import LofitIntervention as LofitIntervention
 from .interventions import LoreftIntervention as LoreftIntervention
 from .interventions import LowRankRotation as LowRankRotation
 from .interventions import NeftuneIntervention as NeftuneIntervention

@@ -95,6 +95,9 @@ class FrozenAdapter:
                 others.append(placed)
                 continue
             assert placed.positions is not None
+            if unit.training:  # in which factors may be random
+                unit = copy.copy(unit)
+                unit.training = False
             factors = unit.gated_factors()
             place = (placed.site, placed.positions, placed.prefix, placed.suffix)
             rank, width = factors.down.shape

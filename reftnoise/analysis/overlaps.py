@@ -23,6 +23,7 @@ from ..adapters.directory import AdapterFiles, by_unit
 from ..adapters.fingerprint import other_values
 from ..engine.units import place_name, unit_keys
 from ..interventions import has_factors
+from ..interventions.arguments import constructor_arguments
 from ..training.run_adapter import adapter_directory
 
 Spaces: TypeAlias = Mapping[str, Float[Tensor, "rank hidden"]]
@@ -98,7 +99,8 @@ def _rows(files: AdapterFiles) -> Iterator[tuple[str, Tensor]]:
     """Site and U of each unit. The unit is built as for a base, since its class knows U."""
     weights = by_unit(files.weights())
     for key, entry, layer, _ in unit_keys(files.config, files.base.get("num_hidden_layers") or 0):
-        if entry.is_noise:
+        # What is elementwise in each head has no U, and no width of a head in its file.
+        if entry.is_noise or "head_width" in constructor_arguments(entry.unit_class):
             continue
         state = weights.get(key, {})
         # No rank exceeds the width, so the width is the largest of all dimensions.

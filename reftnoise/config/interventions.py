@@ -23,7 +23,7 @@ from .values import plain, plain_if_possible
 _METHODS_OF_PEFT = {"lora", "dora", "adalora", "vera", "ia3", "oft", "boft", "loha", "lokr"}
 
 # Keys of an entry that are no arguments of its class, even where it has some of that name.
-_OF_PLACES = {"layer", "component", "embed_dim", "positions", "tied"}
+_OF_PLACES = {"layer", "component", "heads", "embed_dim", "head_width", "positions", "tied"}
 _PLAIN = (str, int, float, list, tuple, dict)
 
 # Fields of pyvene that change nothing where units read one input alone, in positions of one layer.

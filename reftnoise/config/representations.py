@@ -16,6 +16,7 @@ from .._util import yaml
 from .._util.errors import brief, nearest
 from .._util.files import local_path
 from ..interventions import NoiseIntervention, Unit, put_gate, registered_name
+from ..interventions.arguments import constructor_arguments
 from .components import COMPONENTS, is_dotted, read_heads, split_component
 from .interventions import (
     argument_defaults,
@@ -106,12 +107,13 @@ class RepresentationConfig:
             )
         return layers
 
-    def build(self, width: int | None, default: int) -> Unit:
+    def build(self, width: int | None, default: int, head_width: int | None = None) -> Unit:
         """The unit for hidden states of `width`: a new one, or the ready module.
 
         Args:
             width: width at the site; None where only a pass of the model shows it.
             default: width that is assumed then, if neither the entry nor the module has one.
+            head_width: width of one head, where the site is of heads.
         """
         own = getattr(self.intervention, "hidden_size", self.embed_dim)
         if width is not None and own not in (None, width):
@@ -120,7 +122,10 @@ class RepresentationConfig:
             )
         unit = self.intervention
         if isinstance(unit, str):
-            unit = self.unit_class(embed_dim=own or width or default, **self.arguments)
+            of_place: dict[str, Any] = {"embed_dim": own or width or default}
+            if "head_width" in constructor_arguments(self.unit_class):
+                of_place["head_width"] = head_width
+            unit = self.unit_class(**of_place, **self.arguments)
         if self.gate is not None:
             put_gate(unit, self.gate)
         return unit

@@ -79,7 +79,7 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
             for key, layer, positions in _units_of(entry, layers, counts):
                 site = find_site(model, entry.component, layer, entry.heads)
                 _expect_decoding(model, site, positions)
-                unit = entry.build(site.width, default=default)
+                unit = entry.build(site.width, default, site.head_width)
                 named = entry.names_positions
                 placed.append(PlacedUnit(key, unit, site, positions, names_positions=named))
         except ValueError as error:

@@ -20,7 +20,7 @@ from reftnoise.interventions import (
 from support.tolerance import assert_close
 
 REFT = ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"]
-ADAPTERS = ["bias", "red", "addition", "ablate", "adapter", "reftr1"]
+ADAPTERS = ["bias", "red", "addition", "ablate", "adapter", "reftr1", "lofit", "jola"]
 NOISE = ["neftune", "gaussian", "bernoulli", "symnoise", "r3f", "smart", "hype"]
 
 # For every argument of a registered class, a value that is no class's default.
@@ -42,6 +42,11 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "length": ["padded"],
     "unit_variance": [True, False],
     "where": ["prompt", "completion"],
+    "trained": ["scaling", "both"],
+    "l1": [0.5],
+    "l0": [0.5],
+    "schedule": ["linear", "constant"],
+    "head_width": [],  # of the place
 }
 
 
