@@ -10,9 +10,9 @@ from .base import LowRankIntervention as LowRankIntervention
 from .base import NoiseIntervention as NoiseIntervention
 from .base import ReftIntervention as ReftIntervention
 from .base import has_factors as has_factors
-from .concepts import ReftR1Intervention as ReftR1Intervention
 from .columns import Columns as Columns
 from .columns import edited_columns as edited_columns
+from .concepts import ReftR1Intervention as ReftR1Intervention
 from .factors import Activation as Activation
 from .factors import Factors as Factors
 from .factors import side_by_side as side_by_side

@@ -72,6 +72,7 @@ class Factors(NamedTuple):
 
     def spread_to(self, columns: Columns, width: int) -> "Factors":
         """The edit of some columns of hidden states as one of all, which leaves the others."""
+
         def spread(part: Tensor) -> Tensor:
             return spread_columns(part, columns, width)
 

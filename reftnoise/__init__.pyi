@@ -3,6 +3,8 @@
 from .analysis.detection.detect import Detection as Detection
 from .analysis.detection.detect import detect as detect
 from .analysis.detection.fit import fit_concept_vectors as fit_concept_vectors
+from .analysis.heads import head_norms as head_norms
+from .analysis.heads import select_heads as select_heads
 from .analysis.steering.fit import fit_steering_vectors as fit_steering_vectors
 from .config.positions import Positions as Positions
 from .config.preference import PreferenceObjective as PreferenceObjective

@@ -277,3 +277,102 @@ def test_heads_stand_in_files_where_there_are_any() -> None:
     entries = rn.ReftConfig.from_yaml(config.to_yaml()).to_dict()["representations"]
     assert [entry.get("heads") for entry in entries] == ["all", [2], None]
     assert "heads" not in entries[2]
+
+
+# -- LoFiT and JoLA in a model ---------------------------------------------------------------------
+
+
+def filled(entries: Any) -> rn.ReftModel:
+    """A model whose units are far from the identity."""
+    return wrapped(entries, tiny_model(), seed=4)
+
+
+def test_elementwise_edits_are_their_formula_trained_saved_and_by_name(tmp_path: Path) -> None:
+    """Units of different parts in one pass, whose factors are computed together."""
+    place = {"component": "head_output", "heads": [0, 3]}
+    entries = [
+        place | {"layer": 0, "intervention": "lofit", "trained": "scaling"},
+        place | {"layer": 1, "intervention": "lofit"},
+        place | {"layer": 2, "intervention": "jola"},
+    ]
+    model, base = filled(entries), tiny_model()
+    first, second, third = model.interventions.values()
+    assert third.head_width == WIDTH
+    assert third.log_alpha.shape == (2, 2)
+
+    def edit(layer: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            states = args[0].clone()
+            z = states[..., features(0, 3)]
+            if layer < 2:
+                changed = z * (1 + first.scaling) if layer == 0 else z + second.bias
+            else:
+                gates = third.gates().repeat_interleave(WIDTH, -1)
+                changed = z * (1 + gates[1] * third.scaling) + gates[0] * third.bias
+            states[..., features(0, 3)] = changed
+            return (states,)
+
+        return hook
+
+    for layer, module in enumerate(base.model.layers):
+        module.self_attn.o_proj.register_forward_pre_hook(edit(layer))
+    for is_trained in (False, True):
+        model.train(is_trained)
+        results = []
+        for network in (model, base):
+            model.zero_grad()
+            torch.manual_seed(7)  # of JoLA's gates
+            logits = network(IDS).logits
+            logits.square().sum().backward()
+            results.append([logits, *(p.grad for p in model.interventions.parameters())])
+        assert_close(*results)
+    model.eval().save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(tiny_model(), tmp_path)
+    library = rn.get_reft_model(tiny_model()).eval()
+    library.load_adapter(tmp_path, "heads")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        logits = library(IDS, adapter_names=["heads", None]).logits
+        assert_close(logits[0], model(IDS).logits[0])
+        assert_close(logits[1], tiny_model()(IDS).logits[1])
+
+
+def test_losses_of_heads_are_added_in_training_alone() -> None:
+    entry = {"layer": "all", "component": "head_output", "intervention": "lofit"}
+    model = filled(entry | {"trained": "both", "l1": 0.01})
+    plain = model.eval()(IDS, labels=IDS).loss
+    norms = [unit.scaling.abs().sum() for unit in model.interventions.values()]
+    assert_close(model.train()(IDS, labels=IDS).loss, plain + 0.01 * sum(norms))
+
+
+def test_the_heads_that_are_scaled_most_are_selected() -> None:
+    entries: list[dict[str, Any]] = [
+        {"layer": [0, 1], "component": "head_output", "intervention": "lofit", "trained": "both"},
+        {"layer": 2, "component": "head_output", "heads": [1, 3], "intervention": "red"},
+    ]
+    model = rn.get_reft_model(tiny_model(), rn.ReftConfig(entries))
+    norms = torch.full((3, 4), torch.nan)
+    sizes = {(0, 1): 3.0, (0, 2): 2.0, (1, 1): 5.0, (1, 2): 1.0, (2, 3): 4.0}
+    norms[:2], norms[2, 1], norms[2, 3] = 0.0, 0.0, 0.0
+    units = list(model.interventions.values())
+    with torch.no_grad():
+        for (layer, head), size in sizes.items():
+            norms[layer, head] = size
+            start = WIDTH * ([1, 3].index(head) if layer == 2 else head)
+            units[layer].scaling[start] += size
+    torch.testing.assert_close(rn.head_norms(model), norms, equal_nan=True)
+    place = {"component": "head_output", "intervention": "lofit"}
+    assert rn.select_heads(model, 5) == [
+        {"layer": [0, 1], "heads": [1, 2]} | place,
+        {"layer": [2], "heads": [3]} | place,
+    ]
+    assert rn.select_heads(model) == [{"layer": [1], "heads": [1]} | place]
+    bias = {"intervention": "bias", "dropout": 0.1}
+    assert rn.select_heads(model, 1, bias)[0] | bias == rn.select_heads(model, 1, bias)[0]
+    chosen = rn.get_reft_model(tiny_model(), rn.ReftConfig(rn.select_heads(model, 3)))
+    widths = [placed.site.columns for placed in chosen.engine.units]
+    assert widths == [((8, 16),), ((8, 16),), ((24, 32),)]
+    with pytest.raises(ValueError, match=r"^k 11: expected a number of heads from 1 to 10$"):
+        rn.select_heads(model, 11)
+    with pytest.raises(ValueError, match="no unit scales heads at 'head_output'"):
+        rn.select_heads(rn.get_reft_model(tiny_model(), rn.ReftConfig(PLAIN)), 1)

@@ -197,6 +197,22 @@ def draw_overlaps(names: Sequence[str], overlaps: Any) -> Figure:
     return figure
 
 
+def draw_heads(norms: Any, chosen: Sequence[tuple[int, int]]) -> Figure:
+    """How much heads are scaled: a row for each layer, the first at the top; a dot if chosen."""
+    layers, heads = norms.shape
+    figure, axes = new_axes(1.4 + max(1.0, min(7.0, 0.2 * layers)))
+    image = axes.imshow(norms, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    if chosen:
+        rows, columns = zip(*chosen, strict=True)
+        axes.scatter(columns, rows, s=22, color="white", edgecolors="black", linewidth=0.8)
+    axes.set(xlabel="head (a dot: chosen)" if chosen else "head", ylabel="layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=16, integer=True))
+    axes.set(xlim=(-0.5, heads - 0.5), ylim=(layers - 0.5, -0.5))
+    _add_scale(figure, axes, image, "‖A‖ of a head", location="top")
+    return figure
+
+
 def draw_panels(
     panels: Mapping[str, Sequence[tuple[str, float, Sequence[float]]]],
     label: str,

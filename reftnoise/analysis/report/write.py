@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._util.files import local_path, replace_all
 from ...training.recipe import Recipe
 from ...training.run_files import is_study
-from .figures import draw_overlaps, draw_steering, draw_tokens, picture
+from .figures import draw_heads, draw_overlaps, draw_steering, draw_tokens, picture
 from .files import read_run, read_study
 from .page import Section, Table, Tokens, markdown, pictures, render
 from .run import run_sections
@@ -93,6 +93,24 @@ def write_overlaps(
         raise ValueError(f"output {str(output)!r}: expected a PNG file, such as overlaps.png")
     about = f"How alike the subspaces are that {', '.join(names)} edit"
     drawn = picture(path.stem, about, draw_overlaps, names, overlaps.numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_all(path.parent, {path.name: drawn.light})
+
+
+def write_heads(
+    output: str | Path, norms: Float[Tensor, "layers heads"], entries: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write a PNG file of layers × heads: how much each head is scaled, and which are chosen.
+
+    Args:
+        output: the file.
+        norms: what `analysis.heads.head_norms` returns.
+        entries: what `analysis.heads.select_heads` returns, of this stack.
+    """
+    path = local_path(output, "output")
+    chosen = [(row, column) for e in entries for row in e["layer"] for column in e["heads"]]
+    about = f"How much {norms.shape[0]} layers scale their heads, of which {len(chosen)} are chosen"
+    drawn = picture(path.stem, about, draw_heads, norms.numpy(), chosen)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_all(path.parent, {path.name: drawn.light})
 

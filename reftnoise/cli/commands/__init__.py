@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .adapters import convert, export, inspect_adapter, report
+from .adapters import convert, export, heads, inspect_adapter, report
 from .answers import chat, generate, playground, serve
 from .runs import demo, evaluate, study, train, tune
 from .steering import steer
@@ -18,6 +18,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "study": study,
     "tune": tune,
     "steer": steer,
+    "heads": heads,
     "report": report,
     "inspect": inspect_adapter,
     "convert": convert,

@@ -1,16 +1,17 @@
-"""Commands about what was trained: inspect, report, convert, export.
+"""Commands about what was trained: inspect, heads, report, convert, export.
 
 Heavy imports are inside the functions: `--help` and mistakes do not wait for torch.
 """
 
 from dataclasses import asdict
 
-from ..._util.files import local_path
+from ..._util import yaml
+from ..._util.files import local_path, replace_all
 from ...adapters.location import expect_place
 from ...config.base_model import expect_base
 from ...config.positions import Positions
 from ...inference.export.target import expect_free_directory, expect_target
-from ...training.run_adapter import adapter_directory
+from ...training.run_adapter import adapter_directory, recipe_of
 from ...training.run_files import is_study
 from ..checks import expect_adapters, expect_prompts
 from ..printing import print_json
@@ -60,6 +61,47 @@ def inspect_adapter(
     else:
         show(description, console)
         show_overlaps(names, overlaps, console)
+
+
+def heads(
+    directory: str,
+    k: int | None = None,
+    output: str = "heads.yaml",
+    picture: str | None = None,
+    model: str | None = None,
+) -> None:
+    """Choose the heads that a run has scaled most, and write the recipe that trains these alone.
+
+    These are the two steps of LoFiT: the run trains the scaling of all heads, and the recipe
+    vectors that are added to the chosen ones.
+
+    Args:
+        directory: directory of a run or of an adapter with units at head_output.
+        k: number of heads; by default a tenth of all.
+        output: file for the recipe, which is the run's own but for its units and its directory.
+        picture: PNG file for a map of layers and heads.
+        model: name or directory of the base, or tiny-chat; by default what the run names.
+    """
+    expect_adapters(directory, None, model)
+    path = local_path(output, "output")
+    from ...analysis.heads import head_norms, select_heads
+    from ...inference.loading import load_adapted
+
+    reft_model, _ = load_adapted(directory, model)
+    entries = select_heads(reft_model, k)
+    noises = [e.to_dict() for e in reft_model.reft_config.representations if e.is_noise]
+    recipe = recipe_of(adapter_directory(directory)) | {"representations": [*entries, *noises]}
+    recipe["output_dir"] = str(path.with_suffix(""))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_all(path.parent, {path.name: yaml.dump(recipe).encode()})
+    if picture is not None:
+        from ...analysis.report import write_heads
+
+        write_heads(picture, head_norms(reft_model), entries)
+    for entry in entries:
+        layers = ", ".join(map(str, entry["layer"]))
+        print(f"layer {layers}: heads {', '.join(map(str, entry['heads']))}")
+    print(f"Next:\n  reftnoise train {path}")
 
 
 def report(
