@@ -167,6 +167,8 @@ class ServedAdapters:
                     )
                 name = type(unit).__name__
                 raise ValueError(f"{directory}: vLLM edits by factors, which {name} does not have")
+            if any(unit.keeps_norm and unit.site.columns is not None for unit in frozen.shapes):
+                raise ValueError(f"{directory}: gate 'norm' of heads, which vLLM does not serve")
             frozen.weights = frozen.weights.to(self._runner.device)
             self._adapters[number] = frozen
         return number
