@@ -41,6 +41,10 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "distribution": "normal",
     "length": "padded",
     "where": "completion",
+    "trained": "both",
+    "l1": 0.25,
+    "l0": 0.25,
+    "schedule": "linear",
 }
 
 
@@ -51,7 +55,7 @@ def other_arguments(name: str) -> dict[str, Any]:
     values = OTHER_THAN_DEFAULT | {"unit_variance": not defaults.get("unit_variance")}
     if name == "smart":
         values["distribution"] = "uniform"
-    own = [key for key in defaults if key != "embed_dim"]
+    own = [key for key in defaults if key not in ("embed_dim", "head_width")]
     if name == "nodireft":
         own.remove("add_bias")  # which has no effect
     assert all(values[key] != defaults[key] for key in own)
