@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...engine.units import PlacedUnit
-from ...interventions import Factors, gate_of, has_factors
+from ...interventions import Columns, Factors, gate_of, has_factors
 
 
 def is_foldable(module: nn.Module) -> bool:
@@ -40,7 +40,7 @@ class LinearEdit:
     """s; None where it is 0."""
     constant: Float[Tensor, " hidden"]
     """v."""
-    columns: slice = field(default_factory=lambda: slice(None))
+    columns: slice | list[int] = field(default_factory=lambda: slice(None))
 
     @property
     def is_constant(self) -> bool:
@@ -80,7 +80,7 @@ class LinearEdit:
         return edit
 
     @classmethod
-    def by_factors(cls, factors: Factors, columns: tuple[int, int] | None = None) -> "LinearEdit":
+    def by_factors(cls, factors: Factors, columns: Columns | None = None) -> "LinearEdit":
         """The edit of factors that have no activation."""
         down, bias, up = (tensor.cpu().double() for tensor in factors[:3])
         used = down.any(1) & up.any(1)
@@ -91,7 +91,9 @@ class LinearEdit:
             up=up[used],
             scaling=scaling if scaling is not None and scaling.any() else None,
             constant=bias @ up,
-            columns=slice(None) if columns is None else slice(*columns),
+            columns=slice(None)
+            if columns is None
+            else [column for run in columns for column in range(*run)],
         )
 
 
