@@ -76,13 +76,12 @@ class Factors(NamedTuple):
         def spread(part: Tensor) -> Tensor:
             return spread_columns(part, columns, width)
 
-        whole = self._replace(down=spread(self.down), up=spread(self.up))
-        if self.diagonal is not None:
-            whole = whole._replace(diagonal=spread(self.diagonal))
-        if self.probe is not None:  # whose last column is c
-            probe = torch.cat([spread(self.probe[:, :-1]), self.probe[:, -1:]], dim=1)
-            whole = whole._replace(probe=probe)
-        return whole
+        diagonal = None if self.diagonal is None else spread(self.diagonal)
+        probe = self.probe
+        if probe is not None:  # whose last column is c
+            probe = torch.cat([spread(probe[:, :-1]), probe[:, -1:]], dim=1)
+        more = self.acts, self.is_constant, diagonal, probe, self.probed
+        return Factors(spread(self.down), self.bias, spread(self.up), *more)
 
     def edit(
         self,

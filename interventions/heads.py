@@ -87,7 +87,7 @@ class LofitIntervention(_OfHeads):
         if not scaling.shape[-1]:
             return constant_factors(bias)
         factors = constant_factors(bias if bias.shape[-1] else torch.zeros_like(scaling))
-        return factors._replace(diagonal=scaling[..., None, :], is_constant=False)
+        return Factors(*factors[:4], diagonal=scaling[..., None, :])
 
     def added_loss(
         self, progress: Float[Tensor, ""], noted: Sequence[Tensor]
@@ -169,7 +169,7 @@ class JolaIntervention(_OfHeads):
         of_bias, of_scaling = gates.repeat_interleave(width, -1).unbind(-2)
         factors = constant_factors(of_bias * bias)
         diagonal = (of_scaling * scaling)[..., None, :]
-        return factors._replace(diagonal=diagonal, is_constant=False)
+        return Factors(*factors[:4], diagonal=diagonal)
 
     def added_loss(
         self, progress: Float[Tensor, ""], noted: Sequence[Tensor]

@@ -21,9 +21,8 @@ from .adapters.pyreft.calling import TakesBatches, in_forms_of_pyreft
 from .adapters.pyreft.methods import expect_native
 from .adapters.vocabulary import expect_tokens
 from .config.representations import ReftConfig
-from .engine.base.methods import OTHER_WRAPPER, REFUSED, may_run_layers
+from .engine.base.methods import OTHER_WRAPPER, REFUSED, keep_differentiable, may_run_layers
 from .engine.base.peft import inner_model, is_peft_model, section_of, with_peft, without_peft
-from .engine.base.quantization import keep_differentiable
 from .engine.base.running import exclusive, innermost
 from .engine.base.sites import trained_modules
 from .engine.base.threads import undone_in_children

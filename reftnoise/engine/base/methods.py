@@ -6,6 +6,7 @@ A `ReftModel` has all attributes of its base but these: each says what is right 
 from types import MethodType
 from typing import Any
 
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 _UNEDITED = "would leave edits out: use generate"
@@ -66,3 +67,15 @@ def may_run_layers(base: PreTrainedModel, name: str, attribute: Any) -> bool:
         return False
     is_general = hasattr(PreTrainedModel, name) or hasattr(GenerationMixin, name)
     return attribute.__self__ is base and not is_general
+
+
+def keep_differentiable(base: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for a kernel without a backward pass.
+
+    It does so on CPUs with AVX512-BF16 when a layer is first evaluated, and leaves them packed for
+    training. Weights that are packed already are unpacked.
+    """
+    for module in base.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # of no tensor
+            module.state_dict()  # unpacks in place, so that the file is the same on every CPU
