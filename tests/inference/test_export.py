@@ -36,7 +36,7 @@ UNITS: dict[str, dict[str, Any]] = {
 COMPONENTS = (
     *("block_output", "block_input", "attention_output", "mlp_output", "embeddings"),
     *("attention_input", "query_output", "key_output", "value_output", "attention_value_output"),
-    *("mlp_input", "mlp_activation", "attention_parallel", "mlp_parallel"),
+    *("mlp_input", "mlp_activation", "attention_parallel", "mlp_parallel", "head_output"),
 )
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "gpt2", "phi3")
 TOKENS = torch.arange(3, 27).view(2, 12)
@@ -73,7 +73,11 @@ def adapter(base: str, path: Path, entries: Any, **sections: Any) -> rn.ReftMode
 
 
 def entry(unit: str, component: str, layer: int | None = 1) -> dict[str, Any]:
-    place = {} if component == "embeddings" or layer is None else {"layer": layer}
+    place: dict[str, Any] = {}
+    if component != "embeddings" and layer is not None:
+        place["layer"] = layer
+    if component == "head_output":
+        place["heads"] = [0, 2]
     return UNITS[unit] | {"component": component, **place}
 
 
@@ -144,6 +148,7 @@ FEW = {
     ("gemma2", "embeddings", "bias"),
     ("gpt2", "query_output", "loreft"),
     ("gpt2", "mlp_activation", "red"),
+    ("llama", "head_output", "red"),
     ("phi3", "mlp_input", "ablate"),
 }
 CASES = [pytest.param(*c, marks=[] if c in FEW else pytest.mark.slow) for c in GRID]
