@@ -10,12 +10,12 @@ COMPONENTS = (
     *("attention_input", "query_output", "key_output", "value_output", "attention_value_output"),
     "head_output",
     *("mlp_input", "mlp_activation"),
-    *("attention_parallel", "mlp_parallel"),
+    *("attention_parallel", "query_parallel", "key_parallel", "value_parallel", "mlp_parallel"),
 )
-"""Names of pyvene, but for the embeddings, `head_output` and the last two. `attention_value_output`
-is the sum of values that the output projection reads, of which `head_output` is some of the heads,
-and `mlp_activation` what the activation function returns. At the last two, an edit is computed of
-the module's input and added to its output."""
+"""Names of pyvene, but for the embeddings, `head_output` and the last five.
+`attention_value_output` is the sum of values that the output projection reads, of which
+`head_output` is some of the heads, and `mlp_activation` what the activation function returns. At
+the last five, an edit is computed of the module's input and added to its output."""
 
 Stack = Literal["encoder", "decoder"]
 

@@ -299,7 +299,7 @@ class Engine:
         if units[0].site.stack != call.plan.stack:  # an embedding that two stacks share
             return hidden
         if (columns := units[0].site.columns) is not None:
-            return edited_columns(hidden, columns, lambda part: self._edit(units, call, part))
+            return edited_columns(hidden, columns, lambda part: self._edit(units, call, part, read))
         return self._edit(units, call, hidden, read)
 
     def _edit(

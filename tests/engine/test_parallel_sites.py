@@ -19,6 +19,9 @@ IDS[1] += 7
 ADAPTER: dict[str, Any] = {"layer": "all", "intervention": "adapter", "low_rank_dimension": 3}
 LOREFT: dict[str, Any] = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
 COMPONENTS = ["mlp_parallel", "attention_parallel"]
+PLACES = [(name, component) for name in ARCHITECTURES for component in COMPONENTS]
+PLACES += [(name, "query_parallel") for name in ("llama", "gpt2", "gpt_neo")]
+PLACES += [("gpt2", "value_parallel"), ("gpt_neo", "key_parallel")]
 
 
 def wrapped(base: Any, *entries: dict[str, Any]) -> rn.ReftModel:
@@ -29,9 +32,9 @@ def wrapped(base: Any, *entries: dict[str, Any]) -> rn.ReftModel:
 class Beside(nn.Module):
     """A module, and beside it the change that a unit makes of its input at some columns."""
 
-    def __init__(self, module: nn.Module, unit: Any, columns: slice) -> None:
+    def __init__(self, module: nn.Module, unit: Any, columns: slice, features: slice) -> None:
         super().__init__()
-        self.module, self.unit, self.columns = module, unit, columns
+        self.module, self.unit, self.columns, self.features = module, unit, columns, features
 
     def __getattr__(self, name: str) -> Any:  # a layer may ask its attention for settings
         try:
@@ -45,7 +48,9 @@ class Beside(nn.Module):
         states = output[0] if isinstance(output, tuple) else output
         mask = torch.zeros(read.shape[1], 1, dtype=torch.bool)
         mask[self.columns] = True
-        edited = states + torch.where(mask, self.unit.edit(read), 0.0)
+        change = torch.zeros_like(states)
+        change[..., self.features] = torch.where(mask, self.unit.edit(read), 0.0)
+        edited = states + change
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
 
@@ -53,15 +58,16 @@ def by_hand(reft_model: rn.ReftModel, component: str, columns: slice) -> nn.Modu
     """A copy of the base in which modules stand beside their edits."""
     base = copy.deepcopy(reft_model.model)
     for layer, placed in enumerate(reft_model.engine.units):
-        name = find_site(base, component, layer).name
-        parent, _, child = name.rpartition(".")
-        beside = Beside(base.get_submodule(name), copy.deepcopy(placed.unit), columns)
+        site = find_site(base, component, layer)
+        parent, _, child = site.name.rpartition(".")
+        (features,) = site.columns or [(None, None)]
+        unit = copy.deepcopy(placed.unit)
+        beside = Beside(base.get_submodule(site.name), unit, columns, slice(*features))
         setattr(base.get_submodule(parent), child, beside)
     return base
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "component"), PLACES)
 def test_outputs_and_gradients_are_those_of_modules_side_by_side(
     architecture: str, component: str
 ) -> None:
@@ -119,6 +125,12 @@ def test_beside_edits_of_the_output_by_name(tmp_path: Path) -> None:
         half = named(input_ids=IDS, adapter_names=[{"parallel": 0.5}] * 2).logits
         with parts["parallel"].using(scale=0.5):
             assert_close(half, parts["parallel"](input_ids=IDS).logits)
+
+
+def test_a_projection_to_fewer_heads() -> None:
+    message = "component 'value_parallel': model.layers.0.self_attn.v_proj reads 32 features and"
+    with pytest.raises(ValueError, match=f"{message} writes 16"):
+        wrapped(tiny_model(), ADAPTER | {"component": "value_parallel"})
 
 
 def test_noise_reads_nothing() -> None:

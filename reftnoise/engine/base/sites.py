@@ -31,12 +31,12 @@ _PARTS: dict[str, tuple[re.Pattern[str], re.Pattern[str] | None]] = {
     "key_output": (_ATTENTION, re.compile(r"(k|key)(_proj|_lin)?")),
     "value_output": (_ATTENTION, re.compile(r"(v|value)(_proj|_lin)?")),
     "attention_value_output": (_ATTENTION, OUTPUT_PROJECTION),
-    "attention_parallel": (_ATTENTION, None),
     "mlp_output": (_MLP, None),
     "mlp_input": (_MLP, None),
-    "mlp_parallel": (_MLP, None),
     "mlp_activation": (_MLP, re.compile(r"act|act_fn|activation|activation_fn")),
 }
+_PARALLEL = "_parallel"
+"""The end of components whose edits of an output are computed of the input."""
 _THIRDS = {"query_output": 0, "key_output": 1, "value_output": 2}
 """Where each is in what GPT-2's `c_attn` returns, a `Conv1D` with `nf` features."""
 
@@ -132,7 +132,7 @@ def find_site(
     module, is_input = layers[layer], name.endswith("_input")
     if name == "head_output":
         return _site_of_heads(model, module, heads, stack)
-    if name not in _PARTS:
+    if name not in _PARTS and not name.endswith(_PARALLEL):
         return Site(module, _name_of(model, module), is_input, hidden_size(model), stack)
     return _part_of_layer(model, module, name, stack)
 
@@ -265,20 +265,23 @@ def _part_of_layer(
     model: PreTrainedModel, layer: nn.Module, component: str, stack: Stack | None
 ) -> Site:
     """The site of a component in a layer's attention or MLP."""
+    if component.endswith(_PARALLEL):
+        output = f"{component.removesuffix(_PARALLEL)}_output"
+        site = _part_of_layer(model, layer, output, stack)
+        features = feature_count(site.module, is_input=True)
+        if features not in (None, site.width):
+            raise ValueError(
+                f"component {component!r}: {site.name} reads {features} features and writes "
+                f"{site.width}: an edit of one from the other needs as many"
+            )
+        return replace(site, is_parallel=True)
     of_child, of_part = _PARTS[component]
     path, children = _name_of(model, layer), dict(uncompiled(layer).named_children())
     fitting = [n for n in children if of_child.search(n) and not _NORM.search(n)]
     child = _only(fitting, children, component, uncompiled(layer), path)
     is_input = component.endswith("_input") or component == "attention_value_output"
     if of_part is None:
-        return Site(
-            child,
-            _name_of(model, child),
-            is_input,
-            hidden_size(model),
-            stack,
-            is_parallel=component.endswith("_parallel"),
-        )
+        return Site(child, _name_of(model, child), is_input, hidden_size(model), stack)
     path, child = _name_of(model, child), uncompiled(child)
     is_activation = component == "mlp_activation"
     # Experts, which are deeper, run on tokens of their own.

@@ -60,6 +60,8 @@ PARALLEL = {"layer": "all", "component": "mlp_parallel"} | {
     "act_fn": "relu",
 }
 """With prefix tuning, this is the MAM adapter (arXiv:2110.04366)."""
+LINEAR = PARALLEL | {"component": "query_parallel", "act_fn": None, "gate": "probe"}
+"""LoRA behind a gate, as in UniPELT (arXiv:2110.07577)."""
 VIRTUAL = ["prefix_tuning", "prompt_tuning", "p_tuning"]
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2, "positions": "f1+l1"}
 
@@ -101,7 +103,12 @@ def train(model: rn.ReftModel, steps: int = 6) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "unit"), [*((name, LOREFT) for name in SECTIONS), ("prefix_tuning", PARALLEL)]
+    ("name", "unit"),
+    [
+        *((name, LOREFT) for name in SECTIONS),
+        ("prefix_tuning", PARALLEL),
+        ("prefix_tuning", LINEAR),
+    ],
 )
 def test_a_method_trains_saves_and_loads_with_the_units(
     name: str, unit: dict[str, Any], tmp_path: Path
