@@ -92,10 +92,10 @@ def test_loading_gives_bit_equal_outputs(
         "intervention": name,
         "positions": "f2+l3",
         "tied": tied,
-        "dropout": 0.25,
         "dtype": dtype,
     }
     known = constructor_arguments(INTERVENTIONS[name])
+    entry |= {"dropout": 0.25} if "dropout" in known else {}
     entry |= {"act_fn": "silu"} if "act_fn" in known else {}
     entry |= {"low_rank_dimension": 3} if "low_rank_dimension" in known else {}
     reft_model = train(wrapped(entry, tiny_model().to(base_dtype)))
@@ -124,7 +124,9 @@ def test_loading_gives_bit_equal_outputs(
 @pytest.mark.parametrize("name", NOISE)
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_noise_stays_in_the_config(name: str, is_alone: bool, tmp_path: Path) -> None:
-    noise = {"intervention": name, "alpha": 50.0, "length": "padded", "where": "prompt"}
+    has_alpha = "alpha" in constructor_arguments(INTERVENTIONS[name])
+    size = {"alpha": 50.0, "length": "padded"} if has_alpha else {"epsilon": 0.5}
+    noise = {"intervention": name, **size, "where": "prompt"}
     reft_model = wrapped([noise] if is_alone else [LOREFT, noise])
     reft_model.save_pretrained(tmp_path)
     loaded = rn.ReftModel.from_pretrained(tiny_model(), tmp_path)

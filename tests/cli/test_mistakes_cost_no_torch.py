@@ -95,6 +95,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("inspect", "nowhere"), "nowhere: no such directory"),
     (("inspect", "{tmp}/run", *OTHER), "nowhere: no such directory"),
     (("inspect", "{tmp}/run", "--output", "a.png"), "the picture is of overlaps"),
+    (("heads", "nowhere"), "nowhere: no such directory"),
+    (("heads", "{tmp}/run", "--k", "0"), "k 0: expected at least 1"),
     (("export", "nowhere", "{tmp}/new", "--to", "lora"), "nowhere: no such directory"),
     (("export", "{tmp}/run", "{tmp}/new"), "to is missing: expected one of merged, lora"),
     (

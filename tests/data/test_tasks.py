@@ -58,7 +58,7 @@ def test_every_name_is_its_tasks(name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("textt", r"task 'textt' is not known; did you mean 'text'\? possible: text, classif"),
+        ("textt", r"task 'textt' is not known; did you mean 'text'\? possible: text, raw_text"),
         ({"name": "classification", "label": []}, "no argument 'label'; did you mean 'labels'"),
         ({"name": "classification"}, "'classification' lacks its argument 'labels'"),
         ({"name": "text", "labels": []}, "'text' has no argument 'labels'; possible: none"),

@@ -83,6 +83,8 @@ def heads(
         model: name or directory of the base, or tiny-chat; by default what the run names.
     """
     expect_adapters(directory, None, model)
+    if k is not None and k < 1:
+        raise ValueError(f"k {k}: expected at least 1")
     path = local_path(output, "output")
     from ...analysis.heads import head_norms, select_heads
     from ...inference.loading import load_adapted
