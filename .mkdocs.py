@@ -27,7 +27,7 @@ GUIDES = (
 )
 OTHERS = ("CHANGELOG.md", ".github/CONTRIBUTING.md")
 ROOMS = ("model", "config", "interventions", "data", "training", "evaluation", "adapters")
-ROOMS += ("analysis", "engine", "pyreft")
+ROOMS += ("analysis", "inference", "engine", "pyreft")
 MORE = (
     "adapters.library.AdapterLibrary",
     "analysis.curvature",
