@@ -138,7 +138,7 @@ class Recipe:
             bitsandbytes, load_in_4bit: true}.
         representations: list of units, as in ReftConfig. If peft and modules_to_save are empty too,
             LoReFT of rank 4 at all layers: at the prompt's last token, or at all tokens for a
-            classifier.
+            classifier and raw_text. For preference, a bias at all layers and tokens.
         peft: method of PEFT under the units, as in ReftConfig.
         modules_to_save: modules of the base that are trained, as in ReftConfig.
         task: name of the task that reads the rows, or {name: …} with its arguments.

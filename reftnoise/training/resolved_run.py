@@ -45,18 +45,14 @@ _POSITIVE = (
 
 
 def with_default_edit(recipe: Recipe) -> Recipe:
-    """The recipe; LoReFT at all layers where it names neither units nor PEFT nor modules to train.
-
-    Rank, rate and positions are chosen in a study: examples/studies/defaults.md.
+    """The recipe; with its task's edit where it names neither units nor PEFT nor modules to train.
 
     Raises:
         ValueError: there is no such task.
     """
     if recipe.representations or recipe.peft or recipe.modules_to_save:
         return recipe
-    positions = get_task(recipe.task).default_positions
-    edit = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
-    return replace(recipe, representations=[edit | {"positions": positions}])
+    return replace(recipe, representations=[dict(get_task(recipe.task).default_edit)])
 
 
 class ResolvedRun:

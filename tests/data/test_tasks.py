@@ -35,6 +35,7 @@ PASSAGES = {
     "\n One\ttwo": ("\n One", "\ttwo"),
     "猫がいる": ("猫", "がいる"),
     " ab ": (" a", "b "),
+    "猫" * 400 + "\n次の文": ("猫", "猫" * 399 + "\n次の文"),
 }
 NUMBERS = ["gsm8k", "mawps", "svamp", "addsub"]
 

@@ -343,6 +343,19 @@ def test_objectives_that_are_none(values: Any, error: str) -> None:
 # -- recipes ---------------------------------------------------------------------------------------
 
 
+def test_pairs_train_what_a_recipe_does_not_name(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps(row) for row in ROWS[:8])
+    (tmp_path / "pairs.jsonl").write_text(lines, encoding="utf-8")
+    options = ["--task", "preference", "--data.train", tmp_path / "pairs.jsonl", "--device", "cpu"]
+    options += ["--training.max_steps", 2, "--output_dir", tmp_path / "run", "--quiet", "true"]
+    assert command("train", *options) == 0
+    base = rn.load_tiny_model()[0]
+    reft_model = rn.ReftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    moved = weights(reft_model)
+    assert moved.isfinite().all()
+    assert moved.any()
+
+
 def test_a_recipe_trains_and_scores_pairs(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps(row) for row in ROWS[:8])
     (tmp_path / "pairs.jsonl").write_text(lines, encoding="utf-8")

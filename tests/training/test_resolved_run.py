@@ -15,10 +15,12 @@ from reftnoise.data import sources
 from reftnoise.data.tasks.text import TextTask
 from reftnoise.training import resolved_run
 from reftnoise.training.recipe import Recipe, TrainingConfig
-from reftnoise.training.resolved_run import ResolvedRun, with_default_edit
+from reftnoise.training.resolved_run import ResolvedRun, scored_by, with_default_edit
 from reftnoise.training.study.grid import Study, cells
 from reftnoise.training.study.space import Tuning
 from support.command_line import command, quick
+
+LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
 
 
 def test_task_and_rows_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,16 +56,17 @@ def test_task_and_rows_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("task", "positions"),
+    ("task", "edit"),
     [
-        ("text", "l1"),
-        ({"name": "classification", "labels": ["good", "bad"]}, "l1"),
-        ({"name": "glue", "subset": "sst2"}, "all"),
+        ("text", LOREFT | {"positions": "l1"}),
+        ({"name": "classification", "labels": ["good", "bad"]}, LOREFT | {"positions": "l1"}),
+        ({"name": "glue", "subset": "sst2"}, LOREFT | {"positions": "all"}),
+        ("raw_text", LOREFT | {"positions": "all+decode"}),
+        ("preference", {"layer": "all", "intervention": "bias", "positions": "all+decode"}),
     ],
 )
-def test_a_recipe_that_names_no_units_has_those_of_its_task(task: Any, positions: str) -> None:
-    edit = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4}
-    units = [edit | {"positions": positions}]
+def test_a_recipe_that_names_no_units_has_those_of_its_task(task: Any, edit: Any) -> None:
+    units = [edit]
     recipe = Recipe(task=task)
     assert ResolvedRun(recipe).recipe.representations == units
     study = Study(recipe=recipe, axes={"rate": {"high": {"training": {"learning_rate": 0.1}}}})
@@ -91,6 +94,11 @@ def test_a_run_says_what_it_trained_by_default(tmp_path: Path) -> None:
     reft_model = rn.ReftModel.from_pretrained(base, run / "adapter")
     assert len(reft_model.engine.units) == base.config.num_hidden_layers
     assert command("train", "--output_dir", run, "--resume", "--quiet") == 2  # it is finished
+
+
+def test_raw_texts_are_scored_by_loss() -> None:
+    run = ResolvedRun(Recipe(task="raw_text"))
+    assert scored_by(run.recipe, run.task) == "loss"
 
 
 def test_bf16_needs_no_gpu() -> None:

@@ -109,8 +109,13 @@ class Task(ABC):
     """The way to score it where a recipe's `generation` is none; None for tasks with answers."""
     max_new_tokens: ClassVar[int | None] = 32
     """Greatest number of tokens of an answer; None for those of the longest choice and an end."""
-    default_positions: ClassVar[str] = "l1"
-    """Tokens of the prompt that are edited where a recipe does not say what is trained."""
+    default_edit: ClassVar[dict[str, Any]] = {
+        "layer": "all",
+        "intervention": "loreft",
+        "low_rank_dimension": 4,
+        "positions": "l1",
+    }
+    """The unit that is trained where a recipe does not say what is."""
     generation: Mapping[str, Any] = {"do_sample": False}
     """Further arguments of `generate`, as the task's authors chose them."""
 

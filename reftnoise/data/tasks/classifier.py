@@ -15,7 +15,7 @@ class ClassifierTask(Task):
 
     classes: tuple[str, ...]
     """Names of the classes, in the head's order; none where the head predicts a number."""
-    default_positions: ClassVar[str] = "all"
+    default_edit: ClassVar[dict[str, Any]] = Task.default_edit | {"positions": "all"}
     max_length: ClassVar[int] = 256
     """Greatest number of tokens of the texts; longer ones lose their end."""
 

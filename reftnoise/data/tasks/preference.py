@@ -20,6 +20,12 @@ class PreferenceTask(Task):
 
     name = "preference"
     way: ClassVar[Way | None] = "likelihood"
+    # Its edit has one direction, so that every objective can train it.
+    default_edit: ClassVar[dict[str, Any]] = {
+        "layer": "all",
+        "intervention": "bias",
+        "positions": "all+decode",
+    }
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from ...config.decoding import Way
 from .base import Question, Task, column
 
 
@@ -24,17 +25,18 @@ class TextTask(Task):
 class RawTextTask(Task):
     """Rows of `text`, all of which is learnt, as a base is adapted to a domain.
 
-    The first word, or the first character of a text that has no spaces, is the prompt, since
-    nothing comes before it that it could be predicted from. The rest is the completion. Score it by
-    loss: no text is expected to be written again.
+    The first word is the prompt, since nothing comes before it that it could be predicted from, or
+    the first character, where no space is among the first 20: the text may be of a language without
+    them. The rest is the completion. It is scored by loss: no text is expected to be written again.
     """
 
     name = "raw_text"
-    default_positions: ClassVar[str] = "all+decode"
+    way: ClassVar[Way | None] = "loss"
+    default_edit: ClassVar[dict[str, Any]] = Task.default_edit | {"positions": "all+decode"}
 
     def question(self, row: Mapping[str, Any]) -> Question:
         text = column(row, "text")
-        first = re.match(r"\s*\S+(?=\s+\S)|\s*\S(?=\S)", text)
+        first = re.match(r"\s*\S{1,20}(?=\s+\S)|\s*\S(?=\S)", text)
         if first is None:
             raise ValueError(f"text {text!r}: expected more than a word")
         prompt, completion = text[: first.end()], text[first.end() :]
