@@ -42,3 +42,48 @@ def test_the_recipe_of_the_second_step_is_the_runs_with_the_chosen_heads(
     assert written["representations"][2]["alpha"] == 2.0
     rn.get_reft_model(rn.load_tiny_model()[0], rn.ReftConfig(written["representations"]))
     assert Path("map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recipe_replaces_nothing_but_its_like(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entries = [{"layer": [0, 1], "component": "head_output", "intervention": "lofit"}]
+    entries[0]["trained"] = "scaling"
+    other = {"layer": 2, "intervention": "bias"}
+    model = rn.get_reft_model(rn.load_tiny_model()[0], rn.ReftConfig([*entries, other]))
+    model.save_pretrained("run/adapter")
+    recipe, own = Path("run/recipe.yaml"), "model: tiny-chat\nrevision: old\noutput_dir: run\n"
+    recipe.write_text(own)
+    assert main(["heads", "run", "--output", "run/recipe.yaml"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert recipe.read_text() == own
+    for output in ("run.yaml", "second"):
+        assert main(["heads", "run", "--output", output]) == 2
+        assert "the second run's directory" in capsys.readouterr().err
+        assert not Path(output).exists()
+    for k in ("1", "2"):  # the second time, the file is that of the first
+        assert main(["heads", "run", "--k", k]) == 0
+    kept = yaml.load(Path("heads.yaml").read_text())["representations"][-1]
+    assert (kept["layer"], kept["intervention"]) == (2, "bias")
+    assert main(["heads", "run", "--output", "run/recipe.yaml", "--overwrite"]) == 0
+    assert recipe.read_text() != own
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_the_recipe_names_the_base_that_the_heads_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_named: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, tokenizer = rn.load_tiny_model()
+    base.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    entry = {"layer": 0, "component": "head_output", "intervention": "lofit", "trained": "scaling"}
+    model = rn.get_reft_model(rn.load_base("base")[0], rn.ReftConfig(entry))
+    model.save_pretrained("run/adapter")
+    if is_named:
+        Path("run/recipe.yaml").write_text("model: gone/away\nrevision: old\n")
+    assert main(["heads", "run", *(["--model", "base"] if is_named else [])]) == 0
+    written = yaml.load(Path("heads.yaml").read_text())
+    assert Path(written["model"]).resolve() == (tmp_path / "base").resolve()
+    assert "revision" not in written

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import reftnoise as rn
 from reftnoise.inference.export import exporting
+from reftnoise.inference.export.proof import GreedyAnswers, limit_of_rounding
 from support.adapters import moved
 from support.command_line import command
 from support.models.architectures import tiny_model
@@ -372,6 +373,24 @@ def test_a_difference_leaves_the_earlier_export(
     assert (place / "adapter_config.json").is_file()
     assert not (place / "model.safetensors").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "export"}
-    (place / "export.json").unlink()
+    (place / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files .* such as thesis.tex"):
+        export(tmp_path, base, "lora", overwrite=True)
+    (place / "thesis.tex").unlink()
+    (place / "export.json").write_text("[]")
     with pytest.raises(ValueError, match="holds other files"):
         export(tmp_path, base, "lora", overwrite=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_value_of_any_prompt_that_is_not_finite_is_no_proof(value: float) -> None:
+    logits = [torch.ones(2, 3), torch.ones(2, 3)]
+    wrong = [logits[0], torch.full((2, 3), value)]
+    adapted, exported = (GreedyAnswers([[1], [1]], values) for values in (logits, wrong))
+    for pair in ((adapted, exported), (exported, adapted)):
+        proof = exporting._proof(*pair, limit_of_rounding(pair[0], None))
+        with pytest.raises(ValueError, match="nothing was written"):
+            exporting._expect_same("merged", proof)
+    broken = exporting._proof(adapted, adapted, limit_of_rounding(exported, None))
+    with pytest.raises(ValueError, match="nothing was written"):
+        exporting._expect_same("merged", broken)

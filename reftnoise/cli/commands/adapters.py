@@ -4,6 +4,7 @@ Heavy imports are inside the functions: `--help` and mistakes do not wait for to
 """
 
 from dataclasses import asdict
+from pathlib import Path
 
 from ..._util import yaml
 from ..._util.files import local_path, replace_all
@@ -11,10 +12,13 @@ from ...adapters.location import expect_place
 from ...config.base_model import expect_base
 from ...config.positions import Positions
 from ...inference.export.target import expect_free_directory, expect_target
-from ...training.run_adapter import adapter_directory, recipe_of
+from ...training.run_adapter import adapter_directory, base_of, recipe_of
 from ...training.run_files import is_study
 from ..checks import expect_adapters, expect_prompts
 from ..printing import print_json
+
+_HEADS = "# Heads that `reftnoise heads` has chosen"
+"""The beginning of the recipes that `heads` writes, by which it knows them."""
 
 
 def inspect_adapter(
@@ -69,6 +73,7 @@ def heads(
     output: str = "heads.yaml",
     picture: str | None = None,
     model: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Choose the heads that a run has scaled most, and write the recipe that trains these alone.
 
@@ -78,24 +83,34 @@ def heads(
     Args:
         directory: directory of a run or of an adapter with units at head_output.
         k: number of heads; by default a tenth of all.
-        output: file for the recipe, which is the run's own but for its units and its directory.
+        output: file for the recipe, which is the run's own but for its directory and its units at
+            heads.
         picture: PNG file for a map of layers and heads.
         model: name or directory of the base, or tiny-chat; by default what the run names.
+        overwrite: whether a file that this command has not written is replaced.
     """
     expect_adapters(directory, None, model)
     if k is not None and k < 1:
         raise ValueError(f"k {k}: expected at least 1")
     path = local_path(output, "output")
+    _expect_free_file(path, local_path(directory, "directory"), overwrite=overwrite)
     from ...analysis.heads import head_norms, select_heads
     from ...inference.loading import load_adapted
 
     reft_model, _ = load_adapted(directory, model)
     entries = select_heads(reft_model, k)
-    noises = [e.to_dict() for e in reft_model.reft_config.representations if e.is_noise]
-    recipe = recipe_of(adapter_directory(directory)) | {"representations": [*entries, *noises]}
-    recipe["output_dir"] = str(path.with_suffix(""))
+    others = [
+        entry.to_dict()
+        for entry in reft_model.reft_config.representations
+        if entry.is_noise or not entry.component.endswith("head_output")
+    ]
+    own = adapter_directory(directory)
+    recipe = recipe_of(own) | (base_of(own) if model is None else {"model": model})
+    if model is not None:
+        recipe.pop("revision", None)  # of another base
+    recipe |= {"representations": [*entries, *others], "output_dir": str(path.with_suffix(""))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_all(path.parent, {path.name: yaml.dump(recipe).encode()})
+    replace_all(path.parent, {path.name: f"{_HEADS}\n{yaml.dump(recipe)}".encode()})
     if picture is not None:
         from ...analysis.report import write_heads
 
@@ -104,6 +119,21 @@ def heads(
         layers = ", ".join(map(str, entry["layer"]))
         print(f"layer {layers}: heads {', '.join(map(str, entry['heads']))}")
     print(f"Next:\n  reftnoise train {path}")
+
+
+def _expect_free_file(path: Path, first: Path, *, overwrite: bool) -> None:
+    """Raise a ValueError unless `heads` may write its recipe to a path."""
+    run = path.with_suffix("")
+    if run == path or run.resolve() == first.resolve():
+        held = "the recipe itself" if run == path else "the first run"
+        raise ValueError(
+            f"output {path}: the second run's directory is {run}, which is {held}; expected "
+            "another name, such as heads.yaml"
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"output {path}: expected a file, found a directory")
+    if path.is_file() and not overwrite and not path.read_bytes().startswith(_HEADS.encode()):
+        raise ValueError(f"output {path}: exists already: choose another, or --overwrite it")
 
 
 def report(

@@ -1,6 +1,7 @@
 """Write an adapter as what other programs read, and prove that it is the same."""
 
 import contextlib
+import math
 import os
 import platform
 import tempfile
@@ -38,7 +39,7 @@ from .proof import (
     limit_of_rounding,
     token_prompts,
 )
-from .target import RECORD, expect_free_directory, expect_target
+from .target import RECORD, expect_free_directory, expect_target, files_in
 
 BUILT_IN = 16
 """The number of prompts that a proof reads where none are given."""
@@ -119,6 +120,7 @@ def export_adapter(
             "proof": _proof(adapted, answers, limit),
         }
         _expect_same(to, record["proof"])
+        record["files"] = files_in(new)
         text = json_text(record, indent=2) + "\n"
         (new / RECORD).write_text(text, encoding="utf-8")
         os.chmod(new, 0o777 & ~_umask())
@@ -175,7 +177,7 @@ def _proof(adapted: GreedyAnswers, answers: GreedyAnswers, limit: float) -> dict
 
 def _expect_same(to: str, proof: dict[str, Any]) -> None:
     difference, limit = proof["largest_logit_difference"], proof["limit_of_rounding"]
-    if not difference <= limit:  # NaN is not
+    if not difference <= limit < math.inf:  # NaN is not
         raise ValueError(
             f"{to}: logits of the export differ by {difference:.3g}, where rounding explains "
             f"{limit:.3g}; nothing was written"

@@ -79,12 +79,17 @@ def answers_of(
 def largest_difference(answers: GreedyAnswers, others: GreedyAnswers) -> float:
     """The largest difference of logits of the same answers."""
     pairs = zip(answers.logits, others.logits, strict=True)
-    return max(float((mine - theirs).abs().max()) for mine, theirs in pairs)
+    return _largest([mine - theirs for mine, theirs in pairs])
 
 
 def largest_logit(answers: GreedyAnswers) -> float:
     """The largest absolute logit."""
-    return max(float(logits.abs().max()) for logits in answers.logits)
+    return _largest(answers.logits)
+
+
+def _largest(values: Sequence[Tensor]) -> float:
+    """The largest absolute value; NaN if there is one, which Python's `max` would lose."""
+    return float(torch.stack([value.abs().max() for value in values]).max())
 
 
 def limit_of_rounding(answers: GreedyAnswers, in_float32: GreedyAnswers | None) -> float:

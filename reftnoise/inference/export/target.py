@@ -1,5 +1,6 @@
 """What an adapter can be exported to, and where; without torch."""
 
+import json
 from pathlib import Path
 
 from ..._util.errors import nearest
@@ -28,9 +29,29 @@ def expect_free_directory(directory: Path, *, overwrite: bool) -> None:
         raise ValueError(f"directory {directory}: expected a directory, found a file")
     if not directory.is_dir() or not any(directory.iterdir()):
         return
-    if not (directory / RECORD).is_file():
-        raise ValueError(f"directory {directory} holds other files: choose a new one")
+    written = _written(directory / RECORD)
+    others = [name for name in files_in(directory) if name not in written]
+    if others:
+        raise ValueError(
+            f"directory {directory} holds other files than an export's, such as {others[0]}: "
+            "choose a new one"
+        )
     if not overwrite:
         raise ValueError(
             f"directory {directory} holds an export already: choose another, or --overwrite it"
         )
+
+
+def files_in(directory: Path) -> list[str]:
+    """The paths of files in a directory and its folders, relative to it."""
+    paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(directory).as_posix() for path in paths)
+
+
+def _written(record: Path) -> list[str]:
+    """The files that an export has written, by its record; none where it is no such record."""
+    try:
+        files = json.loads(record.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return [RECORD, *files] if isinstance(files, list) else []
