@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shlex
 import warnings
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import reftnoise as rn
+from reftnoise._util.files import replace_all
 from reftnoise.inference.export import exporting
 from reftnoise.inference.export.proof import GreedyAnswers, limit_of_rounding
 from support.adapters import moved
@@ -344,6 +346,7 @@ def test_half_precision_is_as_exact_as_its_rounding(bases: Any, tmp_path: Path) 
     proof = record["proof"]
     assert record["dtype"] == "bfloat16"
     assert 0 < proof["largest_logit_difference"] <= proof["limit_of_rounding"] < 0.2
+    assert proof["largest_effect"] / 2 >= proof["limit"] >= proof["largest_logit_difference"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
     assert merged.dtype == torch.bfloat16
 
@@ -387,10 +390,60 @@ def test_a_value_of_any_prompt_that_is_not_finite_is_no_proof(value: float) -> N
     logits = [torch.ones(2, 3), torch.ones(2, 3)]
     wrong = [logits[0], torch.full((2, 3), value)]
     adapted, exported = (GreedyAnswers([[1], [1]], values) for values in (logits, wrong))
+    bare = GreedyAnswers([[1], [1]], [values - 1 for values in logits])
     for pair in ((adapted, exported), (exported, adapted)):
-        proof = exporting._proof(*pair, limit_of_rounding(pair[0], None))
+        proof = exporting._proof(*pair, bare, limit_of_rounding(pair[0], None))
         with pytest.raises(ValueError, match="nothing was written"):
             exporting._expect_same("merged", proof)
-    broken = exporting._proof(adapted, adapted, limit_of_rounding(exported, None))
+    broken = exporting._proof(adapted, adapted, bare, limit_of_rounding(exported, None))
     with pytest.raises(ValueError, match="nothing was written"):
         exporting._expect_same("merged", broken)
+
+
+@pytest.mark.parametrize("effect", [1e-3, 0.1])
+def test_an_export_without_a_weak_edit_is_no_proof(effect: float) -> None:
+    adapted = GreedyAnswers([[1]], [torch.full((2, 3), 31.0)])
+    bare = GreedyAnswers([[1]], [adapted.logits[0] - effect])
+    with pytest.raises(ValueError, match="the adapter moves them by"):
+        exporting._expect_same("merged", exporting._proof(adapted, bare, bare, rounding=0.4))
+    exporting._expect_same("merged", exporting._proof(adapted, adapted, bare, rounding=0.4))
+
+
+def test_the_commands_of_the_guide_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = Path(__file__).parents[2] / "examples/guides/exports.md"
+    page = guide.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    lines = [line for line in page.splitlines() if line.startswith("reftnoise export")]
+    Path("prompts.jsonl").write_text('{"prompt": "Who are you?"}\n')
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        assert command(*words, "--prompts", "prompts.jsonl") == 0, capsys.readouterr().err
+    assert len(lines) == 3
+    Path("link").symlink_to("linked", target_is_directory=True)
+    Path("linked").mkdir()
+    monkeypatch.chdir("linked")
+    with pytest.raises(ValueError, match="working directory"):
+        rn.export_adapter("../steering", ".", "merged", prompts=PROMPTS)
+    monkeypatch.chdir(tmp_path)
+    rn.export_adapter("steering", "link", "merged", prompts=PROMPTS)
+    assert Path("link").is_symlink()
+    assert (tmp_path / "linked/export.json").is_file()
+
+
+def test_a_save_next_to_a_running_export_leaves_it(
+    bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases("llama")
+    adapter(base, tmp_path, entry("bias", "mlp_output"))
+    read = exporting.read_merged
+
+    def saved_meanwhile(*arguments: Any) -> Any:
+        replace_all(tmp_path, {"other.txt": b""})
+        return read(*arguments)
+
+    monkeypatch.setattr(exporting, "read_merged", saved_meanwhile)
+    export(tmp_path, base, "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "export", "other.txt"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..._util.files import SCRATCH, json_text, local_path, replace_directory, writing
+from ..._util.files import json_text, local_path, replace_directory, writing
 from ...adapters.directory import AdapterFiles
 from ...data.files import json_lines_of
 from ...data.templates import fill
@@ -36,11 +36,14 @@ from .proof import (
     answers_of,
     largest_difference,
     largest_logit,
+    limit_of_float32,
     limit_of_rounding,
     token_prompts,
 )
 from .target import RECORD, expect_free_directory, expect_target, files_in
 
+_SCRATCH = ".exporting-"
+"""The beginning of a scratch folder's name; saves into the same folder remove `.saving-` alone."""
 BUILT_IN = 16
 """The number of prompts that a proof reads where none are given."""
 _PACKAGES = ("reftnoise", "torch", "transformers", "peft", "gguf")
@@ -84,7 +87,7 @@ def export_adapter(
         OSError: there is no such adapter or base.
     """
     expect_target(to)
-    place = local_path(directory, "directory")
+    place = local_path(directory, "directory").resolve()
     expect_free_directory(place, overwrite=overwrite)
     own = adapter_directory(adapter)
     reft_model, tokenizer = load_adapted(own, model, dtype=dtype, device=device)
@@ -92,15 +95,17 @@ def export_adapter(
     base_name, base_dtype = str(reft_model.config.name_or_path), reft_model.model.dtype
     asked = _prompts(own, tokenizer, prompts)
     tokens = token_prompts(tokenizer, reft_model, asked)
-    place.absolute().parent.mkdir(parents=True, exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     with (
         writing(place),
-        tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.absolute().parent) as scratch,
+        tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=place.parent) as scratch,
     ):
         new = Path(scratch) / "export"
         new.mkdir()
         # Before the weights change.
         adapted = answers_of(reft_model, tokenizer, tokens)
+        with reft_model.disabled():
+            bare = answers_of(reft_model, tokenizer, tokens, adapted.written)
         written = _write(reft_model, tokenizer, to, new)
         reft_device = reft_model.device
         del reft_model
@@ -117,7 +122,7 @@ def export_adapter(
             "dtype": dtype_name(base_dtype),
             "versions": _versions(),
             **written,
-            "proof": _proof(adapted, answers, limit),
+            "proof": _proof(adapted, answers, bare, limit),
         }
         _expect_same(to, record["proof"])
         record["files"] = files_in(new)
@@ -164,11 +169,17 @@ def _limit(
     return limit_of_rounding(adapted, answers_of(wide, tokenizer, tokens, adapted.written))
 
 
-def _proof(adapted: GreedyAnswers, answers: GreedyAnswers, limit: float) -> dict[str, Any]:
+def _proof(
+    adapted: GreedyAnswers, answers: GreedyAnswers, bare: GreedyAnswers, rounding: float
+) -> dict[str, Any]:
+    """What the record says of both; a base without the edits is beyond the limit."""
+    effect = largest_difference(adapted, bare)
     pairs = list(zip(adapted.written, answers.written, strict=True))
     return {
         "largest_logit_difference": largest_difference(adapted, answers),
-        "limit_of_rounding": limit,
+        "limit": min(rounding, max(effect / 2, limit_of_float32(adapted))),
+        "limit_of_rounding": rounding,
+        "largest_effect": effect,
         "largest_logit": largest_logit(adapted),
         "prompts": len(pairs),
         "equal_greedy_answers": sum(mine == theirs for mine, theirs in pairs),
@@ -176,11 +187,13 @@ def _proof(adapted: GreedyAnswers, answers: GreedyAnswers, limit: float) -> dict
 
 
 def _expect_same(to: str, proof: dict[str, Any]) -> None:
-    difference, limit = proof["largest_logit_difference"], proof["limit_of_rounding"]
-    if not difference <= limit < math.inf:  # NaN is not
+    difference, limit = proof["largest_logit_difference"], proof["limit"]
+    is_finite = math.isfinite(proof["limit_of_rounding"])
+    if not is_finite or not difference <= limit:  # NaN is not
         raise ValueError(
             f"{to}: logits of the export differ by {difference:.3g}, where rounding explains "
-            f"{limit:.3g}; nothing was written"
+            f"{proof['limit_of_rounding']:.3g} and the adapter moves them by "
+            f"{proof['largest_effect']:.3g}; expected at most {limit:.3g}; nothing was written"
         )
 
 

@@ -167,7 +167,7 @@ def _block_of(placed: PlacedUnit, edit: LinearEdit, layers: Sequence[nn.Module])
     """The number of the block whose output gets a constant, and nothing else."""
     site = placed.site
     if not edit.is_constant:
-        raise refusal(placed, "a control vector is a constant; exact are addition, bias, lobireft")
+        raise refusal(placed, "a control vector is a constant, such as addition or bias")
     if site.is_input or site.columns is not None or site.module not in layers:
         raise refusal(placed, "a control vector is added at a block's output; exact is that place")
     if (number := list(layers).index(site.module)) == 0:

@@ -16,7 +16,7 @@ NEW_TOKENS = 16
 """The number of tokens that are written after each prompt."""
 _LONGEST = 256
 """Longest beginning of a prompt, in tokens, that is read."""
-_OF_FLOAT32 = 1e-4
+_OF_FLOAT32 = 1e-5
 """Largest difference that float32 explains, as a share of the largest logit."""
 _OF_ROUNDING = 4.0
 """The same of half precision, as a multiple of what its rounding changes of the adapted model."""
@@ -100,7 +100,12 @@ def limit_of_rounding(answers: GreedyAnswers, in_float32: GreedyAnswers | None) 
         in_float32: those of the adapted model in float32, with the same tokens; None where it is in
             float32 itself.
     """
-    of_float32 = _OF_FLOAT32 * largest_logit(answers)
     if in_float32 is None:
-        return of_float32
-    return max(of_float32, _OF_ROUNDING * largest_difference(answers, in_float32))
+        return limit_of_float32(answers)
+    rounding = _OF_ROUNDING * largest_difference(answers, in_float32)
+    return max(limit_of_float32(answers), rounding)
+
+
+def limit_of_float32(answers: GreedyAnswers) -> float:
+    """The largest difference of logits that arithmetic in float32 explains."""
+    return _OF_FLOAT32 * largest_logit(answers)

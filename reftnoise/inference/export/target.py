@@ -1,6 +1,7 @@
 """What an adapter can be exported to, and where; without torch."""
 
 import json
+import os
 from pathlib import Path
 
 from ..._util.errors import nearest
@@ -25,6 +26,11 @@ def expect_free_directory(directory: Path, *, overwrite: bool) -> None:
         directory: directory that is to be written.
         overwrite: whether an earlier export there is replaced; nothing else ever is.
     """
+    if os.path.ismount(directory) or (directory.exists() and directory.samefile(Path.cwd())):
+        raise ValueError(
+            f"directory {directory}: the working directory and mount points cannot be replaced; "
+            "name a new one"
+        )
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory {directory}: expected a directory, found a file")
     if not directory.is_dir() or not any(directory.iterdir()):
