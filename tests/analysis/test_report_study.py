@@ -222,6 +222,47 @@ def test_the_level_that_is_best_on_the_first_rows(tmp_path: Path, name: str) -> 
         write_report(directory)
 
 
+@pytest.mark.parametrize("fault", ["missing", "null", "nan"])
+def test_a_level_that_diverged_with_a_seed_is_not_chosen(tmp_path: Path, fault: str) -> None:
+    directory = make_study(tmp_path / "lucky", axes=("method", "noise"))
+    kept = []
+    for line in lines_of(directory):
+        del line["right"]
+        is_lucky = line["cell"]["noise"] == "symnoise"
+        line["losses"] = [0.5 if is_lucky else 1.0] * 8
+        if is_lucky and line["cell"]["seed"] != 0:
+            if fault == "missing":
+                continue
+            line["losses"][3] = None if fault == "null" else float("nan")
+        kept.append(line)
+    write_lines(directory / "results.jsonl", kept)
+    path = directory / "study.yaml"
+    text = path.read_text(encoding="utf-8").replace(
+        "select: null", "select: {axis: noise, rows: 4}"
+    )
+    path.write_text(text.replace("noise: none", "method: direft"), encoding="utf-8")
+    page = write_report(directory).read_text(encoding="utf-8")
+    rows = table(directory, 2)
+    assert set(rows) == {("columns",), ("loreft", "none"), ("direft", "none")}
+    assert rows["loreft", "none"][1:3] == ["3", "1.000"]
+    assert ("4 cells have losses that are not finite" in page) is (fault != "missing")
+
+
+def test_answers_that_no_level_can_be_chosen_by(tmp_path: Path) -> None:
+    directory = make_study(tmp_path / "numbers", axes=("method", "noise"))
+    lines = lines_of(directory)
+    for line in lines:
+        del line["right"]
+    write_lines(directory / "results.jsonl", lines)
+    path = directory / "study.yaml"
+    text = path.read_text(encoding="utf-8").replace(
+        "select: null", "select: {axis: noise, rows: 4}"
+    )
+    path.write_text(text.replace("noise: none", "method: direft"), encoding="utf-8")
+    with pytest.raises(ValueError, match="select: loreft, none has no right or wrong by row"):
+        write_report(directory)
+
+
 def test_what_is_wrong_with_a_study(tmp_path: Path) -> None:
     directory = make_study(tmp_path / "wrong", axes=("noise",))
     with pytest.raises(ValueError, match=r"against: .* is a study; expected a run's directory"):

@@ -216,6 +216,21 @@ def test_pairs_are_learned_logged_and_saved(tokenizer: Any, tmp_path: Path) -> N
     assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
 
 
+def test_each_evaluation_has_its_own_metrics(tokenizer: Any, tmp_path: Path) -> None:
+    settings = {"eval_strategy": "epoch", "logging_steps": 100, "max_steps": 2}
+    trainer = trainer_of(tokenizer, tmp_path, "dpo", rows=ROWS[:8], **settings)
+    whole = trainer.eval_dataset
+    trainer.eval_dataset = {"x": whole.select([0, 1]), "y": whole.select(range(2, 6))}
+    trainer.predict(whole)
+    trainer.train()
+    merged = {key: v for entry in trainer.state.log_history for key, v in entry.items()}
+    of_x, of_y = merged["eval_x_margin"], merged["eval_y_margin"]
+    assert {"eval_x_accuracy", "eval_y_accuracy"} <= merged.keys()
+    assert not {"accuracy", "margin", "eval_margin"} & merged.keys()  # no step was logged
+    both = trainer.evaluate(whole, metric_key_prefix="test")
+    assert both["test_margin"] == pytest.approx((2 * of_x + 4 * of_y) / 6, rel=1e-6)
+
+
 def test_accumulated_steps_are_those_of_the_whole_batch(tokenizer: Any, tmp_path: Path) -> None:
     def trained(**settings: Any) -> Tensor:
         settings |= {"max_steps": 3, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9}
@@ -309,11 +324,21 @@ def test_long_prompts_lose_the_same_beginning(
     assert "1 training pairs were longer than 14 tokens" in caplog.text
 
 
+def test_answers_that_are_cut_are_counted(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"prompt": "a", "chosen": " b c d e f g h i j k", "rejected": " b c d e f g h i j l"}
+    with caplog.at_level("WARNING", "reftnoise"):
+        rn.make_preference_data_module(tokenizer, base_model(tokenizer), [row], max_length=6)
+    assert "1 training pairs were longer than 6 tokens" in caplog.text
+    assert "1 of them have equal answers now" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("row", "error"),
     [
         ({"prompt": "a", "chosen": "b"}, "column 'rejected': expected a text or a list"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "column 'rejected': .* got 3"),
+        ({"prompt": "a", "chosen": "", "rejected": "c"}, "column 'chosen': expected an answer"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "rejected are the same: 'b'"),
         ({"prompt": "", "chosen": "b", "rejected": "c"}, "the prompt is empty"),
     ],
 )

@@ -115,6 +115,10 @@ def test_levels_that_look_alike_have_directories_of_their_own(tmp_path: Path) ->
             {"select": {"axis": "noise", "rows": 4}, "baseline": {"noise": "none"}},
             "baseline: noise is selected; leave it out",
         ),
+        (
+            {"axes": {"a": {"x": {}}}, "select": {"axis": "a", "rows": 4}, "baseline": {}},
+            "select: a is the only axis",
+        ),
         ({"grids": [{"noise": ["loud"]}]}, "grids[0]: noise has no level 'loud'"),
         ({"rules": [{"when": {"noise": "none"}}]}, "rules"),
         ({"rules": [{"when": 3, "then": {}}]}, "rules"),

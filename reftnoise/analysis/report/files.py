@@ -120,6 +120,8 @@ class StudyResults:
     combinations: list[Combination]
     missing: int
     """Cells that are not finished."""
+    diverged: int = 0
+    """Cells whose losses are not finite; `combinations` hold none of them."""
     select: TunedAxis | None = None
     """The axis that `axes` lacks, since each combination has its best level of it."""
 
@@ -157,18 +159,21 @@ def read_study(directory: Path) -> StudyResults:
     """
     study = read_file(Study, directory / STUDY)
     results = {line["key"]: line for line in read_results(directory)}
+    finite = {key: line for key, line in results.items() if not _is_diverged(line)}
     first = next((name for name in DATA_AXES if name in study.axes), None)
     names = sorted(study.axes, key=lambda axis: axis != first)
     combinations: dict[tuple[tuple[str, str], ...], Combination] = {}
     grid = cells(study)
     for cell in grid:
-        if cell.key in results:
+        if cell.key in finite:
             axes = {name: str(value) for name, value in cell.levels.items() if name != SEED}
             way = scored_by(cell.recipe, get_task(cell.recipe.task))
             combination = combinations.setdefault(tuple(axes.items()), Combination(axes, {}, way))
             combination.results[str(cell.levels[SEED])] = results[cell.key]
     if not combinations:
-        raise ValueError(f"{directory}: no cell of the study is finished yet")
+        is_finished = any(cell.key in results for cell in grid)
+        state = "has finite losses" if is_finished else "is finished yet"
+        raise ValueError(f"{directory}: no cell of the study {state}")
 
     def place(combination: Combination) -> list[int]:
         return [list(study.axes[axis]).index(combination.axes[axis]) for axis in names]
@@ -183,6 +188,7 @@ def read_study(directory: Path) -> StudyResults:
         axes=names,
         combinations=ordered,
         missing=sum(cell.key not in results for cell in grid),
+        diverged=sum(cell.key in results and cell.key not in finite for cell in grid),
         select=study.select,
     )
 
@@ -190,19 +196,25 @@ def read_study(directory: Path) -> StudyResults:
 def _selected(combinations: Sequence[Combination], select: TunedAxis) -> list[Combination]:
     """Of combinations that differ in an axis alone, the best on the first rows, on the others.
 
+    It is one of those with the most seeds, since training with the others' level may have failed.
+
     Raises:
-        ValueError: a result with no rows beyond those.
+        ValueError: a result with no answers, or no rows beyond those.
     """
     groups = defaultdict[tuple[tuple[str, str], ...], list[Combination]](list)
     for combination in combinations:
         others = {axis: v for axis, v in combination.axes.items() if axis != select.axis}
         groups[tuple(others.items())].append(combination)
     chosen = []
-    for axes, group in groups.items():
+    for axes, levels in groups.items():
+        seeds = max(len(level.results) for level in levels)
+        group = [level for level in levels if len(level.results) == seeds]
         rows = [combination.answers(list(combination.results)) for combination in group]
         means = []
         for combination, answers in zip(group, rows, strict=True):
-            if answers is None or answers.shape[1] <= select.rows:
+            if answers is None:
+                raise ValueError(f"select: {combination.name()} has no right or wrong by row")
+            if answers.shape[1] <= select.rows:
                 raise ValueError(f"select.rows {select.rows}: {combination.name()} has no more")
             mean = float(answers[:, : select.rows].mean())
             means.append(-mean if combination.measure.is_better_low else mean)
@@ -211,6 +223,11 @@ def _selected(combinations: Sequence[Combination], select: TunedAxis) -> list[Co
         level = best.axes[select.axis]
         chosen.append(replace(best, axes=dict(axes), results=results, selected=level))
     return chosen
+
+
+def _is_diverged(result: Result) -> bool:
+    """Whether a result has losses that are not finite, which are null in its file."""
+    return any(loss is None or not np.isfinite(loss) for loss in result.get("losses") or ())
 
 
 def _beyond(result: Result, rows: int) -> Result:

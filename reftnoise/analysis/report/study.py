@@ -195,10 +195,13 @@ def _explanation(study: StudyResults) -> str:
     if study.select is not None:
         text += (
             f" Of {study.select.axis}, each row has the level that was best on the first "
-            f"{study.select.rows} scored rows, and shows the others."
+            f"{study.select.rows} scored rows, of those with the most seeds and the "
+            "first of equal ones, and shows the others."
         )
     if study.missing:
         text += f" {study.missing} cells are not finished."
+    if study.diverged:
+        text += f" {study.diverged} cells have losses that are not finite, and are left out."
     few = min(len(combination.results) for combination in study.combinations)
     if few < 5:
         text += f" Intervals of few seeds (here {few}) are too narrow."

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import datasets
 from torch import Tensor
 
+from ..._util.errors import brief
 from ...data.collation import ReftDataCollator
 from ...data.conversations import Rendered, assistant_turns, rendered
 from ...data.encoding import Example
@@ -89,12 +90,14 @@ def _encoded(rows: Rows, encoder: "PairEncoder", name: str) -> Rows:
     encoded = map_rows(rows, encoder, _FEATURES, name)
     if encoder.cut:
         logger.warning(
-            "%d %s pairs were longer than %d tokens and lost the beginning of their prompts",
+            "%d %s pairs were longer than %d tokens and lost the beginning of their prompts or the "
+            "end of their answers; %d of them have equal answers now, and teach nothing",
             encoder.cut,
             name,
             encoder.max_length,
+            encoder.equal,
         )
-        encoder.cut = 0
+        encoder.cut = encoder.equal = 0
     return encoded
 
 
@@ -113,24 +116,32 @@ class PairEncoder:
     max_length: int | None = None
     cut: int = 0
     """Pairs that were cut."""
+    equal: int = 0
+    """Those of them whose answers are equal where they were cut."""
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What a Trainer's dataset holds of a pair.
 
         Raises:
-            ValueError: a column is missing or has another type.
+            ValueError: a column is missing, is empty or has another type, or the answers are equal.
         """
         for name in ("prompt", CHOSEN, REJECTED):
             if not isinstance(row.get(name), str | list):
                 raise ValueError(
                     f"column {name!r}: expected a text or a list of messages, got {row.get(name)!r}"
                 )
+            if name != "prompt" and not row[name]:
+                raise ValueError(f"column {name!r}: expected an answer, got an empty one")
+        if row[CHOSEN] == row[REJECTED]:
+            raise ValueError(f"chosen and rejected are the same: {brief(row[CHOSEN])}")
         texts = [self._text(row, row[name]) for name in (CHOSEN, REJECTED)]
         pairs = tokenize_all(self.tokenizer, texts, nonstop=False)
         prompt, _ = longest = max(pairs, key=lambda pair: len(pair[1]))
         kept, _ = truncate(self.tokenizer, *longest, self.max_length)
         room = None if self.max_length is None else self.max_length - len(kept)
-        self.cut += len(kept) < len(prompt)
+        is_cut = len(kept) < len(prompt) or any(len(t) > len(t[:room]) for _, t in pairs)
+        self.cut += is_cut
+        self.equal += is_cut and pairs[0][1][:room] == pairs[1][1][:room]
         answers = [Example(kept, target[:room], False, False).features() for _, target in pairs]
         length = sum(answer["length"] for answer in answers)
         return {CHOSEN: answers[0], REJECTED: answers[1], "length": length}

@@ -1,6 +1,5 @@
 """Training on pairs of answers, with strengths of edits that are drawn for each of them."""
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -52,7 +51,8 @@ class ReftPreferenceTrainer(ReftTrainer):
         super().__init__(model, args, **trainer_arguments)
         # The loss is a mean over pairs, whatever their tokens.
         self.model_accepts_loss_kwargs = False
-        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+        self._trained: list[Tensor] = []
+        self._evaluated: list[Tensor] = []
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -76,9 +76,7 @@ class ReftPreferenceTrainer(ReftTrainer):
         with torch.no_grad(), in_evaluation_mode(model), adapter.disabled():
             reference = _answer_log_probs(model, adapter, inputs, None)
         logits = preference_logits(self.objective, drawn, policy, reference.sums)
-        prefix = "" if is_training else "eval_"
-        self._seen[f"{prefix}accuracy"].append((logits.detach() > 0).double().mean())
-        self._seen[f"{prefix}margin"].append(logits.detach().double().mean())
+        (self._trained if is_training else self._evaluated).append(logits.detach().double())
         loss = preference_loss(logits)
         if added is not None:
             loss = loss + added.to(loss)
@@ -92,13 +90,37 @@ class ReftPreferenceTrainer(ReftTrainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Evaluate a dataset: its metrics have accuracy and margin, too."""
+        self._evaluated.clear()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        for name, value in _metrics(self._evaluated).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log values, with the means of accuracy and margin since they were logged last."""
-        prefix = "eval_" if "eval_loss" in logs else ""
-        for name in (f"{prefix}accuracy", f"{prefix}margin"):
-            if values := self._seen.pop(name, []):
-                logs[name] = float(torch.stack(values).mean())
+        """Log values, those of training with accuracy and margin since they were logged last."""
+        if "loss" in logs:
+            logs |= _metrics(self._trained)
+            self._trained.clear()
         super().log(logs, *args, **kwargs)
+
+
+def _metrics(logits: list[Tensor]) -> dict[str, float]:
+    """Accuracy and margin of the terms of batches; none of no batch."""
+    if not logits:
+        return {}
+    values = torch.cat([batch.flatten() for batch in logits])
+    return {"accuracy": float((values > 0).double().mean()), "margin": float(values.mean())}
 
 
 def _expect_units(model: ReftModel, objective: PreferenceObjective) -> None:

@@ -219,6 +219,8 @@ def _check_selection(select: TunedAxis, study: Study) -> None:
         raise ValueError(f"baseline: {select.axis} is selected; leave it out")
     if select.rows < 1:
         raise ValueError(f"select.rows {select.rows}: expected at least 1")
+    if len(study.axes) == 1:
+        raise ValueError(f"select: {select.axis} is the only axis; expected another to report")
 
 
 def _check_names(study: Study) -> None:
