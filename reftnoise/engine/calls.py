@@ -180,8 +180,9 @@ class Call:
             hidden: hidden states of this call.
 
         Raises:
-            ValueError: the call has a part of the prompts alone.
+            ValueError: the call has a part of the prompts alone, or several in a row.
         """
+        self.expect_one_document(key)
         decisions, prompt = self.plan.decisions, self.plan.layout.prompt
         if not self.is_decoding:
             end = self.offset + self.length
@@ -194,6 +195,14 @@ class Call:
             raise ValueError(_PARTIAL.format(key))
         decided = decisions[key]
         return decided.repeat_interleave(self.rows // len(decided))
+
+    def expect_one_document(self, key: str) -> None:
+        """Raise a ValueError where rows hold several documents, which a unit would mix."""
+        if self.plan.layout.document_lengths is not None:
+            raise ValueError(
+                f"{key} reads all of a row together, and rows are packed with several documents: "
+                "give each document a row of its own"
+            )
 
     def tokens(self, device: torch.device) -> dict[str, Tensor]:
         """What noise asks of tokens."""

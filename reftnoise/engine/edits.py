@@ -248,6 +248,7 @@ def _delta(
     gates = call.gates(placed.key)
     delta: Tensor
     if _edits_rows(placed, call):
+        call.expect_one_document(placed.key)
         by_row = hidden.view(call.rows, len(hidden) // call.rows, hidden.shape[-1])
         edited = torch.ones(by_row.shape[:2], dtype=torch.bool, device=hidden.device)
         if skipped is not None:

@@ -97,3 +97,23 @@ def test_position_ids_of_padded_rows_are_no_packing() -> None:
     assert_close(model(**document, position_ids=counted).logits, plain)
     shifted = model(**document, position_ids=counted + 7).logits  # rotary: only distances count
     assert_close(shifted, plain)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        {"layer": 1, "intervention": "reftr1", "low_rank_dimension": 1},
+        {"layer": 1, "intervention": "bias", "gate": {"type": "condition"}},
+    ],
+    ids=["reftr1", "condition"],
+)
+def test_what_reads_a_row_together_takes_one_document(unit: dict[str, Any]) -> None:
+    """A mean over several documents would be nobody's."""
+    model = rn.get_reft_model(tiny_model(), rn.ReftConfig(unit)).train()
+    for placed in model.engine.units:
+        if (gate := getattr(placed.unit, "gate", None)) is not None:
+            gate.vector.fill_(1.0)
+    with pytest.raises(ValueError, match="reads all of a row together, and rows are packed"):
+        model(**packed([documents()]))
+    for document in documents():
+        model(**document)

@@ -33,6 +33,14 @@ def in_pairs_of(batch: Batch, paired: Sequence[PlacedUnit]) -> Batch:
             f"{type(compared[0].unit).__name__} compares predictions, which TRL's fused head does "
             "not return: leave one of them out"
         )
+    has_decoder = compared[0].site.stack is not None
+    if has_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch.inputs):
+        # The base would make them of labels, of which the noisy rows have none.
+        raise ValueError(
+            f"{type(compared[0].unit).__name__} on an encoder-decoder model: expected "
+            "decoder_input_ids next to the labels, such as "
+            "model.prepare_decoder_input_ids_from_labels(labels)"
+        )
     return _compared(batch, compared[0].key)
 
 

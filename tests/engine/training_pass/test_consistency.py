@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import reftnoise as rn
 from reftnoise.engine.training_pass.prefix_cache import PrefixCache
 from support.models.architectures import tiny_model
+from support.models.tiny_models import LAYERS, examples_of, model_of, padded
 from support.tolerance import assert_close, assert_close_gradients
 from support.training_steps import batch, step, wrapped
 
@@ -181,3 +182,17 @@ def test_hype_perturbs_the_input_of_every_layer() -> None:
     noise = torch.cat([(after - before)[mask] for before, after in seen])
     assert 0.24 < noise.std() < 0.26
     assert all(torch.equal(after[~mask], before[~mask]) for before, after in seen)
+
+
+@pytest.mark.parametrize("name", ["r3f", "smart"])
+def test_an_encoder_decoder_needs_what_its_decoder_reads(name: str) -> None:
+    """It would make it of labels, and the noisy rows have none; without noise, nothing differs."""
+    base, rows = model_of("t5"), padded(examples_of("t5"))
+    noise = {"intervention": name, "epsilon": 1e-30}
+    model = rn.get_reft_model(base, rn.ReftConfig([LAYERS, noise])).train()
+    with pytest.raises(ValueError, match="expected decoder_input_ids next to the labels"):
+        model(**rows)
+    shifted = base.prepare_decoder_input_ids_from_labels(rows["labels"])
+    model(**rows, decoder_input_ids=shifted)
+    assert model.added_loss is not None
+    assert model.added_loss.detach().item() == pytest.approx(0.0, abs=1e-6)
