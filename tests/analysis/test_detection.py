@@ -145,6 +145,52 @@ def test_fitted_vectors_are_as_long_as_the_largest_activation(method: Any) -> No
         )
 
 
+def test_units_of_some_heads_read_those() -> None:
+    """What reaches the projection of layer 1, of which heads 1 and 3 are read."""
+    some, tokenizer = wrapped(
+        layer=1, component="head_output", heads=[1, 3], intervention="addition"
+    )
+    every = wrapped(layer=1, component="head_output", intervention="addition", heads="all")[0]
+    [part], [whole] = some.engine.units, every.engine.units
+    width = part.site.head_width
+    vector = torch.randn(2, width, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        part.unit.vector.copy_(vector.flatten())
+        whole.unit.vector.zero_()
+        whole.unit.vector.view(-1, width)[[1, 3]] = vector
+    of_part, of_whole = (
+        rn.detect(m, tokenizer, TEXTS)[u.key] for m, u in ((some, part), (every, whole))
+    )
+    torch.testing.assert_close(of_part.scores, of_whole.scores)
+    for fit in (rn.fit_concept_vectors, rn.fit_steering_vectors):
+        fit(some, tokenizer, TEXTS[:1], TEXTS[2:])
+        fit(every, tokenizer, TEXTS[:1], TEXTS[2:])
+        chosen = whole.unit.vector.view(-1, width)[[1, 3]].flatten()
+        cosine = torch.cosine_similarity(part.unit.vector, chosen, dim=0)
+        assert float(cosine) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "options", "error"),
+    [
+        ("A bee can fly.", TEXTS, {}, "positive: expected a list of texts, got a single one"),
+        (TEXTS, "A bee can fly.", {}, "negative: expected a list of texts, got a single one"),
+        ([], TEXTS, {}, "positive: expected at least one"),
+        (TEXTS, [], {}, "negative: expected at least one"),
+        (TEXTS, TEXTS, {"skip": -1}, "skip -1: expected at least 0"),
+        (TEXTS[2:], TEXTS[:2], {"skip": 3}, "text 2 has 2 tokens: expected more than skip, 3"),
+        (TEXTS[1:2], TEXTS, {"skip": 1, "method": "pca"}, "pca: expected at least 2 tokens"),
+    ],
+)
+def test_texts_that_no_vector_is_fitted_to(
+    positive: Any, negative: Any, options: Any, error: str
+) -> None:
+    reft_model, tokenizer = wrapped(layer=1, intervention="addition")
+    with pytest.raises(ValueError, match=error):
+        rn.fit_concept_vectors(reft_model, tokenizer, positive, negative, **options)
+    assert not reft_model.engine.units[0].unit.vector.any()
+
+
 def test_texts_are_coloured_by_activation(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'reftnoise[plots]'")
     tokens = [["<s>", "a <", " 🦊"], ["<s>", "b"]]

@@ -14,7 +14,7 @@ from ...engine.units import PlacedUnit
 from ...interventions import edit_vector
 from ...model import ReftModel
 from .scores import auroc
-from .token_states import beginning_of, token_states, tokens_of
+from .token_states import beginning_of, expect_longer, token_states, tokens_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +107,11 @@ def detect(
         )
     rows = tokens_of(tokenizer, reft_model, texts)
     beginning = beginning_of(tokenizer, texts)
-    skips = {unit.key: _skip(unit, beginning, skip) for unit in placed}
-    for index, row in enumerate(rows):
-        if len(row) <= (most := max(skips.values())):
-            raise ValueError(f"text {index} has {len(row)} tokens: expected more than skip, {most}")
+    skips = {
+        unit.key: int(getattr(unit.unit, "skip", beginning)) if skip is None else skip
+        for unit in placed
+    }
+    expect_longer(rows, max(skips.values()))
     acts: dict[str, list[Tensor]] = {u.key: [torch.empty(0)] * len(rows) for u in placed}
     with torch.no_grad():
         for index, by_unit in token_states(reft_model, rows, placed, batch_size=batch_size):
@@ -145,11 +146,3 @@ def _activations(
             "or trained"
         )
     return (hidden.float() @ (vector / vector.norm()).to(hidden.device, torch.float32))[:, None]
-
-
-def _skip(placed: PlacedUnit, beginning: int, skip: int | None) -> int:
-    if skip is not None:
-        if skip < 0:
-            raise ValueError(f"skip {skip}: expected at least 0")
-        return skip
-    return int(getattr(placed.unit, "skip", beginning))

@@ -13,7 +13,7 @@ from ...model import ReftModel
 from ..steering.directions import probe_direction
 from ..steering.fit import set_vector
 from ..steering.options import Method, expect_method
-from .token_states import beginning_of, token_states, tokens_of
+from .token_states import beginning_of, expect_longer, token_states, tokens_of
 
 
 def concept_direction(
@@ -32,6 +32,8 @@ def concept_direction(
     elif method == "probe":
         direction = probe_direction(positive, negative)
     else:
+        if len(positive) < 2:
+            raise ValueError("pca: expected at least 2 tokens with the concept, got 1")
         centred = positive - positive.mean(0)
         # The eigenvectors of a small matrix: there are many more tokens than dimensions.
         direction = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -1]
@@ -77,14 +79,17 @@ def fit_concept_vectors(
         $a_{\max}$ by unit key.
 
     Raises:
-        ValueError: no `addition` unit, no texts, an unknown method, or equal states.
+        ValueError: no `addition` unit, no texts of a kind, a text without a token that counts, an
+            unknown method, or equal states.
     """
     placed = [p for p in reft_model.engine.units if isinstance(p.unit, AdditionIntervention)]
     if not placed:
         raise ValueError("the config has no unit whose intervention is 'addition'")
     expect_method(method)
-    rows = tokens_of(tokenizer, reft_model, [*positive, *negative])
+    rows = tokens_of(tokenizer, reft_model, positive, name="positive")
+    rows += tokens_of(tokenizer, reft_model, negative, name="negative")
     skipped = beginning_of(tokenizer, positive) if skip is None else skip
+    expect_longer(rows, skipped)
     states: dict[str, tuple[list[Tensor], list[Tensor]]] = {p.key: ([], []) for p in placed}
     for index, by_unit in token_states(reft_model, rows, placed, batch_size=batch_size):
         for key, hidden in by_unit.items():

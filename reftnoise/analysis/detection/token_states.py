@@ -28,16 +28,18 @@ class TextStates(NamedTuple):
     """By unit key, the state of each token."""
 
 
-def tokens_of(tokenizer: Any, model: Any, texts: Sequence[str | Messages]) -> list[list[int]]:
+def tokens_of(
+    tokenizer: Any, model: Any, texts: Sequence[str | Messages], *, name: str = "texts"
+) -> list[list[int]]:
     """The tokens of texts, and of conversations to their end, as far as the model's context goes.
 
     Raises:
         ValueError: a single text in the place of a list, no text, or an empty one.
     """
     if isinstance(texts, str):
-        raise ValueError("texts: expected a list of texts, got a single one")
+        raise ValueError(f"{name}: expected a list of texts, got a single one")
     if not texts:
-        raise ValueError("texts: expected at least one")
+        raise ValueError(f"{name}: expected at least one")
     rows = [whole_tokens(tokenizer, text) for text in texts]
     limit = smallest_limit(tokenizer, model, None)
     if long := sum(limit is not None and len(row) > limit for row in rows):
@@ -45,6 +47,15 @@ def tokens_of(tokenizer: Any, model: Any, texts: Sequence[str | Messages]) -> li
             "%d of %d texts were longer than %d tokens and lost their end", long, len(rows), limit
         )
     return [row[:limit] for row in rows]
+
+
+def expect_longer(rows: Sequence[Sequence[int]], skip: int) -> None:
+    """Raise a ValueError for a `skip` below 0, or a text of no more tokens."""
+    if skip < 0:
+        raise ValueError(f"skip {skip}: expected at least 0")
+    for index, row in enumerate(rows):
+        if len(row) <= skip:
+            raise ValueError(f"text {index} has {len(row)} tokens: expected more than skip, {skip}")
 
 
 def beginning_of(tokenizer: Any, texts: Sequence[str | Messages]) -> int:

@@ -138,7 +138,10 @@ def recorded(units: Sequence[PlacedUnit]) -> Iterator[dict[str, Tensor]]:
     def record(unit: PlacedUnit, args: Any, kwargs: Any, output: Any) -> None:
         if unit.site.is_input:
             output = args[0] if args else kwargs["hidden_states"]
-        seen[unit.key] = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple) else output
+        if (columns := unit.site.columns) is not None:
+            hidden = torch.cat([hidden[..., start:end] for start, end in columns], -1)
+        seen[unit.key] = hidden
 
     with hooked([(unit.site.module, partial(record, unit)) for unit in units]):
         yield seen
