@@ -332,11 +332,24 @@ def test_what_was_trained_of_the_base_is_in_a_checkpoint_alone(
         export(tmp_path, bases("llama"), "lora", overwrite=True)
 
 
-def test_peft_under_the_units_is_refused(bases: Any, tmp_path: Path) -> None:
+def test_peft_under_the_units_is_merged_into_a_base_first(bases: Any, tmp_path: Path) -> None:
     peft = {"peft_type": "lora", "r": 2, "target_modules": ["q_proj"]}
-    adapter(bases("llama"), tmp_path, entry("bias", "mlp_output"), peft=peft)
-    with pytest.raises(ValueError, match="merge_and_unload"):
+    reft_model = adapter(bases("llama"), tmp_path, entry("bias", "mlp_output"), peft=peft)
+    with torch.no_grad():
+        for name, parameter in reft_model.model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    with pytest.raises(ValueError, match=r"exports\.md"):
         export(tmp_path, bases("llama"), "merged")
+    expected, merged = logits(reft_model), str(tmp_path / "merged")
+    reft_model.model.merge_and_unload().save_pretrained(merged)
+    rn.load_base(bases("llama"))[1].save_pretrained(merged)
+    config = rn.ReftConfig(reft_model.reft_config.representations)
+    units = rn.get_reft_model(AutoModelForCausalLM.from_pretrained(merged), config).eval()
+    units.interventions.load_state_dict(reft_model.interventions.state_dict())
+    units.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(units), expected, rtol=0, atol=1e-5)
+    expect_merged(units, tmp_path, merged)
 
 
 def test_half_precision_is_as_exact_as_its_rounding(bases: Any, tmp_path: Path) -> None:

@@ -29,9 +29,8 @@ def expect_plain_base(reft_model: ReftModel) -> None:
     """Raise a ValueError for a base of which no checkpoint of plain weights is written."""
     if reft_model.reft_config.peft is not None:
         raise ValueError(
-            "peft: the adapter has layers of PEFT under its units. Merge them into the base, with "
-            "reft_model.model.merge_and_unload(), save that base and the units on it, and export "
-            "them with that base as model"
+            "peft: the adapter has layers of PEFT under its units. Save a base into which they are "
+            "merged, and the units on it, as examples/guides/exports.md shows, and export these"
         )
     base = reft_model.model
     if getattr(base, "hf_quantizer", None) is not None:
