@@ -262,6 +262,7 @@ def browsed(address: str, asked: list[str] | None = None) -> Iterator[Any]:
         page.on("request", lambda request: urls.append(request.url))
         page.goto(address)
         page.wait_for_selector("#prompt textarea")
+        page.wait_for_selector("#names label")  # drawn later: nobody is asked before
         yield page
         browser.close()
 
