@@ -31,6 +31,13 @@ class _OfEveryToken(FormedIntervention):
     has_subspaces: ClassVar[bool] = False
 
 
+class BiasArguments(PyveneFields, total=False):
+    """The arguments of `BiasIntervention` but the width."""
+
+    dropout: float
+    dtype: torch.dtype | str
+
+
 class BiasIntervention(_OfEveryToken):
     r"""BitFit's trained bias, where a module's output is edited: $h + b$.
 
@@ -58,7 +65,7 @@ class BiasIntervention(_OfEveryToken):
         return constant_factors(*parts)
 
 
-class RedIntervention(_OfEveryToken):
+class RedIntervention(BiasIntervention):
     r"""RED: $s \odot h + b$, where s starts at 1 and b at 0.
 
     Arguments as in `ReftIntervention`, without rank and `act_fn`. Parameters: $2d$. The paper's
@@ -67,18 +74,9 @@ class RedIntervention(_OfEveryToken):
     Paper: RED (arXiv:2402.15179), section 3.
     """
 
-    def __init__(
-        self,
-        *,
-        embed_dim: int,
-        dropout: float = 0.0,
-        dtype: torch.dtype | str = torch.float32,
-        **pyvene: Unpack[PyveneFields],
-    ) -> None:
-        reject_unknown(type(self), pyvene)
-        super().__init__(embed_dim=embed_dim, dropout=dropout, dtype=dtype, **pyvene)
+    def __init__(self, *, embed_dim: int, **arguments: Unpack[BiasArguments]) -> None:
+        super().__init__(embed_dim=embed_dim, **arguments)
         self.scaling = nn.Parameter(torch.ones(embed_dim, dtype=self.dtype))
-        self.bias = nn.Parameter(torch.zeros(embed_dim, dtype=self.dtype))
 
     def parts(self) -> tuple[Tensor, ...]:
         return self.scaling, self.bias

@@ -8,9 +8,7 @@ r"""Noise of a fixed scale: $x + z$, $z \sim U(-\epsilon, \epsilon)$ or $N(0, \e
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
-from numbers import Real
 from typing import ClassVar, Literal
 
 import torch
@@ -21,7 +19,15 @@ from typing_extensions import Unpack
 from .arguments import NoiseFields
 from .base import NoiseIntervention
 from .losses import AddsLoss
-from .noise import Where, expect_where, gaussian_noise, noise_at, uniform_noise
+from .noise import (
+    Where,
+    expect_size,
+    expect_where,
+    gaussian_noise,
+    half_of_pairs,
+    noise_at,
+    uniform_noise,
+)
 
 Distribution = Literal["uniform", "normal"]
 
@@ -131,19 +137,12 @@ class R3fIntervention(AddsLoss, _FixedNoise):
         prompt: Bool[Tensor, "batch length"] | None = None,
         lengths: Int[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length hidden"]:
-        clean, odd = divmod(hidden.shape[0], 2)
-        if odd:
-            raise ValueError(
-                f"R3F got {hidden.shape[0]} rows: expected every example twice, all rows without "
-                "noise first, then all rows with noise"
-            )
-        masks = (attended, prompt, lengths)
-        half = [None if mask is None else mask[clean:] for mask in masks]
-        noise = self._noise_of(hidden[clean:], *half)
+        order = "all rows without noise first, then all rows with noise"
+        noise = self._noise_of(*half_of_pairs("R3F", order, hidden, attended, prompt, lengths))
         return torch.cat([torch.zeros_like(noise), noise])
 
     def _noise_of(self, hidden: Tensor, *masks: Tensor | None) -> Tensor:
-        """The noise of the second half."""
+        """The noise of the second half, whose masks are those of the first."""
         return super().delta(hidden, *masks)
 
     def added_loss(
@@ -197,7 +196,7 @@ class SmartIntervention(R3fIntervention):
             **pyvene,
         )
         self.step = expect_size("step", step)
-        self._found: Tensor | None = None
+        self._noise: Tensor | None = None
         """z of this pass; None while its start is drawn."""
         self._start: Tensor | None = None
         self._apart: Tensor | None = None
@@ -205,7 +204,7 @@ class SmartIntervention(R3fIntervention):
     @contextlib.contextmanager
     def ascending(self) -> Iterator[None]:
         """Within the block, a pass runs with $z_0$; from its end on, passes have the z found."""
-        self._found = self._start = self._apart = None
+        self._noise = self._start = self._apart = None
         try:
             yield
             if self._start is None or self._apart is None:
@@ -213,28 +212,20 @@ class SmartIntervention(R3fIntervention):
             (slope,) = torch.autograd.grad(self._apart, self._start)
             size = slope.abs().amax(dim=(1, 2), keepdim=True)
             size = size.clamp(min=torch.finfo(size.dtype).tiny)
-            found = self._start.detach() + self.step * slope / size
-            self._found = found.clamp(-self.epsilon, self.epsilon)
+            noise = self._start.detach() + self.step * slope / size
+            self._noise = noise.clamp(-self.epsilon, self.epsilon)
         finally:
             self._start = self._apart = None
 
     def _noise_of(self, hidden: Tensor, *masks: Tensor | None) -> Tensor:
-        if self._found is not None:
-            return self._chosen(self._found, *masks[:2])
+        if self._noise is not None:
+            return self._chosen(self._noise, *masks[:2])
         self._start = super()._noise_of(hidden, *masks).detach().requires_grad_()
         return self._chosen(self._start, *masks[:2])
 
     def added_loss(
         self, progress: Float[Tensor, ""], noted: Sequence[Tensor]
     ) -> Float[Tensor, ""] | None:
-        if self._found is None and noted:
+        if self._noise is None and noted:
             self._apart = noted[0]
         return super().added_loss(progress, noted)
-
-
-def expect_size(name: str, value: float) -> float:
-    """A finite number of at least 0; a ValueError for another value of the argument `name`."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} {value!r}: expected a finite number of at least 0")
-    return float(value)

@@ -14,8 +14,9 @@ under the same generator state). Every draw comes from torch's global generator.
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from numbers import Real
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,16 +96,13 @@ class _ScaledNoise(NoiseIntervention):
         **pyvene: Unpack[NoiseFields],
     ) -> None:
         super().__init__(embed_dim=embed_dim, **pyvene)
-        is_number = isinstance(alpha, Real) and not isinstance(alpha, bool)
-        if not is_number or not math.isfinite(alpha) or alpha < 0:
-            raise ValueError(f"alpha {alpha!r}: expected a finite number of at least 0")
+        self.alpha = expect_size("alpha", alpha)
         if length not in ("attended", "padded"):
             raise ValueError(f"length {length!r}: expected 'attended' or 'padded'")
         if unit_variance is None:
             unit_variance = self.natural_unit_variance
         if not isinstance(unit_variance, bool):
             raise ValueError(f"unit_variance {unit_variance!r}: expected true, false or null")
-        self.alpha = float(alpha)
         self.length = length
         self.unit_variance = unit_variance
         self.where = expect_where(where)
@@ -191,13 +189,30 @@ class SymNoiseIntervention(BernoulliNoiseIntervention):
         prompt: Bool[Tensor, "batch length"] | None = None,
         lengths: Int[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length hidden"]:
-        pairs, odd = divmod(hidden.shape[0], 2)
-        if odd:
-            raise ValueError(
-                f"SymNoise got {hidden.shape[0]} rows: expected every example twice, all +δ rows "
-                "first, then all -δ rows"
-            )
-        masks = (attended, prompt, lengths)
-        half = [None if mask is None else mask[:pairs] for mask in masks]
-        noise = super().delta(hidden[:pairs], *half)
+        order = "all +δ rows first, then all -δ rows"
+        noise = super().delta(*half_of_pairs("SymNoise", order, hidden, attended, prompt, lengths))
         return torch.cat([noise, -noise])
+
+
+def half_of_pairs(
+    name: str, order: str, hidden: Float[Tensor, "batch length hidden"], *masks: Tensor | None
+) -> Sequence[Any]:
+    """The first half of a batch that holds every example twice, and of its masks.
+
+    Raises:
+        ValueError: an odd number of rows; the message says the order for the noise of a name.
+    """
+    pairs, odd = divmod(hidden.shape[0], 2)
+    if odd:
+        raise ValueError(
+            f"{name} got {hidden.shape[0]} rows: expected every example twice, {order}"
+        )
+    return [None if values is None else values[:pairs] for values in (hidden, *masks)]
+
+
+def expect_size(name: str, value: float) -> float:
+    """A finite number of at least 0; a ValueError for another value of the argument `name`."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} {value!r}: expected a finite number of at least 0")
+    return float(value)

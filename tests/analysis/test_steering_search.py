@@ -119,16 +119,16 @@ def test_the_largest_shift_within_the_budget_is_chosen() -> None:
     candidates = [Candidate("mean", layer, 0.1, (1.0, 2.0)) for layer in range(4)]
     shifts = {"mean-0": [0.1, 0.3], "mean-1": [0.2, 0.9], "mean-2": [0.0, 0.1], "mean-3": [0.4, 0]}
     costs = {"mean-0": [0.1, 0.4], "mean-1": [0.3, 0.8], "mean-2": [0, 0], "mean-3": [0.6, 2]}
-    neutral = Told(costs)
+    neutral: Any = Told(costs)
     questions: Any = Told(shifts)
-    result = sweep(candidates, questions, neutral, budget=0.5)  # type: ignore[arg-type]
+    result = sweep(candidates, questions, neutral, budget=0.5)
     assert result.chosen == (candidates[0], 2.0)  # .9 and .4 cost more than .5
     assert neutral.asked == ["mean-1", "mean-3", "mean-0"]  # nothing that cannot be chosen
     reason = r"budget 0.05: no vector is within it, .* is 0.1 nats .*: try smaller sizes"
     with pytest.raises(ValueError, match=reason):
-        sweep(candidates[:2], questions, neutral, budget=0.05)  # type: ignore[arg-type]
+        sweep(candidates[:2], questions, neutral, budget=0.05)
     with pytest.raises(ValueError, match="try smaller scales"):
-        sweep(candidates[:2], questions, neutral, budget=0.05, sized_by="scales")  # type: ignore[arg-type]
+        sweep(candidates[:2], questions, neutral, budget=0.05, sized_by="scales")
 
 
 def test_all_vectors_come_from_one_pass() -> None:

@@ -68,8 +68,8 @@ def test_every_component_is_the_right_module(architecture: str) -> None:
         "attention_parallel": f"{block}.{attention}.output, computed of its input",
         "mlp_parallel": f"{block}.{mlp}.output, computed of its input",
     }
-    beside = {f"{part}_parallel" for part in ("query", "key", "value")}  # test_parallel_sites.py
-    assert {*expected, *PARTS, *beside, "head_output"} == set(COMPONENTS)
+    parallel = {f"{part}_parallel" for part in ("query", "key", "value")}  # test_parallel_sites.py
+    assert {*expected, *PARTS, *parallel, "head_output"} == set(COMPONENTS)
     for component, name in expected.items():
         site = find_site(model, component, None if component == "embeddings" else 1)
         assert str(site) == name

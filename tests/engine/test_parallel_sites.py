@@ -29,8 +29,8 @@ def wrapped(base: Any, *entries: dict[str, Any]) -> rn.ReftModel:
     return moved(rn.get_reft_model(base, rn.ReftConfig(list(entries))))
 
 
-class Beside(nn.Module):
-    """A module, and beside it the change that a unit makes of its input at some columns."""
+class NextTo(nn.Module):
+    """A module, and with it the change that a unit makes of its input at some columns."""
 
     def __init__(self, module: nn.Module, unit: Any, columns: slice, features: slice) -> None:
         super().__init__()
@@ -55,15 +55,15 @@ class Beside(nn.Module):
 
 
 def by_hand(reft_model: rn.ReftModel, component: str, columns: slice) -> nn.Module:
-    """A copy of the base in which modules stand beside their edits."""
+    """A copy of the base in which modules are next to their edits."""
     base = copy.deepcopy(reft_model.model)
     for layer, placed in enumerate(reft_model.engine.units):
         site = find_site(base, component, layer)
         parent, _, child = site.name.rpartition(".")
         (features,) = site.columns or [(None, None)]
         unit = copy.deepcopy(placed.unit)
-        beside = Beside(base.get_submodule(site.name), unit, columns, slice(*features))
-        setattr(base.get_submodule(parent), child, beside)
+        joint = NextTo(base.get_submodule(site.name), unit, columns, slice(*features))
+        setattr(base.get_submodule(parent), child, joint)
     return base
 
 
@@ -106,7 +106,7 @@ def test_a_cache_changes_nothing(positions: str) -> None:
     assert not torch.equal(generated(reft_model), generated(reft_model.model))
 
 
-def test_beside_edits_of_the_output_by_name(tmp_path: Path) -> None:
+def test_next_to_edits_of_the_output_by_name(tmp_path: Path) -> None:
     """A row gets its adapter's, or the sum of two: of an input and of an output."""
     parts = {
         "parallel": wrapped(tiny_model(), ADAPTER | {"component": "mlp_parallel"}),

@@ -70,8 +70,7 @@ def batch_of(trainer: Any, count: int = 3) -> dict[str, Tensor]:
 def log_prob(trainer: Any, pair: dict[str, Any], edit: Edit) -> tuple[Tensor, int]:
     """Of an answer without padding, by a hook on the base; and its number of tokens."""
     base, ids = trainer.model.model, torch.tensor(pair["input_ids"])
-    hook = lambda _module, _args, output: edit(output)  # noqa: E731
-    handle = base.model.layers[LAYER].register_forward_hook(hook)
+    handle = base.model.layers[LAYER].register_forward_hook(lambda _m, _a, output: edit(output))
     try:
         each = base(ids[None]).logits[0].log_softmax(-1)
     finally:

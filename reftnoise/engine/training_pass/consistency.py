@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .loss import MAX_LOGITS, Head, targets_of
+from .loss import MAX_LOGITS, Head, mean_of, targets_of
 
 
 def divergence(
@@ -51,9 +51,7 @@ def pair_loss(
     else:
         total, apart = _ChunkedPairs.apply(first, second, targets, head)  # type: ignore[no-untyped-call]  # torch's
     count = len(targets)
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(total.device)
-    return total / (count if num_items is None else num_items), apart / max(count, 1)
+    return mean_of(total, count, num_items), apart / max(count, 1)
 
 
 def divergence_of_logits(logits: Tensor, labels: Tensor, *, shifts: bool) -> Float[Tensor, ""]:

@@ -154,9 +154,14 @@ def label_loss(
         total = head.summed_loss(hidden, targets)
     else:
         total = _ChunkedLoss.apply(hidden, targets, head)  # type: ignore[no-untyped-call]  # torch's
+    return mean_of(total, len(targets), num_items)
+
+
+def mean_of(total: Tensor, count: int, num_items: Tensor | int | None) -> Float[Tensor, ""]:
+    """A sum over so many targets as their mean, or divided by `num_items`."""
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
-    return total / (len(targets) if num_items is None else num_items)
+    return total / (count if num_items is None else num_items)
 
 
 def loss_and_logits(
@@ -170,9 +175,7 @@ def loss_and_logits(
     logits = head.logits(hidden[is_target][None])[0]
     wanted = targets.to(logits.device)[is_target.to(logits.device)]
     total = F.cross_entropy(logits.float(), wanted, reduction="sum")
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(total.device)
-    return total / (len(wanted) if num_items is None else num_items), logits
+    return mean_of(total, len(wanted), num_items), logits
 
 
 def targets_of(labels: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:

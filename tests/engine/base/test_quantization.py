@@ -6,7 +6,7 @@ environment does not have it.
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,17 @@ def gradients(model: rn.ReftModel, split: Any) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.cat(found)
 
 
+def trained_losses(model: rn.ReftModel, parameters: Iterable[Tensor]) -> list[float]:
+    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
@@ -231,14 +242,7 @@ def test_lora_and_units_on_four_bits(saved: Path) -> None:
     model = wrapped(peft.get_peft_model(base, lora)).train()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert sum("lora_" in name for name in trained) == 12
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
-    losses = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        loss = model(**batch()).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained_losses(model, trained.values())
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.grad is not None and p.grad.any() for n, p in trained.items() if "lora_B" in n)
 
@@ -254,14 +258,7 @@ def test_qlora_is_its_recipe(saved: Path, tmp_path: Path) -> None:
         return AutoModelForCausalLM.from_pretrained(saved, **settings)
 
     model = rn.get_reft_model(base(), rn.ReftConfig([], peft=recipe.peft | {"r": 4})).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
-    for _ in range(12):
-        optimizer.zero_grad()
-        loss = model(**batch()).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained_losses(model, [p for p in model.parameters() if p.requires_grad])
     assert losses[-1] < 0.8 * losses[0]
     model.eval().save_pretrained(tmp_path)
     loaded = rn.ReftModel.from_pretrained(base(), tmp_path).eval()
