@@ -43,6 +43,11 @@ class Factors(NamedTuple):
     """Of each of the k + n rows, its probe, m for none; None where all have the only one."""
 
     @property
+    def rows(self) -> int:
+        """k + n."""
+        return len(self.up) + (0 if self.diagonal is None else len(self.diagonal))
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """D, b, U, and of S and P those that there are."""
         return *self[:3], *(t for t in (self.diagonal, self.probe) if t is not None)
@@ -123,8 +128,7 @@ class Factors(NamedTuple):
         if self.probed is not None:
             shares = F.pad(shares, (0, 1), value=1.0).index_select(-1, self.probed)
         elif gates is None:
-            count = len(self.up) + (0 if self.diagonal is None else len(self.diagonal))
-            return shares.expand(*shares.shape[:-1], count)
+            return shares.expand(*shares.shape[:-1], self.rows)
         return shares if gates is None else gates * shares
 
     def spread(self, gates: Float[Tensor, "*rows gates"]) -> Float[Tensor, "*rows k"]:
@@ -132,11 +136,11 @@ class Factors(NamedTuple):
 
         A diagonal part is in no dimension of a subspace, and whole.
         """
-        count = 0 if self.diagonal is None else len(self.diagonal)
-        if gates.shape[-1] == len(self.up) + count:
+        if gates.shape[-1] == self.rows:
             return gates
         blocks = [gates] * (len(self.up) // gates.shape[-1])
-        return torch.cat([*blocks, gates.new_ones(*gates.shape[:-1], count)], dim=-1)
+        whole = gates.new_ones(*gates.shape[:-1], self.rows - len(self.up))
+        return torch.cat([*blocks, whole], dim=-1)
 
 
 def activated(inner: Float[Tensor, "*rows k"], acts: Activations) -> Float[Tensor, "*rows k"]:

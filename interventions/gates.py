@@ -176,23 +176,35 @@ def gate_of(unit: nn.Module) -> Gate | None:
     return gate if isinstance(gate, Gate) else None
 
 
-def put_gate(unit: Any, values: Mapping[str, Any]) -> None:
+def put_gate(unit: Any, values: Mapping[str, Any] | None) -> None:
     """Give a unit a gate.
 
     Args:
-        unit: unit that has none, or one of the same class.
-        values: the gate's `type`, and its arguments.
+        unit: unit that has none, or an equal one.
+        values: the gate's `type`, and its arguments; None for no gate.
 
     Raises:
-        ValueError: the unit's class has a `forward` or a gate of its own, or edits whole rows.
+        ValueError: the unit's class has a `forward` or a gate of its own, or edits whole rows; or
+            the unit has another gate, which could not be loaded again.
     """
+    own = gate_of(unit)
+    if values is None:
+        if own is not None:
+            raise ValueError(
+                f"gate: the module has a {type(own).__name__}: give the entry one, too"
+            )
+        return
     arguments = {name: value for name, value in values.items() if name != "type"}
     cls, name = gate_class(values.get("type")), type(unit).__name__
     if getattr(unit, "has_own_forward", True):
         raise ValueError(f"gate {values.get('type')!r}: {name} says in a forward what it returns")
     if isinstance(unit, EditsRows):
         raise ValueError(f"gate {values.get('type')!r}: {name} edits whole rows in training")
-    if type(gate_of(unit)) is cls:
+    if type(own) is cls:
+        for argument, value in arguments.items():
+            if getattr(own, argument) != value:
+                has = f"the module's gate has {getattr(own, argument)!r}"
+                raise ValueError(f"{argument} {value!r}: {has}")
         return
     if hasattr(unit, "gate"):
         raise ValueError(f"gate {values.get('type')!r}: {name} has a gate of its own")

@@ -59,12 +59,17 @@ class RowStrengths:
         Raises:
             ValueError: a direction is removed, and the edit has none.
         """
-        parts, gates = [edit.factors], [self.factors]
-        if self.removed is not None:
-            parts.append(removal(edit.factors))
-            gates = [self.factors.masked_fill(self.removed, 0), self.removed.to(self.factors)]
+        if self.removed is None:
+            gates = self.factors[:, None].to(edit.factors.up).expand(-1, edit.factors.rows)
+            if edit.gates is not None:
+                gates = gates * edit.gates
+            return RowEdit(edit.factors, gates, edit.dropout, edit.keeps_norm)
+        if edit.gates is not None and len(edit.factors.up) > 1:  # which choose among directions
+            raise ValueError(NO_DIRECTION)
+        parts = [edit.factors, removal(edit.factors)]
+        by_edit = [self.factors.masked_fill(self.removed, 0), self.removed.to(self.factors)]
         factors, owners = side_by_side(parts)
-        by_part = torch.stack(gates, -1).to(factors.up)
+        by_part = torch.stack(by_edit, -1).to(factors.up)
         by_row = by_part.index_select(-1, owners.to(by_part.device))
         if edit.gates is not None:
             before = by_row.new_ones(by_row.shape)

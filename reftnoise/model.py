@@ -211,7 +211,12 @@ class ReftModel(TakesBatches, TrainingMixin, AdapterMixin):
         """A pass with the model's own units."""
         rows = batch.rows
         is_noised = self.training or self.engine.settings.now.is_noised
-        paired = [p for p in self.engine.units if getattr(p.unit, "paired", False)]
+        paired = [
+            placed
+            for placed in self.engine.units
+            if getattr(placed.unit, "paired", False)
+            and (placed.unit.training or not getattr(placed.unit, "compares", False))
+        ]
         if is_noised and paired:
             batch = in_pairs_of(batch, paired)
         if batch.compared is not None:

@@ -126,8 +126,9 @@ class RepresentationConfig:
             if "head_width" in constructor_arguments(self.unit_class):
                 of_place["head_width"] = head_width
             unit = self.unit_class(**of_place, **self.arguments)
-        if self.gate is not None:
-            put_gate(unit, self.gate)
+        elif getattr(unit, "head_width", head_width) != head_width:
+            raise ValueError(f"head_width {unit.head_width}: the heads there have {head_width}")
+        put_gate(unit, self.gate)
         return unit
 
     def to_dict(self) -> dict[str, Any]:

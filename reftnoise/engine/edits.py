@@ -72,7 +72,8 @@ def apply_units(
             continue
         hidden, edits = _add_edits(edits, call, hidden), []
         unit = placed.unit
-        if not unit.training and call.plan.choices.is_noised:
+        compares = getattr(unit, "compares", False)  # so that labels are predicted without noise
+        if not unit.training and call.plan.choices.is_noised and not compares:
             unit = copy.copy(unit)  # its mode is of all threads
             unit.training = True
         if not (call.is_noised and unit.training):
@@ -198,6 +199,11 @@ def _row_edits(units: Sequence[PlacedUnit], call: Call, hidden: Hidden) -> list[
             gates = gates.to(hidden.device).repeat_interleave(slots, 0)
         edit = unit.row_edit(dtype, hidden.device, choices.scale, gates)
         if (strengths := call.strengths(placed.key)) is not None:
+            if strengths.removed is not None and isinstance(unit, StackedEdit):
+                raise ValueError(
+                    "strengths: a direction is removed in some rows, and adapters by name share "
+                    "one edit: expected the model's own units"
+                )
             edit = strengths.of(edit)
         edits.append(edit)
     return edits

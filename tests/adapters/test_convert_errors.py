@@ -332,6 +332,10 @@ def test_what_pyreft_does_not_have(
     line = refused(capsys, tmp_path / "ours", tmp_path / "theirs", "--base", base)
     assert line.endswith(f"representations[0]: pyreft has no Rescale, but {', '.join(CLASSES)}")
 
+    adapter(tmp_path / "gated", entry("loreft") | {"gate": {"type": "probe"}})
+    line = refused(capsys, tmp_path / "gated", tmp_path / "theirs", "--base", base)
+    assert line.endswith("gate {'type': 'probe'}, which pyreft's format does not hold")
+
     adapter(tmp_path / "noise", {"intervention": "symnoise"})
     with caplog_at_error():
         line = refused(capsys, tmp_path / "noise", tmp_path / "theirs", "--base", base)

@@ -314,7 +314,8 @@ def test_rows_that_meet_it_train_and_it_is_saved(tmp_path: Path) -> None:
     pairs = zip(gated.interventions.parameters(), plain.interventions.parameters(), strict=True)
     for ours, expected in pairs:
         assert ours.grad is not None
-        assert_close(ours.grad, expected.grad, scale=float(expected.grad.abs().max()))  # type: ignore[union-attr]
+        assert expected.grad is not None
+        assert_close(ours.grad, expected.grad, scale=float(expected.grad.abs().max()))
     gated.eval().save_pretrained(tmp_path)
     loaded = rn.ReftModel.from_pretrained(tiny_model(), tmp_path).eval()
     with torch.no_grad():
@@ -397,3 +398,21 @@ def test_places_that_can_have_none() -> None:
         rn.ReftConfig(LOREFT | parallel)
     with pytest.raises(ValueError, match="unknown key 'gate' for SymNoiseIntervention"):
         rn.ReftConfig({"intervention": "symnoise", "gate": {"type": "probe"}})
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (None, "the module has a ConditionGate: give the entry one, too"),
+        ({"type": "condition", "threshold": 0.5}, "threshold 0.5: the module's gate has 0.25"),
+    ],
+)
+def test_a_ready_module_has_the_gate_of_its_entry(entry: Any, reason: str) -> None:
+    """What is saved of it could not be loaded, or would act in another way."""
+    unit = rn.BiasIntervention(embed_dim=32)
+    gated = {"layer": 1, "intervention": unit, "gate": {"type": "condition", "threshold": 0.25}}
+    rn.get_reft_model(tiny_model(), rn.ReftConfig(gated))
+    rn.get_reft_model(tiny_model(), rn.ReftConfig(gated))  # an equal one stays
+    other = gated | {"gate": entry} if entry else {"layer": 1, "intervention": unit}
+    with pytest.raises(ValueError, match=reason):
+        rn.get_reft_model(tiny_model(), rn.ReftConfig(other))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import reftnoise as rn
 from reftnoise.interventions.row_edits import edit_rows
+from support.models.architectures import tiny_model
 
 WIDTH, HEAD = 12, 4
 BETA, LOW, HIGH = 0.33, -0.1, 1.1
@@ -140,3 +141,10 @@ def test_what_is_not_trained_adds_no_loss() -> None:
 def test_mistakes(make: Any, arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=f"^{problem}$"):
         make(**arguments)
+
+
+def test_a_ready_module_has_heads_of_the_places_width() -> None:
+    unit = rn.JolaIntervention(embed_dim=32)
+    entry = {"layer": 1, "component": "head_output", "intervention": unit}
+    with pytest.raises(ValueError, match="head_width 32: the heads there have 8"):
+        rn.get_reft_model(tiny_model(), rn.ReftConfig(entry))

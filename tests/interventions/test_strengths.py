@@ -9,7 +9,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import reftnoise as rn
+from reftnoise.adapters.frozen import FrozenAdapter
 from reftnoise.interventions import RowStrengths
+from support.adapters import moved
+from support.models.architectures import tiny_model
+from support.tolerance import assert_close
 
 LAYER = 1
 IDS = torch.arange(3, 21).view(3, 6)
@@ -169,3 +173,35 @@ def test_strengths_that_do_not_fit_the_batch() -> None:
         reft_model(IDS)
     with pytest.raises(ValueError, match="removed: expected 2 entries, one per factor, got 1"):
         RowStrengths(torch.ones(2), torch.tensor([True]))
+
+
+def test_strengths_of_adapters_by_name_keep_the_probe_of_each() -> None:
+    """A strength of 1 changes nothing, of units that have a gate or none."""
+    gated = {"intervention": "red", "gate": {"type": "probe"}}
+    model = rn.get_reft_model(tiny_model().eval())
+    for seed, unit in enumerate((gated, {"intervention": "bias"}, gated)):
+        single = moved_units({"layer": LAYER, "positions": "all"} | unit, seed)
+        model.adapters.put(str(seed), FrozenAdapter.of(single.engine.units))
+    model.eval()
+    ones = RowStrengths(torch.ones(3))
+    with torch.no_grad():
+        expected = model(input_ids=IDS, adapter_names=["0", "1", "2"]).logits
+        with model.using(strengths=ones):
+            logits = model(input_ids=IDS, adapter_names=["0", "1", "2"]).logits
+        assert_close(logits, expected)
+        removed = RowStrengths(ones.factors, torch.tensor([True, False, False]))
+        with model.using(strengths=removed), pytest.raises(ValueError, match="adapters by name"):
+            model(input_ids=IDS, adapter_names=["1"] * 3)
+
+
+def test_no_direction_of_several_concepts_is_taken_out() -> None:
+    unit = {"layer": LAYER, "intervention": "reftr1", "low_rank_dimension": 2}
+    model = moved_units(unit, 0).eval()
+    removed = RowStrengths(torch.ones(3), torch.tensor([True, False, False]))
+    with model.using(strengths=removed), pytest.raises(ValueError, match="the unit has none"):
+        model(input_ids=IDS, subspaces=[[0]] * 3)
+
+
+def moved_units(entry: dict[str, Any], seed: int) -> rn.ReftModel:
+    torch.manual_seed(seed)
+    return moved(rn.get_reft_model(tiny_model(), rn.ReftConfig(entry))).eval()

@@ -250,6 +250,8 @@ def _to_pyreft(source: Path, output: Path, name: str) -> str:
         component = entry.component
         if component == "embeddings":  # for which pyvene has no name
             component = str(find_site(base, component))
+        if entry.gate is not None:
+            raise ValueError(f"{where}: gate {entry.gate}, which pyreft's format does not hold")
         if isinstance(entry.heads, list):
             raise ValueError(f"{where}: heads {entry.heads}, of which pyreft's format has no units")
         if entry.heads == "all":

@@ -19,7 +19,7 @@ def in_pairs_of(batch: Batch, paired: Sequence[PlacedUnit]) -> Batch:
     Raises:
         ValueError: as `in_pairs`; or a unit compares pairs, and another one asks for them, too.
     """
-    compared = [p for p in paired if getattr(p.unit, "compares", False) and p.unit.training]
+    compared = [placed for placed in paired if getattr(placed.unit, "compares", False)]
     if compared and len(paired) > 1:
         first, second = (type(placed.unit).__name__ for placed in paired[:2])
         raise ValueError(

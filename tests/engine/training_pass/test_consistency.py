@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import reftnoise as rn
+from reftnoise.analysis.inspection import noise_losses
 from reftnoise.engine.training_pass.prefix_cache import PrefixCache
 from support.models.architectures import tiny_model
 from support.models.tiny_models import LAYERS, examples_of, model_of, padded
@@ -196,3 +197,14 @@ def test_an_encoder_decoder_needs_what_its_decoder_reads(name: str) -> None:
     model(**rows, decoder_input_ids=shifted)
     assert model.added_loss is not None
     assert model.added_loss.detach().item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["r3f", "smart"])
+def test_what_compares_predictions_is_no_noise_of_an_evaluation(name: str) -> None:
+    """Labels are predicted without it in training, too; nothing is left of the pass before."""
+    noise = {"intervention": name, "epsilon": 0.5}
+    model = rn.get_reft_model(tiny_model(), rn.ReftConfig([LAYERS, noise])).train()
+    model(**batch()).loss.backward()
+    rows = {key: value[:1] for key, value in batch().items()}
+    losses = noise_losses(model, [rows], draws=2)
+    assert losses.noisy == pytest.approx([losses.clean] * 2, rel=1e-6)
