@@ -158,6 +158,7 @@ class ReftModel(TakesBatches, TrainingMixin, AdapterMixin):
         adapter_names: Sequence[AdapterChoice] | None = None,
         subspaces: Subspaces | None = None,
         return_logits: Logits = None,
+        logits_to_keep: int | Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         """One pass of the base with the units applied.
@@ -181,6 +182,7 @@ class ReftModel(TakesBatches, TrainingMixin, AdapterMixin):
                 are read; True computes them in the base's own forward, False leaves them out, and
                 `"labels"` gives those that predict a label alone, [labels, vocabulary], row after
                 row. In training with SymNoise they are those of the +δ rows.
+            logits_to_keep: as the base takes it.
             inputs: the base's other arguments.
 
         Raises:
@@ -188,7 +190,8 @@ class ReftModel(TakesBatches, TrainingMixin, AdapterMixin):
                 or `return_logits="labels"`, without labels; `split = "always"` where a pass cannot
                 be split.
         """
-        named = {"attention_mask": attention_mask, "labels": labels}
+        named: dict[str, Any] = {"attention_mask": attention_mask, "labels": labels}
+        named["logits_to_keep"] = logits_to_keep
         inputs.update({name: value for name, value in named.items() if value is not None})
         if input_ids is not None:
             inputs["input_ids"] = input_ids

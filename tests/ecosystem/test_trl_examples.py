@@ -47,3 +47,27 @@ def test_an_example(
     run(name, monkeypatch, steps=steps, output=str(tmp_path / "adapter"))
     assert said in capsys.readouterr().out
     assert (tmp_path / "adapter" / "reft_config.json").is_file()
+
+
+def test_four_adapters_of_one_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, questions = str(tmp_path / "rlhf"), ["Where does a bear live?"]
+    run("rlhf", monkeypatch, steps=(1, 1, 1, 1), questions=questions, output=output)
+    said = capsys.readouterr().out
+    for name in ("supervised", "reinforced", "distilled"):
+        assert name in said
+        rn.ReftModel.from_pretrained(base_model(), tmp_path / "rlhf" / name)
+
+
+def test_a_scorer_has_the_layers_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    base, tokenizer = rn.load_tiny_model()
+    scorer = runpy.run_path(str(EXAMPLES / "rlhf.py"))["scorer_of"](base, tokenizer)
+    new = {
+        name for name, p in scorer.named_parameters() if all(p is not q for q in base.parameters())
+    }
+    assert new == {"score.weight"}
+    chat = tokenizer("Where does a bear live?", return_tensors="pt")
+    assert scorer(**chat).logits.shape == (1, 1)
+    base(**chat)  # still a language model

@@ -1,10 +1,15 @@
 """What users of a model set and read of its training passes."""
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..base.peft import inner_model
+from ..hooks import Engine
+from .fused_head import EditedBackbone, expect_plain_head
 from .prefix_cache import PrefixCache
 from .runner import ForwardPasses, SplitMode
 
@@ -12,6 +17,9 @@ from .runner import ForwardPasses, SplitMode
 class TrainingMixin:
     """The part of `ReftModel` that concerns training passes."""
 
+    model: PreTrainedModel
+    engine: Engine
+    forward: Callable[..., Any]
     _passes: ForwardPasses
     _split: SplitMode
     prefix_cache: PrefixCache | None
@@ -32,11 +40,26 @@ class TrainingMixin:
         self._split = mode
 
     @property
+    def base_model(self) -> Any:
+        """The base without its head, called with the edits, for losses that read hidden states.
+
+        TRL's DistillationTrainer calls it. `reft_model.model.base_model` is without edits.
+
+        Raises:
+            ValueError: a unit edits the head, which such a loss leaves out.
+        """
+        base = inner_model(self.model)
+        if base.base_model is base:
+            return self
+        expect_plain_head(base, self.engine.sites)
+        return EditedBackbone(base.base_model, self.forward)
+
+    @property
     def training_progress(self) -> float:
         """Share of the training that is done, from 0 to 1, for units whose loss has a schedule.
 
         `ReftTrainer` sets it at each step, the callback `TrainingProgress` in other Trainers, and a
-        loop of your own may. It is 1 until somebody does: schedules are then at their end.
+        loop of your own may. Until then it is 1: schedules are at their end.
         """
         return float(self._passes.added.progress)
 
