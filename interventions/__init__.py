@@ -12,6 +12,7 @@ from .base import ReftIntervention as ReftIntervention
 from .base import has_factors as has_factors
 from .columns import Columns as Columns
 from .columns import edited_columns as edited_columns
+from .columns import taken_columns as taken_columns
 from .concepts import ReftR1Intervention as ReftR1Intervention
 from .factors import Activation as Activation
 from .factors import Factors as Factors

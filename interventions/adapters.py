@@ -22,9 +22,10 @@ from typing_extensions import Unpack
 from .arguments import PyveneFields, reject_unknown
 from .factors import Activation, Factors
 from .formed import FormedIntervention
+from .kept import is_set
 
 
-class _OfEveryToken(FormedIntervention):
+class EveryTokenIntervention(FormedIntervention):
     """An edit of every token by default, without a subspace to edit a part of."""
 
     default_positions: ClassVar[str] = "all+decode"
@@ -38,13 +39,15 @@ class BiasArguments(PyveneFields, total=False):
     dtype: torch.dtype | str
 
 
-class BiasIntervention(_OfEveryToken):
+class BiasIntervention(EveryTokenIntervention):
     r"""BitFit's trained bias, where a module's output is edited: $h + b$.
 
     Arguments as in `ReftIntervention`, without rank and `act_fn`. Parameters: $d$. To train the own
     bias of a linear layer, give the layer as component, such as
     `"model.layers[3].mlp.down_proj.output"`.
     """
+
+    proportional_to: ClassVar[str | None] = "bias"
 
     def __init__(
         self,
@@ -74,6 +77,8 @@ class RedIntervention(BiasIntervention):
     Paper: RED (arXiv:2402.15179), section 3.
     """
 
+    proportional_to: ClassVar[str | None] = None
+
     def __init__(self, *, embed_dim: int, **arguments: Unpack[BiasArguments]) -> None:
         super().__init__(embed_dim=embed_dim, **arguments)
         self.scaling = nn.Parameter(torch.ones(embed_dim, dtype=self.dtype))
@@ -88,7 +93,7 @@ class RedIntervention(BiasIntervention):
         return Factors(down, ones, up, acts, diagonal=scaling.to(wide)[..., None, :] - 1)
 
 
-class VectorIntervention(_OfEveryToken):
+class VectorIntervention(EveryTokenIntervention):
     """An edit by a vector that is set, as by `fit_steering_vectors`, and not trained.
 
     Arguments as in `ReftIntervention`, without rank and `act_fn`. The vector starts at zero.
@@ -117,6 +122,8 @@ class AdditionIntervention(VectorIntervention):
     Arguments as in `VectorIntervention`.
     """
 
+    proportional_to: ClassVar[str | None] = "vector"
+
     def form(self, *parts: Tensor) -> Factors:
         return constant_factors(*parts)
 
@@ -124,8 +131,10 @@ class AdditionIntervention(VectorIntervention):
 class AblationIntervention(VectorIntervention):
     r"""Directional ablation: $h - (h \cdot w)w$ with $w = v/\|v\|$ of the vector v.
 
-    No state has then a part along v. Arguments as in `VectorIntervention`. By default, all layers
-    are edited. v must be set before a pass.
+    No edited state has then a part along v. By default, these are the outputs of all layers. The
+    paper takes v out of what is added to the residual stream, so that no state in between has a
+    part along v, either: `embeddings`, `attention_output` and `mlp_output` of all layers. Arguments
+    as in `VectorIntervention`. v must be set before a pass.
 
     Raises:
         ValueError: v is zero where the edit is computed.
@@ -136,7 +145,7 @@ class AblationIntervention(VectorIntervention):
     default_layer: ClassVar[str | None] = "all"
 
     def parts(self) -> tuple[Tensor, ...]:
-        if not torch.compiler.is_compiling() and not self.vector.any():
+        if not is_set(self, "vector"):
             raise ValueError(
                 "vector of AblationIntervention is zero, which is no direction: set it, as "
                 "fit_steering_vectors does, or by unit.vector.copy_(direction)"
@@ -150,7 +159,7 @@ class AblationIntervention(VectorIntervention):
         return Factors(-rows, torch.zeros_like(rows[..., 0]), rows, ((None, 1),))
 
 
-class AdapterIntervention(_OfEveryToken):
+class AdapterIntervention(EveryTokenIntervention):
     r"""The bottleneck adapter: $h + W_2\sigma(W_1h + b_1) + b_2$, where $W_2$ starts at zero.
 
     Arguments as in `ReftIntervention`; `low_rank_dimension` is the bottleneck's width and `act_fn`

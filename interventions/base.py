@@ -233,6 +233,8 @@ class LowRankIntervention(KeepsForEvaluation, ReftIntervention):
 
     has_subspaces: ClassVar[bool] = True
     """Whether dimensions of its subspace can be edited without the others."""
+    proportional_to: ClassVar[str | None] = None
+    """The name of its tensor that the edit is proportional to, which can hold a scale."""
 
     @abstractmethod
     def factors(self) -> Factors:
@@ -354,6 +356,10 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
             prompt: mask of the prompt.
             lengths: number of tokens in each token's document, where a row holds several.
         """
+
+    def lost_in(self, hidden: Float[Tensor, "batch length hidden"]) -> str | None:
+        """Why hidden states hardly feel the noise in their dtype; None where they do."""
+        return None
 
     def forward(
         self,

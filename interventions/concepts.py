@@ -6,6 +6,7 @@ detects. In training, $h_t + \overline{a}\,w$, where $\overline{a}$ is the mean 
 activations of the row, has to predict the labels. In evaluation, $h_t + c\,a_{\max} w$ steers.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import ClassVar
 from weakref import WeakSet
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import Unpack
 
@@ -22,6 +24,8 @@ from .factors import Factors
 from .formed import FormedIntervention
 from .losses import AddsLoss, EditsRows
 from .row_edits import outside_autocast
+
+_logger = logging.getLogger(__name__)
 
 
 class ReftR1Intervention(AddsLoss, EditsRows, FormedIntervention):
@@ -33,7 +37,7 @@ class ReftR1Intervention(AddsLoss, EditsRows, FormedIntervention):
     its gradient loses the part along w.
 
     Evaluation adds $c\,a_{\max} w$ to every token, where $a_{\max}$, the buffer `largest`, is the
-    largest activation of all training passes.
+    largest activation of all training passes, in all processes under DDP and FSDP2.
 
     Args:
         embed_dim: width of the hidden states, $d$.
@@ -57,6 +61,8 @@ class ReftR1Intervention(AddsLoss, EditsRows, FormedIntervention):
 
     default_positions: ClassVar[str] = "all+decode"
     largest: Float[Tensor, " concepts"]
+    missed_steps: int | None = 0
+    """1 and the steps since the first pass with gradients; None once a step has trained w."""
 
     def __init__(
         self,
@@ -98,6 +104,22 @@ class ReftR1Intervention(AddsLoss, EditsRows, FormedIntervention):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         _UNITS.add(self)
 
+    def miss_step(self) -> None:
+        """Count a step that does not train w, and warn where none ever does: w then has any norm.
+
+        Where weights are flattened, as by FSDP's first version and DeepSpeed, w is none of theirs.
+        """
+        if not self.missed_steps:  # no pass had gradients, or a step has trained w
+            return
+        self.missed_steps += 1
+        if self.missed_steps == _MOST_MISSED:
+            _logger.warning(
+                "weight of %s: no step of an optimizer trains it by itself, so it is not kept at "
+                "norm 1. FSDP's first version and DeepSpeed flatten weights: train with DDP or "
+                "FSDP2",
+                type(self).__name__,
+            )
+
     def activations(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows concepts"]:
         r"""$\mathrm{ReLU}(Wh + b)$ of hidden states at the unit's site, before its edit.
 
@@ -124,6 +146,9 @@ class ReftR1Intervention(AddsLoss, EditsRows, FormedIntervention):
         largest, places = acts.topk(min(self.topk, acts.shape[1]), dim=1)
         rest = acts.scatter(1, places, 0.0).sum(1) / count.clamp(min=1)
         strength = gates * largest.sum(1) / count.clamp(min=1, max=self.topk)
+        is_eager = not torch.compiler.is_compiling()
+        if is_eager and self.missed_steps == 0 and self.is_trained and torch.is_grad_enabled():
+            self.missed_steps = 1
         with torch.no_grad():
             seen = (gates * largest[:, 0]).amax(0).to(self.largest)
             self.largest.copy_(torch.maximum(self.largest, seen))
@@ -149,21 +174,51 @@ class ReftR1Intervention(AddsLoss, EditsRows, FormedIntervention):
 
 _UNITS: "WeakSet[ReftR1Intervention]" = WeakSet()
 
+_MOST_MISSED = 8
+"""Steps of optimizers that may be those of another model, such as a critic."""
+
 
 @torch.no_grad()
-def _keep_unit_norm(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Before a step, give directions that it trains norm 1, and gradients orthogonal to them."""
+def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Give directions that a step trains norm 1, and gradients orthogonal to them."""
     if not _UNITS:
         return
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for unit in _UNITS:
+    of_weight = {id(unit.weight): unit for unit in _UNITS}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # In the order of the parameters, which is that of all processes.
+    trained = [of_weight[id(p)] for p in parameters if id(p) in of_weight and p.grad is not None]
+    for unit in set(_UNITS).difference(trained):
+        unit.miss_step()
+    _join_largest([unit for unit in trained if unit.has_copies or _is_spread(unit.weight)])
+    for unit in trained:
         weight = unit.weight
-        if id(weight) not in trained or weight.grad is None:
-            continue
-        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-        weight.div_(norm + torch.finfo(weight.dtype).eps)
-        along = (weight.grad * weight).sum(1, keepdim=True)
-        weight.grad.sub_(along * weight)
+        unit.missed_steps = None
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        wide = wide / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        weight.copy_(wide)
+        gradient = weight.grad
+        assert gradient is not None
+        along = (gradient * wide).sum(1, keepdim=True)
+        gradient.copy_(gradient - along * wide)
 
 
-register_optimizer_step_pre_hook(_keep_unit_norm)
+def _is_spread(weight: Tensor) -> bool:
+    """Whether all processes hold parts of a weight, as under FSDP2."""
+    if not isinstance(weight, DTensor):
+        return False
+    return weight.device_mesh.size() == torch.distributed.get_world_size()
+
+
+def _join_largest(units: Sequence[ReftR1Intervention]) -> None:
+    """Of copies in all processes, each of which has seen other rows, the largest activations."""
+    if not units:
+        return
+    joined = torch.cat([unit.largest for unit in units])
+    torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX)
+    sizes = [len(unit.largest) for unit in units]
+    for unit, largest in zip(units, joined.split_with_sizes(sizes), strict=True):
+        unit.largest.copy_(largest)
+
+
+register_optimizer_step_pre_hook(_before_step)

@@ -35,6 +35,9 @@ Distribution = Literal["uniform", "normal"]
 class _FixedNoise(NoiseIntervention):
     r"""Noise of scale $\epsilon$.
 
+    A hidden state in half precision hardly feels a small z, since x + z is rounded to x. In
+    bfloat16, embeddings of size 0.06 need an $\epsilon$ of 5e-4; the default is for float32.
+
     Args:
         epsilon: $\epsilon \ge 0$, whatever the length of a row and the width.
         distribution: `"uniform"`, $U(-\epsilon, \epsilon)$, or `"normal"`, $N(0, \epsilon^2)$.
@@ -61,6 +64,19 @@ class _FixedNoise(NoiseIntervention):
         if distribution not in ("uniform", "normal"):
             raise ValueError(f"distribution {distribution!r}: expected 'uniform' or 'normal'")
         self.distribution, self.where = distribution, expect_where(where)
+        self._has_looked = False
+
+    def lost_in(self, hidden: Float[Tensor, "batch length hidden"]) -> str | None:
+        if self._has_looked or hidden.dtype.itemsize > 2 or self.epsilon == 0.0:
+            return None
+        self._has_looked = True  # once: it waits for the device
+        spacing = torch.finfo(hidden.dtype).eps * hidden.detach().abs().mean(dtype=torch.float32)
+        if self.epsilon >= (least := float(spacing)):
+            return None
+        return (
+            f"epsilon {self.epsilon:g} of {type(self).__name__}: {hidden.dtype} rounds most of "
+            f"x + z back to x: expected at least {least:.1g}, or a base in float32"
+        )
 
     def delta(
         self,
@@ -203,7 +219,7 @@ class SmartIntervention(R3fIntervention):
 
     @contextlib.contextmanager
     def ascending(self) -> Iterator[None]:
-        """Within the block, a pass runs with $z_0$; from its end on, passes have the z found."""
+        """Within the block, a pass runs with $z_0$; from its end on, passes have this z."""
         self._noise = self._start = self._apart = None
         try:
             yield

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .arguments import did_you_mean
 from .factors import Factors
+from .kept import is_set
 from .losses import EditsRows
 
 
@@ -137,7 +138,7 @@ class ConditionGate(Gate):
         Raises:
             ValueError: v is zero.
         """
-        if not torch.compiler.is_compiling() and not self.vector.any():
+        if not is_set(self, "vector"):
             raise ValueError(
                 "vector of the gate 'condition' is zero, which is no condition: set it, by "
                 "unit.gate.vector.copy_(direction)"
@@ -199,7 +200,10 @@ def put_gate(unit: Any, values: Mapping[str, Any] | None) -> None:
     if getattr(unit, "has_own_forward", True):
         raise ValueError(f"gate {values.get('type')!r}: {name} says in a forward what it returns")
     if isinstance(unit, EditsRows):
-        raise ValueError(f"gate {values.get('type')!r}: {name} edits whole rows in training")
+        raise ValueError(
+            f"gate {values.get('type')!r}: {name} edits whole rows in training, "
+            "expected a unit that edits each token, such as bias"
+        )
     if type(own) is cls:
         for argument, value in arguments.items():
             if getattr(own, argument) != value:

@@ -11,29 +11,26 @@ so that both start as the identity. Both edit every token by default, generated 
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .adapters import constant_factors
+from .adapters import EveryTokenIntervention, constant_factors
 from .arguments import PyveneFields, reject_unknown
 from .factors import Factors
-from .formed import FormedIntervention
 from .losses import AddsLoss
 
 _TEMPERATURE, _LOW, _HIGH, _MARGIN = 0.33, -0.1, 1.1, 1e-6
 """Of the hard-concrete distribution; draws of u keep the margin from 0 and 1."""
 
 
-class _OfHeads(AddsLoss, FormedIntervention):
-    default_positions: ClassVar[str] = "all+decode"
-    has_subspaces: ClassVar[bool] = False
+class HeadIntervention(AddsLoss, EveryTokenIntervention):
+    """An elementwise edit of heads, by default of every token's, that adds a loss."""
 
 
-class LofitIntervention(_OfHeads):
+class LofitIntervention(HeadIntervention):
     r"""LoFiT: $(1 + A) \odot z + v$, of which A or v, or both, are trained.
 
     LoFiT has two steps. The first trains A at all heads with the L1 norm as a loss
@@ -97,7 +94,7 @@ class LofitIntervention(_OfHeads):
         return self.l1 * self.scaling.abs().sum()
 
 
-class JolaIntervention(_OfHeads):
+class JolaIntervention(HeadIntervention):
     r"""JoLA: $(1 + g_2A) \odot z + g_1v$, where each head has a gate g₁ and a gate g₂.
 
     In training, gates are drawn from hard-concrete distributions, once a pass: with u ~ U(0, 1),

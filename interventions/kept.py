@@ -23,6 +23,25 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def is_set(module: nn.Module, name: str) -> bool:
+    """Whether a vector of a module has another element than 0.
+
+    It waits for the device once after each change of the vector, and not in every pass.
+    """
+    tensor: Tensor = getattr(module, name)
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        state = (tensor.data_ptr(), tensor._version)
+    except RuntimeError:  # of inference mode, which counts no changes, or within vmap
+        return bool(tensor.any())
+    if module.__dict__.get("_set") != (name, *state):
+        if not tensor.any():
+            return False
+        module.__dict__["_set"] = (name, *state)
+    return True
+
+
 class KeepsForEvaluation(nn.Module):
     """A module that keeps values of its weights until an optimizer steps, a weight changes, an
     attribute is set, the module moves, or `train()` or `eval()` is called.

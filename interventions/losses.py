@@ -5,16 +5,19 @@
 | of weights | the unit itself, as a penalty of its gates |
 | of what a pass computed | what `EditsRows.row_delta` noted |
 | of two halves of a batch | how far apart predictions are of rows without and with noise |
+
+The classes are abstract by those that they stand next to. `ABC` would give units an object layout
+that FSDP2 cannot change when it shards a unit by itself.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-class AddsLoss(ABC):
+class AddsLoss:
     r"""A unit that adds a loss: $\mathcal{L} = \mathcal{L}_\mathrm{base} + \sum_u \mathcal{L}_u$.
 
     A base class next to `ReftIntervention` or `NoiseIntervention`. In training mode, `ReftModel`
@@ -35,12 +38,15 @@ class AddsLoss(ABC):
         """
 
 
-class EditsRows(ABC):
+class EditsRows:
     """An edit that in training reads all edited tokens of a row together.
 
     A base class next to `ReftIntervention`. In evaluation, and in generation, the unit edits like
     any other.
     """
+
+    has_copies: bool = False
+    """Whether all processes train copies of the unit, on other rows; the engine sets it."""
 
     @abstractmethod
     def row_delta(

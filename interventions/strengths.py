@@ -103,7 +103,10 @@ def has_direction(unit: object) -> bool:
 
 
 def edit_vector(unit: object) -> Float[Tensor, " hidden"] | None:
-    """The vector that a unit adds to all hidden states; None where it adds something else."""
+    """The vector that a unit adds to all hidden states, before a gate of tokens has its share.
+
+    None where the unit adds something else, or where prompts decide.
+    """
     return vector_of(unit.factors()) if has_factors(unit) else None
 
 

@@ -4,6 +4,7 @@ Low-rank edits all go through `edit_rows`; other units say in `delta` what they 
 """
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .._util.errors import warn_once
 from ..interventions import (
     EditsRows,
     GatedUnit,
@@ -20,11 +22,14 @@ from ..interventions import (
     edit_rows,
     gate_of,
     has_factors,
+    taken_columns,
 )
-from .base.running import is_spread, is_transformed, shaped_like
+from .base.running import is_in_ddp, is_spread, is_transformed, shaped_like
 from .base.sites import Site
 from .calls import AnyCall, Call, Hidden, ReadyEdit
 from .units import PlacedUnit
+
+logger = logging.getLogger(__name__)
 
 
 def apply_units(
@@ -76,13 +81,19 @@ def apply_units(
         if not unit.training and call.plan.choices.is_noised and not compares:
             unit = copy.copy(unit)  # its mode is of all threads
             unit.training = True
-        if not (call.is_noised and unit.training):
-            continue
-        if call.plan.noise is None:
-            hidden = unit(hidden, **call.tokens(hidden.device))
-        else:
-            hidden = hidden + call.plan.noise(unit, hidden, call.offset)
+        if call.is_noised and unit.training:
+            hidden = _noised(unit, call, hidden)
     return _add_edits(edits, call, hidden)
+
+
+def _noised(unit: NoiseIntervention, call: Call, hidden: Hidden) -> Hidden:
+    is_eager = not torch.compiler.is_compiling() and not is_transformed()
+    if is_eager and (lost := unit.lost_in(hidden)) is not None:
+        warn_once(logger, lost)
+    if call.plan.noise is not None:
+        return hidden + call.plan.noise(unit, hidden, call.offset)
+    noised: Tensor = unit(hidden, **call.tokens(hidden.device))
+    return noised
 
 
 def _expect_states(site: Site, hidden: Any) -> None:
@@ -239,7 +250,11 @@ def _share(placed: PlacedUnit, call: Call, hidden: Hidden) -> Float[Tensor, " ro
     """How much of a unit's edit each row gets by its prompt; None for all of it."""
     unit: Any = placed.unit
     gate = gate_of(unit.unit if isinstance(unit, GatedUnit) else unit)
-    return call.decision(placed.key, gate, hidden) if gate and gate.reads_prompts else None
+    if gate is None or not gate.reads_prompts:
+        return None
+    if isinstance(unit, GatedUnit) and unit.columns is not None:  # as its unit alone reads them
+        hidden = taken_columns(hidden, unit.columns)
+    return call.decision(placed.key, gate, hidden)
 
 
 def _delta(
@@ -259,6 +274,8 @@ def _delta(
         edited = torch.ones(by_row.shape[:2], dtype=torch.bool, device=hidden.device)
         if skipped is not None:
             edited = ~skipped.view(by_row.shape[:2])
+        if not torch.compiler.is_compiling():
+            unit.has_copies = is_in_ddp()
         delta, noted = unit.row_delta(by_row, edited, gates)
         call.plan.notes.add(placed.key, noted)
         delta, strengths = delta.flatten(0, 1), call.strengths(placed.key)

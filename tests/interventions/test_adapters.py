@@ -60,8 +60,8 @@ def test_red_and_its_gradients_are_those_of_the_formula(rows: str, grad: bool) -
     torch.testing.assert_close(edited, expected, rtol=1e-12, atol=1e-12)
     if grad:
         pairs = (torch.autograd.grad((x * weight).sum(), inputs) for x in (edited, expected))
-        for found, right in zip(*pairs, strict=True):
-            torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+        for gradient, closed in zip(*pairs, strict=True):
+            torch.testing.assert_close(gradient, closed, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -151,3 +151,30 @@ def test_bitfit_is_the_gradient_of_a_models_own_bias() -> None:
     layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features))
     model(input_ids=ids, labels=ids).loss.backward()
     torch.testing.assert_close(found, layer.bias.grad, rtol=1e-5, atol=1e-7)
+
+
+@torch.no_grad()
+def test_the_papers_three_places_leave_no_state_along_the_direction() -> None:
+    """The output of a layer alone leaves those within it, and the embeddings."""
+    base, tokenizer = rn.load_tiny_model()
+    ids = tokenizer("Where does a bear live?", return_tensors="pt")["input_ids"]
+    vector = torch.randn(base.config.hidden_size)
+    norm = base.model.layers[1].post_attention_layernorm  # which reads the residual stream
+    within: list[Any] = []
+
+    def largest_part(entries: list[dict[str, Any]]) -> tuple[float, float]:
+        model = rn.get_reft_model(base, rn.ReftConfig(entries)).eval()
+        for unit in model.interventions.values():
+            unit.vector.copy_(vector)
+        within.clear()
+        with norm.register_forward_pre_hook(lambda _, args: within.append(args[0])):
+            states = model(ids, output_hidden_states=True).hidden_states[:-1]
+        parts = [F.cosine_similarity(s, vector, dim=-1).abs().max() for s in (*states, *within)]
+        return float(max(parts[1:-1])), float(max(parts[0], parts[-1]))
+
+    places = ("embeddings", "attention_output", "mlp_output")
+    everywhere = [{"component": place, "intervention": "ablate"} for place in places]
+    assert max(largest_part(everywhere)) < 1e-5
+    after_layers, elsewhere = largest_part([{"intervention": "ablate"}])
+    assert after_layers < 1e-5
+    assert elsewhere > 1e-3

@@ -54,10 +54,10 @@ def test_training_is_the_formula_and_its_gradient(skip: int) -> None:
     torch.testing.assert_close(delta, expected)
     torch.testing.assert_close(loss, other)
     inputs = (hidden, unit.weight)
-    for found, closed in zip(
+    for gradient, closed in zip(
         torch.autograd.grad(loss, inputs), torch.autograd.grad(other, inputs), strict=True
     ):
-        torch.testing.assert_close(found, closed)
+        torch.testing.assert_close(gradient, closed)
     torch.testing.assert_close(unit.largest[0], largest.double())
     unit.row_delta(hidden / 2, edited)
     torch.testing.assert_close(unit.largest[0], largest.double())
@@ -93,6 +93,37 @@ def test_directions_keep_norm_1_and_turn_alone(optimizer: Any) -> None:
         steps.step()
         torch.testing.assert_close(unit.weight.detach(), before)
         torch.testing.assert_close(unit.weight.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_in_half_precision_are_1_but_for_rounding(dtype: torch.dtype) -> None:
+    unit = rn.ReftR1Intervention(embed_dim=512, low_rank_dimension=2, dtype=dtype)
+    torch.nn.init.normal_(unit.weight, std=0.03)
+    with torch.no_grad():
+        unit.weight[1] = 0.0
+    unit.weight.grad = torch.randn_like(unit.weight)
+    torch.optim.SGD(unit.parameters(), lr=0.0).step()
+    norms = unit.weight.detach().double().norm(dim=1)
+    assert norms[0] == pytest.approx(1.0, abs=torch.finfo(dtype).eps / 4)
+    assert norms[1] == 0.0
+
+
+def test_weights_that_no_step_trains_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As where they are flattened: what the optimizer has is another tensor."""
+    hidden, edited = torch.randn(1, 4, WIDTH), torch.ones(1, 4, dtype=torch.bool)
+    other = torch.nn.Parameter(torch.zeros(2))
+    other.grad = torch.zeros(2)
+    critic = torch.optim.SGD([other], lr=0.1)
+    fresh, trained_too, flattened = (unit_of() for _ in range(3))
+    for unit in (trained_too, flattened):
+        unit.row_delta(hidden.double(), edited)
+    trained_too.weight.grad = torch.zeros_like(trained_too.weight)
+    torch.optim.SGD(trained_too.parameters(), lr=0.1).step()
+    with caplog.at_level("WARNING"):
+        for _ in range(20):
+            critic.step()
+    assert fresh.missed_steps == 0
+    assert [("flatten weights" in record.message) for record in caplog.records] == [True]
 
 
 def trained(**arguments: Any) -> rn.ReftModel:

@@ -74,8 +74,8 @@ def test_a_gate_and_its_gradients_are_those_of_the_formula(
     )
     inputs, weight = (hidden, *unit.parameters()), torch.randn_like(hidden)
     pairs = (torch.autograd.grad((x * weight).sum(), inputs) for x in (edited, formula))
-    for found, right in zip(*pairs, strict=True):
-        assert_close(found, right)
+    for gradient, expected in zip(*pairs, strict=True):
+        assert_close(gradient, expected)
     with torch.no_grad():
         assert_close(edit_rows(hidden, [ready], places), formula)
         assert_close(ready.of_all(hidden), written_out(unit.gate, hidden, scale * edit))
@@ -205,9 +205,9 @@ def test_edits_of_a_row_are_added_and_its_norm_gates_act_on_their_sum() -> None:
         for group, keeps in ((units[::2], False), (units[1::2], True))
     ]
     gates = torch.ones(1, 2)
-    found = [edit.row_edit(torch.float32, hidden.device, gates=gates) for edit in edits]
-    assert_close(edit_rows(hidden, found[:1]) - hidden, probed)
-    assert_close(edit_rows(hidden, found[1:]) - hidden, normed)
+    ready = [edit.row_edit(torch.float32, hidden.device, gates=gates) for edit in edits]
+    assert_close(edit_rows(hidden, ready[:1]) - hidden, probed)
+    assert_close(edit_rows(hidden, ready[1:]) - hidden, normed)
 
 
 def test_generation_has_the_gate_of_each_token() -> None:
@@ -216,10 +216,10 @@ def test_generation_has_the_gate_of_each_token() -> None:
         settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         settings |= {"eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
         prompt = {"input_ids": IDS[:1], "attention_mask": MASK[:1]}
-        found = model.generate(**prompt, **settings)
+        written = model.generate(**prompt, **settings)
         with torch.no_grad():
-            whole = model(input_ids=found.sequences, prompt_lengths=torch.tensor([5])).logits
-        assert_close(torch.stack(found.logits, 1)[0], whole[0, 4:-1])
+            whole = model(input_ids=written.sequences, prompt_lengths=torch.tensor([5])).logits
+        assert_close(torch.stack(written.logits, 1)[0], whole[0, 4:-1])
 
 
 def test_probes_share_a_product_with_plain_edits_and_norms_have_one_of_their_own() -> None:
@@ -300,10 +300,10 @@ def test_a_decision_is_held_while_decoding(beams: int, positions: str) -> None:
     gated, plain, met = conditioned(positions)
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     settings |= {"num_beams": beams}
-    found, edited = gated.generate(**BATCH, **settings), plain.generate(**BATCH, **settings)
+    written, edited = gated.generate(**BATCH, **settings), plain.generate(**BATCH, **settings)
     with gated.disabled():
         bare = gated.generate(**BATCH, **settings)
-    assert torch.equal(found, torch.where(met[:, None], edited, bare))
+    assert torch.equal(written, torch.where(met[:, None], edited, bare))
 
 
 def test_rows_that_meet_it_train_and_it_is_saved(tmp_path: Path) -> None:
@@ -329,14 +329,71 @@ def test_adapters_by_name_have_conditions_of_their_own() -> None:
     together.adapters.put("gated", FrozenAdapter.of(gated.engine.units))
     together.adapters.put("plain", FrozenAdapter.of(plain.engine.units))
     for names in (["gated"] * 3, ["plain", "gated", "gated"], [{"gated": -0.5}, None, "plain"]):
-        found = together(**BATCH, adapter_names=names).logits
+        logits = together(**BATCH, adapter_names=names).logits
         for row, name in enumerate(names):
             same = "plain" if name == "gated" and met[row] else None if name == "gated" else name
             if isinstance(name, dict):
                 same = {"plain": -0.5} if met[row] else None
             expected = together(**BATCH, adapter_names=[same] * 3).logits[row]
             attended = MASK[row].bool()
-            assert_close(found[row][attended], expected[attended])
+            assert_close(logits[row][attended], expected[attended])
+
+
+@pytest.mark.parametrize("heads", [[1], [0, 2]])
+@torch.no_grad()
+def test_a_condition_at_some_heads_reads_these_alone_also_by_name(heads: list[int]) -> None:
+    place = {"layer": 1, "component": "head_output", "heads": heads, "positions": EVERY}
+    gate = {"type": "condition", "threshold": 0.0}
+    single = model_of({"intervention": "bias"} | place | {"gate": gate}, 0)
+    states: list[Tensor] = []
+    projection = single.model.model.layers[1].self_attn.o_proj
+    with projection.register_forward_pre_hook(lambda _, args: states.append(args[0])):
+        single(**BATCH, adapter_names=[None] * 3)
+    width = single.model.config.head_dim
+    part = torch.cat([states[0][..., h * width : (h + 1) * width] for h in heads], -1)
+    means = (part * MASK[..., None]).sum(1) / MASK.sum(1, keepdim=True)
+    [unit] = single.interventions.values()
+    unit.gate.vector.copy_(means[0])
+    similarity = torch.tensor([cast(mean, means[0]) for mean in means])
+    unit.gate.threshold = float(similarity.sort().values[1:].mean())
+    met = similarity > unit.gate.threshold
+    assert met.any()
+    assert not met.all()
+    together = rn.get_reft_model(tiny_model().eval())
+    together.adapters.put("gated", FrozenAdapter.of(single.engine.units))
+    names = [["gated"] * 3, [None, "gated", {"gated": 1.0}]]
+    bare, own = single(**BATCH, adapter_names=[None] * 3).logits, single(**BATCH).logits
+    attended = MASK.bool()
+    for row in range(3):
+        assert torch.equal(own[row][attended[row]], bare[row][attended[row]]) == (not met[row])
+    for chosen in names:
+        rows = zip(chosen, bare, own, strict=True)
+        expected = torch.stack([before if name is None else after for name, before, after in rows])
+        logits = together(**BATCH, adapter_names=chosen).logits
+        assert_close(logits[attended], expected[attended])
+
+
+def test_a_condition_waits_for_the_device_only_where_its_vector_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gated, _, _ = conditioned()
+    asked: list[Tensor] = []
+    any_of = Tensor.any
+
+    def count(tensor: Tensor, *arguments: Any) -> Tensor:
+        asked.append(tensor)
+        return any_of(tensor, *arguments)
+
+    monkeypatch.setattr(Tensor, "any", count)
+    [unit] = gated.interventions.values()
+    with torch.no_grad():
+        gated(**BATCH)
+        asked.clear()
+        gated(**BATCH)
+        assert not asked
+        unit.gate.vector.mul_(2)
+        gated(**BATCH)
+        assert [tensor is unit.gate.vector for tensor in asked] == [True]
 
 
 def test_prompts_in_parts_and_vectors_that_are_not_set() -> None:

@@ -50,11 +50,11 @@ def compare(reft_model: rn.ReftModel, strengths: RowStrengths, edit: Edit) -> No
     expected = by_hand(reft_model.model, edit)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
     for total in (logits, expected):
-        found = torch.autograd.grad((total * weights).sum(), parameters, retain_graph=True)
+        gradients = torch.autograd.grad((total * weights).sum(), parameters, retain_graph=True)
         if total is logits:
-            of_ours = found
+            of_ours = gradients
     assert any(gradient.abs().max() > 1e-3 for gradient in of_ours)
-    torch.testing.assert_close(of_ours, found, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(of_ours, gradients, rtol=1e-9, atol=1e-9)
 
 
 def of_rows(factors: Tensor) -> Tensor:

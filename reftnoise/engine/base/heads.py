@@ -56,7 +56,7 @@ def find_heads(layer: nn.Module, config: Any) -> HeadPlace:
     features = feature_count(projection, is_input=True)
     owner = f"{type(attention).__name__}.{names[0]}"
     if features is None:
-        raise _missing(f"{owner} is a {type(projection).__name__}, which does not tell its width")
+        raise _missing(f"{owner} is a {type(projection).__name__}, which does not say its width")
     owners = [attention, *modules.values()]
     count = _first_number(owners, _NUMBERS) or _first_number([config], _NUMBERS)
     width = _first_number(owners, _WIDTHS) or (features // count if count else None)

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from .threads import ForkSafeLock, undone_in_children
@@ -360,6 +361,12 @@ def is_spread(module: nn.Module) -> bool:
     if any(isinstance(child, FSDPModule) for child in modules_of(module)):
         return True
     return any(is_part(parameter) for parameter in parameters_of(module))
+
+
+def is_in_ddp() -> bool:
+    """Whether all processes run copies of a model at this time, each on rows of its own."""
+    copy: Any = DistributedDataParallel._active_ddp_module
+    return copy is not None and copy.process_group is torch.distributed.group.WORLD
 
 
 def gather_for(module: nn.Module, method: str) -> None:

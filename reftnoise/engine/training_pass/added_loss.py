@@ -6,6 +6,7 @@ N is `num_items_in_batch`, the labels of all micro-batches of a step, and n thos
 that the sum over micro-batches has the mean of each unit's loss. Without N, the factor is 1.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from ..._util.errors import warn_once
 from ..base.peft import inner_model
 from ..base.running import is_transformed
 from ..calls import Notes
 from ..units import PlacedUnit
+
+logger = logging.getLogger(__name__)
 
 
 class AddedLoss:
@@ -29,9 +33,29 @@ class AddedLoss:
         """Share of the training that is done. A tensor, since torch.compile bakes numbers in."""
         self.last: Tensor | None = None
         """The sum of the units' losses, without the factor n / N."""
+        self._is_left = False
+        """Whether a pass had no loss to add it to, and nobody has read it since."""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last": None}  # torch copies no tensor with a history
+
+    def read(self) -> Tensor | None:
+        """What the last pass has added, for a caller that makes its own loss."""
+        self._is_left = False
+        return self.last
+
+    def leave(self) -> None:
+        """After a pass without labels, leave it to the caller, who may not know of it."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if self._is_left:
+            warn_once(
+                logger,
+                "what units add to the loss is not trained: the model is called without labels, as "
+                "with label smoothing, so it has no loss to add it to. Train with ReftTrainer, or "
+                "add reft_model.added_loss to your own loss",
+            )
+        self._is_left = True
 
     def of_pass(self, units: Iterable[PlacedUnit], notes: Notes) -> Float[Tensor, ""] | None:
         """The sum of what those of the units add that are in training mode, at a pass's end."""

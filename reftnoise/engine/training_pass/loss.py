@@ -183,6 +183,15 @@ def targets_of(labels: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
+def logits_of(outputs: Any) -> Tensor:
+    """The logits of outputs with a loss, which may be a tuple."""
+    if not isinstance(outputs, tuple):
+        logits: Tensor = outputs["logits"]
+        return logits
+    # After the loss, and what a base adds to it.
+    return next(value for value in outputs if isinstance(value, Tensor) and value.dim() > 1)
+
+
 def at_labels(outputs: Any, inputs: Mapping[str, Any]) -> Any:
     """Outputs whose logits are those that predict a label, [labels, vocabulary], row after row.
 

@@ -52,7 +52,8 @@ def ascend(unit: Any, run: Callable[[], Any]) -> None:
         run: such a pass.
 
     Raises:
-        ValueError: torch.compile traces, which takes no gradient within a pass.
+        ValueError: torch.compile traces, or checkpoints are reentrant, neither of which takes a
+            gradient within a pass.
     """
     if not hasattr(unit, "ascending"):
         return
@@ -61,15 +62,24 @@ def ascend(unit: Any, run: Callable[[], Any]) -> None:
             f"{type(unit).__name__} takes a gradient within the pass, which torch.compile of a "
             "ReftModel cannot trace: compile the layers, layer.compile()"
         )
-    with torch.enable_grad(), unit.ascending():
-        run()
+    try:
+        with torch.enable_grad(), unit.ascending():
+            run()
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):  # torch's, whose class says nothing more
+            raise
+        raise ValueError(
+            f"{type(unit).__name__} takes a gradient within the pass, which gradient checkpointing "
+            "refuses: set gradient_checkpointing_kwargs={'use_reentrant': False}"
+        ) from error
 
 
 def _compared(batch: Batch, key: str) -> Batch:
     """Every example twice, the second time without labels of its own, so that the loss stays."""
     pairs, labels = in_pairs(batch), batch.labels
     if labels is None or labels.is_floating_point():
-        raise ValueError("labels that are no classes: expected tokens or classes to predict")
+        kind = "None" if labels is None else labels.dtype
+        raise ValueError(f"labels of {kind}: expected integers, tokens or classes to compare")
     counted = torch.cat([labels, torch.full_like(labels, -100)])
     inputs = pairs.inputs | {"labels": counted}
     if batch.inputs.get("num_items_in_batch") is not None:

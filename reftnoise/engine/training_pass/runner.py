@@ -43,6 +43,7 @@ from .loss import (
     Head,
     at_labels,
     label_loss,
+    logits_of,
     loss_and_logits,
     targets_of,
     with_lazy_logits,
@@ -137,14 +138,17 @@ class ForwardPasses:
         """Note how far the copies' predictions are apart, of the base's own logits."""
         if batch.compared is not None and batch.labels is not None:
             shifts = shifts_labels(inner_model(self._engine.base))
-            apart = divergence_of_logits(outputs["logits"], batch.labels, shifts=shifts)
+            apart = divergence_of_logits(logits_of(outputs), batch.labels, shifts=shifts)
             plan.notes.add(batch.compared, apart)
 
     def with_added_loss(self, outputs: Any, plan: Plan, batch: Batch) -> Any:
         """The outputs of a pass, with what the units add to their loss, if they have one."""
         units = [placed for placed in self._engine.units if isinstance(placed.unit, AddsLoss)]
         added = self.added.of_pass(units, plan.notes) if units else None
-        if added is None or batch.labels is None:
+        if added is None:
+            return outputs
+        if batch.labels is None:
+            self.added.leave()
             return outputs
         return with_added_loss(outputs, added, share_of_step(self._engine.base, batch.inputs))
 

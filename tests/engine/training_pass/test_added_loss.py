@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 import reftnoise as rn
+from reftnoise._util.errors import warn_once
 from reftnoise.engine.training_pass.prefix_cache import PrefixCache
 from support.added_losses import WIDTH, Averaged, model_with, penalised, step
 from support.models.architectures import tiny_model
@@ -110,15 +111,54 @@ def test_gradient_checkpointing(component: str, reentrant: bool) -> None:
 
 def test_an_encoder_decoder_model_notes_in_both_stacks() -> None:
     sizes = {"d_model": WIDTH, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
-    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    config = T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
+    base = T5ForConditionalGeneration(config).eval()
     entries = [
         {"layer": 0, "component": "encoder.block_output", "intervention": Averaged(embed_dim=32)},
         {"layer": 0, "component": "decoder.block_output", "intervention": Averaged(embed_dim=32)},
     ]
     model = rn.get_reft_model(base, rn.ReftConfig(entries)).train()
     ids = torch.arange(1, 9)[None]
-    model(input_ids=ids, labels=ids)
-    assert model.added_loss is not None
+    loss = model(input_ids=ids, labels=ids).loss
+    added, terms = model.added_loss, []
+
+    def edit(block: Any, _: Any, output: Any) -> Any:
+        """As `Averaged` does, of all tokens that are read, and the first that is written."""
+        hidden, tokens = output[0], slice(None if block is base.encoder.block[0] else 1)
+        weight = Averaged(embed_dim=WIDTH).weight
+        inner = hidden[:, tokens] @ weight
+        terms.append(3 * inner.square().mean())
+        changed = hidden.clone()
+        changed[:, tokens] += inner.mean() * weight
+        return changed, *output[1:]
+
+    with (
+        base.encoder.block[0].register_forward_hook(edit),
+        base.decoder.block[0].register_forward_hook(edit),
+    ):
+        bare = base(input_ids=ids, labels=ids).loss
+    assert len(terms) == 2
+    assert_close(added, sum(terms))
+    assert_close(loss, bare + sum(terms))
+
+
+def test_a_loss_that_nobody_reads_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """As in transformers' own Trainer with label smoothing, which makes its loss of logits."""
+    model, inputs = penalised(), batch()
+    inputs["prompt_lengths"] = torch.tensor([12, 3, 20, 1])
+    del inputs["labels"]
+    warn_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            model(**inputs)
+            assert model.added_loss is not None  # as ReftTrainer reads it
+        with torch.no_grad():
+            model(**inputs)
+        assert "added_loss" not in caplog.text
+        for _ in range(3):
+            model(**inputs)
+    messages = [r.message for r in caplog.records if "add reft_model.added_loss" in r.message]
+    assert len(messages) == 1
 
 
 def test_a_model_is_copied_after_a_pass() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import reftnoise as rn
+from reftnoise._util.errors import warn_once
 from reftnoise.analysis.inspection import noise_losses
 from reftnoise.engine.training_pass.prefix_cache import PrefixCache
 from support.models.architectures import tiny_model
@@ -62,11 +63,11 @@ def test_r3f_is_its_formula(side: str, where: str, way: str, options: Any) -> No
     model.prefix_cache = PrefixCache() if way == "prefix cache" else None
     inputs = batch(side)
     loss, apart, gradients = by_hand(model, inputs, where)
-    outputs, found = step(model, inputs, **options)
+    outputs, of_ours = step(model, inputs, **options)
     assert model.added_loss is not None
     torch.testing.assert_close(model.added_loss.detach(), (0.5 * apart).detach(), rtol=1e-6, atol=0)
     assert_close(outputs.loss.float(), loss.float())  # the base's own loss is in fp32
-    assert_close_gradients([g.float() for g in found], [g.float() for g in gradients])
+    assert_close_gradients([g.float() for g in of_ours], [g.float() for g in gradients])
     if options.get("return_logits") is not False:
         assert outputs.logits.shape[0] == len(inputs["input_ids"])
     with torch.no_grad():
@@ -130,13 +131,13 @@ def test_smart_takes_a_step_up_the_divergence(where: str) -> None:
     size = slope.flatten(1).abs().amax(1)[:, None, None]
     expected = apart((start + 0.15 * slope / size).clamp(-0.2, 0.2).detach())
     gradients = torch.autograd.grad(expected, list(bare.interventions.parameters()))
-    outputs, found = step(model, inputs)
+    outputs, of_ours = step(model, inputs)
     assert expected > apart(start)
     assert model.added_loss is not None
     assert_close(model.added_loss, expected)
     plain, without = step(bare, inputs)
     assert_close(outputs.loss, plain.loss + expected)
-    assert_close_gradients(found, [w + g for w, g in zip(without, gradients, strict=True)])
+    assert_close_gradients(of_ours, [w + g for w, g in zip(without, gradients, strict=True)])
 
 
 def test_r3f_of_a_classifier() -> None:
@@ -155,7 +156,7 @@ def test_r3f_of_a_classifier() -> None:
     apart = apart + F.kl_div(q, p, log_target=True, reduction="batchmean")
     assert apart > 0
     assert_close(loss, F.nll_loss(p, labels) + 0.5 * apart)
-    with pytest.raises(ValueError, match="labels that are no classes"):
+    with pytest.raises(ValueError, match="float32: expected integers, tokens"):
         model(input_ids=ids, labels=torch.rand(3))
 
 
@@ -183,6 +184,53 @@ def test_hype_perturbs_the_input_of_every_layer() -> None:
     noise = torch.cat([(after - before)[mask] for before, after in seen])
     assert 0.24 < noise.std() < 0.26
     assert all(torch.equal(after[~mask], before[~mask]) for before, after in seen)
+
+
+@pytest.mark.parametrize("name", ["r3f", "smart"])
+def test_outputs_that_are_tuples(name: str) -> None:
+    model, inputs = wrapped("l1", R3F | {"intervention": name}), batch()
+    outputs, gradients = step(model, inputs, return_logits=True)
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss, logits, *_ = model(**inputs, return_dict=False)
+    loss.backward()
+    assert_close(loss, outputs.loss)
+    assert_close(logits, outputs.logits)
+    assert_close_gradients([p.grad for p in model.interventions.parameters()], gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_smart_takes_no_reentrant_checkpoints() -> None:
+    model = wrapped("l1", {"intervention": "smart"})
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"SmartIntervention takes .* set gradient_checkp.*False"):
+        model(**batch())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model(**batch()).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "epsilon", "is_lost"),
+    [
+        (torch.bfloat16, 1e-5, True),
+        (torch.bfloat16, 1e-2, False),
+        (torch.float32, 1e-5, False),
+    ],
+)
+def test_noise_that_half_precision_rounds_away_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture, dtype: torch.dtype, epsilon: float, is_lost: bool
+) -> None:
+    noise = {"intervention": "r3f", "epsilon": epsilon}
+    model = wrapped("l1", noise, base=tiny_model().to(dtype))
+    embeds = model.model.get_input_embeddings()(batch()["input_ids"]).detach()
+    moved = embeds + torch.empty_like(embeds).uniform_(-epsilon, epsilon)
+    assert ((moved != embeds).float().mean() < 0.5) == is_lost
+    warn_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            model(**batch())
+    lost = [r.message for r in caplog.records if "rounds most of x + z back" in r.message]
+    assert len(lost) == is_lost
 
 
 @pytest.mark.parametrize("name", ["r3f", "smart"])

@@ -99,7 +99,8 @@ def train_by_hand(
         gradients = {name: whole(gradient) for name, gradient in named}
         optimizer.step()
     weights = {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
-    return {"gradients": gradients, "weights": weights}
+    largest = {n: whole(b) for n, b in model.named_buffers() if n.endswith("largest")}
+    return {"gradients": gradients, "weights": weights | largest}
 
 
 def shard(model: rn.ReftModel, *apart: Any, **options: Any) -> nn.Module:
@@ -144,6 +145,8 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         loreft(layer=2, intervention="consreft", component="attention_output", positions="all"),
         loreft(layer=2, intervention="lobireft", positions="l2"),
     ],
+    # Its sparsity is of rows, of which labels count unequally many.
+    "reftr1": [loreft(layer=1, intervention="reftr1", positions="all", sparsity=0.0)],
 }
 
 
