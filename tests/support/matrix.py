@@ -23,7 +23,8 @@ from rich.progress import track
 from torch import Tensor
 
 import reftnoise as rn
-from reftnoise.engine.base.sites import takes_position_ids
+from reftnoise.config.components import split_component
+from reftnoise.engine.base.sites import find_site, num_layers, takes_position_ids
 from support.models.tiny_models import LAYERS, MODELS, Example, examples_of, model_of, padded
 from support.tolerance import assert_close_gradients
 
@@ -38,6 +39,7 @@ REASONS = {
     "length": r"tells the length of its sequences only when it runs",
     "images": r"pixel_values may change the loss",
     "no generation": r"writes no tokens",
+    "no heads": r"component 'head_output': ",
 }
 
 
@@ -228,6 +230,64 @@ def _expect_conditions(architecture: str) -> None:
     assert relative(bare, plain) > TOLERANCE
 
 
+def heads(architecture: str) -> str:
+    """LoFiT at one head and JoLA at another get gradients, leave the others, and act in a cache."""
+    base, units, why = model_of(architecture), [], ""
+    for component in MODELS[architecture][0].edited:
+        place = {"component": component.replace("block", "head"), "positions": "all+decode"}
+        stack: Any = split_component(component)[0]
+        for layer in range(num_layers(base, stack)):
+            try:
+                find_site(base, place["component"], layer, [0, 1])
+            except ValueError as error:
+                why = reason(error)
+                continue
+            units += [
+                place | {"layer": layer, "heads": [0], "intervention": "lofit", "trained": "both"},
+                place | {"layer": layer, "heads": [1], "intervention": "jola"},
+            ]
+    if not units:
+        return why
+    model, rows = _with(architecture, units).train(), examples_of(architecture)
+    gradients(model, padded(rows))
+    for unit in model.interventions.values():
+        slopes = [parameter.grad for parameter in unit.parameters()]
+        assert all(slope is not None for slope in slopes)
+        # A gate of JoLA may be drawn as 0.
+        assert isinstance(unit, rn.JolaIntervention) or all(slope.any() for slope in slopes)
+    with torch.no_grad():
+        for parameter in model.interventions.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        _expect_other_heads_left(model.eval(), padded(rows))
+    row = {n: v for n, v in rows[0].items() if n not in ("labels", "position_ids")}
+    try:
+        tokens, logits = greedy(model, row, use_cache=True)
+    except ValueError as error:
+        return reason(error)
+    with torch.no_grad():
+        expected = forced(model, row)
+    assert torch.equal(tokens, expected[0])
+    assert relative(logits, expected[1]) <= TOLERANCE
+    return "ok"
+
+
+def _expect_other_heads_left(model: rn.ReftModel, batch: Example) -> None:
+    """Of what the first edited layer's projection reads, the slices of two heads change alone."""
+    sites = [placed.site for placed in model.engine.units]
+    pair = [site for site in sites if site.module is sites[0].module]
+    states: list[Tensor] = []
+    with sites[0].module.register_forward_pre_hook(lambda _, args: states.append(args[0])):
+        model(**batch)
+        with model.disabled():
+            model(**batch)
+    changed = (states[0] != states[1]).flatten(0, -2).any(0)
+    expected = torch.zeros_like(changed)
+    for site in pair:
+        for start, end in site.columns:
+            expected[start:end] = True
+    assert torch.equal(changed, expected)
+
+
 CELLS: dict[str, Callable[[str], str]] = {
     "train": train,
     "padded batch = single row": padding,
@@ -236,6 +296,7 @@ CELLS: dict[str, Callable[[str], str]] = {
     "split pass": split,
     "gradient checkpointing": checkpointing,
     "RED, gates": other_units,
+    "heads": heads,
 }
 
 
