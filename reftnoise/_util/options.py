@@ -34,6 +34,10 @@ _WRONG = {
     re.compile(r"Unable to load config '(.*?)' - .*"): (
         r"expected a mapping, or a YAML file of one, got '\1'"
     ),
+    re.compile(
+        r"Does not validate .* Subtypes: \[typing\.Literal\[(.*?)\], <class 'NoneType'>\] "
+        r"Errors: .* Given value: (.*)"
+    ): r"expected one of \1, got '\2'",
     re.compile(r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)"): (
         r"expected one of \1, got \2"
     ),

@@ -20,18 +20,18 @@ _PART = re.compile(r"(?P<brace>\{\{|\}\})|\{(?P<name>[^{}]*)\}|(?P<text>[^{}]+)|
 _EXPECTED = "expected plain, chat, alpaca, or a text with {prompt} and columns in braces"
 
 
-def fill(template: str, prompt: str, row: Mapping[str, Any]) -> "str | Messages":
+def fill(template: str, prompt: "str | Messages", row: Mapping[str, Any]) -> "str | Messages":
     """A prompt in its template: a text, or for `chat` a conversation for the tokenizer's own.
 
     The template is `plain` (the prompt alone), `chat` (a user's turn of the tokenizer's chat
     template), `alpaca` (which has a place for a row's `input`), or a text with `{prompt}` and
-    columns of the row in braces.
+    columns of the row in braces. A prompt that is a conversation has its turns already.
 
     Raises:
         ValueError: no such template, or no such column.
     """
     check_template(template)
-    if template == "plain":
+    if template == "plain" or not isinstance(prompt, str):
         return prompt
     if template == "chat":
         return [{"role": "user", "content": prompt}]

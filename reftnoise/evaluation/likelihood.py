@@ -208,15 +208,27 @@ def completion_losses(
 def without_beginnings(
     tokenizer: Any, pairs: Sequence[TokenPair], limit: int | None
 ) -> list[TokenPair]:
-    """Pairs without the beginning of prompts that are too long, as in training."""
+    """Pairs without the beginning of prompts that are too long, and the end of what is still too
+    long then, as in training.
+    """
     if limit is None:
         return list(pairs)
-    long = sum(len(prompt) + len(rest) > limit for prompt, rest in pairs)
-    if long:
+    kept = [truncate(tokenizer, prompt, rest, limit) for prompt, rest in pairs]
+    both = list(zip(pairs, kept, strict=True))
+    beginnings = sum(len(before) > len(after) for (before, _), (after, _) in both)
+    ends = sum(len(before) > len(after) for (_, before), (_, after) in both)
+    if beginnings:
         logger.warning(
-            "%d of %d prompts were longer than %d tokens and lost their beginning",
-            long,
+            "%d of %d prompts had no room in %d tokens and lost their beginning",
+            beginnings,
             len(pairs),
             limit,
         )
-    return [truncate(tokenizer, prompt, rest, limit) for prompt, rest in pairs]
+    if ends:
+        logger.warning(
+            "%d of %d completions had no room in %d tokens and lost their end",
+            ends,
+            len(pairs),
+            limit,
+        )
+    return kept

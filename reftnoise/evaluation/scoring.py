@@ -44,7 +44,7 @@ class Evaluation:
     right: list[bool]
     predictions: list[str]
     texts: list[str]
-    prompts: list[str]
+    prompts: list[str | Messages]
     answers: list[str]
     losses: list[float] | None = None
 

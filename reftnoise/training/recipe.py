@@ -97,7 +97,8 @@ class EvaluationConfig:
         subset: name of a subset, for hub datasets that have several.
         by: way to answer: generation (text, greedy unless the task says otherwise), likelihood
             (the most probable of the task's choices), or loss (none: how probable the right
-            answers are, in nats per token).
+            answers are, in nats per token); by default the task's own, which is generation but for
+            raw_text (loss) and preference (likelihood).
         batch_size: number of prompts per forward pass.
         max_new_tokens: greatest number of tokens of an answer; by default what the task needs.
         lm_eval: names of tasks of lm-evaluation-harness, which are run, too, or alone.
@@ -110,7 +111,7 @@ class EvaluationConfig:
     data: str | None = None
     split: str = "test"
     subset: str | None = None
-    by: Way = "generation"
+    by: Way | None = None
     batch_size: int = 16
     max_new_tokens: int | None = None
     lm_eval: list[str] = field(default_factory=list)

@@ -240,9 +240,8 @@ def scored_by(recipe: Recipe, task: Task) -> str:
 
 
 def way_of(recipe: Recipe, task: Task) -> Way:
-    """The way in which a recipe says that rows are scored, or its task, where none are written."""
-    by = recipe.evaluation.by
-    return (task.way or by) if by == "generation" else by
+    """The way in which rows are scored, as a recipe says, or else its task."""
+    return recipe.evaluation.by or task.way
 
 
 def _expect_positive(training: "TrainingConfig | TrainingArguments") -> None:

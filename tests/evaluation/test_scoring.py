@@ -13,7 +13,7 @@ from reftnoise.data.tasks.base import Task, parse_rows
 from reftnoise.data.tasks.registry import get_task
 from reftnoise.evaluation import Evaluation, evaluate
 from reftnoise.evaluation.generation import generated
-from reftnoise.evaluation.likelihood import choice_log_probs
+from reftnoise.evaluation.likelihood import choice_log_probs, without_beginnings
 from support.data import rendered
 from support.models.architectures import tiny_model
 from support.models.tiny_models import new_model
@@ -374,7 +374,7 @@ def test_prompts_that_are_too_long_lose_their_beginning(caplog: pytest.LogCaptur
     assert ids[0] == tokenizer.bos_token_id != ids[1]
     with caplog.at_level(logging.WARNING):
         answers = evaluate(model, tokenizer, get_task("text"), rows, max_new_tokens=6)
-    assert "1 of 2 prompts were longer than 14 tokens and lost their beginning" in caplog.text
+    assert "1 of 2 prompts had no room in 14 tokens and lost their beginning" in caplog.text
     kept = ids[:1] + ids[-13:]  # the beginning-of-text token stays
     assert answers.texts[0] == text_of(model, tokenizer, kept, max_new_tokens=6)
     assert answers.prompts[0] == long
@@ -383,6 +383,18 @@ def test_prompts_that_are_too_long_lose_their_beginning(caplog: pytest.LogCaptur
     rest = tokenizer(f"{long} no").input_ids[len(ids) :]
     kept = ids[:1] + ids[len(rest) - 19 :]
     assert_close(float(found[0]), log_prob(model, kept, rest))
+
+
+def test_completions_that_are_too_long_lose_their_end(caplog: pytest.LogCaptureFixture) -> None:
+    _, tokenizer = loaded()
+    pairs = [([5, 6], [7, 8]), ([5], list(range(20, 30))), ([5, 6, 7], list(range(20, 30)))]
+    with caplog.at_level(logging.WARNING):
+        kept = without_beginnings(tokenizer, pairs, 6)
+    assert kept == [([5, 6], [7, 8]), ([5], [20, 21, 22, 23, 24]), ([7], [20, 21, 22, 23, 24])]
+    assert [record.message for record in caplog.records] == [
+        "1 of 3 prompts had no room in 6 tokens and lost their beginning",
+        "2 of 3 completions had no room in 6 tokens and lost their end",
+    ]
 
 
 def test_a_task_gets_half_the_context(caplog: pytest.LogCaptureFixture) -> None:

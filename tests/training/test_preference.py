@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -14,8 +15,12 @@ from transformers import TrainerCallback
 
 import reftnoise as rn
 from reftnoise.config.preference import PreferenceObjective
-from reftnoise.data.tasks.base import RowError
+from reftnoise.data.tasks.base import RowError, parse_rows
+from reftnoise.data.tasks.registry import get_task
+from reftnoise.data.templates import fill
 from reftnoise.engine.base.tiny import DIRECTORY
+from reftnoise.evaluation import evaluate
+from reftnoise.evaluation.likelihood import choice_pairs
 from support.command_line import command
 from support.trainer_runs import arguments, base_model, weights
 
@@ -272,6 +277,17 @@ def test_units_that_have_no_direction(tokenizer: Any, tmp_path: Path) -> None:
         trainer_of(tokenizer, tmp_path, "dpo", {"intervention": "symnoise"})
 
 
+def test_there_is_no_loss_but_the_objectives(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="label_smoothing_factor: the loss is the objective's"):
+        trainer_of(tokenizer, tmp_path, "dpo", label_smoothing_factor=0.1)
+    base = base_model(tokenizer)
+    reft_model = rn.get_reft_model(base, rn.ReftConfig([BIAS]))
+    data = rn.make_preference_data_module(tokenizer, reft_model, ROWS)
+    own: dict[str, Any] = {"compute_loss_func": lambda *_, **__: torch.zeros(())}
+    with pytest.raises(ValueError, match="compute_loss_func: the loss is the objective's"):
+        rn.ReftPreferenceTrainer(reft_model, arguments(tmp_path), **data, **own)
+
+
 # -- data ------------------------------------------------------------------------------------------
 
 
@@ -300,6 +316,34 @@ def test_a_batch_has_chosen_answers_first_and_equal_prompts(tokenizer: Any) -> N
     ]
     of_messages = rn.make_preference_data_module(tokenizer, base, as_messages)["train_dataset"]
     assert of_messages[:] == data["train_dataset"][:]
+    task = get_task("preference")  # which scores both alike, with the tokens of training
+    scores, pairs = [], []
+    for rows, template in ((ROWS[:2], "chat"), (as_messages, "plain")):
+        parsed = parse_rows(task, datasets.Dataset.from_list(rows), name="scored")
+        results = evaluate(base, tokenizer, task, parsed, by="likelihood", template=template)
+        scores.append(results.scores)
+        prompts = [fill(template, question.prompt, row) for row, question in parsed]
+        pairs.append(choice_pairs(base, tokenizer, prompts, [q.choices for _, q in parsed]))
+    assert scores[0] == scores[1]
+    assert pairs[0] == pairs[1]
+    trained = [row[n]["input_ids"] for row in of_messages for n in ("chosen", "rejected")]
+    for (prompt, answer), ids in zip(pairs[1], trained, strict=True):
+        assert prompt + answer == ids[: len(prompt + answer)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        [{"role": "user", "content": "a"}],
+        [{"role": "assistant", "content": None}],
+        [{"role": "assistant", "content": "a"}] * 2,
+    ],
+)
+def test_an_answer_that_is_scored_is_one_message(answer: Any) -> None:
+    row = ROWS[0] | {"chosen": answer}
+    with pytest.raises(ValueError, match="column 'chosen': expected a text, or one message"):
+        get_task("preference").question(row)
 
 
 def test_long_prompts_lose_the_same_beginning(

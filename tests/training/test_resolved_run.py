@@ -14,7 +14,7 @@ from reftnoise._util.options import read_file
 from reftnoise.data import sources
 from reftnoise.data.tasks.text import TextTask
 from reftnoise.training import resolved_run
-from reftnoise.training.recipe import Recipe, TrainingConfig
+from reftnoise.training.recipe import EvaluationConfig, Recipe, TrainingConfig
 from reftnoise.training.resolved_run import ResolvedRun, scored_by, with_default_edit
 from reftnoise.training.study.grid import Study, cells
 from reftnoise.training.study.space import Tuning
@@ -99,6 +99,13 @@ def test_a_run_says_what_it_trained_by_default(tmp_path: Path) -> None:
 def test_raw_texts_are_scored_by_loss() -> None:
     run = ResolvedRun(Recipe(task="raw_text"))
     assert scored_by(run.recipe, run.task) == "loss"
+
+
+@pytest.mark.parametrize("task", ["raw_text", "preference", "gsm8k"])
+@pytest.mark.parametrize("by", ["generation", "loss", "likelihood"])
+def test_a_way_that_a_recipe_names_is_not_replaced(task: str, by: Any) -> None:
+    run = ResolvedRun(Recipe(task=task, evaluation=EvaluationConfig(by=by)))
+    assert scored_by(run.recipe, run.task) == by
 
 
 def test_bf16_needs_no_gpu() -> None:

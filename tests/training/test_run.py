@@ -492,7 +492,7 @@ def test_the_base_itself_is_trained_where_a_recipe_says_so(tmp_path: Path) -> No
 
 
 def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
-    """Arguments beside those of a good run, and what must be said of them."""
+    """Arguments next to those of a good run, and what must be said of them."""
     empty, wrong, labelled = (tmp_path / f"{n}.jsonl" for n in ("empty", "wrong", "labelled"))
     blank, bare = tmp_path / "blank.csv", tmp_path / "bare.jsonl"
     of_one = ("--data.train", labelled, "--data.train_split", "train[:1]")

@@ -92,7 +92,8 @@ def _show_some(base: Evaluation, adapted: Evaluation, console: Console) -> None:
     some = slice(0, step * SIDE_BY_SIDE, step)
     answers = zip(base.predictions[some], adapted.predictions[some], strict=True)
     console.print(f"Prompts that the adapter never saw ({SHOWN}):")
-    show([{"base": b, "text": a} for b, a in answers], base.prompts[some], console)
+    prompts = [str(prompt) for prompt in base.prompts[some]]
+    show([{"base": b, "text": a} for b, a in answers], prompts, console)
 
 
 def accuracies(results: dict[str, Evaluation], seconds: dict[str, str]) -> Table:

@@ -4,9 +4,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ...config.decoding import Way
+
+if TYPE_CHECKING:
+    from ..conversations import Messages
 
 
 @dataclass(frozen=True)
@@ -14,14 +17,14 @@ class Question:
     """One row as a task sees it.
 
     Args:
-        prompt: text that the model reads, without the data's template.
+        prompt: text that the model reads, without the data's template, or a conversation.
         completion: text that training teaches the model to write after it.
         answer: answer that a prediction is compared with.
         choices: completions of which likelihood chooses; empty where a task has none.
         choice_answers: answer of each choice.
     """
 
-    prompt: str
+    prompt: "str | Messages"
     completion: str
     answer: str
     choices: tuple[str, ...] = ()
@@ -105,8 +108,8 @@ class Task(ABC):
     """A task; a recipe gives its constructor's arguments with its name."""
 
     name: str
-    way: ClassVar[Way | None] = None
-    """The way to score it where a recipe's `generation` is none; None for tasks with answers."""
+    way: ClassVar[Way] = "generation"
+    """The way to score it where a recipe does not say one."""
     max_new_tokens: ClassVar[int | None] = 32
     """Greatest number of tokens of an answer; None for those of the longest choice and an end."""
     default_edit: ClassVar[dict[str, Any]] = {

@@ -31,7 +31,7 @@ class RawTextTask(Task):
     """
 
     name = "raw_text"
-    way: ClassVar[Way | None] = "loss"
+    way: ClassVar[Way] = "loss"
     default_edit: ClassVar[dict[str, Any]] = Task.default_edit | {"positions": "all+decode"}
 
     def question(self, row: Mapping[str, Any]) -> Question:

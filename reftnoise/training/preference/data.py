@@ -147,9 +147,7 @@ class PairEncoder:
         return {CHOSEN: answers[0], REJECTED: answers[1], "length": length}
 
     def _text(self, row: Mapping[str, Any], answer: Any) -> Rendered:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            prompt = fill(self.template, prompt, row)
+        prompt = fill(self.template, row["prompt"], row)
         if isinstance(answer, str):
             return rendered(self.tokenizer, prompt, answer)
         if isinstance(prompt, str):

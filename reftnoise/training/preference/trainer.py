@@ -32,7 +32,7 @@ class ReftPreferenceTrainer(ReftTrainer):
         trainer_arguments: further arguments of `ReftTrainer`.
 
     Raises:
-        ValueError: units that the objective cannot train.
+        ValueError: units that the objective cannot train, or another loss than the objective's.
     """
 
     def __init__(
@@ -49,6 +49,9 @@ class ReftPreferenceTrainer(ReftTrainer):
         if model is not None:
             _expect_units(model, objective)
         super().__init__(model, args, **trainer_arguments)
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            name = "compute_loss_func" if self.label_smoother is None else "label_smoothing_factor"
+            raise ValueError(f"{name}: the loss is the objective's, which has no place for it")
         # The loss is a mean over pairs, whatever their tokens.
         self.model_accepts_loss_kwargs = False
         self._trained: list[Tensor] = []

@@ -12,8 +12,9 @@ from typing import Any
 from ..._util import yaml
 from ..._util.errors import nearest
 from ..._util.options import read
+from ...data.tasks.registry import get_task
 from ..recipe import Recipe
-from ..resolved_run import ResolvedRun, with_default_edit
+from ..resolved_run import ResolvedRun, way_of, with_default_edit
 
 SEED = "seed"
 
@@ -110,6 +111,7 @@ class Cell:
                 for name, value in asdict(self.recipe.evaluation).items()
                 if name != "forgetting"
             }
+        decides["evaluation"]["by"] = way_of(self.recipe, get_task(self.recipe.task))
         decides = json.loads(json.dumps(decides))  # keys that are numbers cannot be sorted
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
