@@ -60,7 +60,8 @@ def select_heads(
         entry: what the entries have besides `layer`, `component` and `heads`; `lofit` for None.
 
     Raises:
-        ValueError: no unit scales heads, or there are fewer.
+        ValueError: no unit scales heads, or fewer of them are scaled, as of an adapter that was
+            not trained.
 
     Paper: LoFiT (arXiv:2406.01563), section 3.
     """
@@ -70,6 +71,12 @@ def select_heads(
     count = max(1, len(heads) // 10) if k is None else k
     if type(count) is not int or not 1 <= count <= len(heads):
         raise ValueError(f"k {k!r}: expected a number of heads from 1 to {len(heads)}")
+    if (scaled := sum(head.norm > 0 for head in heads)) < count:
+        which = "none" if not scaled else f"only {scaled}"
+        raise ValueError(
+            f"k {count}: {which} of {len(heads)} heads is scaled at all, so there is no choice: "
+            "train the first step, or choose a smaller k"
+        )
     by_layer = defaultdict[tuple[str, int], list[int]](list)
     for head in heads[:count]:
         by_layer[head.component, head.layer].append(head.head)

@@ -10,6 +10,8 @@ from reftnoise._util import yaml
 from reftnoise.cli.main import main
 from reftnoise.training.recipe import Recipe
 
+SCALING = {"trained": "scaling"}
+
 
 def test_the_recipe_of_the_second_step_is_the_runs_with_the_chosen_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -44,6 +46,45 @@ def test_the_recipe_of_the_second_step_is_the_runs_with_the_chosen_heads(
     assert Path("map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def scaled(model: rn.ReftModel) -> rn.ReftModel:
+    """The model, as if its first step had trained."""
+    with torch.no_grad():
+        for unit in model.interventions.values():
+            if isinstance(unit, rn.LofitIntervention):
+                unit.scaling.normal_()
+    return model
+
+
+def test_an_untrained_first_step_chooses_no_heads() -> None:
+    entry = {"layer": [0, 1], "component": "head_output", "intervention": "lofit"}
+    model = rn.get_reft_model(rn.load_tiny_model()[0], rn.ReftConfig(entry | SCALING))
+    with pytest.raises(ValueError, match=r"k 2: none of \d+ heads is scaled at all"):
+        rn.select_heads(model, 2)
+    with torch.no_grad():
+        model.engine.units[1].unit.scaling[-1] = 1.0
+    with pytest.raises(ValueError, match=r"k 2: only 1 of \d+ heads is scaled"):
+        rn.select_heads(model, 2)
+    assert [entry["layer"] for entry in rn.select_heads(model, 1)] == [[1]]
+
+
+def test_a_picture_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry = {"layer": 0, "component": "head_output", "intervention": "lofit"}
+    model = rn.get_reft_model(rn.load_tiny_model()[0], rn.ReftConfig(entry | SCALING))
+    scaled(model).save_pretrained("adapter")
+    photo = Path("photo.png")
+    photo.write_bytes(b"mine")
+    assert main(["heads", "adapter", "--picture", "photo.png"]) == 2
+    assert "picture photo.png: exists already" in capsys.readouterr().err
+    assert photo.read_bytes() == b"mine"
+    assert not Path("heads.yaml").exists()
+    pytest.importorskip("matplotlib")
+    assert main(["heads", "adapter", "--picture", "photo.png", "--overwrite"]) == 0
+    assert photo.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_recipe_replaces_nothing_but_its_like(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,7 +93,7 @@ def test_the_recipe_replaces_nothing_but_its_like(
     entries[0]["trained"] = "scaling"
     other = {"layer": 2, "intervention": "bias"}
     model = rn.get_reft_model(rn.load_tiny_model()[0], rn.ReftConfig([*entries, other]))
-    model.save_pretrained("run/adapter")
+    scaled(model).save_pretrained("run/adapter")
     recipe, own = Path("run/recipe.yaml"), "model: tiny-chat\nrevision: old\noutput_dir: run\n"
     recipe.write_text(own)
     assert main(["heads", "run", "--output", "run/recipe.yaml"]) == 2
@@ -80,7 +121,7 @@ def test_the_recipe_names_the_base_that_the_heads_are_of(
     tokenizer.save_pretrained("base")
     entry = {"layer": 0, "component": "head_output", "intervention": "lofit", "trained": "scaling"}
     model = rn.get_reft_model(rn.load_base("base")[0], rn.ReftConfig(entry))
-    model.save_pretrained("run/adapter")
+    scaled(model).save_pretrained("run/adapter")
     if is_named:
         Path("run/recipe.yaml").write_text("model: gone/away\nrevision: old\n")
     assert main(["heads", "run", *(["--model", "base"] if is_named else [])]) == 0

@@ -5,6 +5,7 @@ import json
 import shlex
 import warnings
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import reftnoise as rn
 from reftnoise._util.files import replace_all
+from reftnoise.config.interventions import argument_defaults
 from reftnoise.inference.export import exporting
 from reftnoise.inference.export.proof import GreedyAnswers, limit_of_rounding
+from reftnoise.interventions import INTERVENTIONS, NoiseIntervention
 from support.adapters import moved
 from support.command_line import command
 from support.models.architectures import tiny_model
@@ -62,15 +65,17 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return base
 
 
-def adapter(base: str, path: Path, entries: Any, **sections: Any) -> rn.ReftModel:
+def adapter(
+    base: str, path: Path, entries: Any, *, std: float = 0.5, **sections: Any
+) -> rn.ReftModel:
     """A model with units far from the identity, which are saved."""
     model, _ = rn.load_base(base)
     torch.manual_seed(1)
     reft_model = rn.get_reft_model(model, rn.ReftConfig(entries, **sections)).eval()
-    moved(reft_model)
+    moved(reft_model, std)
     for name, buffer in reft_model.interventions.named_buffers():
-        if name.endswith("vector"):
-            buffer.normal_(std=0.5)
+        if name.endswith(("vector", "largest")):
+            buffer.normal_(std=std)
     reft_model.save_pretrained(path / "adapter")
     return reft_model
 
@@ -179,6 +184,28 @@ def test_merged_weights_are_exact_or_refused_with_the_reason(
     assert not (tmp_path / "export").exists()
 
 
+def test_every_unit_that_the_guide_calls_linear_is_merged(bases: Any, tmp_path: Path) -> None:
+    """All of them in one adapter, each at a place of its own."""
+    names = [
+        name for name, unit in INTERVENTIONS.items() if not issubclass(unit, NoiseIntervention)
+    ]
+    whole = [name for name in names if name not in ("lofit", "jola")]
+    places = product(("mlp_output", "attention_output", "value_output", "mlp_input"), range(3))
+    entries: list[dict[str, Any]] = [
+        {"intervention": name, "component": component, "layer": layer}
+        for name, (component, layer) in zip(whole, places, strict=True)
+    ]
+    for entry in entries:
+        known = argument_defaults(INTERVENTIONS[entry["intervention"]])
+        entry |= {n: v for n, v in (("low_rank_dimension", 2), ("act_fn", None)) if n in known}
+    entries += [{"intervention": "lofit", "trained": "both", "layer": 0, "heads": [1]}]
+    entries += [{"intervention": "jola", "layer": 1, "heads": [0, 2]}]
+    entries = [{"component": "head_output", "positions": "all+decode"} | entry for entry in entries]
+    base = bases("llama")
+    record = expect_merged(adapter(base, tmp_path, entries, std=0.1), tmp_path, base)
+    assert len(record["edits"]) == len(names)
+
+
 def test_edits_around_one_matrix_act_in_their_order(bases: Any, tmp_path: Path) -> None:
     path = "model.layers[1].mlp.down_proj"
     entries = [
@@ -273,6 +300,21 @@ def test_what_is_no_lora_is_refused(
     adapter(bases("llama"), tmp_path, entry(unit, component))
     with pytest.raises(ValueError, match=message):
         export(tmp_path, bases("llama"), "lora")
+
+
+@pytest.mark.parametrize("to", ["lora", "gguf-control-vector"])
+def test_noise_alone_is_no_edit(bases: Any, tmp_path: Path, to: str) -> None:
+    adapter(bases("llama"), tmp_path, {"intervention": "neftune"})
+    with pytest.raises(ValueError, match="the adapter edits nothing"):
+        export(tmp_path, bases("llama"), to)
+
+
+def test_a_missing_package_is_named_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ImportError, match="needs the package gguf: pip install"):
+        export(tmp_path, "no base", "gguf-control-vector")
 
 
 # -- control vectors -------------------------------------------------------------------------------

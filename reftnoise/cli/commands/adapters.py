@@ -87,12 +87,15 @@ def heads(
             heads.
         picture: PNG file for a map of layers and heads.
         model: name or directory of the base, or tiny-chat; by default what the run names.
-        overwrite: whether a file that this command has not written is replaced.
+        overwrite: whether files that this command has not written are replaced; a picture always
+            needs it.
     """
     expect_adapters(directory, None, model)
     if k is not None and k < 1:
         raise ValueError(f"k {k}: expected at least 1")
     path = local_path(output, "output")
+    if picture is not None and not overwrite and local_path(picture, "picture").exists():
+        raise ValueError(f"picture {picture}: exists already: choose another, or --overwrite it")
     _expect_free_file(path, local_path(directory, "directory"), overwrite=overwrite)
     from ...analysis.heads import head_norms, select_heads
     from ...inference.loading import load_adapted

@@ -1,7 +1,6 @@
 """The files of an export: a checkpoint of transformers, a LoRA of PEFT, a control vector."""
 
 import contextlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -81,7 +80,9 @@ def write_lora(reft_model: ReftModel, directory: Path) -> dict[str, Any]:
     """
     expect_no_trained_base(reft_model, "a LoRA")
     base, peft = reft_model.model, import_peft()
-    plan = WeightPlan(base, acting_edits(reft_model), as_lora=True)
+    if not (edits := acting_edits(reft_model)):
+        raise ValueError("the adapter edits nothing, so there is no LoRA")
+    plan = WeightPlan(base, edits, as_lora=True)
     layers = {name: plan.folded(name) for name in plan.names}
     factors = {name: layer.factors() for name, layer in layers.items()}
     rank = max([1, *(len(down) for _, down in factors.values())])
@@ -141,8 +142,6 @@ def write_control_vector(reft_model: ReftModel, directory: Path) -> dict[str, An
     block 0.
     """
     expect_no_trained_base(reft_model, "a control vector")
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError("gguf-control-vector needs the package gguf: pip install 'gguf>=0.17'")
     import gguf
 
     layers = list(find_layers(reft_model.model))

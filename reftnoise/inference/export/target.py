@@ -1,5 +1,6 @@
 """What an adapter can be exported to, and where; without torch."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -12,11 +13,13 @@ RECORD = "export.json"
 
 
 def expect_target(to: str | None) -> None:
-    """Raise a ValueError for what no adapter is exported to."""
+    """Raise a ValueError for what no adapter is exported to, and an ImportError without gguf."""
     if to is None:
         raise ValueError(f"to is missing: expected one of {', '.join(TARGETS)}")
     if to not in TARGETS:
         raise ValueError(f"to {to!r}: {nearest(to, TARGETS)}")
+    if to == "gguf-control-vector" and importlib.util.find_spec("gguf") is None:
+        raise ImportError("gguf-control-vector needs the package gguf: pip install 'gguf>=0.17'")
 
 
 def expect_free_directory(directory: Path, *, overwrite: bool) -> None:
