@@ -1,5 +1,7 @@
 """The public names and the modules that they come from, for type checkers and `__init__.py`."""
 
+from .analysis.detection.conditions import Condition as Condition
+from .analysis.detection.conditions import fit_conditions as fit_conditions
 from .analysis.detection.detect import Detection as Detection
 from .analysis.detection.detect import detect as detect
 from .analysis.detection.fit import fit_concept_vectors as fit_concept_vectors

@@ -12,6 +12,7 @@ from torch import Tensor
 import reftnoise as rn
 from reftnoise.analysis.detection.fit import concept_direction
 from reftnoise.analysis.detection.scores import auroc
+from reftnoise.analysis.detection.token_states import pieces_of
 
 TEXTS = ["A bee can fly.", "Yes.", "A fox lives in the forest and not in the sea."]
 CHAT = [{"role": "user", "content": "Can a bee fly?"}, {"role": "assistant", "content": "Yes."}]
@@ -27,8 +28,8 @@ def states(reft_model: Any, tokenizer: Any, text: str, layer: int) -> Tensor:
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         outputs = reft_model.model(ids, output_hidden_states=True)
-    found: Tensor = outputs.hidden_states[layer + 1][0]
-    return found
+    of_layer: Tensor = outputs.hidden_states[layer + 1][0]
+    return of_layer
 
 
 def test_a_vectors_activations_are_projections_on_it() -> None:
@@ -41,9 +42,9 @@ def test_a_vectors_activations_are_projections_on_it() -> None:
     for layer, vector, detection in zip((1, 2), vectors, detected.values(), strict=True):
         for index, text in enumerate(TEXTS):
             expected = states(reft_model, tokenizer, text, layer) @ vector / vector.norm()
-            found = detection.activations[index][:, 0]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-            assert float(detection.scores[index]) == float(found.max())
+            activations = detection.activations[index][:, 0]
+            torch.testing.assert_close(activations, expected, rtol=1e-4, atol=1e-4)
+            assert float(detection.scores[index]) == float(activations.max())
             assert "".join(detection.tokens[index]) == text
     [later, _] = rn.detect(reft_model, tokenizer, TEXTS[::2], skip=2).values()
     assert later.skip == 2
@@ -99,8 +100,8 @@ def test_the_area_is_the_share_of_pairs_in_order(ties: bool) -> None:
         labels = generator.random(30) < 0.4
         above, below = scores[labels][:, None], scores[~labels][None]
         expected = ((above > below) + 0.5 * (above == below)).mean()
-        found = auroc(torch.tensor(scores), torch.tensor(labels))
-        assert found == pytest.approx(expected, rel=1e-12)
+        score = auroc(torch.tensor(scores), torch.tensor(labels))
+        assert score == pytest.approx(expected, rel=1e-12)
 
 
 def test_directions_of_concepts_are_their_formulas() -> None:
@@ -110,13 +111,20 @@ def test_directions_of_concepts_are_their_formulas() -> None:
     centred = (positive - positive.mean(0)).numpy()
     first = torch.tensor(np.linalg.svd(centred)[2][0])
     expected = first * torch.sign(first @ mean)
-    found = concept_direction("pca", positive, negative)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    direction = concept_direction("pca", positive, negative)
+    torch.testing.assert_close(direction, expected, rtol=1e-4, atol=1e-4)
     # Along the one axis in which they differ, the others being alike.
     apart = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[-1.0, 1.0], [-1.0, -1.0]])
     torch.testing.assert_close(concept_direction("probe", *apart), torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="no direction parts them"):
         concept_direction("mean", negative, negative)
+
+
+def test_tokens_of_one_state_have_no_principal_component() -> None:
+    alike = torch.randn(1, 6).repeat(5, 1)
+    alike[2:] *= 1 + 1e-7  # as batches round
+    with pytest.raises(ValueError, match="pca: all tokens with the concept have the same state"):
+        concept_direction("pca", alike, torch.randn(4, 6))
 
 
 @pytest.mark.parametrize("method", ["mean", "pca", "probe"])
@@ -139,9 +147,9 @@ def test_fitted_vectors_are_as_long_as_the_largest_activation(method: Any) -> No
             for texts in (positive, negative)
         ]
         expected = parts[0] - parts[1]
-        found = reft_model.engine.units[layer].unit.vector
+        vector = reft_model.engine.units[layer].unit.vector
         torch.testing.assert_close(
-            found / found.norm(), expected / expected.norm(), rtol=1e-3, atol=1e-4
+            vector / vector.norm(), expected / expected.norm(), rtol=1e-3, atol=1e-4
         )
 
 
@@ -197,7 +205,10 @@ def test_texts_are_coloured_by_activation(tmp_path: Path) -> None:
     values = [torch.tensor([[99.0], [0.0], [3.0]]), torch.tensor([[99.0], [6.0]])]
     scores = torch.tensor([[3.0], [6.0]])
     detection = rn.Detection(tokens, values, scores, 1)
+    foreign = rn.Detection([["שלום", " $x$", " 日"]], [torch.ones(3, 1)], torch.ones(1, 1), 0)
+    foreign.write(tmp_path / "new", name="hebrew")  # warnings are errors
     page = detection.write(tmp_path / "new", texts=range(2), title="Foxes")
+    assert (tmp_path / "new" / "hebrew.html").is_file()
     assert (tmp_path / "new" / "detection.png").read_bytes().startswith(b"\x89PNG")
     text = page.read_text(encoding="utf-8")
     spans = re.findall(r'<span style="--share: (\d+)%" title="([^"]*)">([^<]*)</span>', text)
@@ -208,6 +219,32 @@ def test_texts_are_coloured_by_activation(tmp_path: Path) -> None:
         ("0", "99", "&lt;s&gt;"),
         ("100", "6", "b"),
     ]
+
+
+@pytest.mark.parametrize("text", ["naïve 日本語 🙂!", "A bee.\n\n  Two", "日", "It's , odd"])
+def test_pieces_are_the_text(text: str) -> None:
+    """Letters of several tokens are whole."""
+    _, tokenizer = rn.load_tiny_model()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = pieces_of(tokenizer, ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+    if text == "日":
+        assert pieces[:-1] == [""] * (len(ids) - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"texts": []}, r"texts \[\]: expected numbers from 0 to 1"),
+        ({"texts": [0, 2]}, r"texts \[0, 2\]: expected numbers from 0 to 1"),
+        ({"concept": 1}, "concept 1: expected one from 0 to 0"),
+    ],
+)
+def test_what_no_picture_shows(tmp_path: Path, options: Any, error: str) -> None:
+    detection = rn.Detection([["a"], ["b"]], [torch.ones(1, 1)] * 2, torch.ones(2, 1), 0)
+    with pytest.raises(ValueError, match=error):
+        detection.write(tmp_path, **options)
 
 
 def test_what_detects_nothing() -> None:

@@ -1,1 +1,1 @@
-"""Concepts in texts: which tokens activate a unit's direction, and how well that tells texts."""
+"""Concepts in texts: which tokens activate a unit's direction, and how well they separate texts."""

@@ -14,7 +14,7 @@ from ...engine.units import PlacedUnit
 from ...interventions import edit_vector
 from ...model import ReftModel
 from .scores import auroc
-from .token_states import beginning_of, expect_longer, token_states, tokens_of
+from .token_states import beginning_of, expect_longer, pieces_of, token_states, tokens_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class Detection:
     """What a unit detects in texts, a column for each of its concepts.
 
     Args:
-        tokens: tokens of each text, as texts.
+        tokens: tokens of each text, as texts; a letter of several tokens is at the last of them.
         activations: activation of each token of each text.
         scores: score of each text, the largest activation of its tokens but the first `skip`.
         skip: number of tokens at the beginning of a text that do not count.
@@ -53,6 +53,7 @@ class Detection:
         concept: int = 0,
         texts: Sequence[int] = (0,),
         title: str = "Activations",
+        name: str = "detection",
     ) -> Path:
         """Write `detection.html` and `detection.png`: texts, coloured by activation.
 
@@ -61,14 +62,24 @@ class Detection:
             concept: number of the concept.
             texts: numbers of the texts.
             title: heading of the page.
+            name: name of the two files, which replace those of that name: another one for each
+                concept or unit.
 
         Returns:
             The path of the page.
+
+        Raises:
+            ValueError: no text, or a text or concept that there is not.
         """
+        count, concepts = self.scores.shape
+        if not 0 <= concept < concepts:
+            raise ValueError(f"concept {concept}: expected one from 0 to {concepts - 1}")
+        if not texts or not all(0 <= index < count for index in texts):
+            raise ValueError(f"texts {list(texts)}: expected numbers from 0 to {count - 1}")
         from ..report import write_detection
 
         shown = [(self.tokens[i], self.activations[i][:, concept].tolist()) for i in texts]
-        return write_detection(directory, title, shown, skip=self.skip)
+        return write_detection(directory, title, shown, skip=self.skip, name=name)
 
 
 def detect(
@@ -117,7 +128,7 @@ def detect(
         for index, by_unit in token_states(reft_model, rows, placed, batch_size=batch_size):
             for unit in placed:
                 acts[unit.key][index] = _activations(unit, by_unit[unit.key]).cpu()
-    pieces = [[tokenizer.decode([token]) for token in row] for row in rows]
+    pieces = [pieces_of(tokenizer, row) for row in rows]
     return {
         key: Detection(
             pieces, of_texts, torch.stack([a[skips[key] :].amax(0) for a in of_texts]), skips[key]

@@ -24,7 +24,7 @@ def concept_direction(
     r"""The unit vector of a method from states of tokens, as `fit_concept_vectors` says.
 
     Raises:
-        ValueError: the states do not tell the two kinds.
+        ValueError: the states of the two kinds do not differ.
     """
     mean = positive.mean(0) - negative.mean(0)
     if method == "mean":
@@ -35,6 +35,11 @@ def concept_direction(
         if len(positive) < 2:
             raise ValueError("pca: expected at least 2 tokens with the concept, got 1")
         centred = positive - positive.mean(0)
+        if centred.norm() <= 1e-5 * positive.norm():  # which is rounding
+            raise ValueError(
+                "pca: all tokens with the concept have the same state, about which there is no "
+                "component: expected texts that differ, or another method"
+            )
         # The eigenvectors of a small matrix: there are many more tokens than dimensions.
         direction = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -1]
         direction = direction * torch.where(direction @ mean < 0, -1.0, 1.0)

@@ -1,4 +1,4 @@
-"""How well scores tell texts that show a concept from others."""
+"""How well scores separate texts that show a concept from others."""
 
 from collections.abc import Sequence
 

@@ -72,6 +72,25 @@ def beginning_of(tokenizer: Any, texts: Sequence[str | Messages]) -> int:
     return next((index for index, is_same in enumerate(same) if not is_same), 0)
 
 
+def pieces_of(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it.
+
+    A letter of several tokens is added by the last of them, and the others add nothing.
+    """
+
+    def text(first: int, end: int) -> str:
+        return str(tokenizer.decode(tokens[first:end], clean_up_tokenization_spaces=False))
+
+    pieces, before, shown = [], 0, 0  # the text is that of the tokens from `before` on
+    for end in range(1, len(tokens) + 1):
+        known, longer = text(before, shown), text(before, end)
+        is_whole = not longer.endswith("\ufffd") or end == len(tokens)
+        pieces.append(longer[len(known) :] if is_whole else "")
+        if is_whole:
+            before, shown = shown, end
+    return pieces
+
+
 def token_states(
     reft_model: ReftModel,
     rows: Sequence[Sequence[int]],

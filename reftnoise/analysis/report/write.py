@@ -134,6 +134,7 @@ def write_detection(
     texts: Sequence[tuple[Sequence[str], Sequence[float]]],
     *,
     skip: int = 0,
+    name: str = "detection",
 ) -> Path:
     """Write `detection.html` and `detection.png`: texts whose tokens are coloured by activation.
 
@@ -142,6 +143,7 @@ def write_detection(
         title: heading of the page.
         texts: tokens of each text, and their activations.
         skip: number of tokens at the beginning of each text that stay without a colour.
+        name: name of the two files.
 
     Returns:
         The path of the page.
@@ -162,12 +164,12 @@ def write_detection(
     ]
     low, high = (f"{value:.3g}".replace("-", "−") for value in (least, most))
     subtitle = f"Colours from {low} (none) to {high}; a pointer shows a token's activation."
-    drawn = picture("detection", title, draw_tokens, coloured)
+    drawn = picture(name, title, draw_tokens, coloured)
     page = render(title, subtitle, sections).encode()
     place = local_path(directory, "directory")
     place.mkdir(parents=True, exist_ok=True)
-    replace_all(place, {"detection.html": page, "detection.png": drawn.light})
-    return place / "detection.html"
+    replace_all(place, {f"{name}.html": page, f"{name}.png": drawn.light})
+    return place / f"{name}.html"
 
 
 def _write(
