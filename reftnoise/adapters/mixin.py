@@ -19,7 +19,7 @@ from ..engine.base.peft import inner_model, is_peft_model
 from ..engine.base.saved_peft import restore_section
 from ..engine.base.sharding import device_of, size
 from ..engine.base.sites import trained_modules
-from ..interventions import AdditionIntervention, NoiseIntervention
+from ..interventions import NoiseIntervention
 from . import saving
 from .directory import AdapterFiles
 from .frozen import freeze
@@ -229,15 +229,17 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
                 self.push_to_hub(**{"repo_id": name, **upload})
 
     def _scaled(self, state: dict[str, Tensor] | None = None) -> dict[str, Tensor] | None:
-        """A state to save, in which steering vectors hold the scale; None is the model's own."""
+        """A state to save, in which vectors that are added hold the scale; None is the own one."""
         if self.scale == 1.0:
             return state
         units = [p for p in self.engine.units if not isinstance(p.unit, NoiseIntervention)]
-        if not all(isinstance(placed.unit, AdditionIntervention) for placed in units):
-            logger.warning("scale %s is not saved, but 1: set it after loading", self.scale)
+        names = [getattr(placed.unit, "proportional_to", None) for placed in units]
+        if None in names:
+            why = f"{type(units[names.index(None)].unit).__name__} has no place for it"
+            logger.warning("scale %s is not saved, but 1: %s; set it later", self.scale, why)
             return state
         state = saving.without_frozen(self, self.state_dict()) if state is None else state
-        vectors = [f"interventions.{placed.key}.vector" for placed in units]
+        vectors = [f"interventions.{p.key}.{name}" for p, name in zip(units, names, strict=True)]
         return state | {name: self.scale * state[name] for name in vectors}
 
     def push_to_hub(

@@ -225,10 +225,10 @@ def test_the_scale_of_a_steering_vector_is_saved_in_it(
     torch.testing.assert_close(saved.vector, 2.5 * own.vector, rtol=0, atol=0)
 
 
-def test_a_scale_that_other_units_cannot_hold_is_told(
+def test_a_scale_that_other_units_cannot_hold_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    other, _ = wrapped(intervention="bias")
+    other, _ = wrapped(intervention="red")
     other.eval().scale = 0.5
     other.save_pretrained(tmp_path)
     assert "scale 0.5 is not saved" in caplog.text
@@ -264,7 +264,7 @@ def test_mistakes_are_told() -> None:
     for positions in ("decode", [5]):
         with pytest.raises(ValueError, match=r"positions .*: prompt '.*' has no such token"):
             rn.fit_steering_vectors(reft_model, tokenizer, POSITIVE, NEGATIVE, positions=positions)
-    other, _ = wrapped(intervention="bias")
+    other, _ = wrapped(intervention="red")
     with pytest.raises(ValueError, match="no unit whose intervention is 'addition' or"):
         rn.fit_steering_vectors(other, tokenizer, POSITIVE, NEGATIVE)
     with pytest.raises(ValueError, match="expected lists of prompts, got a single text"):

@@ -163,3 +163,30 @@ def test_a_copy_keeps_it_and_a_saved_adapter_does_not(tmp_path: Path) -> None:
     assert loaded.scale == 1.0
     reft_model.scale = 1.0
     assert torch.equal(loaded(IDS).logits, reft_model(IDS).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", [None, {"type": "norm"}])
+@pytest.mark.parametrize("name", ["bias", "addition"])
+def test_vectors_are_saved_times_the_scale(name: str, gate: Any, tmp_path: Path) -> None:
+    entry = {"layer": [0, 2], "intervention": name} | ({} if gate is None else {"gate": gate})
+    reft_model = wrapped([entry, {"intervention": "neftune"}])
+    for placed in reft_model.engine.units[:2]:
+        unit: Any = placed.unit
+        (unit.bias if name == "bias" else unit.vector).normal_()
+    reft_model.scale = -0.75
+    reft_model.save_pretrained(tmp_path)
+    loaded = rn.ReftModel.from_pretrained(tiny_model(), tmp_path)
+    assert loaded.scale == 1.0
+    assert_close(loaded(IDS).logits, reft_model(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["red", "ablate", "reftr1"])
+def test_a_scale_that_has_no_place_is_said_not_to_be_saved(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reft_model = wrapped([{"layer": 0, "intervention": "bias"}, {"layer": 1, "intervention": name}])
+    reft_model.scale = 2.0
+    reft_model.save_pretrained(tmp_path)
+    unit = type(reft_model.engine.units[1].unit).__name__
+    assert f"scale 2.0 is not saved, but 1: {unit} has no place for it" in caplog.text
