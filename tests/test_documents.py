@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -20,8 +21,9 @@ import reftnoise as rn
 from reftnoise._util.options import read_file
 from reftnoise.cli.commands import COMMANDS
 from reftnoise.cli.main import main
+from reftnoise.config.interventions import argument_defaults
 from reftnoise.engine.base.tiny import DIRECTORY
-from reftnoise.interventions import INTERVENTIONS
+from reftnoise.interventions import INTERVENTIONS, NoiseIntervention, has_factors
 from reftnoise.training.recipe import Recipe
 from reftnoise.training.resolved_run import with_default_edit
 from reftnoise.training.study.grid import Study, cells
@@ -226,8 +228,8 @@ def test_command_lines_are_understood(
         monkeypatch.setitem(COMMANDS, name, _checked(function, calls))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copy(ROOT / "examples/recipes/small/emoji.yaml", tmp_path / "recipe.yaml")
-    for path in ("emoji/recipe.yaml", "emoji-tuning/best.yaml"):
-        (tmp_path / path).parent.mkdir()
+    for path in ("emoji/recipe.yaml", "emoji-tuning/best.yaml", "heads.yaml"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(tmp_path / "recipe.yaml", tmp_path / path)
     monkeypatch.chdir(tmp_path)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -311,3 +313,29 @@ def test_architectures_are_counted() -> None:
 
 def test_every_unit_is_in_the_table() -> None:
     assert all(f"| `{name}` |" in TEXTS["config.md"] for name in INTERVENTIONS)
+
+
+def test_every_unit_has_its_row_in_the_table_of_methods() -> None:
+    """Its parameters, and whether it merges and shares a batch, are those of the class."""
+    section = TEXTS["methods.md"].partition("\n## Units\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\| `(\w+)` \|(.*) \|$", section, re.MULTILINE)
+    assert [name for name, _ in lines] == list(INTERVENTIONS)
+    width, rank, heads = 12, 3, 2
+    sizes = {"low_rank_dimension": rank, "head_width": width // heads, "act_fn": None}
+    for name, line in lines:
+        unit_class = INTERVENTIONS[name]
+        if issubclass(unit_class, NoiseIntervention):
+            continue
+        _, _, count, _, merges, *others = [cell.strip() for cell in line.split("|")]
+        known = {*inspect.signature(unit_class).parameters, *argument_defaults(unit_class)}
+        taken = {argument: size for argument, size in sizes.items() if argument in known}
+        unit: Any = unit_class(embed_dim=width, **taken).eval()
+        product = re.sub(r"(?<=\w)(?=[a-z])", " * ", count)  # 2rd is 2 * r * d
+        expected = eval(product, {"r": rank, "d": width, "n": heads})
+        assert sum(parameter.numel() for parameter in unit.parameters()) == expected
+        for vector in unit.buffers():
+            vector.fill_(1.0)
+        assert has_factors(unit)
+        assert not any(act for act, _ in unit.factors().acts)
+        assert merges == ("without σ" if "act_fn" in taken else "yes")
+        assert others == ["yes", "yes"]

@@ -1,6 +1,6 @@
 """A vector at one layer, trained by RePS, BiPO, DPO or SFT, or fitted by DiffMean, at equal KL.
 
-    python examples/papers/preference_vectors.py --model smollm2 --pairs TRAIT.jsonl [TRAIT.jsonl …]
+    python examples/papers/preference_vectors.py --model smollm2 --layer 15 --pairs "[TRAIT.jsonl]"
 
 Half of the pairs of a file train or fit each vector, a quarter chooses its strength, and a quarter
 tests it, as in `reftnoise steer`: the strength is the one with the largest shift of P(matching)
