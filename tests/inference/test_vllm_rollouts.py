@@ -31,14 +31,19 @@ needs_vllm = pytest.mark.skipif(
 )
 
 
+OPTIONS = ("--max-model-len", "128", "--block-size", "32")
+
+
+def saved_base(folder: Path) -> Path:
+    for part in rn.load_tiny_model():
+        part.save_pretrained(folder / "base")
+    return folder / "base"
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("rollouts")
-    model, tokenizer = rn.load_tiny_model()
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    options = ("--max-model-len", "128", "--block-size", "32")
-    with served_base(folder / "base", folder / "server.txt", *options) as url:
+    with served_base(saved_base(folder), folder / "server.txt", *OPTIONS) as url:
         yield url
 
 
@@ -163,6 +168,25 @@ def test_completions_follow_the_seed_and_the_arguments(server: str, tmp_path: Pa
         texts = rollouts(QUESTIONS, trainer_of(reft_model))
     tokenizer = rn.load_tiny_model()[1]
     assert texts["prompt_ids"] == [tokenizer(text)["input_ids"] for text in QUESTIONS]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_two_engines_have_the_edits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    reft_model = rn.get_reft_model(rn.load_tiny_model()[0], rn.ReftConfig([LOREFT]))
+    with torch.no_grad():
+        for parameter in reft_model.interventions.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    options = (*OPTIONS, "--data-parallel-size", "2")
+    with (
+        served_base(saved_base(tmp_path), tmp_path / "server.txt", *options) as url,
+        VllmRollouts(url, tmp_path) as rollouts,
+    ):
+        answers = rollouts([*PROMPTS, *QUESTIONS] * 3, trainer_of(reft_model.eval()))
+    for prompt, completion, values in zip(*answers.values(), strict=True):
+        ours = log_probs(reft_model, prompt, completion)
+        torch.testing.assert_close(ours, torch.tensor(values), rtol=0, atol=1e-3)
 
 
 @needs_vllm
