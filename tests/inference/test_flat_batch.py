@@ -10,8 +10,8 @@ from torch import Tensor
 import reftnoise as rn
 from reftnoise.adapters.frozen import FrozenAdapter
 from reftnoise.config.positions import Positions
-from reftnoise.engine.layout import PromptLayout
-from reftnoise.inference.vllm.flat_batch import FlatBatch, StepRequests, apply_
+from reftnoise.engine.layout import PromptLayout, named_tokens
+from reftnoise.inference.vllm.flat_batch import FlatBatch, StepRequests, apply_, settled_tokens
 from support.adapters import moved
 from support.models.architectures import tiny_model
 from support.tolerance import assert_close
@@ -101,3 +101,24 @@ def test_edits_are_added_to_the_sum_of_both_parts(
         expected[2] += unit.delta(states[2], scale=0.5)
     apply_(found[base.model.layers[1]], hidden, residual if has_residual else None)
     assert_close(hidden, expected)
+
+
+@pytest.mark.parametrize("positions", [*POSITIONS, "f3", "f2+l3+decode", [2, 30], [-4]], ids=str)
+def test_tokens_are_settled_up_to_the_first_that_a_longer_prompt_edits_otherwise(
+    positions: Any,
+) -> None:
+    parsed, ranks = Positions.parse(positions), torch.arange(60)
+
+    def edited(length: int) -> Tensor:
+        return named_tokens(parsed, ranks, torch.tensor(length))
+
+    for length in range(1, 25):
+        differs = (edited(length) != edited(1000)).nonzero()
+        first = int(differs[0]) if len(differs) else None
+        count = settled_tokens([parsed], length)
+        if length < parsed.first + parsed.last:
+            assert count == 0
+        else:
+            assert count == first
+    together = settled_tokens([parsed, Positions.parse("l5")], 20)
+    assert together == min(15, settled_tokens([parsed], 20) or 15)

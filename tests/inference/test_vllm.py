@@ -26,7 +26,7 @@ from support.adapters import MISTAKES, moved, save
 
 vllm = pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
 
-from reftnoise.inference.vllm import worker  # noqa: E402  # which needs vllm
+from reftnoise.inference.vllm import plugin, worker  # noqa: E402  # which needs vllm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of vLLM and what it imports
@@ -202,6 +202,10 @@ def request_for(name: str | None, adapters: dict[str, Path]) -> Any:
     return None if name is None else lora_request(name, NAMES.index(name), str(adapters[name]))
 
 
+def test_this_vllm_is_as_the_plugin_knows_it() -> None:
+    assert list(plugin.differences()) == []
+
+
 def test_a_continuous_batch_of_all_adapters_is_ours_token_for_token(
     small_engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]
 ) -> None:
@@ -238,6 +242,30 @@ def test_cached_prompts_are_not_read_by_other_adapters(
         )
         assert list(output.outputs[0].token_ids) == expected(ours, prompt, name)
     assert output.num_cached_tokens > 0
+
+
+@pytest.mark.parametrize("name", ["last", "ends", "all", "decode", "embeddings"])
+def test_a_longer_prompt_reads_no_state_that_a_shorter_one_has_edited(
+    small_engine: Any, ours: rn.ReftModel, adapters: dict[str, Path], name: str
+) -> None:
+    """As the next turn of a chat, whose prompt is the last one and its answer, and a question."""
+    lora, draw = request_for(name, adapters), random.Random(7)
+
+    def written(prompt: list[int]) -> tuple[list[int], int]:
+        (output,) = small_engine.generate(
+            [{"prompt_token_ids": prompt}], sampling(), lora_request=lora, use_tqdm=False
+        )
+        return list(output.outputs[0].token_ids), output.num_cached_tokens
+
+    for length in (30, 32, 75):
+        small_engine.reset_prefix_cache()
+        prompt = [draw.randrange(3, VOCABULARY) for _ in range(length)]
+        answer, _ = written(prompt)
+        assert answer == expected(ours, prompt, name)
+        longer = [*prompt, *answer, *(draw.randrange(3, VOCABULARY) for _ in range(15))]
+        answer, cached = written(longer)
+        assert answer == expected(ours, longer, name)
+    assert cached >= 64  # whole blocks before the shorter prompt's end
 
 
 def test_an_adapter_saved_anew_under_one_path_is_another(

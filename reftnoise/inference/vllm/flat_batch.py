@@ -5,7 +5,7 @@ padding.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ...adapters.frozen import FrozenAdapter, stacked_units
+from ...config.positions import Positions
 from ...engine.layout import named_tokens
 from ...interventions import EditedRows, StackedEdit, edit_rows
 
@@ -79,6 +80,32 @@ class FlatBatch:
             if len(selected[key][0]):
                 edits[placed.site.module].append(FlatEdit(placed.unit, *selected[key]))
         return edits
+
+
+def settled_tokens(positions: Iterable[Positions], length: int) -> int | None:
+    """How many first tokens are edited whatever the length of the prompt that they begin.
+
+    A longer prompt may begin with a shorter one and its answer; these tokens have its states, too.
+
+    Args:
+        positions: positions of an adapter's units.
+        length: number of the prompt's tokens.
+
+    Returns:
+        None for all of them.
+    """
+    units = list(positions)
+    if length < max((u.first for u in units), default=0) + max((u.last for u in units), default=0):
+        return 0  # where the rule for short prompts may hold
+    counts: list[int] = []
+    for unit in units:
+        if unit.decode != unit.all:  # the prompt's end is where the edits begin or end
+            counts.append(length)
+        if unit.last:
+            counts.append(length - unit.last)
+        counts += [length + index for index in unit.indices if -length <= index < 0]
+        counts += [index for index in unit.indices if index >= length]
+    return min(counts, default=None)
 
 
 def apply_(

@@ -26,6 +26,7 @@ from ..._util.recent import RecentlyUsed
 from ...adapters.directory import AdapterFiles
 from ...adapters.frozen import FrozenAdapter, freeze
 from ...adapters.location import ADAPTER, CONFIG_NAME, WEIGHTS_NAME
+from ...config.positions import Positions
 from ...engine.base.sites import find_layers, find_site
 from ...interventions import gate_of
 from . import SCALE
@@ -75,8 +76,8 @@ def find_adapter(path: str) -> Path | None:
     return next((place for place in candidates if (place / CONFIG_NAME).is_file()), None)
 
 
-def digest_of(path: str, config: VllmConfig) -> str:
-    """The digest of an adapter that is whole, fits the base, and edits what is served.
+def served_adapter(path: str, config: VllmConfig) -> tuple[str, tuple[Positions, ...]]:
+    """The digest and the positions of an adapter that is whole and fits base and server.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -85,7 +86,8 @@ def digest_of(path: str, config: VllmConfig) -> str:
     path = str(find_adapter(path) or path)
     adapter, digest = _read(path, _stamps_of(path))
     _expect_served(adapter, config)
-    return digest
+    entries = adapter.config.representations
+    return digest, tuple(Positions.parse(e.positions) for e in entries if not e.is_noise)
 
 
 def _expect_served(adapter: AdapterFiles, config: VllmConfig) -> None:

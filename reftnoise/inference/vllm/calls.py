@@ -1,0 +1,249 @@
+"""What happens around the functions of vLLM that `plugin` wraps: each takes the original first.
+
+An adapter is identified by the digest of its config and weights, as this process read it: nothing
+that a client sends can stand for it. The digest is the adapter's number in the engine, and a part
+of the salt of vLLM's prefix cache. So no adapter reads states that another one has edited, even if
+it is loaded later under the same name. Nor does a longer prompt read states of tokens that are
+edited because a shorter one ended there.
+
+A worker checks each adapter again. Where it cannot load or apply one, the requests that chose it
+end with an error, and all others go on.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from ...config.positions import Positions
+from . import SCALE
+from .flat_batch import settled_tokens
+from .worker import (
+    ServedAdapters,
+    components_of,
+    find_adapter,
+    number_of,
+    scale_of,
+    served_adapter,
+)
+
+
+class _Pinned(LoRARequest):
+    """A named adapter, as it was when it was loaded."""
+
+    digest: str = ""
+    positions: tuple[Positions, ...] = ()
+
+
+# -- requests, in the process that receives them -------------------------------------------------
+
+
+def process_inputs(
+    original: Callable[..., Any],
+    processor: InputProcessor,
+    request_id: str,
+    prompt: Any,
+    params: Any,
+    supported_tasks: Any,
+    arrival_time: float | None = None,
+    lora_request: LoRARequest | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Give a request the digest of its adapter, and the prefix cache the scale of its edits."""
+    arguments = (processor, request_id, prompt, params, supported_tasks, arrival_time)
+    if lora_request is None or not _is_ours(lora_request.lora_path, processor.vllm_config):
+        return original(*arguments, lora_request, **kwargs)
+    path = lora_request.lora_path
+    try:
+        if isinstance(lora_request, _Pinned):
+            digest, positions = lora_request.digest, lora_request.positions
+        else:
+            digest, positions = served_adapter(path, processor.vllm_config)
+        scale = scale_of(params)
+    except (OSError, ValueError) as error:
+        raise VLLMValidationError(str(error)) from None
+    request = original(*arguments, None, **kwargs)
+    request.lora_request = LoRARequest(lora_request.lora_name, number_of(digest), path)
+    request.cache_salt = f"{SCALE}={scale!r};{digest};{request.cache_salt or ''}"
+    tokens = request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids
+    settled = settled_tokens(positions, len(tokens))
+    if request.sampling_params is not None:  # a copy of the client's, who cannot choose this
+        extra = {**(request.sampling_params.extra_args or {}), _SETTLED: settled}
+        request.sampling_params.extra_args = extra
+    elif settled is not None:  # a model that pools states
+        request.cache_salt = f"{len(tokens)};{request.cache_salt}"
+    return request
+
+
+async def load_lora_adapter(
+    original: Callable[..., Any], models: OpenAIServingModels, request: Any, **kwargs: Any
+) -> Any:
+    """Check an adapter before the engine loads it: a client's mistake is no error of the server."""
+    config, name = models.input_processor.vllm_config, request.lora_name
+    if not _is_ours(request.lora_path, config):
+        return await original(models, request, **kwargs)
+    try:
+        digest, positions = served_adapter(request.lora_path, config)
+    except (OSError, ValueError) as error:
+        return create_error_response(str(error))
+    before = models.lora_requests.get(name)
+    response = await original(models, request, **kwargs)
+    if isinstance(response, ErrorResponse):
+        match = _REFUSED.search(response.error.message)
+        return create_error_response(match[1]) if match else response
+    loaded = models.lora_requests[name]
+    models.lora_requests[name] = _Pinned(
+        name,
+        number_of(digest),
+        loaded.lora_path,
+        loaded.base_model_name,
+        digest=digest,
+        positions=positions,
+    )
+    _drop(models, before)
+    return response
+
+
+async def unload_lora_adapter(
+    original: Callable[..., Any], models: OpenAIServingModels, request: Any
+) -> Any:
+    """Drop the adapter, too; vLLM drops only its name."""
+    before = models.lora_requests.get(request.lora_name)
+    response = await original(models, request)
+    _drop(models, before)
+    return response
+
+
+def _drop(models: OpenAIServingModels, loaded: LoRARequest | None) -> None:
+    """Let the workers drop an adapter that has no name any more, once no request needs it."""
+    if not isinstance(loaded, _Pinned):
+        return
+    task = asyncio.create_task(_forget(models, loaded.lora_int_id))
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
+async def _forget(models: OpenAIServingModels, number: int) -> None:
+    running = models.engine_client.output_processor.request_states
+    while any(r.lora_request and r.lora_request.lora_int_id == number for r in running.values()):
+        await asyncio.sleep(_INTERVAL)
+    if all(named.lora_int_id != number for named in models.lora_requests.values()):
+        await models.engine_client.remove_lora(number)
+
+
+_REFUSED = re.compile(r"<reft>(.*)</reft>", re.DOTALL)
+"""Marks a worker's message about an adapter, since vLLM passes on only the text of an error."""
+
+_SETTLED = "reft_settled_tokens"
+"""The extra argument of a request for how many of its tokens any longer prompt edits alike."""
+
+_INTERVAL = 0.5
+"""Seconds between looks at whether an adapter is still needed."""
+
+_tasks: set[asyncio.Task[None]] = set()
+"""Kept from being collected while they run."""
+
+
+def _is_ours(path: str, config: VllmConfig) -> bool:
+    """Whether an adapter is for us: with our option, vLLM serves no LoRA."""
+    return bool(components_of(config)) or find_adapter(path) is not None
+
+
+# -- the model's process -------------------------------------------------------------------------
+
+
+def unsupported(original: Callable[..., Any], config: VllmConfig) -> Any:
+    """Let vLLM choose the model runner whose batches we read."""
+    return [*original(config), *(["reftnoise's adapters"] if components_of(config) else [])]
+
+
+def load_model(
+    original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any
+) -> Any:
+    result = original(runner, *args, **kwargs)
+    if components := components_of(runner.vllm_config):
+        runner.reftnoise = ServedAdapters(runner, components)
+    return result
+
+
+def add_lora(original: Callable[..., Any], runner: GPUModelRunner, request: LoRARequest) -> Any:
+    if not hasattr(runner, "reftnoise"):
+        return original(runner, request)
+    try:
+        runner.reftnoise.load(request.lora_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"<reft>{error}</reft>") from None
+    return True
+
+
+def remove_lora(original: Callable[..., Any], runner: GPUModelRunner, number: int) -> Any:
+    if not hasattr(runner, "reftnoise"):
+        return original(runner, number)
+    return runner.reftnoise.remove(number)
+
+
+def list_loras(original: Callable[..., Any], runner: GPUModelRunner) -> Any:
+    return runner.reftnoise.numbers() if hasattr(runner, "reftnoise") else original(runner)
+
+
+def model_forward(
+    original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any
+) -> Any:
+    if not hasattr(runner, "reftnoise") or not runner.input_batch.lora_id_to_lora_request:
+        return original(runner, *args, **kwargs)
+    with runner.reftnoise.step():
+        return original(runner, *args, **kwargs)
+
+
+def output_of_step(
+    original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any
+) -> Any:
+    """Send the names of the requests whose edits failed along with a step's output."""
+    output = original(runner, *args, **kwargs)
+    served = None if output is None else getattr(runner, "reftnoise", None)
+    if served is not None and (failed := served.take_failed()):
+        getattr(output, "_model_runner_output", output).reftnoise_failed = failed
+    return output
+
+
+# -- the scheduler's process ---------------------------------------------------------------------
+
+
+def block_keys(
+    original: Callable[..., Any],
+    request: Any,
+    start_token_idx: int,
+    end_token_idx: int,
+    start_mm_idx: int,
+) -> tuple[tuple[Any, ...] | None, int]:
+    """Let only prompts of the same length share states that depend on the prompt's length."""
+    keys, index = original(request, start_token_idx, end_token_idx, start_mm_idx)
+    if request.lora_request is not None and request.sampling_params is not None:
+        settled = (request.sampling_params.extra_args or {}).get(_SETTLED)
+        if settled is not None and end_token_idx > settled:
+            keys = (*(keys or ()), (_SETTLED, request.num_prompt_tokens))
+    return keys, index
+
+
+def update_from_output(
+    original: Callable[..., Any], scheduler: Scheduler, scheduled: Any, output: Any
+) -> Any:
+    """End requests whose edits failed with an error, and evict their states from the cache."""
+    for name in getattr(output, "reftnoise_failed", ()):
+        if name in scheduler.requests:
+            blocks = scheduler.kv_cache_manager.get_block_ids(name)
+            scheduler.kv_cache_manager.evict_blocks({block for group in blocks for block in group})
+            scheduler.grammar_compile_error_reqs.add(name)  # which end with an error, alone
+        if output.sampled_token_ids:
+            output.sampled_token_ids[output.req_id_to_index[name]] = []
+    return original(scheduler, scheduled, output)
