@@ -21,6 +21,7 @@ from .engine.base.tiny import load_tiny_examples as load_tiny_examples
 from .engine.base.tiny import load_tiny_model as load_tiny_model
 from .engine.training_pass.prefix_cache import PrefixCache as PrefixCache
 from .inference.export.exporting import export_adapter as export_adapter
+from .inference.verification.verifying import verify_server as verify_server
 from .interventions import AblationIntervention as AblationIntervention
 from .interventions import AdapterIntervention as AdapterIntervention
 from .interventions import AdditionIntervention as AdditionIntervention

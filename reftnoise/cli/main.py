@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-def run(function: Callable[..., None], arguments: Sequence[str], *, prog: str) -> int:
+def run(function: Callable[..., int | None], arguments: Sequence[str], *, prog: str) -> int:
     """Call a function with options of a command line for its parameters; the exit code.
 
     Its docstring becomes the help. A file may come before the options.
@@ -66,8 +66,7 @@ def run(function: Callable[..., None], arguments: Sequence[str], *, prog: str) -
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its attempts
     try:
-        function(**_parsed(function, arguments, prog))
-        return 0
+        return function(**_parsed(function, arguments, prog)) or 0
     except BrokenPipeError:  # as of `| head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the interpreter's flush
         return 1
@@ -81,7 +80,9 @@ def run(function: Callable[..., None], arguments: Sequence[str], *, prog: str) -
         logger.removeHandler(handler)
 
 
-def _parsed(function: Callable[..., None], arguments: Sequence[str], prog: str) -> dict[str, Any]:
+def _parsed(
+    function: Callable[..., int | None], arguments: Sequence[str], prog: str
+) -> dict[str, Any]:
     """The function's arguments, as the command line says."""
     from jsonargparse import ArgumentError
 

@@ -15,15 +15,20 @@ from .._util.errors import nearest
 from .._util.files import json_lines, local_path, replace_all
 from .._util.progress import progress_of
 from ..config.decoding import GREEDY, Decoding
+from ..data.conversations import Messages
 from ..data.files import json_lines_of
 from ..data.templates import fill
 from ..data.tokenization import smallest_limit
+from ..evaluation.forgetting import NEUTRAL
 from ..evaluation.generation import ending_arguments, generated
 from ..evaluation.likelihood import Progress
 from ..evaluation.scoring import evaluating
 from ..model import ReftModel
 from ..training.run_adapter import template_of
 from .loading import load_adapted
+
+BUILT_IN = 16
+"""The number of prompts that an adapter is compared on where none are given."""
 
 
 def generate_texts(
@@ -74,6 +79,31 @@ def generate_texts(
 def default_template(tokenizer: Any) -> str:
     """The tokenizer's chat template, or nothing around prompts where it has none."""
     return "plain" if tokenizer.chat_template is None else "chat"
+
+
+def asked_prompts(
+    adapter: Path, tokenizer: Any, prompts: Sequence[str] | None
+) -> list[str | Messages]:
+    """Prompts, or built-in ones, in the template of the adapter's run, or else the tokenizer's.
+
+    Raises:
+        ValueError: an entry of `prompts` is no text.
+    """
+    if prompts is None:
+        rows = [row for _, row in json_lines_of(NEUTRAL) if "prompt" in row]
+        prompts = [str(row["prompt"]) for row in rows[:BUILT_IN]]
+    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise ValueError(f"prompts {prompts!r}: expected texts")
+    template = template_of(adapter.parent) or default_template(tokenizer)
+    try:
+        return [fill(template, prompt, {}) for prompt in prompts]
+    except ValueError:  # a template of columns that these prompts do not have
+        return [fill(default_template(tokenizer), prompt, {}) for prompt in prompts]
+
+
+def prompts_of(path: str | None) -> list[str] | None:
+    """The prompts of a file of JSON lines; None for none."""
+    return None if path is None else [row["prompt"] for row in read_jsonl(path, "prompt")]
 
 
 def new_tokens(decoding: Decoding, tokenizer: Any, model: Any) -> int:

@@ -13,6 +13,7 @@ UNIT = '{"intervention": "%s", "layer": "all", "low_rank_dimension": 4, "positio
 TRAIN = ("train", "{tmp}/good.yaml", "--output_dir", "{tmp}/new")
 STUDY = ("study", "{tmp}/study.yaml", "--output_dir", "{tmp}/new")
 TUNE = ("tune", "{tmp}/good.yaml", "--output_dir", "{tmp}/new")
+SERVER = ("--server", "http://localhost:8000/v1")
 OTHER = ("--others.other", "nowhere")
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("trian",), "did you mean 'train'?"),
@@ -104,6 +105,13 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         "to 'gguf': possible: merged, lora, gguf-control-vector",
     ),
     (("export", "{tmp}/run", "{tmp}/run", "--to", "lora"), "holds other files"),
+    (("verify", "{tmp}/run"), "expected --server"),
+    (("verify", "{tmp}/run", "--server", "localhost:8000"), "server 'localhost:8000': expected an"),
+    (("verify", "nowhere", *SERVER), "nowhere: no such directory"),
+    (("verify", "{tmp}/run", *SERVER, "--requests", "0"), "requests 0: expected at least 1"),
+    (("verify", "{tmp}/run", *SERVER, "--longest", "0"), "longest 0: expected at least 1"),
+    (("verify", "{tmp}/run", *SERVER, "--tolerance", "0"), "tolerance 0.0: expected a positive"),
+    (("verify", "{tmp}/run", *SERVER, "--prompts", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
     (("convert", "nowhere", "{tmp}/new", "--base", "tiny-chat"), "nowhere: no such directory"),
     (("convert", "{tmp}/run/adapter", "{tmp}/new"), "expected --base"),
     (

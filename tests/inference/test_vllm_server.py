@@ -133,7 +133,7 @@ def complete(client: Any, name: str, **extra: Any) -> str:
     return answer.choices[0].text
 
 
-def load(client: Any, name: str, path: Path) -> Any:
+def load(client: Any, name: str, path: Path | str) -> Any:
     body = {"lora_name": name, "lora_path": str(path), "load_inplace": True}
     return client.post("/load_lora_adapter", body=body, cast_to=str)
 
@@ -210,6 +210,73 @@ def test_clients_that_leave_harm_nobody(client: Any, served: dict[str, Path]) ->
 
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(leave_or_read, range(96)))
+
+
+HOSTILE = {
+    "a folder above": ("../../../../etc", r"no reft_config\.json in it"),
+    "a system's folder": ("/etc", r"no reft_config\.json in it"),
+    "a file": ("/etc/passwd", r"no reft_config\.json in it"),
+    "an address": ("file:///etc", r"no reft_config\.json in it"),
+    "a hub's name": ("someone/adapter", r"no reft_config\.json in it"),
+    "a null character": ("adapter\0", "expected a path"),
+    "a long path": ("a" * 5000, "name too long|no reft_config"),
+}
+
+
+def test_hostile_paths_and_names_are_refused(client: Any, served: dict[str, Path]) -> None:
+    for path, message in HOSTILE.values():
+        with pytest.raises(openai.BadRequestError, match=message):
+            load(client, "hostile", Path(path) if "\0" not in path else path)
+    for name in [*(f"name{number}" for number in range(200)), "n" * 10_000, "../l1"]:
+        with pytest.raises(openai.NotFoundError):
+            complete(client, name)
+    for forged in ("x", -1, [1], 2**70):
+        body = {"vllm_xargs": {"reft_settled_tokens": forged}}
+        try:
+            assert complete(client, "l1", extra_body=body) == written_by_us(served, "l1")
+        except openai.BadRequestError:  # vLLM has bounds for numbers
+            assert forged == 2**70
+    assert complete(client, "base") == written_by_us(served, "base")
+
+
+@pytest.mark.slow
+def test_10_000_names_harm_nobody(client: Any, served: dict[str, Path]) -> None:
+    def refused(number: int) -> bool:
+        with pytest.raises(openai.NotFoundError):
+            complete(client, f"name{number}")
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(refused, range(10_000)))
+    assert complete(client, "l1") == written_by_us(served, "l1")
+
+
+def test_verify_finds_it_equal_to_transformers(
+    server: Any, client: Any, served: dict[str, Path]
+) -> None:
+    load(client, "all", served["all"])
+    for name in ("l1", "all"):
+        record = rn.verify_server(
+            served[name],
+            server[1],
+            served_name=name,
+            model=str(served["base"]),
+            requests=40,
+            longest=100,
+        )
+        assert record["served_base"] == "base"
+        assert record["offers"] == {
+            "token_ids": True,
+            "log_probs": True,
+            "prompt_log_probs": True,
+        }
+        assert (record["requests"], record["differences"]) == (40, [])
+        assert record["compared_log_probs"] > 300
+        assert record["limit"] < record["largest_effect"]
+    record = rn.verify_server(
+        served["all"], server[1], served_name="l1", model=str(served["base"]), requests=10
+    )
+    assert record["differing"] > 0
 
 
 # -- two minutes of it ----------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from .adapters import convert, export, heads, inspect_adapter, report
+from .adapters import convert, export, heads, inspect_adapter, report, verify
 from .answers import chat, generate, playground, serve
 from .runs import demo, evaluate, study, train, tune
 from .steering import steer
 
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[..., int | None]] = {
     "demo": demo,
     "train": train,
     "generate": generate,
@@ -23,5 +23,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect_adapter,
     "convert": convert,
     "export": export,
+    "verify": verify,
 }
 """By name. A `Recipe`, `Study`, `Decoding` or `SteerOptions` is options, one for each field."""

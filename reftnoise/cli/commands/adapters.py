@@ -1,8 +1,9 @@
-"""Commands about what was trained: inspect, heads, report, convert, export.
+"""Commands about what was trained: inspect, heads, report, convert, export, verify.
 
 Heavy imports are inside the functions: `--help` and mistakes do not wait for torch.
 """
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from ...adapters.location import expect_place
 from ...config.base_model import expect_base
 from ...config.positions import Positions
 from ...inference.export.target import expect_free_directory, expect_target
+from ...inference.verification.client import api_address
+from ...inference.verification.families import expect_numbers
 from ...training.run_adapter import adapter_directory, base_of, recipe_of
 from ...training.run_files import is_study
 from ..checks import expect_adapters, expect_prompts
-from ..printing import print_json
+from ..printing import print_json, progress_console
 
 _HEADS = "# Heads that `reftnoise heads` has chosen"
 """The beginning of the recipes that `heads` writes, by which it knows them."""
@@ -230,7 +233,8 @@ def export(
     expect_adapters(adapter, model=model, dtype=dtype)
     if prompts is not None:
         expect_prompts(None, prompts, None)
-    from ...inference.export.exporting import export_adapter, prompts_of
+    from ...inference.export.exporting import export_adapter
+    from ...inference.prompts import prompts_of
 
     record = export_adapter(
         adapter,
@@ -253,3 +257,74 @@ def export(
     )
     for note in record.get("notes", ()):
         print(note)
+
+
+def verify(
+    adapter: str,
+    server: str | None = None,
+    served_name: str | None = None,
+    served_base: str | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    prompts: str | None = None,
+    requests: int = 100,
+    longest: int = 512,
+    tolerance: float | None = None,
+    api_key: str | None = None,
+    quiet: bool = False,
+    json: bool = False,
+) -> int:
+    """Compare a running server with the adapted model here: tokens and their log-probabilities.
+
+    The exit code is 0 where all are equal within rounding, 1 where some differ, and 2 for mistakes.
+
+    Args:
+        adapter: directory of a run or of an adapter, or hub name of an adapter.
+        server: address of a server of the OpenAI API, such as http://localhost:8000/v1.
+        served_name: name of the model there; by default that of the directory, or the only one.
+        served_base: name of the bare base there, which is compared, too; by default what vLLM says.
+        model: directory, GGUF file or name of the base, if not that which the adapter was saved
+            with.
+        dtype: dtype that the server computes in, such as bfloat16.
+        device: cpu, cuda or another device of torch; auto is a GPU where there is one.
+        prompts: file of JSON lines with prompts; by default built-in ones.
+        requests: number of requests.
+        longest: number of tokens of the longest prompts, if base and server have so many.
+        tolerance: largest difference of log-probabilities, in nats; by default what rounding
+            explains.
+        api_key: key that the server asks for; by default that of the variable OPENAI_API_KEY.
+        quiet: whether nothing but errors is printed.
+        json: whether the result is printed as JSON, without progress.
+    """
+    if server is None:  # no default; jsonargparse makes a required option positional
+        raise ValueError("verify: expected --server, the address of a running server")
+    api_address(server)
+    expect_numbers(requests, longest, tolerance)
+    expect_adapters(adapter, model=model, dtype=dtype)
+    if prompts is not None:
+        expect_prompts(None, prompts, None)
+    from ...inference.prompts import prompts_of
+    from ...inference.verification.report import print_verification
+    from ...inference.verification.verifying import verify_server
+
+    record = verify_server(
+        adapter,
+        server,
+        served_name=served_name,
+        served_base=served_base,
+        model=model,
+        dtype=dtype,
+        device=device,
+        prompts=prompts_of(prompts),
+        requests=requests,
+        longest=longest,
+        tolerance=tolerance,
+        api_key=api_key or os.environ.get("OPENAI_API_KEY"),
+        console=progress_console(quiet or json),
+    )
+    if json:
+        print_json(record)
+    elif not quiet:
+        print_verification(record)
+    return 1 if record["differing"] else 0

@@ -14,14 +14,11 @@ import torch
 
 from ..._util.files import json_text, local_path, replace_directory, writing
 from ...adapters.directory import AdapterFiles
-from ...data.files import json_lines_of
-from ...data.templates import fill
-from ...evaluation.forgetting import NEUTRAL
 from ...interventions.arguments import dtype_name
 from ...model import ReftModel
-from ...training.run_adapter import adapter_directory, template_of
+from ...training.run_adapter import adapter_directory
 from ..loading import base_for, load_adapted
-from ..prompts import default_template, read_jsonl
+from ..prompts import asked_prompts
 from .formats import (
     adding_control_vector,
     read_lora,
@@ -44,8 +41,6 @@ from .target import RECORD, expect_free_directory, expect_target, files_in
 
 _SCRATCH = ".exporting-"
 """The beginning of a scratch folder's name; saves into the same folder remove `.saving-` alone."""
-BUILT_IN = 16
-"""The number of prompts that a proof reads where none are given."""
 _PACKAGES = ("reftnoise", "torch", "transformers", "peft", "gguf")
 
 
@@ -93,7 +88,7 @@ def export_adapter(
     reft_model, tokenizer = load_adapted(own, model, dtype=dtype, device=device)
     expect_plain_base(reft_model)
     base_name, base_dtype = str(reft_model.config.name_or_path), reft_model.model.dtype
-    asked = _prompts(own, tokenizer, prompts)
+    asked = asked_prompts(own, tokenizer, prompts)
     tokens = token_prompts(tokenizer, reft_model, asked)
     place.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -195,25 +190,6 @@ def _expect_same(to: str, proof: dict[str, Any]) -> None:
             f"{proof['limit_of_rounding']:.3g} and the adapter moves them by "
             f"{proof['largest_effect']:.3g}; expected at most {limit:.3g}; nothing was written"
         )
-
-
-def _prompts(adapter: Path, tokenizer: Any, prompts: Sequence[str] | None) -> list[Any]:
-    """Prompts in the template of the run, or else that of the tokenizer."""
-    if prompts is None:
-        rows = [row for _, row in json_lines_of(NEUTRAL) if "prompt" in row]
-        prompts = [str(row["prompt"]) for row in rows[:BUILT_IN]]
-    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
-        raise ValueError(f"prompts {prompts!r}: expected texts")
-    template = template_of(adapter.parent) or default_template(tokenizer)
-    try:
-        return [fill(template, prompt, {}) for prompt in prompts]
-    except ValueError:  # a template of columns that these prompts do not have
-        return [fill(default_template(tokenizer), prompt, {}) for prompt in prompts]
-
-
-def prompts_of(path: str | None) -> list[str] | None:
-    """The prompts of a file of JSON lines; None for none."""
-    return None if path is None else [row["prompt"] for row in read_jsonl(path, "prompt")]
 
 
 def _versions() -> dict[str, str]:

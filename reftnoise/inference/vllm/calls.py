@@ -170,6 +170,7 @@ def unsupported(original: Callable[..., Any], config: VllmConfig) -> Any:
 def load_model(
     original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any
 ) -> Any:
+    """Put our hooks on the model, where the server names components."""
     result = original(runner, *args, **kwargs)
     if components := components_of(runner.vllm_config):
         runner.reftnoise = ServedAdapters(runner, components)
@@ -177,6 +178,7 @@ def load_model(
 
 
 def add_lora(original: Callable[..., Any], runner: GPUModelRunner, request: LoRARequest) -> Any:
+    """Load an adapter of ours into this worker."""
     if not hasattr(runner, "reftnoise"):
         return original(runner, request)
     try:
@@ -187,18 +189,21 @@ def add_lora(original: Callable[..., Any], runner: GPUModelRunner, request: LoRA
 
 
 def remove_lora(original: Callable[..., Any], runner: GPUModelRunner, number: int) -> Any:
+    """Drop an adapter of ours from this worker."""
     if not hasattr(runner, "reftnoise"):
         return original(runner, number)
     return runner.reftnoise.remove(number)
 
 
 def list_loras(original: Callable[..., Any], runner: GPUModelRunner) -> Any:
+    """The numbers of this worker's adapters."""
     return runner.reftnoise.numbers() if hasattr(runner, "reftnoise") else original(runner)
 
 
 def model_forward(
     original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any
 ) -> Any:
+    """Run the model with the edits of its batch."""
     if not hasattr(runner, "reftnoise") or not runner.input_batch.lora_id_to_lora_request:
         return original(runner, *args, **kwargs)
     with runner.reftnoise.step():

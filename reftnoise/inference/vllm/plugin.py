@@ -165,7 +165,8 @@ def _owner(place: str) -> tuple[ModuleType | type, str]:
 def _has(owner: type, attribute: str) -> bool:
     """Whether a class has an attribute, or its instances get one when they are made."""
     for ancestor in owner.__mro__:
-        code = getattr(inspect.unwrap(ancestor.__init__), "__code__", None)
+        start = ancestor.__dict__.get("__init__", None)
+        code = getattr(inspect.unwrap(start), "__code__", None) if callable(start) else None
         if attribute in inspect.get_annotations(ancestor) or (code and attribute in code.co_names):
             return True
     return hasattr(owner, attribute)

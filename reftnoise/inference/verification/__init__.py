@@ -1,0 +1,1 @@
+"""A running server of the OpenAI API, compared with transformers here."""
