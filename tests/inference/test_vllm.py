@@ -6,7 +6,8 @@
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -26,7 +27,7 @@ from support.adapters import MISTAKES, moved, save
 
 vllm = pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
 
-from reftnoise.inference.vllm import plugin, worker  # noqa: E402  # which needs vllm
+from reftnoise.inference.vllm import graphs, plugin, worker  # noqa: E402  # which need vllm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of vLLM and what it imports
@@ -176,9 +177,13 @@ def engine(base: Path, components: list[str] = COMPONENTS, **settings: Any) -> A
         dtype="float32",
         max_model_len=256,
         enable_prefix_caching=True,
-        additional_config={"reft": components},
         disable_log_stats=False,
-        **{"enforce_eager": True, "block_size": 32} | settings,
+        **{
+            "enforce_eager": True,
+            "block_size": 32,
+            "additional_config": {"reft": components},
+        }
+        | settings,
     )
 
 
@@ -449,6 +454,92 @@ def test_a_compiled_model_is_edited_too(
     base: Path, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path]
 ) -> None:
     expect_equal(engine(base, enforce_eager=False), prompts, ours, adapters)
+
+
+@pytest.fixture
+def compiled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs, vLLM compiles a model as a whole; here in pieces, as on GPUs, without Inductor."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    own = current_platform.check_and_update_config
+
+    def check_and_update_config(config: Any) -> None:
+        compilation = config.compilation_config
+        mode = compilation.mode
+        own(config)
+        if mode == CompilationMode.VLLM_COMPILE:
+            compilation.mode, compilation.backend, compilation.compile_sizes = mode, "eager", []
+
+    monkeypatch.setattr(current_platform, "check_and_update_config", check_and_update_config)
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+
+
+@pytest.mark.usefixtures("compiled_in_pieces")
+def test_pieces_of_a_model_end_at_edits(
+    base: Path,
+    prompts: Any,
+    ours: rn.ReftModel,
+    adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.compilation.counter import compilation_counter
+
+    steps: list[tuple[bool, bool, bool]] = []
+    step = worker.ServedAdapters.step
+
+    @contextmanager
+    def recorded(served: Any) -> Iterator[None]:
+        batch, count = served._runner.input_batch, served._runner.input_batch.num_reqs
+        decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
+        excluded = served.acts_now()
+        with step(served):
+            steps.append((bool(decodes.all()), excluded, bool(worker._current)))
+            yield
+
+    monkeypatch.setattr(worker.ServedAdapters, "step", recorded)
+    before = compilation_counter.num_piecewise_graphs_seen
+    settings = {"reft": ["block_output"], "reft_graphs": True}
+    pieces = engine(base, enforce_eager=False, additional_config=settings)
+    # 4 attentions, 4 edits, and the 9 pieces between them.
+    assert compilation_counter.num_piecewise_graphs_seen - before == 17
+    others = ["mlp", "attention", "red", "gated", "heads", "embeddings"]
+    expect_equal(pieces, prompts, ours, adapters, *others)
+    expect_equal(pieces, prompts[:2], ours, adapters, *others, "all", "decode", "ends", "first")
+    # A graph of the whole model is left to steps in which no edit acts.
+    assert all(excluded for _, excluded, acts in steps if acts)
+    assert all(excluded == acts for decodes, excluded, acts in steps if decodes)
+    assert {excluded for decodes, excluded, _ in steps if decodes} == {True, False}
+
+
+def test_a_step_with_edits_takes_no_graph_of_the_whole_model() -> None:
+    from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+
+    plugin.register()
+    config = VllmConfig()
+    compilation = config.compilation_config
+    compilation.mode = CompilationMode.VLLM_COMPILE
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    compilation.splitting_ops = list(compilation._attention_ops)
+    compilation.cudagraph_capture_sizes = [1, 2, 4, 8]
+    compilation.max_cudagraph_capture_size, compilation.compile_sizes = 8, []
+    compilation.post_init_cudagraph_sizes()
+    dispatcher = CudagraphDispatcher(config)
+    dispatcher.initialize_cudagraph_keys(compilation.cudagraph_mode, 1)
+
+    def modes() -> list[str]:
+        steps = [(4, True), (4, False), (100, False)]  # tokens, and whether all requests decode
+        return [dispatcher.dispatch(n, uniform_decode=all_)[0].name for n, all_ in steps]
+
+    assert modes() == ["FULL", "PIECEWISE", "NONE"]
+    dispatcher.reftnoise = SimpleNamespace(acts_now=lambda: True)  # type: ignore[attr-defined]
+    assert modes() == ["PIECEWISE", "PIECEWISE", "NONE"]
+    dispatcher.reftnoise = SimpleNamespace(acts_now=lambda: False)  # type: ignore[attr-defined]
+    assert modes() == ["FULL", "PIECEWISE", "NONE"]
+    wrong = SimpleNamespace(additional_config={"reft_graphs": "yes"})
+    with pytest.raises(ValueError, match="reft_graphs 'yes': expected true or false"):
+        graphs.uses_graphs(wrong)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")

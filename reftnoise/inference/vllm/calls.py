@@ -22,12 +22,14 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ...config.positions import Positions
 from . import SCALE
 from .flat_batch import settled_tokens
+from .graphs import split_at_edits, uses_graphs, without_whole_graphs
 from .worker import (
     ServedAdapters,
     components_of,
@@ -167,6 +169,13 @@ def unsupported(original: Callable[..., Any], config: VllmConfig) -> Any:
     return [*original(config), *(["reftnoise's adapters"] if components_of(config) else [])]
 
 
+def post_init(original: Callable[..., Any], config: VllmConfig) -> None:
+    """Let the model be split at our edits, where graphs are wanted."""
+    original(config)
+    if uses_graphs(config) and components_of(config):
+        split_at_edits(config)
+
+
 def load_model(
     original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any
 ) -> Any:
@@ -174,7 +183,23 @@ def load_model(
     result = original(runner, *args, **kwargs)
     if components := components_of(runner.vllm_config):
         runner.reftnoise = ServedAdapters(runner, components)
+        if uses_graphs(runner.vllm_config):
+            runner.cudagraph_dispatcher.reftnoise = runner.reftnoise
     return result
+
+
+def dispatch(
+    original: Callable[..., Any],
+    dispatcher: CudagraphDispatcher,
+    *args: Any,
+    invalid_modes: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Keep a step with edits from a graph of the whole model, in which they do nothing."""
+    served = getattr(dispatcher, "reftnoise", None)
+    if served is not None and served.acts_now():
+        invalid_modes = without_whole_graphs(invalid_modes)
+    return original(dispatcher, *args, invalid_modes=invalid_modes, **kwargs)
 
 
 def add_lora(original: Callable[..., Any], runner: GPUModelRunner, request: LoRARequest) -> Any:

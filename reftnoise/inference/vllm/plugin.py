@@ -37,6 +37,11 @@ WRAPPED = {
         "self request",
     ),
     "vllm.config:VllmConfig._get_v2_model_runner_unsupported_features": ("unsupported", "self"),
+    "vllm.config:VllmConfig.__post_init__": ("post_init", "self"),
+    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch": (
+        "dispatch",
+        "self num_tokens uniform_decode has_lora num_active_loras valid_modes invalid_modes",
+    ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.load_model": ("load_model", "self"),
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model": ("load_model", "self"),
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.add_lora": (
@@ -81,8 +86,9 @@ READ = {
         "num_prompt_tokens"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
-        "input_batch requests query_start_loc vllm_config model_config device"
+        "input_batch requests query_start_loc vllm_config model_config device cudagraph_dispatcher"
     ),
+    "vllm.config:CompilationConfig": "mode splitting_ops",
     "vllm.v1.outputs:ModelRunnerOutput": "req_id_to_index sampled_token_ids",
     "vllm.v1.request:Request": "sampling_params num_prompt_tokens",
     "vllm.v1.engine:EngineCoreRequest": (

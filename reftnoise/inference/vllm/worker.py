@@ -31,6 +31,7 @@ from ...engine.base.sites import find_layers, find_site
 from ...interventions import gate_of
 from . import SCALE
 from .flat_batch import FlatBatch, FlatEdit, StepRequests, apply_
+from .graphs import uses_graphs
 
 _SERVED = ["block_output", "attention_output", "mlp_output", "embeddings", "head_output"]
 
@@ -62,8 +63,11 @@ def components_of(config: VllmConfig) -> list[str]:
     if named and config.lora_config is not None:
         raise ValueError("reftnoise's adapters and --enable-lora: expected only one of them")
     is_eager = config.compilation_config.mode in (None, CompilationMode.NONE)
-    if named and not is_eager and torch.cuda.is_available():
-        raise ValueError("reftnoise's adapters are served on GPUs with --enforce-eager")
+    if named and not (is_eager or uses_graphs(config)) and torch.cuda.is_available():
+        raise ValueError(
+            "reftnoise's adapters are served on GPUs with --enforce-eager, or with "
+            'graphs, {"reft_graphs": true}, which have run on no GPU yet'
+        )
     if "head_output" in named and config.parallel_config.tensor_parallel_size > 1:
         raise ValueError("additional_config reft: 'head_output' needs --tensor-parallel-size 1")
     return named
@@ -216,6 +220,17 @@ class ServedAdapters:
         finally:
             _current.clear()
             _errors.clear()
+
+    def acts_now(self) -> bool:
+        """Whether an edit acts on a token of the runner's batch, which is about to run."""
+        batch, count = self._runner.input_batch, self._runner.input_batch.num_reqs
+        numbers = [request.lora_int_id for request in batch.lora_id_to_lora_request.values()]
+        decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
+        if not decodes.all():
+            return bool(numbers)
+        adapters = [self._adapters.get(number) for number in numbers]
+        # One that is not loaded yet may edit what is generated.
+        return any(a is None or any(u.positions.decode for u in a.shapes) for a in adapters)
 
     def take_failed(self) -> list[str]:
         """The names of the requests whose edits failed since the last call."""
