@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 IN_TWO := -n 2 --dist worksteal
-VLLM_TESTS := $(addprefix tests/inference/test_vllm,.py _server.py _rollouts.py)
+VLLM_TESTS := $(addprefix tests/inference/test_vllm,.py _server.py _rollouts.py _capture.py \
+	_steering.py)
 
 .PHONY: demo demo-chat test test-slow test-quantised test-vllm test-vllm-slow \
 	test-oldest test-newest lint docs build clean

@@ -1,10 +1,12 @@
-"""Tokens per second of vLLM with adapters, and without the plugin, on the same requests.
+"""Tokens per second of vLLM with adapters or capture, and without the plugin, on the same requests.
 
     python examples/serving/vllm_throughput.py
+    python examples/serving/vllm_throughput.py --sides "no adapter" captured --tokens 1 --eager
 
 Two engines of one model, each in a process of its own, take turns: one in whose process the plugin
-is not even loaded, and one that serves requests without adapters, and with eight among them. A
-ratio is the median over the turns, in each of which the three follow one another, in random order.
+is not even loaded, and one that serves requests without adapters, with eight among them, and with
+the hidden states of each prompt's last token after all blocks captured into files. A ratio is the
+median over the turns, in each of which the sides follow one another, in random order.
 """
 
 import argparse
@@ -22,6 +24,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import reftnoise as rn
+
+PLAIN, BARE, ADAPTERS, CAPTURED = SIDES = (
+    "without the plugin",
+    "no adapter",
+    "adapters",
+    "captured",
+)
 
 
 def random_base(path: Path, width: int, layers: int) -> None:
@@ -52,7 +61,7 @@ def adapters_of(base: Path, folder: Path, count: int, positions: list[str]) -> l
 
 
 def engine(pipe: Connection, load: dict[str, Any], *, has_plugin: bool, eager: bool) -> None:
-    """Serve the load each time the pipe asks, with adapters or not, and answer with seconds."""
+    """Serve the load each time the pipe names a side, and answer with seconds."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
@@ -68,19 +77,28 @@ def engine(pipe: Connection, load: dict[str, Any], *, has_plugin: bool, eager: b
         max_model_len=512,
         enforce_eager=eager,
         enable_prefix_caching=False,
-        **({"additional_config": {"reft": ["block_output"]}} if has_plugin else {}),
+        additional_config={"reft": ["block_output"], "reft_capture": load["captures"]}
+        if has_plugin
+        else {},
     )
     prompts = [{"prompt_token_ids": tokens} for tokens in load["prompts"]]
     settings = vllm.SamplingParams(
         temperature=0, max_tokens=load["tokens"], ignore_eos=True, detokenize=False
     )
+    capturing = [settings.clone() for _ in prompts]
+    for index, copied in enumerate(capturing):
+        copied.extra_args = {"reft_capture": str(index)}
     loaded = [LoRARequest(path.name, 1 + int(path.name), str(path)) for path in load["adapters"]]
-    mixed = [loaded[index % len(loaded)] for index in range(len(prompts))]
+    mixed = [loaded[index % len(loaded)] for index in range(len(prompts)) if loaded]
     pipe.send("ready")
-    while (with_adapters := pipe.recv()) is not None:
+    while (side := pipe.recv()) is not None:
         start = time.perf_counter()
-        lora = mixed if with_adapters else None
-        llm.generate(prompts, settings, lora_request=lora, use_tqdm=False)
+        llm.generate(
+            prompts,
+            capturing if side == CAPTURED else settings,
+            lora_request=mixed if side == ADAPTERS else None,
+            use_tqdm=False,
+        )
         pipe.send(time.perf_counter() - start)
 
 
@@ -103,6 +121,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=SIDES, help="ratios are to the first"
+    )
+    parser.add_argument(
         "--positions", nargs="+", default=["l1", "f4+l4", "all", "f1"], help="of the adapters"
     )
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
@@ -111,33 +132,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"
         random_base(base, options.width, options.layers)
+        count = options.adapters if ADAPTERS in options.sides else 0
         load = {
             "base": str(base),
-            "adapters": adapters_of(base, Path(scratch), options.adapters, options.positions),
+            "captures": str(Path(scratch) / "captures"),
+            "adapters": adapters_of(base, Path(scratch), count, options.positions),
             "tokens": options.tokens,
             "prompts": [
                 [draw.randrange(3, 8192) for _ in range(draw.randint(16, 128))]
                 for _ in range(options.requests)
             ],
         }
-        plain = started(load, has_plugin=False, eager=options.eager)
-        ours = started(load, has_plugin=True, eager=options.eager)
-        sides = {
-            "without the plugin": (plain, False),
-            "no adapter": (ours, False),
-            f"{options.adapters} adapters": (ours, True),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        pipes: dict[bool, Connection] = {}
+        for has_plugin in {side != PLAIN for side in options.sides}:
+            pipes[has_plugin] = started(load, has_plugin=has_plugin, eager=options.eager)
+        seconds: dict[str, list[float]] = {side: [] for side in options.sides}
         for turn in range(options.turns + 1):  # the first warms up
-            for name, (pipe, with_adapters) in draw.sample(list(sides.items()), len(sides)):
-                pipe.send(with_adapters)
+            for side in draw.sample(list(seconds), len(seconds)):
+                pipe = pipes[side != PLAIN]
+                pipe.send(side)
                 took = pipe.recv()
                 if turn:
-                    seconds[name].append(took)
-        plain.send(None)
-        ours.send(None)
+                    seconds[side].append(took)
+        for pipe in pipes.values():
+            pipe.send(None)
     total = options.requests * options.tokens
-    first = seconds["without the plugin"]
+    first = seconds[options.sides[0]]
     for name, times in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(first, times, strict=True))
         print(f"{name:20} {total / statistics.median(times):8.0f} tokens/s  {ratio:.3f}")

@@ -65,6 +65,17 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ("steer", "nowhere.jsonl", "--model", "tiny-chat", "--output_dir", "{tmp}/run"),
         "holds recipe.yaml already",
     ),
+    (
+        ("steer", "nowhere.jsonl", "--model", "tiny-chat", "--server", "http://localhost:8000"),
+        "expected --server and --captures",
+    ),
+    (
+        (
+            *("steer", "nowhere.jsonl", "--model", "tiny-chat", "--layers", "2-3"),
+            *("--server", "http://localhost:8000", "--captures", "{tmp}"),
+        ),
+        "layers 2-3: with a server, nothing is searched for: expected only one",
+    ),
     (("steer", "nowhere.jsonl", "--scales", "[0]"), "scales 0.0: expected numbers above 0"),
     (("steer", "nowhere.jsonl", "--metods", "[pca]"), "did you mean '--methods'?"),
     (("tune", "nowhere.yaml"), "no such file"),

@@ -83,6 +83,39 @@ class SteerOptions:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least {smallest}")
 
 
+@dataclass(frozen=True)
+class VectorChoice:
+    """One vector that is not searched for.
+
+    Args:
+        layer: layer that it edits.
+        method: method that fits it.
+        size: size of its edit, ‖edit‖ / ‖h‖; None where `scale` says it.
+        scale: its factor; None where `size` says it.
+    """
+
+    layer: int
+    method: Method
+    size: float | None
+    scale: float | None
+
+    @classmethod
+    def of(cls, options: SteerOptions) -> "VectorChoice":
+        """The only vector that options name; a ValueError if they name several."""
+        sized_by = "sizes" if options.scales is None else "scales"
+        layers = options.layers if isinstance(options.layers, list) else [options.layers]
+        numbers = getattr(options, sized_by)
+        lists = {"layers": layers, "methods": options.methods, sized_by: numbers}
+        for name, values in lists.items():
+            if len(values) != 1 or (name == "layers" and not str(values[0]).isdecimal()):
+                raise ValueError(
+                    f"{name} {getattr(options, name)}: with a server, nothing is searched for: "
+                    "expected only one"
+                )
+        size, scale = (numbers[0], None) if sized_by == "sizes" else (None, numbers[0])
+        return cls(int(layers[0]), options.methods[0], size, scale)
+
+
 def expect_method(method: str) -> None:
     """Raise a ValueError for a method that there is not."""
     if method not in METHODS:

@@ -68,7 +68,7 @@ def search(
     with value_errors(pairs):
         contrasts = tokenized_pairs(tokenizer, rows, options.template)
     split = split_pairs(contrasts, limit=options.limit, seed=options.seed)
-    reft_model = get_reft_model(base, _config(options, options.layers)).eval()
+    reft_model = get_reft_model(base, vector_config(options, options.layers)).eval()
     expect_causal(reft_model)
     with progress_of(console, "Reading pairs") as progress:
         candidates = fitted_candidates(reft_model, split["fit"], options, progress=progress)
@@ -94,15 +94,16 @@ def search(
         **_described(outcome, candidates),
     }
     # First, so that a search that is killed before its end is one that may be replaced.
-    _write_results(directory, results)
+    write_results(directory, results)
     _write_adapter(reft_model, outcome, options, directory / ADAPTER)
     loaded = ReftModel.from_pretrained(base, directory / ADAPTER)
     results["test"] = _test(loaded, split["test"], neutral[1::2], settings)
-    _write_results(directory, results)
+    write_results(directory, results)
     return results
 
 
-def _write_results(directory: Path, results: dict[str, Any]) -> None:
+def write_results(directory: Path, results: dict[str, Any]) -> None:
+    """Write `steering.json`."""
     directory.mkdir(parents=True, exist_ok=True)
     replace_all(directory, {RESULTS: f"{json_text(results, indent=2)}\n".encode()})
 
@@ -152,7 +153,8 @@ def neutral_pairs(reft_model: ReftModel, tokenizer: Any, options: SteerOptions) 
     return [(prompt, rest[: options.neutral_tokens]) for prompt, rest in pairs]
 
 
-def _config(options: SteerOptions, layers: int | list[int] | str) -> ReftConfig:
+def vector_config(options: SteerOptions, layers: int | list[int] | str) -> ReftConfig:
+    """A vector at each of some layers."""
     return ReftConfig(
         [
             {
@@ -170,7 +172,7 @@ def _write_adapter(
 ) -> None:
     """Save the chosen vector times its factor, as an adapter of its layer alone."""
     candidate, scale = outcome.chosen
-    chosen = get_reft_model(reft_model.model, _config(options, candidate.layer))
+    chosen = get_reft_model(reft_model.model, vector_config(options, candidate.layer))
     ((_, factors),) = reft_model.adapters[candidate.name].factors()
     set_vector(chosen.engine.units[0], factors.up[0])
     chosen.scale = scale

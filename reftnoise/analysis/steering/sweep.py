@@ -73,11 +73,7 @@ def fitted_candidates(
     Raises:
         ValueError: all vectors are zero.
     """
-    rows = [
-        ReadTokens(pair.prompt + part, [False] * len(pair.prompt) + [True] * len(part))
-        for parts in ([(p, p.matching) for p in pairs], [(p, p.other) for p in pairs])
-        for pair, part in parts
-    ]
+    rows = differing_tokens(pairs)
     units = reft_model.engine.units
     states = read_states(reft_model, rows, units, batch_size=options.batch_size, progress=progress)
     candidates = []
@@ -98,6 +94,15 @@ def fitted_candidates(
     if not candidates:
         raise ValueError("the halves of the pairs have the same states: no vector parts them")
     return candidates
+
+
+def differing_tokens(pairs: Sequence[Contrast]) -> list[ReadTokens]:
+    """The tokens of all matching, then of all other halves, whose differing parts are read."""
+    return [
+        ReadTokens(pair.prompt + part, [False] * len(pair.prompt) + [True] * len(part))
+        for parts in ([(p, p.matching) for p in pairs], [(p, p.other) for p in pairs])
+        for pair, part in parts
+    ]
 
 
 def _vector(method: Method, states: ReadStates, count: int) -> Float[Tensor, " hidden"]:

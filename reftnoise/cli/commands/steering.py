@@ -6,7 +6,7 @@ Heavy imports are inside the functions: `--help` and mistakes do not wait for to
 from typing import Any
 
 from ..._util.files import local_path
-from ...analysis.steering.options import SteerOptions, expect_room
+from ...analysis.steering.options import SteerOptions, VectorChoice, expect_room
 from ...analysis.steering.pairs import read_pairs
 from ...config.base_model import expect_base
 from ..printing import print_json, progress_console
@@ -17,6 +17,8 @@ def steer(
     options: SteerOptions,
     model: str | None = None,
     output_dir: str = "steering",
+    server: str | None = None,
+    captures: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
@@ -25,7 +27,8 @@ def steer(
 ) -> None:
     """Fit steering vectors at all layers, choose layer and strength by held-out pairs, and save it.
 
-    Half of the pairs fit the vectors, a quarter chooses one, and a quarter tests it.
+    Half of the pairs fit the vectors, a quarter chooses one, and a quarter tests it. With a server,
+    all pairs fit one vector, whose layer, method and size or scale are given.
 
     Args:
         pairs: file of rows with positive and negative prompts, or a question, its matching and
@@ -33,6 +36,8 @@ def steer(
         options: what is tried, and what a vector may cost.
         model: directory or hub name of the base, or tiny-chat.
         output_dir: directory for the adapter, the results and the picture.
+        server: address of a running vLLM that reads the states, and then serves the vector.
+        captures: folder of the server's reft_capture.
         dtype: dtype of the base, such as bfloat16.
         device: cpu, cuda or another device of torch; auto is a GPU where there is one.
         overwrite: whether the results of an earlier search in output_dir are replaced.
@@ -42,9 +47,31 @@ def steer(
     if model is None:  # no default; jsonargparse makes a required option positional
         raise ValueError("steer: expected --model, the name or path of the base model")
     expect_base(model, dtype)
+    if (server is None) != (captures is None):
+        raise ValueError("steer: expected --server and --captures, the folder of its reft_capture")
+    if server is not None:
+        VectorChoice.of(options)
     place = local_path(output_dir, "output_dir")
     expect_room(place, overwrite=overwrite)
     read_pairs(pairs)
+    if server is not None and captures is not None:
+        from ...inference.vllm.steering import steer_server
+
+        results = steer_server(
+            pairs,
+            model,
+            place,
+            options,
+            server=server,
+            captures=captures,
+            overwrite=overwrite,
+            console=progress_console(quiet or json),
+        )
+        if json:
+            print_json(results)
+        elif not quiet:
+            print_served(results, output_dir)
+        return
     from ...analysis.steering.search import search
 
     console = progress_console(quiet or json)
@@ -99,6 +126,16 @@ def print_steering(results: dict[str, Any], directory: str) -> None:
         f"{test['steered']:.3f}, shift {interval(test['shift'], '+')}, KL {interval(test['kl'])}"
     )
     console.print(f"The adapter is in {directory}/adapter. Next:\n  reftnoise chat {directory}")
+
+
+def print_served(results: dict[str, Any], directory: str) -> None:
+    """Print the vector that a server has."""
+    chosen, name = results["chosen"], results["name"]
+    print(
+        f"From {results['pairs']['fit']} pairs: {chosen['method']}, layer {chosen['layer']}, scale "
+        f"{chosen['scale']:.3g}, ‖edit‖ / ‖h‖ {chosen['size']:.2f}\n"
+        f"The adapter is in {directory}/adapter, and {results['server']} serves it as {name!r}."
+    )
 
 
 def _draw(place: Any, results: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..._util.errors import one_line, warn_once
@@ -85,6 +85,28 @@ def load_base(
             model = _in_fast_dtype(model, name)
         model = _moved(model, target, device)
     return model.eval(), tokenizer
+
+
+def load_structure(name: str) -> tuple[Any, Any]:
+    """A causal model without its weights, on torch's meta device, and its tokenizer.
+
+    Args:
+        name: model, as in `load_base`, with the same errors.
+    """
+    return load_base(name, device="meta", auto_class=_Unfilled)
+
+
+class _Unfilled:
+    """Stands for a class of transformers: its models have shapes, and no weights."""
+
+    @staticmethod
+    def from_pretrained(**source: Any) -> Any:
+        is_of_weights = ("dtype", "quantization_config")
+        config = AutoConfig.from_pretrained(
+            **{name: value for name, value in source.items() if name not in is_of_weights}
+        )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
 
 
 def _moved(model: Any, target: str, device: str) -> Any:

@@ -11,6 +11,7 @@ end with an error, and all others go on.
 """
 
 import asyncio
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ...config.positions import Positions
 from . import SCALE
+from .capture import prepare_capture
 from .flat_batch import settled_tokens
 from .graphs import split_at_edits, uses_graphs, without_whole_graphs
 from .worker import (
@@ -50,7 +52,12 @@ class _Pinned(LoRARequest):
 # -- requests, in the process that receives them -------------------------------------------------
 
 
-def process_inputs(
+def process_inputs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Prepare a request for its adapter, and for the capture of its states."""
+    return prepare_capture(functools.partial(_process_inputs, original), *args, **kwargs)
+
+
+def _process_inputs(
     original: Callable[..., Any],
     processor: InputProcessor,
     request_id: str,
@@ -228,11 +235,21 @@ def list_loras(original: Callable[..., Any], runner: GPUModelRunner) -> Any:
 def model_forward(
     original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run the model with the edits of its batch."""
-    if not hasattr(runner, "reftnoise") or not runner.input_batch.lora_id_to_lora_request:
+    """Run the model with the edits of its batch, and the captures."""
+    if not hasattr(runner, "reftnoise") or not runner.reftnoise.acts():
         return original(runner, *args, **kwargs)
     with runner.reftnoise.step():
         return original(runner, *args, **kwargs)
+
+
+def execute_model(
+    original: Callable[..., Any], runner: GPUModelRunner, scheduled: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Follow which requests come and go, whose states are captured; then as `output_of_step`."""
+    captures = getattr(getattr(runner, "reftnoise", None), "captures", None)
+    if captures is not None:
+        captures.follow(scheduled)
+    return output_of_step(original, runner, scheduled, *args, **kwargs)
 
 
 def output_of_step(

@@ -58,7 +58,7 @@ WRAPPED = {
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward": ("model_forward", "self"),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": (
-        "output_of_step",
+        "execute_model",
         "self scheduler_output",
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": (
@@ -82,19 +82,23 @@ READ = {
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "get_block_ids evict_blocks",
     "vllm.v1.worker.gpu_input_batch:InputBatch": (
-        "lora_id_to_lora_request request_lora_mapping num_reqs req_ids num_computed_tokens_cpu "
-        "num_prompt_tokens"
+        "lora_id_to_lora_request request_lora_mapping num_reqs req_ids req_id_to_index "
+        "num_computed_tokens_cpu num_prompt_tokens"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
         "input_batch requests query_start_loc vllm_config model_config device cudagraph_dispatcher"
     ),
     "vllm.config:CompilationConfig": "mode splitting_ops",
+    "vllm.v1.core.sched.output:SchedulerOutput": "finished_req_ids scheduled_new_reqs",
+    "vllm.v1.core.sched.output:NewRequestData": (
+        "req_id prompt_token_ids prompt_embeds sampling_params"
+    ),
     "vllm.v1.outputs:ModelRunnerOutput": "req_id_to_index sampled_token_ids",
     "vllm.v1.request:Request": "sampling_params num_prompt_tokens",
     "vllm.v1.engine:EngineCoreRequest": (
         "prompt_token_ids prompt_embeds sampling_params lora_request cache_salt"
     ),
-    "vllm.sampling_params:SamplingParams": "extra_args",
+    "vllm.sampling_params:SamplingParams": "extra_args skip_reading_prefix_cache",
     "vllm.lora.request:LoRARequest": "lora_name lora_int_id lora_path base_model_name",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": (
         "input_processor engine_client lora_requests"

@@ -8,21 +8,17 @@ edits that it trains, and no states of older ones are in the prefix cache.
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from random import Random
 from types import TracebackType
 from typing import Any
 
-import httpx
 from typing_extensions import Self
 
 from ...data.conversations import Messages
 from ...model import ReftModel
-
-_CONCURRENT = 64
-"""Requests that are sent at a time; vLLM forms its own batches of them."""
+from .client import VllmClient
 
 
 class VllmRollouts:
@@ -52,14 +48,13 @@ class VllmRollouts:
     def __init__(
         self, server: str, directory: str | Path, *, name: str = "policy", timeout: float = 600.0
     ) -> None:
-        self.server = server.rstrip("/").removesuffix("/v1")
         self.directory = Path(directory).resolve()
         self.name = name
         self.sync_seconds = 0.0
         """Time spent in writing adapters, loading and unloading them."""
         self.sampling_seconds = 0.0
         """Time spent in waiting for answers."""
-        self._client = httpx.Client(base_url=f"{self.server}/v1", timeout=timeout)
+        self._client = VllmClient(server, timeout=timeout)
         self._step: int | None = None
         self._calls = 0
         self._is_main = False
@@ -83,8 +78,7 @@ class VllmRollouts:
         bodies = [
             self._body(trainer.args, ids, count, draws.getrandbits(31)) for ids, count in runs
         ]
-        with ThreadPoolExecutor(min(_CONCURRENT, len(bodies))) as pool:
-            answers = list(pool.map(lambda body: self._post("completions", body), bodies))
+        answers = self._client.complete(bodies)
         choices = [choice for answer in answers for choice in answer["choices"]]
         self.sync_seconds += loaded - started
         self.sampling_seconds += time.monotonic() - loaded
@@ -132,8 +126,7 @@ class VllmRollouts:
             place = self.directory / self._version(step)
             model.save_pretrained(place)
             # A run that was killed may have left its adapter of this step in the server.
-            body = {"lora_name": place.name, "lora_path": str(place), "load_inplace": True}
-            self._post("load_lora_adapter", body)
+            self._client.load(place.name, place)
             if self._step is not None:
                 self._unload(self._step)
         accelerator.wait_for_everyone()
@@ -141,7 +134,7 @@ class VllmRollouts:
 
     def _unload(self, step: int) -> None:
         name = self._version(step)
-        self._post("unload_lora_adapter", {"lora_name": name})
+        self._client.unload(name)
         shutil.rmtree(self.directory / name)
 
     def _version(self, step: int) -> str:
@@ -164,18 +157,6 @@ class VllmRollouts:
             "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
         }
-
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
-        try:
-            response = self._client.post(path, json=body)
-        except httpx.TransportError as error:
-            raise ConnectionError(f"{self.server}: no answer ({error})") from None
-        if response.is_error:
-            hint = ""
-            if response.status_code == 404 and path.endswith("adapter"):
-                hint = "; was it started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1?"
-            raise RuntimeError(f"{self.server}: {path}: {response.text}{hint}")
-        return response.json() if path == "completions" else None
 
 
 def _tokens(trainer: Any, prompt: str | Messages) -> list[int]:

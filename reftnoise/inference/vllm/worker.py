@@ -30,6 +30,7 @@ from ...config.positions import Positions
 from ...engine.base.sites import find_layers, find_site
 from ...interventions import gate_of
 from . import SCALE
+from .capture import Captures, Reader
 from .flat_batch import FlatBatch, FlatEdit, StepRequests, apply_
 from .graphs import uses_graphs
 
@@ -40,6 +41,9 @@ _KEPT = 4
 
 _current: dict[int, list[FlatEdit]] = {}
 """The edits of the step that runs, by the number of the hook."""
+
+_readers: dict[int, Reader] = {}
+"""What reads the edited states of the step that runs, by the number of the hook."""
 
 _errors: list[Exception] = []
 """What the edits of the step that runs raised."""
@@ -142,8 +146,10 @@ class ServedAdapters:
         self._failed: list[str] = []
         self._batches = RecentlyUsed[tuple[int, ...], FlatBatch](_KEPT)
         self._hooks: dict[nn.Module, int] = {}
+        blocks = find_layers(self._base)
+        self.captures = Captures.of(runner, len(blocks))
         for component in components:
-            layers = range(len(find_layers(self._base)))
+            layers = range(len(blocks))
             for layer in [None] if component == "embeddings" else layers:
                 site = find_site(self._base, component, layer)
                 number = self._hooks[site.module] = len(self._hooks)
@@ -151,6 +157,7 @@ class ServedAdapters:
                     site.module.register_forward_pre_hook(_InputHook(number))
                 else:
                     site.module.register_forward_hook(_Hook(number))
+        self._blocks = [self._hooks[block] for block in blocks if block in self._hooks]
 
     def load(self, path: str) -> int:
         """Load the adapter that a directory holds; its number.
@@ -202,11 +209,16 @@ class ServedAdapters:
         """The numbers of the loaded adapters."""
         return set(self._adapters)
 
+    def acts(self) -> bool:
+        """Whether a step edits states, or captures them."""
+        return bool(self._runner.input_batch.lora_id_to_lora_request or self.captures)
+
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Within the block, the model runs with the edits of the runner's batch.
 
         Where an adapter cannot be loaded or applied, the requests that chose it fail, and no other.
+        States that are to be captured are, with the edits.
         """
         requests = self._runner.input_batch.lora_id_to_lora_request.values()
         chosen = tuple(sorted(r.lora_int_id for r in requests if self._is_ready(r)))
@@ -214,20 +226,28 @@ class ServedAdapters:
             if chosen:
                 edits = self._edits(chosen)
                 _current.update({self._hooks[module]: edits[module] for module in edits})
+            if self.captures:
+                _readers.update(zip(self._blocks, self.captures.readers(), strict=False))
             yield
             if _errors:
                 self._fail(set(chosen), _errors[0])
+            if self.captures:
+                self._failed += self.captures.finish(self._failed)
         finally:
             _current.clear()
+            _readers.clear()
             _errors.clear()
 
     def acts_now(self) -> bool:
-        """Whether an edit acts on a token of the runner's batch, which is about to run."""
+        """Whether an edit acts on a token of the runner's batch, which is about to run.
+
+        What is captured is so at a prompt's tokens.
+        """
         batch, count = self._runner.input_batch, self._runner.input_batch.num_reqs
         numbers = [request.lora_int_id for request in batch.lora_id_to_lora_request.values()]
         decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
         if not decodes.all():
-            return bool(numbers)
+            return self.acts()
         adapters = [self._adapters.get(number) for number in numbers]
         # One that is not loaded yet may edit what is generated.
         return any(a is None or any(u.positions.decode for u in a.shapes) for a in adapters)
@@ -286,12 +306,16 @@ class _Hook:
         self._number = number
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and self._number not in _current:
+        if not torch.compiler.is_compiling() and not _is_needed(self._number):
             return
         is_pair = isinstance(output, tuple) and len(output) > 1
         hidden = output[0] if isinstance(output, tuple) else output
         residual = output[1] if is_pair and isinstance(output[1], Tensor) else None
         torch.ops.vllm.reftnoise_edit(hidden, residual, self._number)
+
+
+def _is_needed(number: int) -> bool:
+    return number in _current or number in _readers
 
 
 class _InputHook:
@@ -310,6 +334,8 @@ def _edit(hidden: Tensor, residual: Tensor | None, number: int) -> None:
         apply_(_current.get(number, ()), hidden, residual)
     except Exception as error:  # which would end the engine for everybody
         _errors.append(error)
+    if number in _readers:
+        _readers[number](hidden, residual)
 
 
 def _edit_fake(hidden: Tensor, residual: Tensor | None, number: int) -> None:

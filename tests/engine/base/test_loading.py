@@ -294,3 +294,12 @@ def test_names_of_the_hub(name: str) -> None:
     if not expected:
         with pytest.raises(ValueError, match="no name that the hub can have"):
             expect_base(name)
+
+
+def test_a_structure_has_shapes_and_no_weights() -> None:
+    structure, tokenizer = loading.load_structure("tiny-chat")
+    base, own = rn.load_tiny_model()
+    assert all(parameter.is_meta for parameter in structure.parameters())
+    shapes = {name: parameter.shape for name, parameter in structure.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in base.named_parameters()}
+    assert tokenizer("Hello there.")["input_ids"] == own("Hello there.")["input_ids"]
