@@ -103,7 +103,9 @@ def settled_tokens(positions: Iterable[Positions], length: int) -> int | None:
             counts.append(length)
         if unit.last:
             counts.append(length - unit.last)
-        counts += [length + index for index in unit.indices if -length <= index < 0]
+        # Also named from the start, a token is edited in longer prompts, too.
+        ends = {length + index for index in unit.indices if -length <= index < 0}
+        counts += ends.difference(unit.indices)
         counts += [index for index in unit.indices if index >= length]
     return min(counts, default=None)
 

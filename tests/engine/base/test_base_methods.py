@@ -40,7 +40,7 @@ BASES: list[Any] = [
 # Each was looked at: it tells of the base, or changes it where the next pass sees the change.
 FORWARDED = {
     # what the base is
-    *("base_model", "base_model_prefix", "base_model_torch_dtype", "can_generate", "config_class"),
+    *("base_model_prefix", "base_model_torch_dtype", "can_generate", "config_class"),
     *("can_record_outputs", "dtype", "dummy_inputs", "generation_config_class", "input_modalities"),
     *("is_backend_compatible", "is_custom_code", "is_gradient_checkpointing", "is_remote_code"),
     *("is_activation_checkpointing", "loss_function", "main_input_name", "model_tags"),
