@@ -533,9 +533,9 @@ def test_a_step_with_edits_takes_no_graph_of_the_whole_model() -> None:
         return [dispatcher.dispatch(n, uniform_decode=all_)[0].name for n, all_ in steps]
 
     assert modes() == ["FULL", "PIECEWISE", "NONE"]
-    dispatcher.reftnoise = SimpleNamespace(acts_now=lambda: True)  # type: ignore[attr-defined]
+    setattr(dispatcher, "reftnoise", SimpleNamespace(acts_now=lambda: True))  # noqa: B010  # ours
     assert modes() == ["PIECEWISE", "PIECEWISE", "NONE"]
-    dispatcher.reftnoise = SimpleNamespace(acts_now=lambda: False)  # type: ignore[attr-defined]
+    setattr(dispatcher, "reftnoise", SimpleNamespace(acts_now=lambda: False))  # noqa: B010  # ours
     assert modes() == ["FULL", "PIECEWISE", "NONE"]
     wrong = SimpleNamespace(additional_config={"reft_graphs": "yes"})
     with pytest.raises(ValueError, match="reft_graphs 'yes': expected true or false"):

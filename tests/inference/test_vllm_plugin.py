@@ -28,7 +28,7 @@ class Engine:
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("stand_in")
-    module.Engine = Engine  # type: ignore[attr-defined]
+    module.Engine = Engine  # type: ignore[attr-defined]  # ours
     monkeypatch.setitem(sys.modules, "stand_in", module)
     monkeypatch.setattr(plugin, "WRAPPED", {PLACE: ("twice", "self batch")})
     monkeypatch.setattr(plugin, "READ", {"stand_in:Engine": "kept set_at_the_start step"})

@@ -193,7 +193,7 @@ def test_adapters_come_under_traffic_and_mistakes_are_the_clients(
     assert len(set(ours.values())) == 3
 
 
-def test_clients_that_leave_harm_nobody(client: Any, served: dict[str, Path]) -> None:
+def test_clients_that_leave_do_no_harm(client: Any, served: dict[str, Path]) -> None:
     load(client, "all", served["all"])
     ours = {name: written_by_us(served, name) for name in ("base", "l1", "all")}
 
@@ -240,7 +240,7 @@ def test_hostile_paths_and_names_are_refused(client: Any, served: dict[str, Path
 
 
 @pytest.mark.slow
-def test_10_000_names_harm_nobody(client: Any, served: dict[str, Path]) -> None:
+def test_10_000_names_do_no_harm(client: Any, served: dict[str, Path]) -> None:
     def refused(number: int) -> bool:
         with pytest.raises(openai.NotFoundError):
             complete(client, f"name{number}")

@@ -34,7 +34,7 @@ class AddedLoss:
         self.last: Tensor | None = None
         """The sum of the units' losses, without the factor n / N."""
         self._is_left = False
-        """Whether a pass had no loss to add it to, and nobody has read it since."""
+        """Whether a pass had no loss to add it to, and it has not been read since."""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last": None}  # torch copies no tensor with a history

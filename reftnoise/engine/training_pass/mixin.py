@@ -75,6 +75,6 @@ class TrainingMixin:
 
         It is a mean and has its gradient. `outputs.loss` includes it; a trainer that makes its loss
         of logits, as transformers' own does with label smoothing, adds it itself. A warning says
-        where nobody does.
+        where it is not added.
         """
         return self._passes.added.read()

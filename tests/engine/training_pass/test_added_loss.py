@@ -142,7 +142,7 @@ def test_an_encoder_decoder_model_notes_in_both_stacks() -> None:
     assert_close(loss, bare + sum(terms))
 
 
-def test_a_loss_that_nobody_reads_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loss_that_is_not_read_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """As in transformers' own Trainer with label smoothing, which makes its loss of logits."""
     model, inputs = penalised(), batch()
     inputs["prompt_lengths"] = torch.tensor([12, 3, 20, 1])
