@@ -39,7 +39,7 @@ DRAWS = 4
 def chosen(directory: Path) -> Iterator[Cell]:
     """The cells that the study's report shows."""
     shown: list[dict[str, str | None]] = [
-        combination.axes | {"alpha": combination.selected}
+        {**combination.axes, "alpha": combination.selected}
         for combination in read_study(directory).combinations
     ]
     for cell in cells(read_file(Study, directory / STUDY)):
