@@ -406,6 +406,14 @@ def test_half_precision_is_as_exact_as_its_rounding(bases: Any, tmp_path: Path) 
     assert merged.dtype == torch.bfloat16
 
 
+def test_an_edit_that_half_precision_loses_is_refused(bases: Any, tmp_path: Path) -> None:
+    base = bases("llama", torch.bfloat16)
+    adapter(base, tmp_path, entry("bias", "mlp_output"), std=1e-4)
+    with pytest.raises(ValueError, match="nothing was written; dtype float32 rounds less"):
+        export(tmp_path, base, "merged", dtype="bfloat16")
+    assert export(tmp_path, base, "merged", dtype="float32")["dtype"] == "float32"
+
+
 def test_a_difference_leaves_the_earlier_export(
     bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

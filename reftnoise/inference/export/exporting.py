@@ -119,7 +119,7 @@ def export_adapter(
             **written,
             "proof": _proof(adapted, answers, bare, limit),
         }
-        _expect_same(to, record["proof"])
+        _expect_same(to, record["proof"], base_dtype)
         record["files"] = files_in(new)
         text = json_text(record, indent=2) + "\n"
         (new / RECORD).write_text(text, encoding="utf-8")
@@ -181,14 +181,16 @@ def _proof(
     }
 
 
-def _expect_same(to: str, proof: dict[str, Any]) -> None:
+def _expect_same(to: str, proof: dict[str, Any], dtype: torch.dtype) -> None:
     difference, limit = proof["largest_logit_difference"], proof["limit"]
     is_finite = math.isfinite(proof["limit_of_rounding"])
     if not is_finite or not difference <= limit:  # NaN is not
+        hint = "; dtype float32 rounds less" if dtype.itemsize < torch.float32.itemsize else ""
         raise ValueError(
             f"{to}: logits of the export differ by {difference:.3g}, where rounding explains "
             f"{proof['limit_of_rounding']:.3g} and the adapter moves them by "
-            f"{proof['largest_effect']:.3g}; expected at most {limit:.3g}; nothing was written"
+            f"{proof['largest_effect']:.3g}; expected at most {limit:.3g}; nothing was "
+            f"written{hint}"
         )
 
 
