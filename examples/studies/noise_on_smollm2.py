@@ -19,6 +19,7 @@ import numpy as np
 from reftnoise._util.options import read_file
 from reftnoise.analysis.curvature import embedding_hessian_trace
 from reftnoise.analysis.report.files import read_study
+from reftnoise.data.sources import load_rows
 from reftnoise.evaluation import evaluate
 from reftnoise.training.resolved_run import ResolvedRun
 from reftnoise.training.run import data_module_of, load_trained
@@ -61,7 +62,8 @@ def measured(run: ResolvedRun) -> dict[str, Any]:
         template=template,
         max_new_tokens=TOKENS,
     )
-    data = data_module_of(run, tokenizer, model, rows[:TRACED])
+    held_out = load_rows(run.recipe.evaluation.data, split=run.recipe.evaluation.split)
+    data = data_module_of(run, tokenizer, model, held_out.take(TRACED))
     batches = [data["data_collator"]([row]) for row in data["train_dataset"]]
     traces = embedding_hessian_trace(model.float(), batches, draws=DRAWS).mean(1)
     names = ("words", "repetition", "distinct")
