@@ -76,14 +76,21 @@ def test_a_planted_fault_is_found(adapters: dict[str, Path], fault: str) -> None
 
 @pytest.mark.parametrize(
     "offers",
-    [{"ids", "token_ids", "log_probs"}, {"ids", "log_probs"}, {"log_probs", "echo"}, set()],
-    ids=["no echo", "names of tokens", "texts", "texts alone"],
+    [
+        {"ids", "token_ids", "log_probs"},
+        {"ids", "token_ids", "log_probs", "no echo"},
+        {"ids", "log_probs"},
+        {"ids", "log_probs", "echo"},
+        {"log_probs", "echo"},
+        set(),
+    ],
+    ids=["refuses echo", "ignores echo", "names", "names and echo", "texts", "texts alone"],
 )
 def test_servers_that_offer_less_are_compared_by_what_they_offer(
     adapters: dict[str, Path], offers: set[str]
 ) -> None:
     prompts = ["Where does a bear live?", "Who are you?"]
-    arguments = {"prompts": prompts, "requests": 8, "longest": 30}
+    arguments = {"prompts": prompts, "requests": 12, "longest": 30}
     engine = engine_of(adapters["last"], offers=frozenset(offers))
     record = verified(adapters["last"], engine, **arguments)
     assert record["differing"] == 0

@@ -26,7 +26,8 @@ class Engine:
 
     Args:
         fault: one of `FAULTS`, or None.
-        offers: what it takes and gives: `ids`, `token_ids`, `log_probs`, `echo`.
+        offers: what it takes and gives: `ids`, `token_ids`, `log_probs`, `echo`, or `no echo`,
+            which is to take `echo` without heeding it.
     """
 
     reft_model: rn.ReftModel
@@ -106,6 +107,8 @@ class Engine:
         elif "ids" not in self.offers:
             return 422, {"error": {"message": "prompt: expected a text"}}
         echo = body.get("echo", False)
+        if "no echo" in self.offers:
+            echo = False
         if (echo and "echo" not in self.offers) or (
             "logprobs" in body and "log_probs" not in self.offers
         ):
@@ -126,7 +129,8 @@ class Engine:
             and "token_ids" not in self.offers
         ):
             said = written[:-1]
-        choice: dict[str, Any] = {"text": self.tokenizer.decode(said, skip_special_tokens=True)}
+        shown = [*prompt, *said] if echo else said
+        choice: dict[str, Any] = {"text": self.tokenizer.decode(shown, skip_special_tokens=True)}
         if "log_probs" in self.offers:
             all_of = [*prompt, *said] if echo else said
             first = len(prompt) + len(written) - len(all_of) - (len(written) - len(said))

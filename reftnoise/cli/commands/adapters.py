@@ -12,8 +12,8 @@ from ..._util.files import local_path, replace_all
 from ...adapters.location import expect_place
 from ...config.base_model import expect_base
 from ...config.positions import Positions
+from ...inference.api import api_address
 from ...inference.export.target import expect_free_directory, expect_target
-from ...inference.verification.client import api_address
 from ...inference.verification.families import expect_numbers
 from ...training.run_adapter import adapter_directory, base_of, recipe_of
 from ...training.run_files import is_study

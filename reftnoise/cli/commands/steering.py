@@ -19,6 +19,7 @@ def steer(
     output_dir: str = "steering",
     server: str | None = None,
     captures: str | None = None,
+    api_key: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
@@ -38,6 +39,7 @@ def steer(
         output_dir: directory for the adapter, the results and the picture.
         server: address of a running vLLM that reads the states, and then serves the vector.
         captures: folder of the server's reft_capture.
+        api_key: key that the server asks for.
         dtype: dtype of the base, such as bfloat16.
         device: cpu, cuda or another device of torch; auto is a GPU where there is one.
         overwrite: whether the results of an earlier search in output_dir are replaced.
@@ -64,6 +66,7 @@ def steer(
             options,
             server=server,
             captures=captures,
+            api_key=api_key,
             overwrite=overwrite,
             console=progress_console(quiet or json),
         )

@@ -5,19 +5,14 @@ texts; what was written is ids where it gives these, or else its text. vLLM, lla
 SGLang give log-probabilities of what they write, and some of them those of prompts, by `echo`.
 """
 
-import json
 import math
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-from ..._util.errors import nearest, one_line
+from ..._util.errors import nearest
+from ..api import Api, ServerRefusalError
 
-_REFUSED = (400, 422, 501)
-"""Statuses by which servers refuse a field of a request."""
 _TOKEN = "token_id:"
 _MORE = {"return_token_ids": True, "return_tokens_as_token_ids": True, "repetition_penalty": 1.0}
 """Fields by which vLLM gives ids, and does not take penalties from the model's own files."""
@@ -32,12 +27,14 @@ class Completion:
         log_probs: log-probabilities of these tokens; None where the server gives none.
         prompt_log_probs: those of the prompt's tokens but the first; None where it gives none.
         prompt_length: number of tokens that the server read, if it says so.
+        has_stopped: whether the answer ended before its length, after these tokens.
     """
 
     tokens: list[int]
     log_probs: list[float] | None
     prompt_log_probs: list[float] | None
     prompt_length: int | None
+    has_stopped: bool
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,7 @@ _FORMS = [
     _Form(False, {}),
     _Form(False, {}, has_log_probs=False),
 ]
-"""From what tells most."""
-
-
-class RefusedError(ValueError):
-    """A server has refused a request, as it stands."""
+"""From the one that says most."""
 
 
 class CompletionServer:
@@ -80,15 +73,22 @@ class CompletionServer:
     def __init__(
         self, address: str, tokenizer: Any, *, api_key: str | None = None, timeout: float = 600.0
     ) -> None:
-        self.address = api_address(address)
-        self._tokenizer, self._key, self._timeout = tokenizer, api_key, timeout
+        self._api = Api(address, api_key=api_key, timeout=timeout)
+        self._tokenizer = tokenizer
         self._form: _Form | None = None
         self._echoes = False
         try:
-            self.models: list[dict[str, Any]] = list(self._ask("models")["data"])
+            self.models: list[dict[str, Any]] = list(self._api.ask("models")["data"])
             self.names = [str(model["id"]) for model in self.models]
         except (KeyError, TypeError) as error:
             raise ValueError(f"server {self.address}/models: no list of models ({error})") from None
+        if not self.names:
+            raise ValueError(f"server {self.address}/models: it serves no model")
+
+    @property
+    def address(self) -> str:
+        """The address of its API."""
+        return self._api.address
 
     def expect_name(self, name: str) -> None:
         """Raise a ValueError for a model that is not listed."""
@@ -124,12 +124,12 @@ class CompletionServer:
                 if form.has_log_probs and completion.log_probs is None:
                     continue
                 break
-            except RefusedError as error:
+            except ServerRefusalError:
                 if form is _FORMS[-1]:
-                    raise ValueError(str(error)) from None
+                    raise
         try:
             self._echoes = self.complete(name, prompt, 1, echo=True).prompt_log_probs is not None
-        except RefusedError:
+        except ServerRefusalError:
             self._echoes = False
 
     def can_send(self, prompt: Sequence[int]) -> bool:
@@ -158,16 +158,16 @@ class CompletionServer:
             body["logprobs"] = 1
         if echo:
             body["echo"] = True
-        answer = self._ask("completions", body)
+        answer = self._api.ask("completions", body)
         try:
-            return self._read(answer, len(prompt), echo)
+            return self._read(answer, prompt, count, echo=echo)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"server {self.address}/completions: an answer that cannot be read: "
                 f"{type(error).__name__} {error}"
             ) from None
 
-    def _read(self, answer: Any, length: int, echo: bool) -> Completion:
+    def _read(self, answer: Any, prompt: Sequence[int], count: int, *, echo: bool) -> Completion:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         given = choice.get("logprobs") or {}
         if isinstance(given.get("content"), list):  # as of chats, which llama.cpp gives here, too
@@ -175,28 +175,41 @@ class CompletionServer:
             log_probs: Any = [one["logprob"] for one in given["content"]]
         else:
             names, log_probs = given.get("tokens") or [], given.get("token_logprobs")
-        before = length if echo and log_probs is not None else 0
-        tokens = choice.get("token_ids")
-        if tokens is None or (echo and len(tokens) != len(names) - before):
-            tokens = _ids(names[before:]) if names else None
+        is_echoed = echo and log_probs is not None and len(log_probs) > len(prompt)
+        before = len(prompt) if is_echoed else 0
+        names = names[before:]
+        tokens, is_whole = choice.get("token_ids"), True
+        if tokens is None or (is_echoed and len(tokens) != len(names)):
+            tokens = _ids(names) if names else None
         if tokens is None:
-            tokens = self._tokens_of(choice["text"], None if echo else log_probs)
+            text = choice["text"].removeprefix(self._text(prompt) or "") if echo else choice["text"]
+            tokens = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            if log_probs is not None:
+                same = self._same(tokens, names)
+                # The token that ends a text is named, and not shown.
+                is_whole = same == len(tokens) and same >= len(names) - 1
+                tokens = tokens[:same]
+        written = len(log_probs) - before if log_probs is not None else len(tokens)
+        is_stopped = choice.get("finish_reason") == "stop" or written < count
         read = usage.get("prompt_tokens")
-        is_echoed = before and len(log_probs) > before
         return Completion(
             tokens=tokens,
             log_probs=None if log_probs is None else _numbers(log_probs[before:]),
             prompt_log_probs=_numbers(log_probs[1:before]) if is_echoed else None,
             prompt_length=read if isinstance(read, int) else None,
+            has_stopped=is_stopped and is_whole,
         )
 
-    def _tokens_of(self, text: str, log_probs: Sequence[Any] | None) -> list[int]:
-        """The tokens of a text that a server wrote, of which it gives no ids."""
-        tokens = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        if log_probs is not None and len(tokens) != len(log_probs):
-            shared = min(len(tokens), len(log_probs))  # ends, and what is split otherwise
-            return tokens[:shared]
-        return tokens
+    def _same(self, tokens: Sequence[int], names: Sequence[Any]) -> int:
+        """How many first tokens have the server's names: it may have split the rest otherwise."""
+        pairs = enumerate(zip(tokens, names, strict=False))
+        shared = min(len(tokens), len(names))
+        return next((i for i, (token, name) in pairs if not self._is_named(token, name)), shared)
+
+    def _is_named(self, token: int, name: Any) -> bool:
+        """Whether a token has this name: its text, perhaps without a blank, or its own form."""
+        own = self._tokenizer.convert_ids_to_tokens(token)
+        return name == own or self._tokenizer.decode([token]).strip() == str(name).strip()
 
     def _text(self, prompt: Sequence[int]) -> str | None:
         """The text that servers read as these tokens; None if there is none."""
@@ -205,40 +218,6 @@ class CompletionServer:
             if text and self._tokenizer(text)["input_ids"] == list(prompt):
                 return str(text)
         return None
-
-    def _ask(self, path: str, body: Any = None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
-        data = None if body is None else json.dumps(body).encode()
-        place = f"{self.address}/{path}"
-        request = urllib.request.Request(place, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            said = one_line(error.read(2000).decode(errors="replace"))
-            kind = RefusedError if error.code in _REFUSED else ValueError
-            raise kind(f"server {place}: {error.code} {error.reason}: {said}") from None
-        except urllib.error.URLError as error:
-            raise ConnectionError(f"server {place}: {error.reason}") from None
-        except (OSError, ValueError) as error:
-            raise ConnectionError(f"server {place}: {one_line(error)}") from None
-
-
-def api_address(address: str) -> str:
-    """The address of an API, with `/v1`, and without a slash at its end.
-
-    Raises:
-        ValueError: it is no address of http.
-    """
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(
-            f"server {address!r}: expected an address such as http://localhost:8000/v1"
-        )
-    plain = address.rstrip("/")
-    return plain if parts.path.strip("/") else f"{plain}/v1"
 
 
 def _ids(names: Sequence[Any]) -> list[int] | None:

@@ -189,12 +189,14 @@ def _exchanges(
             if not client.can_send(prompt):
                 continue
             asked = base if request.of_base and base is not None else name
-            completion = client.complete(asked, prompt, NEW_TOKENS, echo=request.echo)
+            is_echoed = request.echo and client.offers()["prompt_log_probs"]
+            completion = client.complete(asked, prompt, NEW_TOKENS, echo=is_echoed)
             tokens = completion.tokens
-            is_ended = len(tokens) >= NEW_TOKENS or (bool(tokens) and tokens[-1] in ends)
+            # An end token that a server does not show has been written after the others.
+            is_hidden = completion.has_stopped and not (tokens and tokens[-1] in ends)
             shared = max((_shared(prompt, other) for other in said), default=0)
             results.append(
-                Exchange(prompt, completion, request.of_base, shared, bool(ends) and not is_ended)
+                Exchange(prompt, completion, request.of_base, shared, bool(ends) and is_hidden)
             )
             said.append([*prompt, *tokens])
         return results

@@ -5,14 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+from ..api import Api, ServerRefusalError
 
 _CONCURRENT = 64
 """Requests that are sent at a time; vLLM forms its own batches of them."""
-
-
-class ServerRefusalError(RuntimeError, ValueError):
-    """A server does not do what it was asked for."""
+_NOT_FOUND = 404
 
 
 class VllmClient:
@@ -20,23 +17,24 @@ class VllmClient:
 
     Args:
         server: address of the server, with or without `/v1`.
+        api_key: key that the server asks for.
         timeout: greatest number of seconds that an answer may take.
+
+    Raises:
+        ValueError: the address is none of http.
     """
 
-    def __init__(self, server: str, *, timeout: float = 600.0) -> None:
-        self.server = server.rstrip("/").removesuffix("/v1")
-        try:
-            self._client = httpx.Client(base_url=f"{self.server}/v1", timeout=timeout)
-        except httpx.InvalidURL as error:
-            raise ValueError(f"server {server!r}: {error}") from None
+    def __init__(self, server: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
+        self._api = Api(server, api_key=api_key, timeout=timeout)
 
-    def close(self) -> None:
-        """Close its connections."""
-        self._client.close()
+    @property
+    def address(self) -> str:
+        """The address of its API."""
+        return self._api.address
 
     def base_name(self) -> str:
         """The name of the bare base."""
-        name: str = self._send("GET", "models").json()["data"][0]["id"]
+        name: str = self._api.ask("models")["data"][0]["id"]
         return name
 
     def complete(self, bodies: Sequence[dict[str, Any]]) -> list[Any]:
@@ -47,8 +45,7 @@ class VllmClient:
             ServerRefusalError: the server refuses a request.
         """
         with ThreadPoolExecutor(max(1, min(_CONCURRENT, len(bodies)))) as pool:
-            send = pool.map(lambda body: self._send("POST", "completions", body), bodies)
-            return [response.json() for response in send]
+            return list(pool.map(lambda body: self._api.ask("completions", body), bodies))
 
     def load(self, name: str, directory: Path) -> None:
         """Let the server have an adapter, in place of one of the same name; errors as above.
@@ -58,20 +55,18 @@ class VllmClient:
             directory: the adapter, which the server can read.
         """
         body = {"lora_name": name, "lora_path": str(directory), "load_inplace": True}
-        self._send("POST", "load_lora_adapter", body)
+        try:
+            self._api.send("load_lora_adapter", body)
+        except ServerRefusalError as error:
+            if error.status != _NOT_FOUND:
+                raise
+            hint = "was it started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1?"
+            raise ServerRefusalError(f"{error}; {hint}", error.status) from None
 
     def unload(self, name: str) -> None:
-        """Take an adapter out of the server; errors as above."""
-        self._send("POST", "unload_lora_adapter", {"lora_name": name})
-
-    def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        """Take an adapter out of the server, if it is there; errors as above."""
         try:
-            response = self._client.request(method, path, json=body)
-        except httpx.TransportError as error:
-            raise ConnectionError(f"{self.server}: no answer ({error})") from None
-        if response.is_error:
-            hint = ""
-            if response.status_code == 404 and path.endswith("adapter"):
-                hint = "; was it started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1?"
-            raise ServerRefusalError(f"{self.server}: {path}: {response.text}{hint}")
-        return response
+            self._api.send("unload_lora_adapter", {"lora_name": name})
+        except ServerRefusalError as error:
+            if error.status != _NOT_FOUND:  # a server that was started again has lost it already
+                raise

@@ -8,6 +8,7 @@ edits that it trains, and no states of older ones are in the prefix cache.
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from random import Random
@@ -19,6 +20,19 @@ from typing_extensions import Self
 from ...data.conversations import Messages
 from ...model import ReftModel
 from .client import VllmClient
+
+
+@dataclass(frozen=True)
+class _Version:
+    """An adapter in the server: its name, and what tells its weights from others."""
+
+    name: str
+    state: tuple[tuple[int, int], ...]
+
+
+def _state_of(model: ReftModel) -> tuple[tuple[int, int], ...]:
+    """Which tensors a model's units have, and how often each was written to."""
+    return tuple((id(tensor), tensor._version) for tensor in model.interventions.parameters())
 
 
 class VllmRollouts:
@@ -42,11 +56,21 @@ class VllmRollouts:
         server: address of the server, with or without `/v1`.
         directory: folder for the adapter of the current step.
         name: prefix of the adapter's name in the server.
+        api_key: key that the server asks for.
         timeout: greatest number of seconds that an answer may take.
+
+    Raises:
+        ValueError: the address is none of http.
     """
 
     def __init__(
-        self, server: str, directory: str | Path, *, name: str = "policy", timeout: float = 600.0
+        self,
+        server: str,
+        directory: str | Path,
+        *,
+        name: str = "policy",
+        api_key: str | None = None,
+        timeout: float = 600.0,
     ) -> None:
         self.directory = Path(directory).resolve()
         self.name = name
@@ -54,8 +78,8 @@ class VllmRollouts:
         """Time spent in writing adapters, loading and unloading them."""
         self.sampling_seconds = 0.0
         """Time spent in waiting for answers."""
-        self._client = VllmClient(server, timeout=timeout)
-        self._step: int | None = None
+        self._client = VllmClient(server, api_key=api_key, timeout=timeout)
+        self._loaded: _Version | None = None
         self._calls = 0
         self._is_main = False
 
@@ -64,8 +88,8 @@ class VllmRollouts:
 
         Raises:
             ConnectionError: there is no such server, or it was too slow.
-            RuntimeError: the server refuses the adapter or a request.
-            ValueError: the trained model is no `ReftModel`.
+            ValueError: the server refuses the adapter or a request, the trained model is no
+                `ReftModel`, or the trainer gives its prompts tools.
         """
         started = time.monotonic()
         self._load(trainer)
@@ -73,7 +97,8 @@ class VllmRollouts:
         tokens = [_tokens(trainer, prompt) for prompt in prompts]
         runs = [(ids, len(list(equal))) for ids, equal in groupby(tokens)]
         process = trainer.accelerator.process_index
-        draws = Random(f"{trainer.args.seed} {self._step} {self._calls} {process}")
+        step = trainer.state.global_step
+        draws = Random(f"{trainer.args.seed} {step} {self._calls} {process}")
         self._calls += 1
         bodies = [
             self._body(trainer.args, ids, count, draws.getrandbits(31)) for ids, count in runs
@@ -90,12 +115,9 @@ class VllmRollouts:
 
     def close(self) -> None:
         """Take the last step's adapter out of the server, and remove its files."""
-        try:
-            if self._step is not None and self._is_main:
-                self._unload(self._step)
-        finally:
-            self._step = None
-            self._client.close()
+        if self._loaded is not None and self._is_main:
+            loaded, self._loaded = self._loaded, None
+            self._unload(loaded.name)
 
     def __enter__(self) -> Self:
         return self
@@ -108,44 +130,41 @@ class VllmRollouts:
     ) -> None:
         try:
             self.close()
-        except (ConnectionError, RuntimeError):
+        except (ConnectionError, ValueError):
             if error is None:  # else the error that ended the training says more
                 raise
 
     def _load(self, trainer: Any) -> None:
-        """Let the server have the units of this step, and forget those of an earlier one."""
-        step: int = trainer.state.global_step
-        if step == self._step:
-            return
+        """Let the server have the units as they are now, and forget earlier ones."""
         accelerator = trainer.accelerator
+        model = accelerator.unwrap_model(trainer.model)
+        if not isinstance(model, ReftModel):
+            raise ValueError(f"model {type(model).__name__}: expected a ReftModel")
+        # Steps of another training have the same numbers.
+        version = _Version(f"{self.name}-{trainer.state.global_step}", _state_of(model))
+        if version == self._loaded:
+            return
         self._is_main = accelerator.is_main_process
         if self._is_main:
-            model = accelerator.unwrap_model(trainer.model)
-            if not isinstance(model, ReftModel):
-                raise ValueError(f"model {type(model).__name__}: expected a ReftModel")
-            place = self.directory / self._version(step)
+            place = self.directory / version.name
             model.save_pretrained(place)
             # A run that was killed may have left its adapter of this step in the server.
             self._client.load(place.name, place)
-            if self._step is not None:
-                self._unload(self._step)
+            if self._loaded is not None and self._loaded.name != version.name:
+                self._unload(self._loaded.name)
         accelerator.wait_for_everyone()
-        self._step, self._calls = step, 0
+        self._loaded, self._calls = version, 0
 
-    def _unload(self, step: int) -> None:
-        name = self._version(step)
+    def _unload(self, name: str) -> None:
         self._client.unload(name)
         shutil.rmtree(self.directory / name)
 
-    def _version(self, step: int) -> str:
-        return f"{self.name}-{step}"
-
     def _body(self, args: Any, ids: list[int], count: int, seed: int) -> dict[str, Any]:
         """A request for `count` answers to a prompt, drawn as the trainer's arguments say."""
-        assert self._step is not None
+        assert self._loaded is not None
         limits = {"top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
         return {
-            "model": self._version(self._step),
+            "model": self._loaded.name,
             "prompt": ids,
             "n": count,
             "seed": seed,
@@ -162,6 +181,8 @@ class VllmRollouts:
 def _tokens(trainer: Any, prompt: str | Messages) -> list[int]:
     """A prompt's tokens, as TRL makes them where it generates itself."""
     tokenizer = trainer.processing_class
+    if getattr(trainer, "tools", None):
+        raise ValueError("tools: prompts with tools are not sampled here")
     if isinstance(prompt, str):
         encoded = tokenizer(text=prompt)
     else:

@@ -42,6 +42,7 @@ def steer_server(
     *,
     server: str,
     captures: str | Path,
+    api_key: str | None = None,
     overwrite: bool = False,
     console: "Console | None" = None,
 ) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def steer_server(
         options: layer, method, size or factor, positions, template and limit of pairs.
         server: address of a server of vLLM that captures states.
         captures: folder of its `reft_capture`.
+        api_key: key that the server asks for.
         overwrite: whether the results of an earlier search in the directory are replaced.
         console: console for progress.
 
@@ -83,27 +85,30 @@ def steer_server(
     parts = split_pairs(contrasts, limit=options.limit, seed=options.seed).values()
     used = [pair for part in parts for pair in part]
     reft_model = get_reft_model(base, vector_config(options, choice.layer)).eval()
-    client = VllmClient(server)
-    try:
-        with progress_of(console, "Reading pairs") as progress:
-            rows_read = differing_tokens(used)
-            states = served_states(client, folder, rows_read, choice.layer, progress=progress)
-        vector, chosen = _fitted(states, choice)
-        set_vector(reft_model.engine.units[0], vector)
-        name = directory.absolute().name
-        results = {
-            "model": model,
-            "server": client.server,
-            "name": name,
-            "pairs": {"fit": len(used)},
-            "positions": options.positions,
-            "chosen": chosen,
-        }
-        write_results(directory, results)  # first, so that what a kill leaves may be replaced
-        reft_model.save_pretrained(directory / ADAPTER)
-        client.load(name, (directory / ADAPTER).absolute())
-    finally:
-        client.close()
+    client = VllmClient(server, api_key=api_key)
+    with progress_of(console, "Reading pairs") as progress:
+        rows_read = differing_tokens(used)
+        states = served_states(client, folder, rows_read, choice.layer, progress=progress)
+    vector, chosen = _fitted(states, choice)
+    unit = reft_model.engine.units[0]
+    if len(vector) != unit.unit.hidden_size:
+        raise ValueError(
+            f"server {client.address}: its states have {len(vector)} elements, and those of model "
+            f"{model} have {unit.unit.hidden_size}: expected the same base"
+        )
+    set_vector(unit, vector)
+    name = directory.absolute().name
+    results = {
+        "model": model,
+        "server": client.address,
+        "name": name,
+        "pairs": {"fit": len(used)},
+        "positions": options.positions,
+        "chosen": chosen,
+    }
+    write_results(directory, results)  # first, so that what a kill leaves may be replaced
+    reft_model.save_pretrained(directory / ADAPTER)
+    client.load(name, (directory / ADAPTER).absolute())
     return results
 
 
