@@ -6,8 +6,9 @@
 | of what a pass computed | what `EditsRows.row_delta` noted |
 | of two halves of a batch | how far apart predictions are of rows without and with noise |
 
-The classes are abstract by those that they stand next to. `ABC` would give units an object layout
-that FSDP2 cannot change when it shards a unit by itself.
+The classes are no `ABC` themselves: a unit is one through `ReftIntervention` or
+`NoiseIntervention`. A second `ABC` base would give units an object layout that FSDP2 cannot change
+when it shards a unit by itself.
 """
 
 from abc import abstractmethod

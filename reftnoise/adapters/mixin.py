@@ -198,8 +198,8 @@ class AdapterMixin(CallChoiceMixin, PyreftMethods):
     ) -> None:
         """Write the adapter: the units and what is trained of the base (see `saving`).
 
-        Steering vectors are written times the model's `scale`: loaded, they act with scale 1 as
-        they did. Other units have no place for it, so that a warning says that it is not saved.
+        Vectors that are added are written times the model's `scale`: loaded, they act with scale 1
+        as they did. Other units have no place for it, so that a warning says that it is not saved.
 
         Args:
             save_directory: path of the directory, created if needed.

@@ -492,7 +492,7 @@ def test_pieces_of_a_model_end_at_edits(
     def recorded(served: Any) -> Iterator[None]:
         batch, count = served._runner.input_batch, served._runner.input_batch.num_reqs
         decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
-        excluded = served.acts_now()
+        excluded = served.acts_on_batch()
         with step(served):
             steps.append((bool(decodes.all()), excluded, bool(worker._current)))
             yield
@@ -533,9 +533,9 @@ def test_a_step_with_edits_takes_no_graph_of_the_whole_model() -> None:
         return [dispatcher.dispatch(n, uniform_decode=all_)[0].name for n, all_ in steps]
 
     assert modes() == ["FULL", "PIECEWISE", "NONE"]
-    setattr(dispatcher, "reftnoise", SimpleNamespace(acts_now=lambda: True))  # noqa: B010  # ours
+    setattr(dispatcher, "reftnoise", SimpleNamespace(acts_on_batch=lambda: True))  # noqa: B010  # ours
     assert modes() == ["PIECEWISE", "PIECEWISE", "NONE"]
-    setattr(dispatcher, "reftnoise", SimpleNamespace(acts_now=lambda: False))  # noqa: B010  # ours
+    setattr(dispatcher, "reftnoise", SimpleNamespace(acts_on_batch=lambda: False))  # noqa: B010  # ours
     assert modes() == ["FULL", "PIECEWISE", "NONE"]
     wrong = SimpleNamespace(additional_config={"reft_graphs": "yes"})
     with pytest.raises(ValueError, match="reft_graphs 'yes': expected true or false"):

@@ -197,7 +197,7 @@ def test_an_aborted_request_leaves_nothing(captured: tuple[Any, Path]) -> None:
     engine.add_request("x", {"prompt_token_ids": prompt}, sampling("aborted", "all"))
     engine.step()
     assert captures.held() > 0
-    assert served_by(running).acts_now()  # so that it takes no graph of the whole model
+    assert served_by(running).acts_on_batch()  # so that it takes no graph of the whole model
     engine.abort_request(["x"])
     running.generate([{"prompt_token_ids": prompt}], sampling(), use_tqdm=False)
     assert not captures

@@ -74,7 +74,8 @@ def fit_conditions(
         The conditions by unit key, those of the largest F1 first.
 
     Raises:
-        ValueError: no unit, fewer than two prompts of a kind, or prompts with equal states.
+        ValueError: no unit, fewer than two prompts of a kind, prompts with equal states, an unknown
+            method, or a `held_out` that is no share.
 
     Paper: CAST (arXiv:2409.05907), section 3 and appendix.
     """

@@ -43,16 +43,18 @@ class TrainingMixin:
     def base_model(self) -> Any:
         """The base without its head, called with the edits, for losses that read hidden states.
 
-        TRL's DistillationTrainer calls it. `reft_model.model.base_model` is without edits.
-
-        Raises:
-            ValueError: a unit edits the head, which such a loss leaves out.
+        TRL's DistillationTrainer calls it, which is a ValueError where a unit edits the head: such
+        a loss leaves that out. `reft_model.model.base_model` is without edits.
         """
         base = inner_model(self.model)
         if base.base_model is base:
             return self
-        expect_plain_head(base, self.engine.sites)
-        return EditedBackbone(base.base_model, self.forward)
+
+        def edited(*args: Any, **inputs: Any) -> Any:
+            expect_plain_head(base, self.engine.sites)
+            return self.forward(*args, **inputs)
+
+        return EditedBackbone(base.base_model, edited)
 
     @property
     def training_progress(self) -> float:

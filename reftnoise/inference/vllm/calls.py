@@ -204,7 +204,7 @@ def dispatch(
 ) -> Any:
     """Keep a step with edits from a graph of the whole model, in which they do nothing."""
     served = getattr(dispatcher, "reftnoise", None)
-    if served is not None and served.acts_now():
+    if served is not None and served.acts_on_batch():
         invalid_modes = without_whole_graphs(invalid_modes)
     return original(dispatcher, *args, invalid_modes=invalid_modes, **kwargs)
 
@@ -236,7 +236,7 @@ def model_forward(
     original: Callable[..., Any], runner: GPUModelRunner, *args: Any, **kwargs: Any
 ) -> Any:
     """Run the model with the edits of its batch, and the captures."""
-    if not hasattr(runner, "reftnoise") or not runner.reftnoise.acts():
+    if not hasattr(runner, "reftnoise") or not runner.reftnoise.has_work():
         return original(runner, *args, **kwargs)
     with runner.reftnoise.step():
         return original(runner, *args, **kwargs)

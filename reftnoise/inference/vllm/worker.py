@@ -209,8 +209,8 @@ class ServedAdapters:
         """The numbers of the loaded adapters."""
         return set(self._adapters)
 
-    def acts(self) -> bool:
-        """Whether a step edits states, or captures them."""
+    def has_work(self) -> bool:
+        """Whether a request of the batch has an adapter, or states are captured."""
         return bool(self._runner.input_batch.lora_id_to_lora_request or self.captures)
 
     @contextlib.contextmanager
@@ -238,16 +238,16 @@ class ServedAdapters:
             _readers.clear()
             _errors.clear()
 
-    def acts_now(self) -> bool:
+    def acts_on_batch(self) -> bool:
         """Whether an edit acts on a token of the runner's batch, which is about to run.
 
-        What is captured is so at a prompt's tokens.
+        States are captured at prompts' tokens alone.
         """
         batch, count = self._runner.input_batch, self._runner.input_batch.num_reqs
         numbers = [request.lora_int_id for request in batch.lora_id_to_lora_request.values()]
         decodes = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
         if not decodes.all():
-            return self.acts()
+            return self.has_work()
         adapters = [self._adapters.get(number) for number in numbers]
         # One that is not loaded yet may edit what is generated.
         return any(a is None or any(u.positions.decode for u in a.shapes) for a in adapters)
