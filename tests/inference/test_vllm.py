@@ -14,9 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,16 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import reftnoise as rn
 from reftnoise.adapters.directory import AdapterFiles
 from support.adapters import MISTAKES, moved, save
+from support.vllm_engine import QUIET, graphs, lora_request, plugin, started_engine, vllm, worker
 
-vllm = pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
-
-from reftnoise.inference.vllm import graphs, plugin, worker  # noqa: E402  # which need vllm
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of vLLM and what it imports
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 
 COMPONENTS = ["block_output", "attention_output", "mlp_output", "embeddings", "head_output"]
 ENTRIES: dict[str, list[dict[str, Any]]] = {
@@ -171,19 +161,13 @@ def expected(ours: rn.ReftModel, prompt: list[int], choice: Any) -> list[int]:
 
 
 def engine(base: Path, components: list[str] = COMPONENTS, **settings: Any) -> Any:
-    return vllm.LLM(
-        str(base),
+    return started_engine(
+        base,
         skip_tokenizer_init=True,
-        dtype="float32",
         max_model_len=256,
         enable_prefix_caching=True,
         disable_log_stats=False,
-        **{
-            "enforce_eager": True,
-            "block_size": 32,
-            "additional_config": {"reft": components},
-        }
-        | settings,
+        **{"additional_config": {"reft": components}} | settings,
     )
 
 
@@ -193,10 +177,6 @@ def small_engine(base: Path) -> Any:
     return engine(base, max_num_batched_tokens=16, max_num_seqs=16, num_gpu_blocks_override=12)
 
 
-def lora_request(name: str, number: int, path: str) -> Any:
-    return vllm.lora.request.LoRARequest(name, number, path)
-
-
 def sampling(**extra: Any) -> Any:
     return vllm.SamplingParams(
         temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, **extra
@@ -204,7 +184,7 @@ def sampling(**extra: Any) -> Any:
 
 
 def request_for(name: str | None, adapters: dict[str, Path]) -> Any:
-    return None if name is None else lora_request(name, NAMES.index(name), str(adapters[name]))
+    return None if name is None else lora_request(name, NAMES.index(name), adapters[name])
 
 
 def test_this_vllm_is_as_the_plugin_knows_it() -> None:
@@ -283,7 +263,7 @@ def test_an_adapter_saved_anew_under_one_path_is_another(
         save(rn.get_reft_model(loaded(base), rn.ReftConfig(ENTRIES["all"])), tmp_path)
         ours = rn.get_reft_model(loaded(base))
         ours.load_adapter(tmp_path, "anew")
-        lora = lora_request("anew", 1, str(tmp_path))
+        lora = lora_request("anew", 1, tmp_path)
         (output,) = small_engine.generate(
             [{"prompt_token_ids": prompt}], sampling(), lora_request=lora, use_tqdm=False
         )
@@ -301,7 +281,7 @@ def test_equal_weights_at_other_positions_are_another_adapter(
         save(rn.get_reft_model(loaded(base), rn.ReftConfig([entry])), tmp_path / positions)
         ours = rn.get_reft_model(loaded(base))
         ours.load_adapter(tmp_path / positions, "one")
-        lora = lora_request(positions, 1, str(tmp_path / positions))
+        lora = lora_request(positions, 1, tmp_path / positions)
         (output,) = small_engine.generate(
             [{"prompt_token_ids": prompts[0]}], sampling(), lora_request=lora, use_tqdm=False
         )
@@ -314,7 +294,7 @@ def test_a_runs_directory_stands_for_its_adapter(
     small_engine: Any, prompts: Any, ours: rn.ReftModel, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(adapters["first"], tmp_path / "adapter")
-    lora = lora_request("run", 1, str(tmp_path))
+    lora = lora_request("run", 1, tmp_path)
     (output,) = small_engine.generate(
         [{"prompt_token_ids": prompts[0]}], sampling(), lora_request=lora, use_tqdm=False
     )
@@ -350,7 +330,7 @@ def test_a_mistake_harms_its_request_alone(
     make, message = MISTAKES[mistake]
     make(adapters["last"], tmp_path)
     prompt = {"prompt_token_ids": prompts[0]}
-    lora = lora_request("wrong", 1, str(tmp_path))
+    lora = lora_request("wrong", 1, tmp_path)
     with pytest.raises(vllm.exceptions.VLLMValidationError, match=message):
         small_engine.generate([prompt], sampling(), lora_request=lora, use_tqdm=False)
     with pytest.raises(vllm.exceptions.VLLMValidationError, match="reft_scale 'much': expected"):
@@ -424,7 +404,7 @@ def test_an_adapter_that_is_gone_ends_its_requests_alone(
 ) -> None:
     torch.manual_seed(9)
     save(rn.get_reft_model(loaded(base), rn.ReftConfig(ENTRIES["all"])), tmp_path / "gone")
-    requests = {"bare": None, "gone": lora_request("gone", 1, str(tmp_path / "gone"))}
+    requests = {"bare": None, "gone": lora_request("gone", 1, tmp_path / "gone")}
     remove = partial(shutil.rmtree, tmp_path / "gone")
     written = written_beside(small_engine, prompts[0], requests, remove)
     assert written["gone"].finish_reason == "error"
@@ -533,9 +513,9 @@ def test_a_step_with_edits_takes_no_graph_of_the_whole_model() -> None:
         return [dispatcher.dispatch(n, uniform_decode=all_)[0].name for n, all_ in steps]
 
     assert modes() == ["FULL", "PIECEWISE", "NONE"]
-    setattr(dispatcher, "reftnoise", SimpleNamespace(acts_on_batch=lambda: True))  # noqa: B010  # ours
+    dispatcher.reftnoise = SimpleNamespace(acts_on_batch=lambda: True)
     assert modes() == ["PIECEWISE", "PIECEWISE", "NONE"]
-    setattr(dispatcher, "reftnoise", SimpleNamespace(acts_on_batch=lambda: False))  # noqa: B010  # ours
+    dispatcher.reftnoise = SimpleNamespace(acts_on_batch=lambda: False)
     assert modes() == ["FULL", "PIECEWISE", "NONE"]
     wrong = SimpleNamespace(additional_config={"reft_graphs": "yes"})
     with pytest.raises(ValueError, match="reft_graphs 'yes': expected true or false"):
@@ -588,21 +568,20 @@ def test_exports_need_no_plugin(to: str, tmp_path: Path) -> None:
         if name.endswith("vector"):
             buffer.normal_()
     reft_model.save_pretrained(tmp_path / "adapter")
-    place, base = tmp_path / "export", str(tmp_path / "base")
-    rn.export_adapter(tmp_path / "adapter", place, to, model=base, prompts=["Who are you?"])
+    place, base = tmp_path / "export", tmp_path / "base"
+    rn.export_adapter(tmp_path / "adapter", place, to, model=str(base), prompts=["Who are you?"])
 
     draw = random.Random(0)
     lengths = [draw.randint(1, 40) for _ in range(50)]
     asked = [[draw.randrange(3, len(tokenizer)) for _ in range(length)] for length in lengths]
-    settings: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32"}
-    settings |= {"max_model_len": 128, "enforce_eager": True, "block_size": 32}
+    settings: dict[str, Any] = {"skip_tokenizer_init": True, "max_model_len": 128}
     if to == "lora":
         settings |= {"enable_lora": True, "max_lora_rank": 8}
-    engine = vllm.LLM(str(place) if to == "merged" else base, **settings)
+    engine = started_engine(place if to == "merged" else base, **settings)
     outputs = engine.generate(
         [{"prompt_token_ids": prompt} for prompt in asked],
         sampling(),
-        lora_request=lora_request("edits", 1, str(place)) if to == "lora" else None,
+        lora_request=lora_request("edits", 1, place) if to == "lora" else None,
         use_tqdm=False,
     )
     for output, prompt in zip(outputs, asked, strict=True):

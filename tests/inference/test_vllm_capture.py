@@ -1,13 +1,9 @@
 """Hidden states that vLLM's workers write, against those of transformers here."""
 
-import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import pytest
 import torch
@@ -17,16 +13,10 @@ import reftnoise as rn
 from reftnoise.config.positions import Positions
 from reftnoise.engine.layout import named_tokens
 from support.adapters import save
+from support.vllm_engine import QUIET, capture, lora_request, started_engine, vllm
+from support.vllm_server import saved_base
 
-vllm = pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
-
-from reftnoise.inference.vllm import capture  # noqa: E402  # which needs vllm
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of vLLM and what it imports
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 
 CHUNK, TOLERANCE = 16, 1e-4
 ENTRY = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2, "positions": "all"}
@@ -35,10 +25,7 @@ POSITIONS: list[Any] = [None, "l1", "all", "f3+l4", "f1", [-2, 0]]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    for part in rn.load_tiny_model():
-        part.save_pretrained(folder)
-    return folder
+    return saved_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +40,12 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[rn.ReftModel, Path]:
 
 
 def engine(base: Path, folder: Path, **settings: Any) -> Any:
-    return vllm.LLM(
-        str(base),
-        dtype="float32",
+    return started_engine(
+        base,
         max_model_len=128,
-        block_size=32,
         enable_prefix_caching=True,
         additional_config={"reft": ["block_output"], "reft_capture": str(folder)},
-        **{"enforce_eager": True} | settings,
+        **settings,
     )
 
 
@@ -118,10 +103,6 @@ def expect_file(folder: Path, name: str, states: torch.Tensor, positions: Any) -
     assert difference <= TOLERANCE * max(1, states.abs().max())
 
 
-def lora(directory: Path) -> Any:
-    return vllm.lora.request.LoRARequest("edited", 1, str(directory))
-
-
 def run(engine: Any, requests: dict[str, tuple[Any, ...]], peak: list[int]) -> dict[str, list[int]]:
     """What requests write that come in a random order, at any step."""
     running, draw, written = engine.llm_engine, random.Random(1), {}
@@ -156,7 +137,7 @@ def test_states_of_mixed_requests_are_those_of_transformers(
     for index, prompt in enumerate(drawn(40)):
         name = f"request-{index}"
         places[name] = positions = POSITIONS[index % len(POSITIONS)] if len(prompt) > 1 else None
-        adapter = lora(directory) if index % 4 == 1 else None
+        adapter = lora_request("edited", 1, directory) if index % 4 == 1 else None
         is_captured = index % 5 != 4
         settings = sampling(name, positions) if is_captured else sampling()
         requests[name] = prompt, settings, adapter
@@ -274,7 +255,9 @@ def test_a_compiled_model_is_read_too(
     outputs = running.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         [sampling(str(index), "f1+l2") for index in range(6)],
-        lora_request=[lora(directory) if index % 2 else None for index in range(6)],
+        lora_request=[
+            lora_request("edited", 1, directory) if index % 2 else None for index in range(6)
+        ],
         use_tqdm=False,
     )
     assert len(outputs) == 6

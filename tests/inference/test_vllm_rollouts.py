@@ -19,31 +19,22 @@ from transformers import set_seed
 import reftnoise as rn
 from reftnoise.engine.base.tiny import DIRECTORY
 from reftnoise.inference.vllm.rollouts import VllmRollouts
-from support.vllm_server import served_base
+from support.vllm_server import NEEDS_VLLM, saved_base, served_base
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "trl"
 QUESTIONS = ["Name a colour.", "Which colour?", "What colour is it?", "Tell me a colour."]
 PROMPTS = [[{"role": "user", "content": text}] for text in QUESTIONS]
 LOREFT = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4, "positions": "l1"}
 
-needs_vllm = pytest.mark.skipif(
-    find_spec("vllm") is None, reason="needs vllm: see examples/guides/serving.md"
-)
-
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason=NEEDS_VLLM)
 
 OPTIONS = ("--max-model-len", "128", "--block-size", "32")
-
-
-def saved_base(folder: Path) -> Path:
-    for part in rn.load_tiny_model():
-        part.save_pretrained(folder / "base")
-    return folder / "base"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("rollouts")
-    with served_base(saved_base(folder), folder / "server.txt", *OPTIONS) as url:
+    with served_base(saved_base(folder / "base"), folder / "server.txt", *OPTIONS) as (url, _):
         yield url
 
 
@@ -180,7 +171,7 @@ def test_two_engines_have_the_edits(tmp_path: Path) -> None:
             parameter.add_(0.3 * torch.randn_like(parameter))
     options = (*OPTIONS, "--data-parallel-size", "2")
     with (
-        served_base(saved_base(tmp_path), tmp_path / "server.txt", *options) as url,
+        served_base(saved_base(tmp_path / "base"), tmp_path / "server.txt", *options) as (url, _),
         VllmRollouts(url, tmp_path) as rollouts,
     ):
         answers = rollouts([*PROMPTS, *QUESTIONS] * 3, trainer_of(reft_model.eval()))

@@ -5,11 +5,7 @@ import json
 import os
 import random
 import shutil
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -26,9 +22,10 @@ from reftnoise.adapters.directory import AdapterFiles
 from reftnoise.config.decoding import Decoding
 from reftnoise.inference.playground.asking import AnswerRequest
 from support.adapters import MISTAKES, SEEN_BY_THE_ENGINE, save
+from support.vllm_server import NEEDS_VLLM, saved_base, served_base
 from support.waiting import PATIENCE, wait_until
 
-pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
+pytest.importorskip("vllm", reason=NEEDS_VLLM)
 openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
 
@@ -41,9 +38,7 @@ ALL_MISTAKES = MISTAKES | SEEN_BY_THE_ENGINE
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The embedded model, and adapters of it."""
     folder = tmp_path_factory.mktemp("served")
-    model, tokenizer = rn.load_tiny_model()
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    saved_base(folder / "base")
     loreft = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 2}
     entries = {
         "l1": loreft,
@@ -62,53 +57,18 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def server(served: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server that began with one adapter: its process, and its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(served["base"]), "--served-model-name", "base"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    command += ["--block-size", "32", "--num-gpu-blocks-override", "256"]  # soon all are in memory
-    command += ["--additional-config", json.dumps({"reft": ["block_output"]})]
-    command += ["--lora-modules", f"l1={served['l1']}", "--port", str(port)]
-    environment = {
-        **os.environ,
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_SERVER_DEV_MODE": "1",  # so that its worker can be asked what is loaded
-        "HF_HUB_OFFLINE": "1",
-    }
+    options = ["--max-model-len", "128", "--block-size", "32"]
+    options += ["--num-gpu-blocks-override", "256"]  # soon all are in memory
+    options += ["--lora-modules", f"l1={served['l1']}"]
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}  # so that its worker can be asked what is loaded
     log = tmp_path_factory.mktemp("log") / "server.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-
-            def is_ready() -> bool:
-                assert process.poll() is None, log.read_text()[-3000:]
-                return is_up(url)
-
-            wait_until(is_ready)
-            yield process, f"{url}/v1"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with served_base(served["base"], log, *options, environment=environment) as (url, process):
+        yield process, f"{url}/v1"
 
 
 @pytest.fixture(scope="module")
 def client(server: Any) -> Any:
     return openai.OpenAI(base_url=server[1], api_key="none", max_retries=0)
-
-
-def is_up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
 
 
 PROMPT = "Where does a bear live?"

@@ -17,9 +17,9 @@ from reftnoise.analysis.steering.pairs import read_pairs
 from reftnoise.analysis.steering.search import tokenized_pairs
 from reftnoise.cli.main import main
 from reftnoise.inference.vllm.steering import steer_server
-from support.vllm_server import served_base
+from support.vllm_server import NEEDS_VLLM, saved_base, served_base
 
-pytest.importorskip("vllm", reason="needs vllm: see examples/guides/serving.md")
+pytest.importorskip("vllm", reason=NEEDS_VLLM)
 
 LAYER = 2
 ANIMALS = ["bear", "cow", "dog", "cat", "fish", "bird", "horse", "frog", "fox", "duck"]
@@ -44,13 +44,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Path]]:
     """A server that captures: its address, its folder, and its base."""
     place = tmp_path_factory.mktemp("server")
-    for part in rn.load_tiny_model():
-        part.save_pretrained(place / "base")
+    base = saved_base(place / "base")
     additional = {"reft": ["block_output"], "reft_capture": str(place / "captures")}
     options = ["--max-model-len", "128", "--block-size", "32"]
     options += ["--additional-config", json.dumps(additional)]
-    with served_base(place / "base", place / "log.txt", *options) as url:
-        yield url, place / "captures", place / "base"
+    with served_base(base, place / "log.txt", *options) as (url, _):
+        yield url, place / "captures", base
 
 
 def ask(server: str, **body: Any) -> tuple[int, Any]:

@@ -11,14 +11,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import reftnoise as rn
+
 from .waiting import wait_until
+
+NEEDS_VLLM = "needs vllm: see examples/guides/serving.md"
+
+
+def saved_base(folder: Path) -> Path:
+    """The folder, with the embedded model and its tokenizer in it."""
+    for part in rn.load_tiny_model():
+        part.save_pretrained(folder)
+    return folder
 
 
 @contextmanager
 def served_base(
     base: Path, log: Path, *options: str, environment: Mapping[str, str] | None = None
-) -> Iterator[str]:
-    """Within the block, the address of a server of a base, to which adapters can be added."""
+) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """A running server of a base, to which adapters can be added: its address, and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -30,6 +41,7 @@ def served_base(
         **os.environ,
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # which an engine in this process switches off
         "HF_HUB_OFFLINE": "1",
         **(environment or {}),
     }
@@ -49,7 +61,7 @@ def served_base(
                     return False
 
             wait_until(is_ready)
-            yield url
+            yield url, process
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
