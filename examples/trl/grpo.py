@@ -5,7 +5,7 @@
     python examples/trl/grpo.py --model MODEL --data DATA.jsonl --word WORD --output adapter
 
 Data: lines of {"prompt"}, messages. Answers are sampled with the units on the prompt, and scored
-with the same units on the same tokens. Sampling is transformers' own; vLLM knows nothing of edits.
+with the same units on the same tokens. The model itself samples; in grpo_vllm.py, vLLM does.
 """
 
 import tempfile
@@ -41,6 +41,24 @@ def main(
         length: of an answer, in tokens, at most.
         output: where to save the adapter.
     """
+    train(model, data, word, steps, learning_rate, length, output)
+
+
+def train(
+    model: str,
+    data: str | None,
+    word: str,
+    steps: int,
+    learning_rate: float,
+    length: int,
+    output: str | None,
+    rollouts: Any = None,
+) -> float:
+    """Train and print as `main` does; `rollouts` samples the answers, by default the model itself.
+
+    Returns:
+        The seconds that training took.
+    """
 
     def holds_word(completions: list[list[dict[str, str]]], **_columns: Any) -> list[float]:
         return [float(word in completion[0]["content"]) for completion in completions]
@@ -70,12 +88,15 @@ def main(
             args=args,
             train_dataset=colours(data),
             processing_class=AutoTokenizer.from_pretrained(model),
+            rollout_func=rollouts,
         )
         trainer.train()
-    for entry in trainer.state.log_history[:-1]:
+    *log, summary = trainer.state.log_history
+    for entry in log:
         print(f"step {entry['step']:3d}  reward {entry['reward']:.3f}")
     if output is not None:
         reft_model.eval().save_pretrained(output)
+    return float(summary["train_runtime"])
 
 
 if __name__ == "__main__":
