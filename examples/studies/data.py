@@ -5,9 +5,9 @@ python examples/studies/data.py FOLDER
 FOLDER holds the data sets' own files: glue/CoLA.train.tsv, glue/CoLA.dev.tsv, glue/RTE.train.tsv,
 glue/RTE.dev.tsv, ultrafeedback/ultrafeedback_1k.json, and of sst2/ and e2e/ a train.jsonl and a
 test.jsonl of {"prompt", "output"} lines. The rows go to cola/, rte/, e2e_shuffled/,
-ultrafeedback_short/ and, as the hub's GLUE has them, to glue_rows/ of the working directory. They are
-shuffled with a fixed seed. Long ones are left out: of RTE, premises of more than 250 characters; of
-UltraFeedback, rows of more than 1,000.
+ultrafeedback_short/ and, as the hub's GLUE has them, to glue_rows/ of the working directory. They
+are shuffled with a fixed seed. Long ones are left out: of RTE, premises of more than 250
+characters; of UltraFeedback, rows of more than 1,000.
 """
 
 import csv
