@@ -25,7 +25,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput, GPUModelRunner
 
 from ...config.positions import Positions
 from . import SCALE
@@ -259,7 +259,8 @@ def output_of_step(
     output = original(runner, *args, **kwargs)
     served = None if output is None else getattr(runner, "reftnoise", None)
     if served is not None and (failed := served.take_failed()):
-        getattr(output, "_model_runner_output", output).reftnoise_failed = failed
+        is_async = isinstance(output, AsyncGPUModelRunnerOutput)
+        (output._model_runner_output if is_async else output).reftnoise_failed = failed
     return output
 
 

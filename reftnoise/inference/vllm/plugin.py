@@ -94,7 +94,10 @@ READ = {
         "req_id prompt_token_ids prompt_embeds sampling_params"
     ),
     "vllm.v1.outputs:ModelRunnerOutput": "req_id_to_index sampled_token_ids",
-    "vllm.v1.request:Request": "sampling_params num_prompt_tokens",
+    "vllm.v1.worker.gpu_model_runner:AsyncGPUModelRunnerOutput": "_model_runner_output",
+    "vllm.v1.request:Request": "sampling_params num_prompt_tokens lora_request",
+    "vllm.v1.engine.async_llm:AsyncLLM": "output_processor",
+    "vllm.v1.engine.output_processor:OutputProcessor": "request_states",
     "vllm.v1.engine:EngineCoreRequest": (
         "prompt_token_ids prompt_embeds sampling_params lora_request cache_salt"
     ),
