@@ -10,6 +10,7 @@ import torch
 
 import reftnoise as rn
 from reftnoise.cli.main import main
+from reftnoise.inference.verification.report import print_verification
 from support.adapters import moved
 from support.completion_server import Engine, serving
 
@@ -102,6 +103,46 @@ def test_servers_that_offer_less_are_compared_by_what_they_offer(
     assert (record["compared_log_probs"] == 0) == ("log_probs" not in offers)
     engine = engine_of(adapters["last"], "base", offers=frozenset(offers))
     assert verified(adapters["last"], engine, **arguments)["differing"] > 0
+
+
+def test_without_log_probabilities_tokens_alone_are_reported(
+    adapters: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    prompts = ["Where does a bear live?", "Who are you?"]
+    arguments = {"prompts": prompts, "requests": 4, "longest": 30}
+    engine = engine_of(adapters["last"], offers=frozenset())
+    record = verified(adapters["last"], engine, **arguments)
+    print_verification(record)
+    shown = capsys.readouterr().out
+    assert f"equal. {record['compared_tokens']} tokens were compared, of which" in shown
+    assert "log-probabilities differ" not in shown
+    assert "the server gives no log-probabilities: only its tokens are compared" in shown
+
+    engine = engine_of(adapters["last"], "base", offers=frozenset())
+    record = verified(adapters["last"], engine, **arguments)
+    print_verification(record)
+    shown = capsys.readouterr().out
+    assert "log-probabilities differ" not in shown
+    for difference in record["differences"]:
+        assert f"{difference['margin']:.2g}" in shown
+
+
+def test_a_token_with_the_right_log_probability_is_behind_the_likeliest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    difference = {"request": 3, "of_base": False, "prompt_length": 5, "shared": 0, "position": 6}
+    difference |= {"is_prompt": False, "token_text": "a", "own_token_text": "b", "margin": 1.25}
+    difference |= {"log_prob": -2.0, "own_log_prob": -2.0}
+    other = difference | {"request": 4, "log_prob": -1.0, "own_log_prob": -1.75, "margin": 0.0}
+    print_verification(
+        {"served_name": "edited", "server": "url", "requests": 4, "differing": 2}
+        | {"compared_log_probs": 9, "largest_difference": 0.75, "limit": 1e-3, "near_ties": 0}
+        | {"largest_effect": 3.0, "compared_tokens": 9, "notes": []}
+        | {"differences": [difference, other]}
+    )
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {row[0]: row[-2] for row in rows if row[0] in "34"} == {"3": "1.2", "4": "0.75"}
 
 
 def test_a_tolerance_is_the_users(adapters: dict[str, Path]) -> None:
