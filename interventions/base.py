@@ -357,8 +357,11 @@ class NoiseIntervention(SourcelessIntervention, LocalistRepresentationInterventi
             lengths: number of tokens in each token's document, where a row holds several.
         """
 
-    def lost_in(self, hidden: Float[Tensor, "batch length hidden"]) -> str | None:
-        """Why hidden states hardly feel the noise in their dtype; None where they do."""
+    def lost_in(self, hidden: Float[Tensor, "batch length hidden"]) -> tuple[str, float] | None:
+        """A text that hidden states lose the noise in their dtype, and the least scale they feel.
+
+        None where they feel the noise.
+        """
         return None
 
     def forward(

@@ -66,17 +66,15 @@ class _FixedNoise(NoiseIntervention):
         self.distribution, self.where = distribution, expect_where(where)
         self._has_looked = False
 
-    def lost_in(self, hidden: Float[Tensor, "batch length hidden"]) -> str | None:
+    def lost_in(self, hidden: Float[Tensor, "batch length hidden"]) -> tuple[str, float] | None:
         if self._has_looked or hidden.dtype.itemsize > 2 or self.epsilon == 0.0:
             return None
         self._has_looked = True  # once: it waits for the device
         spacing = torch.finfo(hidden.dtype).eps * hidden.detach().abs().mean(dtype=torch.float32)
         if self.epsilon >= (least := float(spacing)):
             return None
-        return (
-            f"epsilon {self.epsilon:g} of {type(self).__name__}: {hidden.dtype} rounds most of "
-            f"x + z back to x: expected at least {least:.1g}, or a base in float32"
-        )
+        what = f"epsilon {self.epsilon:g} of {type(self).__name__}"
+        return f"{what}: {hidden.dtype} rounds most of x + z back to x", least
 
     def delta(
         self,

@@ -5,6 +5,7 @@ several: a prompt, perhaps in parts, and each generated token. In each call, a s
 are edited where the plan's selections fall into the columns of the call.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -14,12 +15,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from .._util.errors import warn_once
 from ..config.components import Stack
 from ..interventions import EditedRows, Gate, NoiseIntervention, RowStrengths, RowSubspaces
 from .base.running import mask_after_convolutions
 from .layout import PromptLayout, Selection, cached_length
 from .settings import MODEL_CHOICES, CallChoices
 from .units import PlacedUnit
+
+logger = logging.getLogger(__name__)
 
 ReadyEdit: TypeAlias = Callable[[Tensor], Tensor]
 """Of the hidden states of a site in evaluation, all of which it edits, or none."""
@@ -28,9 +32,12 @@ Gates: TypeAlias = Float[Tensor, "batch k"] | RowSubspaces
 
 @dataclass(eq=False)
 class Notes:
-    """What units note in a training pass, by unit key, for the losses that they add."""
+    """What units note in a training pass."""
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
+    """By unit key, for the losses that units add."""
+    lost: dict[str, float] = field(default_factory=dict)
+    """By what a base's dtype rounds away, the least scale that no site would lose."""
     is_open: bool = True
     """Whether the pass goes on: its layers may run again in the backward pass."""
 
@@ -38,6 +45,16 @@ class Notes:
         """Note a value for a unit."""
         if self.is_open and value is not None:
             self.values.setdefault(key, []).append(value)
+
+    def lose(self, what: str, least: float) -> None:
+        """Note noise that a site loses, and the least scale that it would not."""
+        self.lost[what] = max(least, self.lost.get(what, 0.0))
+
+    def warn_of_lost(self) -> None:
+        """At a pass's end, warn of noise that sites have lost, once for all sites."""
+        for what, least in self.lost.items():
+            enough = f"{1.5 * least:.1g}"  # one digit may be a third less than the number
+            warn_once(logger, f"{what}: expected at least {enough}, or a base in float32")
 
     def close(self) -> dict[str, list[Tensor]]:
         """End the pass; returns what was noted."""

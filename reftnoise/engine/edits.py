@@ -4,7 +4,6 @@ Low-rank edits all go through `edit_rows`; other units say in `delta` what they 
 """
 
 import copy
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .._util.errors import warn_once
 from ..interventions import (
     EditsRows,
     GatedUnit,
@@ -28,8 +26,6 @@ from .base.running import is_in_ddp, is_spread, is_transformed, shaped_like
 from .base.sites import Site
 from .calls import AnyCall, Call, Hidden, ReadyEdit
 from .units import PlacedUnit
-
-logger = logging.getLogger(__name__)
 
 
 def apply_units(
@@ -89,7 +85,7 @@ def apply_units(
 def _noised(unit: NoiseIntervention, call: Call, hidden: Hidden) -> Hidden:
     is_eager = not torch.compiler.is_compiling() and not is_transformed()
     if is_eager and (lost := unit.lost_in(hidden)) is not None:
-        warn_once(logger, lost)
+        call.plan.notes.lose(*lost)
     if call.plan.noise is not None:
         return hidden + call.plan.noise(unit, hidden, call.offset)
     noised: Tensor = unit(hidden, **call.tokens(hidden.device))

@@ -1,5 +1,6 @@
 """R3F against its formula from two passes of its own, and HyPe's noise at every layer."""
 
+import re
 from typing import Any
 
 import pytest
@@ -231,6 +232,28 @@ def test_noise_that_half_precision_rounds_away_is_warned_of_once(
             model(**batch())
     lost = [r.message for r in caplog.records if "rounds most of x + z back" in r.message]
     assert len(lost) == is_lost
+
+
+@pytest.mark.parametrize("split", ["never", "always"])
+def test_noise_that_layers_lose_is_warned_of_once_for_all(
+    caplog: pytest.LogCaptureFixture, split: Any
+) -> None:
+    noise = {"intervention": "hype", "epsilon": 1e-5, "where": "completion"}
+    model, sizes = wrapped("l1", noise, base=tiny_model().to(torch.bfloat16)), []
+    model.split = split
+
+    def look(units: Any, before: Tensor, _: Tensor) -> None:
+        if units[0].site.is_input:
+            sizes.append(before.float().abs().mean().item() * torch.finfo(before.dtype).eps)
+
+    warn_once.cache_clear()
+    with caplog.at_level("WARNING"), model.engine.settings.block(observer=look):
+        model(**batch(), return_logits=False)
+    (message,) = [r.message for r in caplog.records if "rounds most of x + z back" in r.message]
+    assert "epsilon 1e-05 of HypeIntervention: torch.bfloat16" in message
+    (least,) = re.findall(r"at least (\S+),", message)
+    largest = max(sizes[:3])  # of the three layers, when each first runs
+    assert largest <= float(least) <= 2 * largest
 
 
 @pytest.mark.parametrize("name", ["r3f", "smart"])
