@@ -14,6 +14,10 @@ TRAIN = ("train", "{tmp}/good.yaml", "--output_dir", "{tmp}/new")
 STUDY = ("study", "{tmp}/study.yaml", "--output_dir", "{tmp}/new")
 TUNE = ("tune", "{tmp}/good.yaml", "--output_dir", "{tmp}/new")
 SERVER = ("--server", "http://localhost:8000/v1")
+SERVED = (
+    *("steer", "nowhere.jsonl", "--model", "tiny-chat", "--layers", "2", "--sizes", "[0.5]"),
+    *("--methods", "[mean]", *SERVER, "--captures", "{tmp}"),
+)
 OTHER = ("--others.other", "nowhere")
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("trian",), "did you mean 'train'?"),
@@ -76,6 +80,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
         ),
         "layers 2-3: with a server, nothing is searched for: expected only one",
     ),
+    ((*SERVED, "--budget", "1"), "budget 1.0: with a server, nothing is searched for"),
+    ((*SERVED, "--dtype", "bfloat16"), "dtype 'bfloat16': a server has its own"),
     (("steer", "nowhere.jsonl", "--scales", "[0]"), "scales 0.0: expected numbers above 0"),
     (("steer", "nowhere.jsonl", "--metods", "[pca]"), "did you mean '--methods'?"),
     (("tune", "nowhere.yaml"), "no such file"),

@@ -101,6 +101,8 @@ def test_servers_that_offer_less_are_compared_by_what_they_offer(
     assert record["offers"]["log_probs"] == ("log_probs" in offers)
     assert record["offers"]["prompt_log_probs"] == ("echo" in offers)
     assert (record["compared_log_probs"] == 0) == ("log_probs" not in offers)
+    note = "the server gives no log-probabilities of prompts: only answers are compared"
+    assert (note in record["notes"]) == ("log_probs" in offers and "echo" not in offers)
     engine = engine_of(adapters["last"], "base", offers=frozenset(offers))
     assert verified(adapters["last"], engine, **arguments)["differing"] > 0
 

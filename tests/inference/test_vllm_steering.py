@@ -127,7 +127,7 @@ def test_a_vector_is_fitted_to_the_servers_states_and_served(
     assert main(command) == 2
     assert "holds adapter already" in capsys.readouterr().err.replace("steering.json", "adapter")
     assert main([*command, "--overwrite"]) == 0
-    assert f"{url} serves it as 'happy'" in capsys.readouterr().out
+    assert f"{url}/v1 serves it as 'happy'" in capsys.readouterr().out
 
 
 def test_clients_choose_no_path(server: tuple[str, Path, Path]) -> None:

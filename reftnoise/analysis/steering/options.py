@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,8 @@ from ...training.run_files import RECIPE
 Method = Literal["mean", "pca", "probe"]
 METHODS: tuple[Method, ...] = get_args(Method)
 FEWEST_PAIRS = 8
+_OF_SEARCH = ("budget", "neutral", "neutral_limit", "neutral_tokens", "batch_size")
+"""Options of a search alone."""
 RESULTS = "steering.json"
 """The file of results next to the adapter of a search."""
 
@@ -111,6 +113,12 @@ class VectorChoice:
                 raise ValueError(
                     f"{name} {getattr(options, name)}: with a server, nothing is searched for: "
                     "expected only one"
+                )
+        for option in fields(SteerOptions):
+            value = getattr(options, option.name)
+            if option.name in _OF_SEARCH and value != option.default:
+                raise ValueError(
+                    f"{option.name} {value}: with a server, nothing is searched for: expected none"
                 )
         size, scale = (numbers[0], None) if sized_by == "sizes" else (None, numbers[0])
         return cls(int(layers[0]), options.methods[0], size, scale)

@@ -53,6 +53,9 @@ def steer(
         raise ValueError("steer: expected --server and --captures, the folder of its reft_capture")
     if server is not None:
         VectorChoice.of(options)
+        for name, value in {"dtype": dtype, "device": device}.items():
+            if value != "auto":
+                raise ValueError(f"{name} {value!r}: a server has its own; expected none")
     place = local_path(output_dir, "output_dir")
     expect_room(place, overwrite=overwrite)
     read_pairs(pairs)

@@ -27,7 +27,8 @@ class Exchange:
         prompt: tokens of the prompt.
         completion: what the server wrote.
         of_base: whether the bare base was asked.
-        shared: number of the prompt's first tokens that an earlier request began with.
+        shared: number of the prompt's first tokens that an earlier request of its family began
+            with.
         has_stopped: whether the answer ends without a token that ends texts, before its time.
     """
 
@@ -48,7 +49,7 @@ class OwnReading:
         margins: how much more probable these are, in nats.
         largest: largest absolute logit.
         end: the most probable token that ends texts, its log-probability after the last token, the
-            most probable token there, and its own; None for an answer that ends by itself.
+            most probable token there, and its own; None unless the answer stopped early.
     """
 
     log_probs: Float[Tensor, " tokens"]
@@ -133,7 +134,7 @@ class TokenDifference:
         request: number of the request.
         of_base: whether the bare base was asked.
         prompt_length: number of the prompt's tokens.
-        shared: number of its first tokens that an earlier request began with.
+        shared: number of its first tokens that an earlier request of its family began with.
         position: number of the first token that differs, from the prompt's first.
         is_prompt: whether that is a token of the prompt.
         token: the server's token there.

@@ -1,5 +1,6 @@
 """Compare a running server with the adapted model here, and say where they differ."""
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -101,6 +102,11 @@ def verify_server(
         raise ValueError(f"server {client.address}: takes texts alone, and no prompt is one")
     with progress_of(console, "passes here", len(exchanges)) as progress:
         mine = readings(reft_model, exchanges, ends, progress=progress)
+    if not all(math.isfinite(reading.largest) for reading in mine):
+        raise ValueError(
+            f"adapter {adapter}: the model here has logits that are not finite in "
+            f"{dtype_name(reft_model.model.dtype)}"
+        )
     asked_of_adapter = [i for i, exchange in enumerate(exchanges) if not exchange.of_base]
     bare = readings(reft_model, [exchanges[i] for i in asked_of_adapter], ends, bare=True)
     limit = tolerance
@@ -252,6 +258,8 @@ def _notes(
     """What a reader should know of the comparison, in sentences."""
     if not record["offers"]["log_probs"]:
         yield "the server gives no log-probabilities: only its tokens are compared"
+    elif not record["offers"]["prompt_log_probs"]:
+        yield "the server gives no log-probabilities of prompts: only answers are compared"
     if record["largest_effect"] <= 2 * record["limit"]:
         yield (
             f"the adapter moves log-probabilities by {record['largest_effect']:.2g} at most, and "
