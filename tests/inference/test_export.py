@@ -457,19 +457,21 @@ def test_a_value_of_any_prompt_that_is_not_finite_is_no_proof(value: float) -> N
     for pair in ((adapted, exported), (exported, adapted)):
         proof = exporting._proof(*pair, bare, limit_of_rounding(pair[0], None))
         with pytest.raises(ValueError, match="nothing was written"):
-            exporting._expect_same("merged", proof)
+            exporting._expect_same("merged", proof, torch.float32)
     broken = exporting._proof(adapted, adapted, bare, limit_of_rounding(exported, None))
     with pytest.raises(ValueError, match="nothing was written"):
-        exporting._expect_same("merged", broken)
+        exporting._expect_same("merged", broken, torch.float32)
 
 
 @pytest.mark.parametrize("effect", [1e-3, 0.1])
 def test_an_export_without_a_weak_edit_is_no_proof(effect: float) -> None:
     adapted = GreedyAnswers([[1]], [torch.full((2, 3), 31.0)])
     bare = GreedyAnswers([[1]], [adapted.logits[0] - effect])
+    broken = exporting._proof(adapted, bare, bare, rounding=0.4)
     with pytest.raises(ValueError, match="the adapter moves them by"):
-        exporting._expect_same("merged", exporting._proof(adapted, bare, bare, rounding=0.4))
-    exporting._expect_same("merged", exporting._proof(adapted, adapted, bare, rounding=0.4))
+        exporting._expect_same("merged", broken, torch.float32)
+    proof = exporting._proof(adapted, adapted, bare, rounding=0.4)
+    exporting._expect_same("merged", proof, torch.float32)
 
 
 def test_the_commands_of_the_guide_export(

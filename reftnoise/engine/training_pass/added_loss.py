@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..._util.errors import warn_once
-from ...interventions import AddsLoss
 from ..base.peft import inner_model
 from ..base.running import is_transformed
 from ..calls import Notes
@@ -60,11 +59,8 @@ class AddedLoss:
 
     def of_pass(self, units: Iterable[PlacedUnit], notes: Notes) -> Float[Tensor, ""] | None:
         """The sum of what those of the units add that are in training mode, at a pass's end."""
-        adding = [placed for placed in units if isinstance(placed.unit, AddsLoss)]
-        if not adding:
-            return None
         noted, total = notes.close(), None
-        for placed in adding:
+        for placed in units:
             unit: Any = placed.unit
             if not unit.training:
                 continue

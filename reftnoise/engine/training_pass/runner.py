@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 
-from ...interventions import NoiseIntervention, gate_of
+from ...interventions import AddsLoss, NoiseIntervention, gate_of
 from ..base.peft import has_switched_adapters, inner_model, may_add_to_loss, virtual_tokens
 from ..base.running import (
     checkpointed_modules,
@@ -144,7 +144,8 @@ class ForwardPasses:
     def with_added_loss(self, outputs: Any, plan: Plan, batch: Batch) -> Any:
         """The outputs of a pass, with what the units add to their loss, if they have one."""
         plan.notes.warn_of_lost()
-        added = self.added.of_pass(self._engine.units, plan.notes)
+        units = [placed for placed in self._engine.units if isinstance(placed.unit, AddsLoss)]
+        added = self.added.of_pass(units, plan.notes) if units else None
         if added is None:
             return outputs
         if batch.labels is None:
