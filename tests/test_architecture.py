@@ -52,6 +52,10 @@ ENGINE = [
 ]
 MAX_ENTRIES, MAX_LINES, MAX_BODY = 12, 400, 50
 EXCEPTIONS: dict[str, list[tuple[str, str]]] = {
+    "libraries are dependencies": [
+        ("analysis/report/figures.py:cycler", "matplotlib has it"),
+        ("evaluation/lm_eval.py:tqdm", "lm_eval and datasets have it"),
+    ],
     "private names stay private": [
         ("interventions/kept.py:_version", "torch tells of in-place changes nowhere else"),
         ("training/study/cell.py:_exit", "os has no public name for it"),
@@ -350,6 +354,15 @@ def test_an_optional_library_is_imported_in_one_room() -> None:
             rooms[library].add(str(path.parent.relative_to(PACKAGE)))
     found = [f"{name} in {', '.join(sorted(r))}" for name, r in rooms.items() if len(r) > 1]
     check("optional libraries", found)
+
+
+def test_imported_libraries_are_dependencies() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    project = text[text.index("[project]") : text.index("[project.scripts]")]
+    declared = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)[\w.\[,\]]*[">]', project)}
+    known = declared | OPTIONAL | {"reftnoise"} | sys.stdlib_module_names
+    found = [f"{named(path)}:{name}" for path in SYSTEM for name in external(path) - known]
+    check("libraries are dependencies", found)
 
 
 @pytest.mark.parametrize("module", ["cli.main", "training.recipe", "config.positions"])
