@@ -105,9 +105,9 @@ class ReftR1Intervention(AddsLoss, EditsRows, FormedIntervention):
         _UNITS.add(self)
 
     def miss_step(self) -> None:
-        """Count a step that does not train w, and warn where none ever does: w then has any norm.
+        """Count a step that does not train w, and warn if none ever does: w may then have any norm.
 
-        Where weights are flattened, as by FSDP's first version and DeepSpeed, w is none of theirs.
+        Where weights are flattened, as by FSDP's first version and DeepSpeed, no optimizer has w.
         """
         if not self.missed_steps:  # no pass had gradients, or a step has trained w
             return
@@ -175,17 +175,17 @@ class ReftR1Intervention(AddsLoss, EditsRows, FormedIntervention):
 _UNITS: "WeakSet[ReftR1Intervention]" = WeakSet()
 
 _MOST_MISSED = 8
-"""Steps of optimizers that may be those of another model, such as a critic."""
+"""Steps of optimizers that may belong to another model, such as a critic."""
 
 
 @torch.no_grad()
 def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Give directions that a step trains norm 1, and gradients orthogonal to them."""
+    """Set directions that a step trains to norm 1, and make their gradients orthogonal to them."""
     if not _UNITS:
         return
     of_weight = {id(unit.weight): unit for unit in _UNITS}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # In the order of the parameters, which is that of all processes.
+    # In the order of the parameters, which is the same in all processes.
     trained = [of_weight[id(p)] for p in parameters if id(p) in of_weight and p.grad is not None]
     for unit in set(_UNITS).difference(trained):
         unit.miss_step()
@@ -211,7 +211,7 @@ def _is_spread(weight: Tensor) -> bool:
 
 
 def _join_largest(units: Sequence[ReftR1Intervention]) -> None:
-    """Of copies in all processes, each of which has seen other rows, the largest activations."""
+    """Set the largest activations to those of all processes, each of which has seen other rows."""
     if not units:
         return
     joined = torch.cat([unit.largest for unit in units])

@@ -50,7 +50,7 @@ def test_documents_of_a_row_are_edited_as_each_alone(architecture: str, position
     assert_close(found.logits[:1], logits)
     counts = torch.tensor([(d["labels"][:, 1:] != -100).sum() for d in first])
     mean = (torch.stack([output.loss for output in alone]) * counts).sum() / counts.sum()
-    # A document's first label, which the one before it would predict, is none: prompts hold it.
+    # A document's first token has no label, which the document before would have to predict.
     assert_close(found.loss, mean)
 
 
@@ -89,7 +89,7 @@ def test_lengths_for_packed_rows_are_refused() -> None:
         model(**packed([documents()]), prompt_lengths=torch.tensor([3]))
 
 
-def test_position_ids_of_padded_rows_are_no_packing() -> None:
+def test_position_ids_of_padded_rows_do_not_pack_them() -> None:
     model = rn.get_reft_model(tiny_model(), rn.ReftConfig(LOREFT | {"positions": "f2+l1"}))
     (document, *_) = documents()
     plain = model(**document).logits
@@ -108,7 +108,7 @@ def test_position_ids_of_padded_rows_are_no_packing() -> None:
     ids=["reftr1", "condition"],
 )
 def test_what_reads_a_row_together_takes_one_document(unit: dict[str, Any]) -> None:
-    """A mean over several documents would be nobody's."""
+    """A mean over several documents would belong to none of them."""
     model = rn.get_reft_model(tiny_model(), rn.ReftConfig(unit)).train()
     for placed in model.engine.units:
         if (gate := getattr(placed.unit, "gate", None)) is not None:

@@ -126,7 +126,7 @@ def test_each_adapter_answers_in_its_own_template(library: Any, noise: str) -> N
 
 
 def test_noise_does_not_reach_the_padding(library: Any) -> None:
-    """The same draw for the same prompt, whatever other rows need."""
+    """The draw of a prompt does not depend on the other rows."""
     local = LocalModel(*library, "tiny-chat", {"polite": "plain", "emoji": "a {prompt} b"})
     noisy = {"noise": "neftune", "alpha": 400.0, "decoding": Decoding(max_new_tokens=TOKENS)}
     zero = {"scales": dict.fromkeys(PLACES, 0.0)}
@@ -153,7 +153,7 @@ def test_answers_grow(local: LocalModel) -> None:
 def test_layers_and_positions_are_turned_off(
     local: LocalModel, library: Any, adapters: dict[str, Path], part: Any, kept: Any
 ) -> None:
-    """Against adapters of which the same units are left."""
+    """Against adapters that have only these units."""
     expected = {name: written(library, None) for name in [BASE, *PLACES]}
     for name, (positions, layers) in kept.items():
         whole = rn.ReftModel.from_pretrained(rn.load_tiny_model()[0], adapters[name])
@@ -195,7 +195,7 @@ def test_norms_are_those_of_the_prompt_and_of_the_answer(
         assert norms.norms[:, is_after].any() == (name == "emoji")
 
 
-def test_who_stops_reading_stops_the_model(local: LocalModel) -> None:
+def test_closing_the_answers_stops_the_model(local: LocalModel) -> None:
     before = threading.active_count()
     answers = local.answers(request(decoding=Decoding(template="plain", max_new_tokens=200)))
     next(answers)
@@ -216,7 +216,7 @@ def test_who_stops_reading_stops_the_model(local: LocalModel) -> None:
         ({"layers": [1, 99]}, r"layers \[99\]: the model has layers 0 to 3"),
     ],
 )
-def test_mistakes_are_said(local: LocalModel, settings: Any, message: str) -> None:
+def test_mistakes_are_errors(local: LocalModel, settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         last(local, **settings)
 
@@ -251,7 +251,7 @@ def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 @contextmanager
 def browsed(address: str, asked: list[str] | None = None) -> Iterator[Any]:
-    """A page in Chromium; what it asks for is added to a list."""
+    """A page in Chromium; the addresses that it requests are added to a list."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -262,14 +262,14 @@ def browsed(address: str, asked: list[str] | None = None) -> Iterator[Any]:
         page.on("request", lambda request: urls.append(request.url))
         page.goto(address)
         page.wait_for_selector("#prompt textarea")
-        page.wait_for_selector("#names label")  # drawn later: nobody is asked before
+        page.wait_for_selector("#names label")  # drawn last: no model can be asked before
         yield page
         browser.close()
 
 
 @contextmanager
 def opened(*arguments: str) -> Iterator[Any]:
-    """A page in Chromium, which asks nobody but the page's server for anything."""
+    """A page in Chromium, which requests nothing from other servers than the page's."""
     port = ("--host", "127.0.0.1", "--port", str(free_port()))
     asked: list[str] = []
     with command("playground", *arguments, *port) as process:
@@ -295,7 +295,7 @@ def ask(page: Any) -> None:
 
 
 def texts(page: Any, count: int = 4) -> list[str]:
-    """Of those who are on the page."""
+    """The answers that are on the page."""
     boxes = [page.locator(f"#answer-{n} textarea") for n in range(count)]
     return [box.input_value() for box in boxes if box.count()]
 
@@ -335,7 +335,7 @@ def test_a_page_shows_answers_norms_and_mistakes(adapters: dict[str, Path], libr
 
 @needs_a_browser
 def test_stop_ends_an_answer_that_has_no_end() -> None:
-    """Of a server that writes until it is told that the test is over."""
+    """The server writes until the test is over."""
     with (
         answering([WRITTEN], threading.Event(), is_endless=True) as server,
         opened(server.title) as page,
@@ -385,7 +385,7 @@ def test_a_page_asks_a_server(adapters: dict[str, Path], library: Any) -> None:
 def answering(
     parts: list[bytes], is_over: threading.Event, is_endless: bool = False
 ) -> Iterator[Any]:
-    """A `Server` whose model `m` writes parts, and until it is over nothing, or them again."""
+    """A `Server` whose model `m` writes parts once, or again and again until it is over."""
     pytest.importorskip("openai", reason="needs openai: pip install 'reftnoise[web]'")
     from reftnoise.inference.playground.server import Server
 
@@ -424,14 +424,14 @@ WRITTEN = b'{"choices": [{"index": 0, "text": "Hello"}]}'
     ("parts", "template", "message"),
     [([WRITTEN, b"{no json"], "plain", "^m: "), ([], "{prompt} {lost}", "template: no column")],
 )
-def test_an_answer_that_breaks_off_is_told(parts: Any, template: str, message: str) -> None:
+def test_an_answer_that_breaks_off_is_an_error(parts: Any, template: str, message: str) -> None:
     with answering(parts, threading.Event()) as server:
         decoding = Decoding(template=template, max_new_tokens=TOKENS)
         with pytest.raises(ValueError, match=message):
             list(server.answers(request(names=["m"], decoding=decoding)))
 
 
-def test_who_reads_of_a_silent_server_can_stop() -> None:
+def test_a_reader_of_a_silent_server_can_stop() -> None:
     with answering([WRITTEN], threading.Event()) as server:
         answers = server.answers(request(names=["m"]))
         while next(answers)["m"].text != "Hello":

@@ -1,4 +1,4 @@
-"""Answers to prompts: in batches as one by one, beside the base's, and as files."""
+"""Answers to prompts: in batches as one by one, next to the base's, and as files."""
 
 import io
 import json

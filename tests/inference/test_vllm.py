@@ -233,7 +233,7 @@ def test_cached_prompts_are_not_read_by_other_adapters(
 def test_a_longer_prompt_reads_no_state_that_a_shorter_one_has_edited(
     small_engine: Any, ours: rn.ReftModel, adapters: dict[str, Path], name: str
 ) -> None:
-    """As the next turn of a chat, whose prompt is the last one and its answer, and a question."""
+    """As in the next turn of a chat, which begins with the last prompt and its answer."""
     lora, draw = request_for(name, adapters), random.Random(7)
 
     def written(prompt: list[int]) -> tuple[list[int], int]:
@@ -253,7 +253,7 @@ def test_a_longer_prompt_reads_no_state_that_a_shorter_one_has_edited(
     assert cached >= 64  # whole blocks before the shorter prompt's end
 
 
-def test_an_adapter_saved_anew_under_one_path_is_another(
+def test_an_adapter_saved_again_under_one_path_is_another(
     small_engine: Any, prompts: Any, base: Path, tmp_path: Path
 ) -> None:
     prompt = max(prompts, key=len)
@@ -262,13 +262,13 @@ def test_an_adapter_saved_anew_under_one_path_is_another(
         torch.manual_seed(seed)
         save(rn.get_reft_model(loaded(base), rn.ReftConfig(ENTRIES["all"])), tmp_path)
         ours = rn.get_reft_model(loaded(base))
-        ours.load_adapter(tmp_path, "anew")
-        lora = lora_request("anew", 1, tmp_path)
+        ours.load_adapter(tmp_path, "again")
+        lora = lora_request("again", 1, tmp_path)
         (output,) = small_engine.generate(
             [{"prompt_token_ids": prompt}], sampling(), lora_request=lora, use_tqdm=False
         )
         written.append(list(output.outputs[0].token_ids))
-        assert written[-1] == expected(ours, prompt, "anew")
+        assert written[-1] == expected(ours, prompt, "again")
     assert written[0] != written[1]
 
 
@@ -355,10 +355,10 @@ def test_a_path_cannot_carry_a_digest(
         small_engine.generate([prompt], sampling(), lora_request=lora, use_tqdm=False)
 
 
-def written_beside(
+def written_together(
     engine: Any, prompt: list[int], requests: dict[str, Any], between: Callable[[], None]
 ) -> dict[str, Any]:
-    """What requests that run together write, where something happens before their first step."""
+    """What requests write that run together; `between` is called before their first step."""
     running, written = engine.llm_engine, {}
     for name, lora in requests.items():
         running.add_request(name, {"prompt_token_ids": prompt}, sampling(), lora_request=lora)
@@ -391,11 +391,11 @@ def test_an_edit_that_fails_ends_its_requests_alone(
     worker_apply = worker.apply_
     with monkeypatch.context() as patch:
         plant = partial(patch.setattr, worker, "apply_", fail_in_the_third_step)
-        written = written_beside(small_engine, prompt, requests, plant)
+        written = written_together(small_engine, prompt, requests, plant)
         assert written["edited"].finish_reason == "error"
         assert list(written["edited"].token_ids) == []
         assert list(written["bare"].token_ids) == expected(ours, prompt, None)
-    written = written_beside(small_engine, prompt, requests, lambda: None)
+    written = written_together(small_engine, prompt, requests, lambda: None)
     assert list(written["edited"].token_ids) == expected(ours, prompt, "all")
 
 
@@ -406,7 +406,7 @@ def test_an_adapter_that_is_gone_ends_its_requests_alone(
     save(rn.get_reft_model(loaded(base), rn.ReftConfig(ENTRIES["all"])), tmp_path / "gone")
     requests = {"bare": None, "gone": lora_request("gone", 1, tmp_path / "gone")}
     remove = partial(shutil.rmtree, tmp_path / "gone")
-    written = written_beside(small_engine, prompts[0], requests, remove)
+    written = written_together(small_engine, prompts[0], requests, remove)
     assert written["gone"].finish_reason == "error"
     assert list(written["bare"].token_ids) == expected(ours, prompts[0], None)
 

@@ -181,7 +181,7 @@ def test_two_engines_have_the_edits(tmp_path: Path) -> None:
 
 
 @needs_vllm
-def test_a_refused_adapter_is_told(server: str, tmp_path: Path) -> None:
+def test_a_refused_adapter_is_an_error(server: str, tmp_path: Path) -> None:
     unserved = LOREFT | {"component": "mlp_output"}
     reft_model = rn.get_reft_model(rn.load_tiny_model()[0], rn.ReftConfig([unserved]))
     with (

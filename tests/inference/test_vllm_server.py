@@ -321,7 +321,7 @@ def loaded_in_the_worker(url: str) -> list[int]:
     return numbers
 
 
-def test_an_adapter_that_is_unloaded_is_forgotten_once_nobody_reads(
+def test_an_adapter_that_is_unloaded_is_forgotten_once_no_request_runs(
     server: Any, client: Any, served: dict[str, Path]
 ) -> None:
     load(client, "all", served["all"])
@@ -347,7 +347,7 @@ def test_an_adapter_that_is_unloaded_is_forgotten_once_nobody_reads(
 def test_64_clients_for_two_minutes_of_whom_many_leave(
     server: Any, client: Any, served: dict[str, Path], tmp_path: Path
 ) -> None:
-    """While adapters come and go: nobody reads another's text, and nothing piles up."""
+    """While adapters come and go: no client gets another's text, and memory does not grow."""
     process, url = server
     load(client, "all", served["all"])
     ours = {name: written_by_us(served, name) for name in ("base", "l1", "all")}

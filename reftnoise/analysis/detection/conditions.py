@@ -20,12 +20,12 @@ class Condition:
     """A condition of prompts at a unit's site.
 
     Args:
-        unit: the unit's placing.
+        unit: unit at whose site it is.
         vector: vector of the gate.
         threshold: threshold of the gate.
-        above: whether prompts above the threshold meet it, and not those below.
-        f1: F1 of the prompts by which it was chosen.
-        held_out_f1: F1 of the others.
+        above: whether prompts above the threshold meet it, or those below.
+        f1: F1 on the prompts that it was fitted to.
+        held_out_f1: F1 on the prompts that were held out.
     """
 
     unit: PlacedUnit
@@ -59,7 +59,7 @@ def fit_conditions(
     - `"mean"`: $\mu^+ - \mu^-$.
 
     Threshold and side are those of the largest F1; of several thresholds, the one in the middle of
-    the widest gap between similarities. The last prompts of each kind take no part in this.
+    the widest gap between similarities. The last prompts of each kind are held out.
 
     Args:
         reft_model: model whose units say which sites are tried, as by `layer: all`.
@@ -151,7 +151,7 @@ def best_threshold(values: Float[Tensor, " n"], labels: Bool[Tensor, " n"]) -> t
 
 
 def f1_score(predicted: Bool[Tensor, " n"], labels: Bool[Tensor, " n"]) -> float:
-    r"""$2\,\mathrm{TP} / (2\,\mathrm{TP} + \mathrm{FP} + \mathrm{FN})$; 0 of none at all."""
+    r"""$2\,\mathrm{TP} / (2\,\mathrm{TP} + \mathrm{FP} + \mathrm{FN})$; 0 if TP is 0."""
     right = int((predicted & labels).sum())
     wrong = int((predicted != labels).sum())
     return 2 * right / (2 * right + wrong) if right else 0.0

@@ -69,7 +69,7 @@ class Detection:
             The path of the page.
 
         Raises:
-            ValueError: no text, or a text or concept that there is not.
+            ValueError: no text, or a text or concept that does not exist.
         """
         count, concepts = self.scores.shape
         if not 0 <= concept < concepts:
@@ -138,7 +138,7 @@ def detect(
 
 
 def detects(placed: PlacedUnit) -> bool:
-    """Whether a unit has directions to detect by."""
+    """Whether a unit has directions that detect."""
     unit: Any = placed.unit
     return hasattr(unit, "activations") or edit_vector(unit) is not None
 

@@ -62,12 +62,12 @@ def fit_concept_vectors(
 
     w is a unit vector from the bare base's states of all tokens, and $a_{\max}$ the largest
     $h \cdot w$ over tokens of the positive texts: `reft_model.scale` is then the factor of AxBench
-    (arXiv:2501.17148, section 3), by whose baselines
+    (arXiv:2501.17148, section 3). The methods are its baselines:
 
     - `"mean"`: w is along mean⁺ − mean⁻ (DiffMean);
     - `"pca"`: w is the first principal component of the positive tokens about their mean, with the
       sign that mean⁺ − mean⁻ has along it;
-    - `"probe"`: w is the normal of the plane by which logistic regression parts the tokens.
+    - `"probe"`: w is the normal of the plane with which logistic regression separates the tokens.
 
     All layers are read in one pass; the tokens of all units are held at once.
 

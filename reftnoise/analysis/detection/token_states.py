@@ -34,7 +34,7 @@ def tokens_of(
     """The tokens of texts, and of conversations to their end, as far as the model's context goes.
 
     Raises:
-        ValueError: a single text in the place of a list, no text, or an empty one.
+        ValueError: a single text instead of a list, no text, or an empty one.
     """
     if isinstance(texts, str):
         raise ValueError(f"{name}: expected a list of texts, got a single one")
@@ -61,7 +61,7 @@ def expect_longer(rows: Sequence[Sequence[int]], skip: int) -> None:
 def beginning_of(tokenizer: Any, texts: Sequence[str | Messages]) -> int:
     """The number of tokens with which the tokenizer, or its chat template, begins all such texts.
 
-    Those of a text's first message are none of them.
+    Tokens of a text's first message do not count.
     """
     if all(isinstance(text, str) for text in texts):
         pair = [tokenizer(text)["input_ids"] for text in "12"]

@@ -1,4 +1,4 @@
-"""What a playground asks, and what it is answered."""
+"""Requests of the playground, and their answers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -32,7 +32,7 @@ from ..prompts import default_template, generate_arguments
 from .asking import NO_NOISE, TOGETHER, Answer, Answerer, AnswerRequest
 
 _PARTS = itertools.count()
-"""Numbers of the requests, whose parts of adapters have names of their own."""
+"""Numbers of requests, so that parts of adapters have other names in each."""
 
 
 class LocalModel(Answerer):
@@ -140,7 +140,7 @@ class LocalModel(Answerer):
     def _choices(self, request: AnswerRequest, prefix: str) -> dict[str, AdapterChoice]:
         """By answer's name, the adapters that edit its row.
 
-        Of an adapter, its part at the chosen layers and positions has `prefix` before its name.
+        The part of an adapter at the chosen layers and positions has `prefix` before its name.
         """
         layers, positions = request.layers, request.positions
         is_part = layers is not None or positions is not None
@@ -154,7 +154,7 @@ class LocalModel(Answerer):
         return {BASE: None, **alone, TOGETHER: scales}
 
     def _inputs(self, request: AnswerRequest, tokens: Mapping[str, list[int]]) -> dict[str, Any]:
-        """Rows, padded on the left by a token of their own; noise is on the prompt alone."""
+        """Rows, padded on the left with their own first token; noise is on the prompt alone."""
         prompts = list(tokens.values())
         width = max(map(len, prompts))
         rows = [prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts]

@@ -43,8 +43,8 @@ def run_playground(
     """Serve the page of an adapter, or of a server with an address, until interrupted.
 
     Raises:
-        OSError, ValueError: as in `load_library`, there is no such server, or a server is to have
-            adapters or a base.
+        OSError, ValueError: as in `load_library`, there is no such server, or adapters or a base
+            are given with a server.
     """
     answerer: Answerer
     if source.startswith(("http://", "https://")):
@@ -71,7 +71,7 @@ def run_playground(
 
 
 def build(answerer: Answerer, *, template: str, max_new_tokens: int = 64) -> gr.Blocks:
-    """A page that asks a model or a server; template and number of tokens are chosen at first."""
+    """A page that asks a model or a server, with the template and number of tokens set at first."""
     with gr.Blocks(title="reftnoise", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"## reftnoise · {answerer.title}")
         with gr.Row(equal_height=True):

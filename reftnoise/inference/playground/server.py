@@ -19,7 +19,7 @@ _INTERVAL = 0.05
 
 
 class Server(Answerer):
-    """Models of a server, which does not tell what they edit, or how far.
+    """Models of a server, which does not say what they edit, or how far.
 
     Args:
         address: address of the API, such as http://localhost:8000/v1.

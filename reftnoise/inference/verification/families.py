@@ -1,4 +1,4 @@
-"""Prompts that show a server's faults: of many lengths, with beginnings that others have left."""
+"""Prompts that show a server's faults: of many lengths, some with the beginnings of others."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 257,
 BLOCKS = (16, 32, 64, 128, 256)
 """Lengths that fill blocks: what is edited at such a prompt's end is in a block that is kept."""
 _BEFORE = 4
-"""The tokens that a prompt leaves of a block, which its answer then fills."""
+"""The tokens at the end of a block that a prompt leaves for its answer to fill."""
 _STEP = 19
 """The tokens between the beginnings of two texts."""
 _QUESTION = 24
@@ -21,7 +21,7 @@ class PlannedRequest:
 
     Args:
         tokens: tokens of the prompt.
-        goes_on: whether they follow the request before and its answer, as in a chat.
+        goes_on: whether they follow the previous request and its answer, as in a chat.
         of_base: whether the bare base is asked.
         echo: whether log-probabilities of the prompt are asked for, which some servers compute
             without their caches.
@@ -36,7 +36,7 @@ class PlannedRequest:
 def families(
     asked: Sequence[Sequence[int]], longest: int, count: int, *, with_base: bool
 ) -> Iterator[list[PlannedRequest]]:
-    """Requests, so many in sum, those together that are asked one after the other.
+    """Requests, in families whose requests are asked one after the other.
 
     Each family asks a prompt as it stands, a prompt that ends just before a cache's block is full,
     and the next turn of both, which begins with their answers; beginnings of one text, of which the
@@ -46,7 +46,7 @@ def families(
     Args:
         asked: tokens of prompts.
         longest: number of tokens that a prompt may have.
-        count: number of requests.
+        count: number of requests in all families.
         with_base: whether the bare base is asked, too.
     """
     lengths = [*(n for n in LENGTHS if n < longest), longest]
@@ -56,7 +56,8 @@ def families(
     number = 0
     while count > 0:
         own, block = list(asked[number % len(asked)])[:longest], blocks[-1 - number % len(blocks)]
-        start = (37 * number + 11) % longest  # other texts for each family, and than its prompt's
+        # Each family has texts of its own, which do not begin as its prompt does.
+        start = (37 * number + 11) % longest
         document, turn, other = (text[start + n * _STEP :][:longest] for n in range(3))
         cuts = sorted(
             {lengths[number % len(lengths)], block, lengths[-1 - number % min(3, len(lengths))]}

@@ -160,7 +160,7 @@ def _names(
                 f"{', '.join(client.names)}"
             )
     client.expect_name(name)
-    if base is None:  # vLLM says on what base an adapter is
+    if base is None:  # vLLM names the base of an adapter
         model = next(model for model in client.models if model["id"] == name)
         parent = model.get("parent")
         return name, parent if parent in client.names and parent != name else None
@@ -273,6 +273,6 @@ def _notes(
     alone = [v for v, e in zip(verdicts, exchanges, strict=True) if e.shared == 0]
     if all(one.shared for one in differing) and alone:
         yield (
-            "only prompts differ that begin as earlier ones: it may keep states of those that are "
-            "not theirs"
+            "only prompts that begin as earlier ones differ: the server's cache may give them "
+            "states that are not theirs"
         )

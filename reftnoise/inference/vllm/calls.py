@@ -1,10 +1,10 @@
 """What happens around the functions of vLLM that `plugin` wraps: each takes the original first.
 
-An adapter is identified by the digest of its config and weights, as this process read it: nothing
-that a client sends can stand for it. The digest is the adapter's number in the engine, and a part
-of the salt of vLLM's prefix cache. So no adapter reads states that another one has edited, even if
-it is loaded later under the same name. Nor does a longer prompt read states of tokens that are
-edited because a shorter one ended there.
+An adapter is identified by the digest of its config and weights, as this process read it, and
+clients cannot choose the digest. It is the adapter's number in the engine, and a part of the salt
+of vLLM's prefix cache. So no adapter reads states that another one has edited, even if it is loaded
+later under the same name. A longer prompt does not read states of tokens that were edited because
+a shorter one ended there, either.
 
 A worker checks each adapter again. Where it cannot load or apply one, the requests that chose it
 end with an error, and all others go on.
@@ -86,7 +86,7 @@ def _process_inputs(
     request.cache_salt = f"{SCALE}={scale!r};{digest};{request.cache_salt or ''}"
     tokens = request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids
     settled = settled_tokens(positions, len(tokens))
-    if request.sampling_params is not None:  # a copy of the client's, who cannot choose this
+    if request.sampling_params is not None:  # a copy: clients cannot choose this
         extra = {**(request.sampling_params.extra_args or {}), _SETTLED: settled}
         request.sampling_params.extra_args = extra
     elif settled is not None:  # a model that pools states
@@ -97,7 +97,7 @@ def _process_inputs(
 async def load_lora_adapter(
     original: Callable[..., Any], models: OpenAIServingModels, request: Any, **kwargs: Any
 ) -> Any:
-    """Check an adapter before the engine loads it: a client's mistake is no error of the server."""
+    """Check an adapter before the engine loads it: a client's mistake is not the server's error."""
     config, name = models.input_processor.vllm_config, request.lora_name
     if not _is_ours(request.lora_path, config):
         return await original(models, request, **kwargs)
@@ -154,7 +154,7 @@ _REFUSED = re.compile(r"<reft>(.*)</reft>", re.DOTALL)
 """Marks a worker's message about an adapter, since vLLM passes on only the text of an error."""
 
 _SETTLED = "reft_settled_tokens"
-"""The extra argument of a request for how many of its tokens any longer prompt edits alike."""
+"""The extra argument with the number of first tokens that longer prompts edit alike."""
 
 _INTERVAL = 0.5
 """Seconds between looks at whether an adapter is still needed."""
@@ -177,7 +177,7 @@ def unsupported(original: Callable[..., Any], config: VllmConfig) -> Any:
 
 
 def post_init(original: Callable[..., Any], config: VllmConfig) -> None:
-    """Let the model be split at our edits, where graphs are wanted."""
+    """Split the model at our edits, where graphs are wanted."""
     original(config)
     if uses_graphs(config) and components_of(config):
         split_at_edits(config)
@@ -245,7 +245,7 @@ def model_forward(
 def execute_model(
     original: Callable[..., Any], runner: GPUModelRunner, scheduled: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Follow which requests come and go, whose states are captured; then as `output_of_step`."""
+    """Follow the requests whose states are captured, then do as `output_of_step`."""
     captures = getattr(getattr(runner, "reftnoise", None), "captures", None)
     if captures is not None:
         captures.follow(scheduled)
@@ -291,7 +291,7 @@ def update_from_output(
         if name in scheduler.requests:
             blocks = scheduler.kv_cache_manager.get_block_ids(name)
             scheduler.kv_cache_manager.evict_blocks({block for group in blocks for block in group})
-            scheduler.grammar_compile_error_reqs.add(name)  # which end with an error, alone
+            scheduler.grammar_compile_error_reqs.add(name)  # only these end with an error
         if output.sampled_token_ids:
             output.sampled_token_ids[output.req_id_to_index[name]] = []
     return original(scheduler, scheduled, output)

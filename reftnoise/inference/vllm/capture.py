@@ -1,9 +1,9 @@
 """Hidden states of prompts, which vLLM's workers write while they serve.
 
-The server is started with a folder for them, which no client can choose:
+The server is started with a folder for them, which clients cannot choose:
 `--additional-config '{"reft": ["block_output"], "reft_capture": "FOLDER"}'`. A request with
-`{"vllm_xargs": {"reft_capture": "NAME"}}` then leaves `FOLDER/NAME.safetensors`, which is whole
-before the answer comes:
+`{"vllm_xargs": {"reft_capture": "NAME"}}` then writes `FOLDER/NAME.safetensors`, which is
+complete before the answer comes:
 
 - `states`: hidden states after each block, with the edits of the request's adapter, in the model's
   dtype: [layers, positions, hidden];
@@ -40,19 +40,19 @@ from . import CAPTURE, CAPTURE_POSITIONS, captured_file
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LATER_PROMPT = re.compile(r"cmpl-.*-[1-9][0-9]*")
-"""Numbers that the completions API gives to all prompts of a request but the first."""
+"""Ids that the completions API gives to all prompts of a request but the first."""
 
 _logger = init_logger(__name__)
 
 Reader = Callable[[Tensor, Tensor | None], None]
-"""Takes a block's output: the states, perhaps in two parts, whose sum they are."""
+"""Reads a block's output: the states, or two tensors whose sum they are."""
 
 
 def folder_of(config: VllmConfig) -> Path | None:
     """The folder for captured states, by `--additional-config`; None if nothing is captured.
 
     Raises:
-        ValueError: the folder is no path, or other settings cannot be combined with it.
+        ValueError: the folder is not a path, or other settings cannot be combined with it.
     """
     additional = config.additional_config
     named = additional.get(CAPTURE) if isinstance(additional, dict) else None
@@ -110,7 +110,7 @@ def prepare_capture(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Refuse what cannot be captured, and have those tokens computed that are."""
+    """Refuse what cannot be captured, and let vLLM compute the captured tokens."""
     try:
         capture = requested(params)
         if capture is not None and folder_of(processor.vllm_config) is None:
@@ -182,7 +182,7 @@ class Captures:
 
     @classmethod
     def of(cls, runner: Any, layers: int) -> "Captures | None":
-        """Those of a worker that writes: the first of those that share a model."""
+        """The captures of a worker; None without a folder, or if another worker writes."""
         folder = folder_of(runner.vllm_config)
         if folder is None or get_tensor_model_parallel_rank() > 0:
             return None
@@ -207,7 +207,7 @@ class Captures:
                 self._pending[new.req_id] = _Capture(name, selected, length)
 
     def readers(self) -> list[Reader]:
-        """What reads each block's output in the step that follows; nothing if none is read."""
+        """A reader of each block's output in the next step; none if nothing in it is captured."""
         batch, starts = self._runner.input_batch, self._runner.query_start_loc.np
         self._parts, self._states, self._error = [], {}, None
         rows = []
@@ -230,14 +230,14 @@ class Captures:
         try:
             states = hidden[self._rows]
             self._states[layer] = states if residual is None else states + residual[self._rows]
-        except Exception as error:  # which would end the engine for everybody
+        except Exception as error:  # which would end the engine for all requests
             self._error = error
 
     def finish(self, failed: list[str]) -> list[str]:
-        """Write what is whole after a step; the requests whose states could not be.
+        """Write what is complete after a step, and return the requests whose captures failed.
 
         Args:
-            failed: requests that have failed otherwise, of which nothing is written.
+            failed: requests whose edits failed, for which nothing is written.
         """
         newly: list[str] = []
         try:
@@ -277,7 +277,7 @@ class Captures:
                 shape = (len(states), len(capture.positions), states.shape[-1])
                 capture.states = states.new_empty(shape)
             capture.states[:, part.start : part.end] = states
-        # After a preemption, tokens are computed again, from any on.
+        # After a preemption, tokens are computed again, from any token on.
         if part.start <= capture.read:
             capture.read = max(capture.read, part.end)
 

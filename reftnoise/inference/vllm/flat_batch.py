@@ -83,9 +83,9 @@ class FlatBatch:
 
 
 def settled_tokens(positions: Iterable[Positions], length: int) -> int | None:
-    """How many first tokens are edited whatever the length of the prompt that they begin.
+    """How many first tokens are edited in the same way in all prompts that begin with this one.
 
-    A longer prompt may begin with a shorter one and its answer; these tokens have its states, too.
+    A longer prompt may begin with a shorter one and its answer: these tokens have the same states.
 
     Args:
         positions: positions of an adapter's units.
@@ -103,7 +103,7 @@ def settled_tokens(positions: Iterable[Positions], length: int) -> int | None:
             counts.append(length)
         if unit.last:
             counts.append(length - unit.last)
-        # Also named from the start, a token is edited in longer prompts, too.
+        # A token that is also named from the start is edited in longer prompts, too.
         ends = {length + index for index in unit.indices if -length <= index < 0}
         counts += ends.difference(unit.indices)
         counts += [index for index in unit.indices if index >= length]

@@ -2,7 +2,7 @@
 
 vLLM compiles its model in pieces that end at attention, captures each piece as a CUDA graph, and
 runs attention eagerly between them. With `{"reft_graphs": true}` in `--additional-config`, our
-operator is one of these ends. Besides, vLLM captures the whole model for steps that only decode. In
+operator is one of these ends. vLLM also captures the whole model for steps that only decode. In
 such a graph our operator does nothing, so only a step in which no edit acts may take it.
 """
 
@@ -14,7 +14,7 @@ OPERATOR = "vllm::reftnoise_edit"
 
 
 def uses_graphs(config: VllmConfig) -> bool:
-    """Whether edits run between graphs, by `--additional-config`; by default not.
+    """Whether edits run between graphs, by `--additional-config`; off by default.
 
     Raises:
         ValueError: the setting is neither true nor false.

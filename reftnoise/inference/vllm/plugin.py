@@ -6,11 +6,11 @@ takes an adapter's directory wherever it takes that of a LoRA: in `--lora-module
 
 The server is started with `--additional-config '{"reft": ["block_output"]}'`, which names the
 components that adapters may edit; without it, the plugin does nothing. `--enable-lora` is not
-needed, and cannot be combined. A request may scale its edits, as in
+needed, and cannot be combined with it. A request may scale its edits, as in
 `{"vllm_xargs": {"reft_scale": 0.5}}`.
 
-None of what is wrapped is a public interface of vLLM. So names and parameters are compared first:
-in a vLLM where one of them is another, nothing is wrapped.
+What is wrapped is not a public interface of vLLM. So names and parameters are compared first, and
+if one of them differs, nothing is wrapped.
 """
 
 import functools
@@ -110,7 +110,7 @@ READ = {
 """By class, attributes that we read or set."""
 
 _OFF = "REFTNOISE_OFF_IN_VLLM"
-"""Environment variable by which processes that vLLM starts know that it has been said."""
+"""Set once the warning is logged, so that processes that vLLM starts do not log it again."""
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -120,7 +120,7 @@ _logger = logging.getLogger("vllm.reftnoise")  # with the format and the level o
 def register() -> None:
     """Let this process of vLLM serve our adapters; a second call does nothing.
 
-    In a vLLM that is not as we know it, nothing is changed, and a warning says what differs.
+    In a vLLM with other names or parameters, nothing is changed, and a warning says what differs.
     """
     try:
         difference = next(differences(), None)
@@ -139,10 +139,10 @@ def register() -> None:
 
 
 def differences() -> Iterator[str]:
-    """What in this vLLM is not as `WRAPPED` and `READ` have it.
+    """How this vLLM differs from what `WRAPPED` and `READ` have.
 
     Raises:
-        ImportError: a module is not there.
+        ImportError: a module is missing.
     """
     for place, (_, expected) in WRAPPED.items():
         owner, name = _owner(place)

@@ -48,9 +48,9 @@ def steer_server(
 ) -> dict[str, Any]:
     """Fit a vector from states that a server reads, write it, and load it into the server.
 
-    Nothing is searched for: all pairs fit the vector of the only layer, method and size, or factor,
-    that the options name. Of the base, its tokenizer and its config are read here. The server gets
-    the adapter under the name of the directory.
+    There is no search: all pairs fit one vector, of the layer, method and size, or factor, that the
+    options name. Only the base's tokenizer and config are read here. The server gets the adapter
+    under the name of the directory.
 
     Args:
         pairs: file of pairs, as of `read_pairs`.
@@ -106,7 +106,7 @@ def steer_server(
         "positions": options.positions,
         "chosen": chosen,
     }
-    write_results(directory, results)  # first, so that what a kill leaves may be replaced
+    write_results(directory, results)  # first, so that a killed run's directory may be replaced
     reft_model.save_pretrained(directory / ADAPTER)
     client.load(name, (directory / ADAPTER).absolute())
     return results
@@ -137,7 +137,7 @@ def served_states(
 
     Args:
         client: client of a server that captures states.
-        folder: folder of its captures, in which it leaves nothing.
+        folder: folder of its captures, whose files are removed once they are read.
         rows: prompts, and which tokens are read.
         layer: number of the block.
         progress: function that is called with the numbers of rows done and of all rows.
