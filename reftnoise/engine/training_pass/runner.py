@@ -148,10 +148,10 @@ class ForwardPasses:
         added = self.added.of_pass(units, plan.notes) if units else None
         if added is None:
             return outputs
-        if batch.labels is None:
-            self.added.leave()
-            return outputs
-        return with_added_loss(outputs, added, share_of_step(self._engine.base, batch.inputs))
+        if batch.labels is not None:
+            return with_added_loss(outputs, added, share_of_step(self._engine.base, batch.inputs))
+        self.added.leave()
+        return outputs
 
     # -- the ways ------------------------------------------------------------------------------
 

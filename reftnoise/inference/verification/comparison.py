@@ -1,5 +1,6 @@
 """A server's answers against the model here: log-probabilities of what the server wrote."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,7 +78,8 @@ def reading(model: Any, exchange: Exchange, ends: Sequence[int]) -> OwnReading:
     if exchange.has_stopped:
         token, likeliest = max(ends, key=lambda one: float(after[0, one])), int(after[0].argmax())
         end = token, float(after[0, token]), likeliest, float(after[0, likeliest])
-    largest = float(logits.abs().max())
+    if not math.isfinite(largest := float(logits.abs().max())):
+        raise ValueError(f"the model here has logits that are not finite in {model.dtype}")
     return OwnReading(own.cpu(), best.cpu(), (highest - own).cpu(), largest, end)
 
 
