@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .._util.files import json_text
+from .._util.numbers import significant
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,7 @@ def print_run(summary: dict[str, Any], entries: list[Any], directory: str) -> No
     print(
         f"Trained {trained:,} parameters, {trained / parameters['total']:.2%} of the base's, in "
         f"{summary['steps']} steps and {summary['seconds']:.0f} s; "
-        f"mean loss {summary['train_loss']:.3f}"
+        f"mean loss {significant(summary['train_loss'])}"
     )
     print_scores(entries)
     print(f"The adapter is in {directory}/adapter. Next:")

@@ -25,6 +25,7 @@ from rich.console import Console
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from .._util.hardware import machine, peak_memory
+from .._util.numbers import significant
 from .._util.progress import progress_of
 from ..adapters.location import ADAPTER
 from ..data.classifiers import make_classifier_data_module
@@ -315,7 +316,7 @@ class _Log(TrainerCallback):
             tokens = state.num_input_tokens_seen
             speed = line["tokens_per_second"] = round((tokens - self._tokens) / self._seconds, 1)
             self._tokens, self._seconds = tokens, 0.0
-            self._text = f"loss {logs['loss']:.3f}"
+            self._text = f"loss {significant(logs['loss'], 3)}"
             if speed:  # the recipe's arguments may leave tokens uncounted
                 self._text += f", {speed:,.0f} tokens/s"
             self._show(state)

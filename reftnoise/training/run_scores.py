@@ -13,6 +13,7 @@ from rich.table import Table
 from typing_extensions import NotRequired
 
 from .._util.files import json_lines, json_text, replace_all
+from .._util.numbers import significant
 from .._util.progress import progress_of
 from ..evaluation.forgetting import forgetting, holds_trained_base, neutral_texts
 from ..evaluation.scoring import evaluate
@@ -232,9 +233,9 @@ def _score(entry: Mapping[str, Any], name: str) -> str:
     if (value := entry["scores"].get(name)) is None:
         return ""
     if (interval := entry.get("intervals", {}).get(name)) is None:
-        return f"{value:.4g}"
-    low, high = interval
-    return f"{value:.3g} ({low:.2g} to {high:.2g})"
+        return significant(value)
+    low, high = (significant(end, 2) for end in interval)
+    return f"{significant(value, 3)} ({low} to {high})"
 
 
 def _short(data: str) -> str:

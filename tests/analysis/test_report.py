@@ -78,9 +78,9 @@ def test_numbers_of_the_files(run: Path) -> None:
     assert facts == {"training time": "12.6 min", "tokens": "123,456", "peak memory": "3.00 GiB"}
     assert "date 2026-11-21, torch 2.13.0<" in page
     assert rows(page, "task") == [
-        ["text", "tiny-chat test", "generation", "adapted", "12", "1", ""],
-        ["text", "tiny-chat test", "generation", "base", "12", "0", ""],
-        ["lm_eval/boolq", "", "", "adapted", "", "", "0.5"],
+        ["text", "tiny-chat test", "generation", "adapted", "12", "1.000", ""],
+        ["text", "tiny-chat test", "generation", "base", "12", "0.000", ""],
+        ["lm_eval/boolq", "", "", "adapted", "", "", "0.5000"],
     ]
     found = rows(page, "prompt")
     assert len(found) == 8

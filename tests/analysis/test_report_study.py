@@ -53,7 +53,7 @@ def test_every_number_of_a_row(study: Path) -> None:
         ("trec", "direft", "none"),
     ]
     assert len(found) == 8
-    rest = ["0.35", "16,448", "41.0 s", "600 MiB"]
+    rest = ["0.3500", "16,448", "41.0 s", "600 MiB"]
     plain = answers(study, data="boolq", method="direft", noise="none")
     interval = mean_interval(plain)
     shown = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
@@ -158,7 +158,7 @@ def test_scores_without_answers(tmp_path: Path) -> None:
     write_report(directory)
     found = table(directory, 1)
     assert found["columns",][8:10] == ["accuracy", "f1"]
-    assert found["symnoise",][2:9] == ["–", "–", "–", "–", "–", "0.7", "0.35"]
+    assert found["symnoise",][2:9] == ["–", "–", "–", "–", "–", "0.7000", "0.3500"]
     assert not list(directory.glob("*.png"))
 
 
@@ -176,7 +176,7 @@ def test_losses(tmp_path: Path) -> None:
     assert found["columns",][3] == "loss"
     assert "loss" not in found["columns",][4:]
     assert found["none",][2] == "1.500"
-    assert found["symnoise",][2] == "0.958"
+    assert found["symnoise",][2] == "0.9583"
     assert found["symnoise",][4:6] == ["−0.542", "−0.625 to −0.500"]
     # The lower loss is the better one.
     assert '<td class="up">−0.542</td>' in page
@@ -210,7 +210,7 @@ def test_the_level_that_is_best_on_the_first_rows(tmp_path: Path, name: str) -> 
     columns = found.pop(("columns",))
     assert columns[:4] == ["method", "noise", "by", "seeds"]
     assert "accuracy" not in columns  # which is of all rows
-    shown = {"right": ["25.0", "37.5", "−12.5"], "losses": ["0.750", "0.625", "+0.125"]}[name]
+    shown = {"right": ["25.0", "37.5", "−12.5"], "losses": ["0.7500", "0.6250", "+0.125"]}[name]
     assert [list(found), found["loreft", "symnoise"][2], found["direft", "none"][2]] == [
         [("loreft", "symnoise"), ("direft", "none")],
         *shown[:2],

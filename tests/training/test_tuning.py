@@ -482,8 +482,20 @@ def test_the_report_compares_with_the_recipe_whatever_its_number(tmp_path: Path)
     assert all(len(row) == len(table.columns) for row in table.rows)
     page, table = write_tuning_report(tmp_path, [*lost, trial(3, [2.5, 3.5], is_own=True)])
     column = table.columns.index("to the recipe")
-    assert [row[column].text for row in table.rows] == ["−1.500", "–", "–"]
+    assert [row[column].text for row in table.rows] == ["−1.50", "–", "–"]
     assert "the recipe itself, trial 3, are paired" in page.read_text()
+
+
+def test_small_losses_are_told_apart(tmp_path: Path) -> None:
+    trials = [trial(1, [0.0004, 0.0006]), trial(2, [0.0006, 0.0007], is_own=True)]
+    _, table = write_tuning_report(tmp_path, trials)
+    column = table.columns.index("loss")
+    shown = [[cell.text for cell in row[column : column + 3]] for row in table.rows]
+    assert [(loss, change) for loss, _, change in shown] == [
+        ("0.0005000", "−0.000150"),
+        ("0.0006500", "–"),
+    ]
+    assert all(interval.count("0.000") == 2 for _, interval, _ in shown)
 
 
 def test_a_trial_that_diverges_is_one_without_a_result(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import datasets
 from torch import Tensor
 
+from ..._util.numbers import significant
 from ...config.representations import ReftConfig
 from ...data.templates import fill
 from ...evaluation.generation import generated
@@ -28,7 +29,7 @@ from ..inspection import (
     subspaces,
 )
 from .figures import draw_cosines, draw_heat, draw_noise, picture
-from .page import Section, Table, TableCell, number, signed
+from .page import Section, Table, TableCell, number
 
 ROWS, DRAWS = 32, 8
 """Training rows whose loss is measured, and draws of the noise on them."""
@@ -72,8 +73,8 @@ def _noise_row(name: str, losses: NoiseLosses) -> list[TableCell]:
     values = (losses.clean, mean, min(losses.noisy), max(losses.noisy))
     return [
         TableCell(name),
-        *[number(f"{value:.4f}") for value in values],
-        number(signed(mean - losses.clean, 4)),
+        *[number(significant(value, 5)) for value in values],
+        number(significant(mean - losses.clean, 5, sign=True)),
     ]
 
 

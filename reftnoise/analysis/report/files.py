@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..._util.files import read_lines
+from ..._util.numbers import fixed, significant
 from ..._util.options import read_file
 from ...data.tasks.registry import get_task
 from ...training.recipe import Recipe
@@ -18,7 +19,6 @@ from ...training.resolved_run import scored_by
 from ...training.run_files import LOG, PREDICTIONS, RECIPE, SCORES, STUDY, SUMMARY
 from ...training.study.grid import SEED, Study, TunedAxis, cells
 from ...training.study.results import Result, read_results
-from .page import signed
 
 Line = dict[str, Any]
 
@@ -46,20 +46,20 @@ class Measure:
     name: str
     unit: str
     factor: float
-    digits: int
+    decimals: int | None = None
+    """Digits after the point; None for significant digits."""
     is_better_low: bool = False
 
-    def shown(self, value: float) -> str:
-        """A mean in the unit."""
-        return f"{self.factor * value:.{self.digits}f}"
+    def shown(self, value: float, *, sign: bool = False) -> str:
+        """A mean in the unit, or a difference, with its sign."""
+        value *= self.factor
+        if self.decimals is None:
+            return significant(value, 3 if sign else 4, sign=sign)
+        return fixed(value, self.decimals, sign=sign)
 
-    def signed(self, value: float) -> str:
-        """A difference in the unit."""
-        return signed(self.factor * value, self.digits)
 
-
-RIGHT = Measure("right", "%", 100, 1)
-LOSS = Measure("loss", "nats per token", 1, 3, is_better_low=True)
+RIGHT = Measure("right", "%", 100, decimals=1)
+LOSS = Measure("loss", "nats per token", 1, is_better_low=True)
 
 
 @dataclass(frozen=True)

@@ -118,11 +118,6 @@ def markdown(table: Table) -> str:
     return "\n".join([head, f"|{rule}|", *rows]) + "\n"
 
 
-def signed(value: float, digits: int) -> str:
-    """A number with its sign, and a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours."""
     if seconds < 120:

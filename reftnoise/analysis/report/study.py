@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..._util.numbers import significant
 from ...training.study.statistics import Difference, Interval, mean_interval, paired_difference
 from .figures import draw_panels, picture
 from .files import DATA_AXES, LOSS, RIGHT, Combination, Measure, StudyResults
@@ -96,7 +97,7 @@ def _row(study: StudyResults, compared: Comparison, names: Sequence[str]) -> lis
     if study.baseline:
         cells += _difference_cells(compared.difference, measure)
     scores = (combination.mean("scores", name) for name in names)
-    cells += [number(NONE if score is None else f"{score:.4g}") for score in scores]
+    cells += [number(NONE if score is None else significant(score)) for score in scores]
     sizes = (("parameters", "{:,.0f}".format), ("seconds", duration), ("peak_memory_bytes", memory))
     for key, shown in sizes:
         value = combination.mean(key)
@@ -119,7 +120,7 @@ def _difference_cells(difference: Difference | None, measure: Measure) -> list[T
     if is_more or is_less:
         style = "up" if is_more is not measure.is_better_low else "down"
     mean, low, high = (
-        measure.signed(v) for v in (difference.mean, difference.low, difference.high)
+        measure.shown(v, sign=True) for v in (difference.mean, difference.low, difference.high)
     )
     p = "< 0.001" if difference.p < 0.001 else f"{difference.p:.3f}"
     return [TableCell(mean, style), number(f"{low} to {high}"), number(p)]

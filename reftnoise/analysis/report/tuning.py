@@ -13,7 +13,8 @@ from ...training.run_files import BEST, TUNING
 from ...training.study.statistics import mean_interval, paired_difference
 from ...training.study.tuning import TunedTrial, best_of
 from .figures import WIDTH, picture
-from .page import Folded, Section, Table, TableCell, duration, number, signed
+from .files import LOSS, RIGHT, Measure
+from .page import Folded, Section, Table, TableCell, duration, number
 from .write import write_page
 
 NONE = "–"
@@ -96,11 +97,10 @@ def _table(trials: Sequence[TunedTrial], best: TunedTrial) -> Table:
 def _measured(trial: TunedTrial, by_right: bool) -> list[TableCell]:
     if not trial.losses:
         return [number(NONE)] * (3 if by_right else 2)
-    factor, values = (100.0, _right(trial)) if by_right else (1.0, np.array(trial.losses))
-    mean, low, high = (factor * value for value in mean_interval(values[None]))
-    shown = "{:.1f}" if by_right else "{:.3f}"
-    cells = [number(shown.format(mean)), number(f"{shown} to {shown}".format(low, high))]
-    return [*cells, number(f"{trial.loss:.3f}")] if by_right else cells
+    measure, values = _values(trial, by_right)
+    mean, low, high = map(measure.shown, mean_interval(values[None]))
+    cells = [number(mean), number(f"{low} to {high}")]
+    return [*cells, number(LOSS.shown(trial.loss))] if by_right else cells
 
 
 def _own_of(trials: Sequence[TunedTrial]) -> TunedTrial | None:
@@ -112,19 +112,19 @@ def _difference(trial: TunedTrial, own: TunedTrial, by_right: bool) -> list[Tabl
     """How a trial differs from the recipe itself, paired over rows."""
     if trial is own or not trial.is_complete:
         return [number(NONE)] * 2
-    if by_right:
-        a, b, factor, digits = _right(trial), _right(own), 100.0, 1
-    else:
-        a, b, factor, digits = np.array(trial.losses), np.array(own.losses), 1.0, 3
-    mean, low, high, _ = paired_difference(a[None], b[None])
-    is_better, is_worse = (low > 0, high < 0) if by_right else (high < 0, low > 0)
-    texts = [signed(factor * value, digits) for value in (mean, low, high)]
+    measure, values = _values(trial, by_right)
+    mean, low, high, _ = paired_difference(values[None], _values(own, by_right)[1][None])
+    is_better, is_worse = (high < 0, low > 0) if measure.is_better_low else (low > 0, high < 0)
+    texts = [measure.shown(value, sign=True) for value in (mean, low, high)]
     cell = TableCell(texts[0], "up" if is_better else "down" if is_worse else "number")
     return [cell, number(f"{texts[1]} to {texts[2]}")]
 
 
-def _right(trial: TunedTrial) -> Any:
-    return np.array([letter == "1" for letter in trial.right], dtype=float)
+def _values(trial: TunedTrial, by_right: bool) -> tuple[Measure, Any]:
+    """What a trial is measured by, and the value of each held-out row."""
+    if by_right:
+        return RIGHT, np.array([letter == "1" for letter in trial.right], dtype=float)
+    return LOSS, np.array(trial.losses)
 
 
 def _explanation(trials: Sequence[TunedTrial]) -> str:

@@ -6,6 +6,7 @@ Heavy imports are inside the functions: `--help` and mistakes do not wait for to
 from typing import Any
 
 from ..._util.files import local_path
+from ..._util.numbers import significant
 from ...analysis.steering.options import SteerOptions, VectorChoice, expect_room
 from ...analysis.steering.pairs import read_pairs
 from ...config.base_model import expect_base
@@ -103,10 +104,9 @@ def print_steering(results: dict[str, Any], directory: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def interval(values: dict[str, float], sign: str = "") -> str:
-        return (
-            f"{values['mean']:{sign}.3f} ({values['low']:{sign}.3f} to {values['high']:{sign}.3f})"
-        )
+    def interval(values: dict[str, float], *, sign: bool = False) -> str:
+        mean, *ends = (significant(values[key], 3, sign=sign) for key in ("mean", "low", "high"))
+        return f"{mean} ({' to '.join(ends)})"
 
     chosen, test, pairs = results["chosen"], results["test"], results["pairs"]
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -115,23 +115,24 @@ def print_steering(results: dict[str, Any], directory: str) -> None:
     for point in results["curve"]:
         is_chosen = point["scale"] == chosen["scale"]
         table.add_row(
-            f"{point['size']:.2f}",
+            f"{point['size']:.2g}",
             f"{point['scale']:.3g}",
-            interval(point["shift"], "+"),
+            interval(point["shift"], sign=True),
             interval(point["kl"]),
             "chosen" if is_chosen else "",
         )
     console = Console(highlight=False)
     console.print(
         f"Chosen on {pairs['choose']} questions: {chosen['method']}, layer {chosen['layer']}, "
-        f"scale {chosen['scale']:.3g}, ‖edit‖ / ‖h‖ {chosen['size']:.2f}"
+        f"scale {chosen['scale']:.3g}, ‖edit‖ / ‖h‖ {chosen['size']:.2g}"
     )
     console.print(table)
     console.print(
-        f"Test on {pairs['test']} other questions: P(matching) {test['base']:.3f} → "
-        f"{test['steered']:.3f}, shift {interval(test['shift'], '+')}, KL {interval(test['kl'])}"
+        f"Test on {pairs['test']} other questions: P(matching) {significant(test['base'], 3)} → "
+        f"{significant(test['steered'], 3)}, shift {interval(test['shift'], sign=True)}, "
+        f"KL {interval(test['kl'])}"
     )
-    console.print(f"The adapter is in {directory}/adapter. Next:\n  reftnoise chat {directory}")
+    print(f"The adapter is in {directory}/adapter. Next:\n  reftnoise chat {directory}")
 
 
 def print_served(results: dict[str, Any], directory: str) -> None:
@@ -139,7 +140,7 @@ def print_served(results: dict[str, Any], directory: str) -> None:
     chosen, name = results["chosen"], results["name"]
     print(
         f"From {results['pairs']['fit']} pairs: {chosen['method']}, layer {chosen['layer']}, scale "
-        f"{chosen['scale']:.3g}, ‖edit‖ / ‖h‖ {chosen['size']:.2f}\n"
+        f"{chosen['scale']:.3g}, ‖edit‖ / ‖h‖ {chosen['size']:.2g}\n"
         f"The adapter is in {directory}/adapter, and {results['server']} serves it as {name!r}."
     )
 

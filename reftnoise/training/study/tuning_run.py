@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..._util.numbers import significant
 from ..._util.progress import progress_of
 from .cell import follow_parent, prepare
 from .runner import process_context, stop_all, terminated_as_interrupted
@@ -56,7 +57,7 @@ def _text(trials: Sequence[TunedTrial]) -> str:
     if not any(trial.is_complete for trial in trials):
         return ""
     best = best_of(trials)
-    loss = f"loss {best.loss:.3f}"
+    loss = f"loss {significant(best.loss)}"
     return f"best {best.right.count('1') / len(best.right):.1%}, {loss}" if best.right else loss
 
 
