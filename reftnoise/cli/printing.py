@@ -24,7 +24,7 @@ def print_run(summary: dict[str, Any], entries: list[Any], directory: str) -> No
 
     parameters = summary["parameters"]
     trained = parameters["units"] + parameters["base"]
-    print(
+    print_wrapped(
         f"Trained {trained:,} parameters, {trained / parameters['total']:.2%} of the base's, in "
         f"{summary['steps']} steps and {summary['seconds']:.0f} s; "
         f"mean loss {significant(summary['train_loss'])}"
@@ -33,6 +33,14 @@ def print_run(summary: dict[str, Any], entries: list[Any], directory: str) -> No
     print(f"The adapter is in {directory}/adapter. Next:")
     for command in (f"eval {directory} --base", f"chat {directory}", f"report {directory}"):
         print(f"  reftnoise {command}")
+
+
+def print_wrapped(text: str) -> None:
+    """Print a text in lines as wide as the terminal, or of 80 columns where there is none."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(highlight=False).print(Text(text))
 
 
 def print_json(value: Any) -> None:

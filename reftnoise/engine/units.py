@@ -56,6 +56,8 @@ class PlacedUnit:
     """Whether the entry says the positions, or leaves them to calls in pyreft's form."""
     overlap: str | None = None
     """Why each call has to say what the unit edits: its positions and another's can overlap."""
+    place: str = ""
+    """The place as the config has it, for messages; nothing where several adapters are one unit."""
 
 
 def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
@@ -81,7 +83,10 @@ def place_units(config: ReftConfig, model: PreTrainedModel) -> list[PlacedUnit]:
                 _expect_decoding(model, site, positions)
                 unit = entry.build(site.width, default, site.head_width)
                 named = entry.names_positions
-                placed.append(PlacedUnit(key, unit, site, positions, names_positions=named))
+                place = place_name(entry, layer)
+                placed.append(
+                    PlacedUnit(key, unit, site, positions, names_positions=named, place=place)
+                )
         except ValueError as error:
             raise ValueError(f"representations[{index}]: {error}") from None
     # A name gives each site a new unit; a module stays the same unit.

@@ -241,8 +241,10 @@ def test_what_is_no_linear_map_of_every_token_is_refused(
     bases: Any, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     adapter(bases("llama"), tmp_path, entry("loreft", "mlp_output") | change)
-    with pytest.raises(ValueError, match=message):
+    begin = "loreft at mlp_output, layer 1, has no exact export: "
+    with pytest.raises(ValueError, match=f"^{begin}{message}") as error:
         export(tmp_path, bases("llama"), "merged")
+    assert len(str(error.value)) < 180
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:
@@ -477,15 +479,22 @@ def test_an_export_without_a_weak_edit_is_no_proof(effect: float) -> None:
 def test_the_commands_of_the_guide_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     guide = Path(__file__).parents[2] / "examples/guides/exports.md"
     page = guide.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(page.split("```python\n")[1].split("```")[0], {})
+    capsys.readouterr()
     lines = [line for line in page.splitlines() if line.startswith("reftnoise export")]
     Path("prompts.jsonl").write_text('{"prompt": "Who are you?"}\n')
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
         assert command(*words, "--prompts", "prompts.jsonl") == 0, capsys.readouterr().err
+        printed = capsys.readouterr()
+        assert "1 of 1 greedy answers are equal" in printed.out
+        assert "The export is in steering-" in printed.out
+        assert max(map(len, printed.out.splitlines())) <= 80
+        assert not printed.err
     assert len(lines) == 3
     Path("link").symlink_to("linked", target_is_directory=True)
     Path("linked").mkdir()

@@ -18,7 +18,7 @@ from ...inference.verification.families import expect_numbers
 from ...training.run_adapter import adapter_directory, base_of, recipe_of
 from ...training.run_files import is_study
 from ..checks import expect_adapters, expect_prompts
-from ..printing import print_json, progress_console
+from ..printing import print_json, print_wrapped, progress_console
 
 _HEADS = "# Heads that `reftnoise heads` has chosen"
 """The beginning of the recipes that `heads` writes, by which it knows them."""
@@ -250,13 +250,14 @@ def export(
         print_json(record)
         return
     proof = record["proof"]
-    print(
-        f"{directory}: {proof['equal_greedy_answers']} of {proof['prompts']} greedy answers are "
-        f"equal; logits differ by at most {proof['largest_logit_difference']:.2g} "
-        f"(rounding: {proof['limit_of_rounding']:.2g}, largest logit: {proof['largest_logit']:.3g})"
+    print_wrapped(
+        f"{proof['equal_greedy_answers']} of {proof['prompts']} greedy answers are equal; logits "
+        f"differ by at most {proof['largest_logit_difference']:.2g} (rounding: "
+        f"{proof['limit_of_rounding']:.2g}, largest logit: {proof['largest_logit']:.3g})."
     )
     for note in record.get("notes", ()):
-        print(note)
+        print_wrapped(note)
+    print(f"The export is in {directory}.")
 
 
 def verify(

@@ -72,7 +72,7 @@ def load_base(
     elif quantization is not None:
         arguments |= {"quantization_config": quantization, "device_map": target}
     source |= {"revision": revision, "trust_remote_code": False}
-    with _without_bars(), _clear_errors(name, is_gguf), reading_once(is_gguf):
+    with without_bars(), _clear_errors(name, is_gguf), reading_once(is_gguf):
         tokenizer = AutoTokenizer.from_pretrained(padding_side=padding_side, **source)
         model = auto_class.from_pretrained(dtype=dtype, **source, **arguments)
     if is_gguf:  # transformers takes what it has unpacked for a quantised model
@@ -155,7 +155,7 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Within the block, transformers shows no progress of its own."""
     was_shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -14,6 +14,7 @@ import torch
 
 from ..._util.files import json_text, local_path, replace_directory, writing
 from ...adapters.directory import AdapterFiles
+from ...engine.base.loading import without_bars
 from ...interventions.arguments import dtype_name
 from ...model import ReftModel
 from ...training.run_adapter import adapter_directory
@@ -93,6 +94,7 @@ def export_adapter(
     place.parent.mkdir(parents=True, exist_ok=True)
     with (
         writing(place),
+        without_bars(),
         tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=place.parent) as scratch,
     ):
         new = Path(scratch) / "export"

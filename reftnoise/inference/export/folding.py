@@ -68,8 +68,7 @@ class LinearEdit:
         if positions is None or positions.spec() != "all+decode":
             spec = None if positions is None else positions.spec()
             raise ValueError(
-                f"positions {spec!r}: weights act on every token, those of the prompt and those "
-                "that follow; exact is 'all+decode'"
+                f"positions {spec!r}: weights act on every token; exact is 'all+decode'"
             )
         edit = cls.by_factors(factors, site.columns)
         if site.is_parallel and not edit.is_constant:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...engine.units import PlacedUnit
-from ...interventions import NoiseIntervention
+from ...interventions import NoiseIntervention, intervention_name
 from ...model import ReftModel
 from .folding import FoldedLayer, LinearEdit, is_foldable
 from .routes import Passes, Route
@@ -55,7 +55,8 @@ def acting_edits(reft_model: ReftModel) -> list[tuple[PlacedUnit, LinearEdit]]:
 
 def refusal(placed: PlacedUnit, reason: object) -> ValueError:
     """That a unit is not exported, and why."""
-    return ValueError(f"{placed.key} at {placed.site}: not exact in weights: {reason}")
+    name = intervention_name(type(placed.unit))
+    return ValueError(f"{name} at {placed.place}, has no exact export: {reason}")
 
 
 class WeightPlan:
@@ -195,11 +196,10 @@ def _no_route(edit: LinearEdit) -> str:
     """That no layers stand where an edit is, as passes of the base have shown."""
     if edit.is_constant:
         return (
-            "no linear layer adds its output to these states as it is: a norm or another change "
-            "stands between; exact is a constant at mlp_output or attention_output"
+            "a norm or another change stands between these states and all linear layers; exact is "
+            "a constant at mlp_output or attention_output"
         )
     return (
-        "no linear layer alone makes these states, and not linear layers alone read them: a norm, "
-        "a product or the residual stream stands between; exact are mlp_output and "
-        "attention_output of a dense model, and inputs and outputs of its linear layers"
+        "a norm, a product or the residual stream stands between these states and all linear "
+        "layers; exact are mlp_output and attention_output of a dense model, and its linear layers"
     )
