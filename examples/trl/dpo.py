@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from questions import preferences
+from stages import be_quiet, show_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -40,6 +41,7 @@ def main(
         beta: what a nat of difference from the reference costs.
         output: where to save the adapter.
     """
+    be_quiet()
     set_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     reference: Any = base
@@ -69,6 +71,7 @@ def main(
             train_dataset=preferences(data),
             processing_class=AutoTokenizer.from_pretrained(model),
         )
+        show_bar(trainer, "training")
         trainer.train()
     for entry in trainer.state.log_history[:-1]:
         margin, accuracy = entry["rewards/margins"], entry["rewards/accuracies"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from questions import colours
+from stages import be_quiet, show_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
@@ -63,6 +64,7 @@ def train(
     def holds_word(completions: list[list[dict[str, str]]], **_columns: Any) -> list[float]:
         return [float(word in completion[0]["content"]) for completion in completions]
 
+    be_quiet()
     set_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loreft = {"layer": "all", "intervention": "loreft", "low_rank_dimension": 4, "positions": "l1"}
@@ -90,6 +92,7 @@ def train(
             processing_class=AutoTokenizer.from_pretrained(model),
             rollout_func=rollouts,
         )
+        show_bar(trainer, "training")
         trainer.train()
     *log, summary = trainer.state.log_history
     for entry in log:

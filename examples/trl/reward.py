@@ -13,6 +13,7 @@ import tempfile
 import torch
 from jsonargparse import auto_cli
 from questions import preferences
+from stages import be_quiet, show_bar
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer
 
@@ -36,6 +37,7 @@ def main(
         learning_rate: of AdamW, falling linearly to 0.
         output: where to save the adapter, with its head.
     """
+    be_quiet()
     set_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(
         model, num_labels=1, dtype=torch.float32
@@ -63,6 +65,7 @@ def main(
             eval_dataset=parts["test"],
             processing_class=AutoTokenizer.from_pretrained(model),
         )
+        show_bar(trainer, "training")
         before = trainer.evaluate()
         trainer.train()
         after = trainer.evaluate()

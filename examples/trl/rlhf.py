@@ -26,6 +26,7 @@ from jsonargparse import auto_cli
 from questions import preferences, says, supervised
 from rich.console import Console
 from rich.table import Table
+from stages import be_quiet, show_bar
 from torch import nn
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl import (
@@ -70,6 +71,7 @@ def main(
         questions: that are scored and answered in the end; by default embedded ones, unseen.
         output: folder of the adapters.
     """
+    be_quiet()
     set_seed(0)
     base, tokenizer = rn.load_base(model, dtype="float32")
     tokenizer.padding_side = "left"
@@ -87,14 +89,17 @@ def main(
         }
         policy = rn.get_reft_model(base, edits("l1", rank=4))
         args = SFTConfig(max_steps=steps[0], **settings)
-        SFTTrainer(policy, args=args, train_dataset=rows, processing_class=tokenizer).train()
+        trainer = SFTTrainer(policy, args=args, train_dataset=rows, processing_class=tokenizer)
+        show_bar(trainer, "supervised")
+        trainer.train()
         policy.eval().save_pretrained(places / "supervised")
 
-        reward = rn.get_reft_model(scorer_of(base, tokenizer), edits("f2+l2", rank=4))
+        reward = rn.get_reft_model(scorer_of(base, tokenizer), edits("f2+l2", rank=4, head="score"))
         args = RewardConfig(max_steps=steps[1], **settings)
         trainer = RewardTrainer(
             reward, args=args, train_dataset=preferences(pairs), processing_class=tokenizer
         )
+        show_bar(trainer, "reward")
         trainer.train()
         reward.eval().save_pretrained(places / "reward")
 
@@ -116,6 +121,7 @@ def main(
             train_dataset=prompts,
             processing_class=tokenizer,
         )
+        show_bar(trainer, "reinforced")
         trainer.train()
         policy.eval().save_pretrained(places / "reinforced")
 
@@ -128,6 +134,7 @@ def main(
             train_dataset=prompts,
             processing_class=tokenizer,
         )
+        show_bar(trainer, "distilled")
         trainer.train()
         student.eval().save_pretrained(places / "distilled")
 
@@ -145,10 +152,11 @@ def main(
     console.print(table)
 
 
-def edits(positions: str, rank: int) -> rn.ReftConfig:
-    """LoReFT at all layers."""
+def edits(positions: str, rank: int, head: str | None = None) -> rn.ReftConfig:
+    """LoReFT at all layers, and a head that is trained with it."""
     unit = {"layer": "all", "intervention": "loreft", "low_rank_dimension": rank}
-    return rn.ReftConfig([unit | {"positions": positions}])
+    trained = None if head is None else [head]
+    return rn.ReftConfig([unit | {"positions": positions}], modules_to_save=trained)
 
 
 def scorer_of(base: Any, tokenizer: Any) -> Any:

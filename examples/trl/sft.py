@@ -13,6 +13,7 @@ import tempfile
 import torch
 from jsonargparse import auto_cli
 from questions import supervised
+from stages import be_quiet, show_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -44,6 +45,7 @@ def main(
         output: where to save the adapter.
         question: answered greedily.
     """
+    be_quiet()
     set_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
@@ -78,6 +80,7 @@ def main(
             train_dataset=supervised(data),
             processing_class=tokenizer,
         )
+        show_bar(trainer, "training")
         trainer.train()
     chat = chat.to(reft_model.device)
     width = chat["input_ids"].shape[1]

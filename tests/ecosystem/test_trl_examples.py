@@ -1,10 +1,14 @@
 """The examples with TRL run as they stand, in fewer steps."""
 
+import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from transformers.utils import logging as transformers_logging
 
 pytest.importorskip("trl", reason="needs trl: pip install 'reftnoise[trl]'")
 
@@ -16,9 +20,26 @@ pytestmark = MARKS
 EXAMPLES = Path(__file__).parents[2] / "examples" / "trl"
 
 
+@pytest.fixture(autouse=True)
+def libraries_as_before() -> Iterator[None]:
+    """The examples quieten libraries for the whole process."""
+    verbosity = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+
+
 def run(name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](**settings)
+
+
+def expect_one_bar_each(printed: Any, *stages: str) -> None:
+    """Nothing of the libraries', such as a Trainer's logs: {'loss': …}."""
+    assert "{'" not in printed.out
+    bars = {line.partition(":")[0] for line in re.split(r"[\r\n]+", printed.err) if "%|" in line}
+    assert bars == set(stages)
 
 
 def test_supervised_training_then_preferences(
@@ -45,7 +66,9 @@ def test_an_example(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run(name, monkeypatch, steps=steps, output=str(tmp_path / "adapter"))
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert said in printed.out
+    expect_one_bar_each(printed, "training")
     assert (tmp_path / "adapter" / "reft_config.json").is_file()
 
 
@@ -54,7 +77,9 @@ def test_four_adapters_of_one_base(
 ) -> None:
     output, questions = str(tmp_path / "rlhf"), ["Where does a bear live?"]
     run("rlhf", monkeypatch, steps=(1, 1, 1, 1), questions=questions, output=output)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr()
+    said = printed.out
+    expect_one_bar_each(printed, "supervised", "reward", "reinforced", "distilled")
     for name in ("supervised", "reinforced", "distilled"):
         assert name in said
         rn.ReftModel.from_pretrained(base_model(), tmp_path / "rlhf" / name)
