@@ -5,6 +5,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import reftnoise as rn
 from support.adapters import moved
+from support.command_line import command
 from support.waiting import PATIENCE, wait_until
 
 pytest.importorskip("fastapi", reason="needs fastapi: pip install 'reftnoise[serve]'")
@@ -48,6 +50,24 @@ def url(reft_model: tuple[rn.ReftModel, Any]) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.kill_server()
+
+
+def test_the_command_says_where_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = rn.ReftConfig({"layer": 1, "intervention": "bias"})
+    rn.get_reft_model(rn.load_tiny_model()[0], config).save_pretrained(tmp_path / "polite")
+    started: list[Any] = []
+    monkeypatch.setattr(
+        "reftnoise.inference.server.start_server", lambda *_, **at: started.append(at)
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert command("serve", tmp_path / "polite", "--model", "tiny-chat", "--port", port) == 0
+    said = f"base, polite are served at http://localhost:{port}/v1; Ctrl-C ends it."
+    assert said in capsys.readouterr().out
+    assert started == [{"host": "localhost", "port": port}]
 
 
 def ask(url: str, body: Any = None) -> Any:

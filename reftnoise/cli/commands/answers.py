@@ -110,6 +110,8 @@ def serve(
     if BASE in adapters:
         raise ValueError(f"adapter name {BASE!r}: this is the name of the model without adapters")
     loaded = load_library(adapters, model, dtype=dtype, device=device)
+    names = ", ".join([BASE, *adapters])
+    print(f"{names} are served at http://{host}:{port}/v1; Ctrl-C ends it.", flush=True)
     start_server(*loaded, host=host, port=port)
 
 
