@@ -145,8 +145,7 @@ class ForwardPasses:
         """The outputs of a pass, with what the units add to their loss, if they have one."""
         plan.notes.warn_of_lost()
         units = [placed for placed in self._engine.units if isinstance(placed.unit, AddsLoss)]
-        added = self.added.of_pass(units, plan.notes) if units else None
-        if added is None:
+        if not units or (added := self.added.of_pass(units, plan.notes)) is None:
             return outputs
         if batch.labels is not None:
             return with_added_loss(outputs, added, share_of_step(self._engine.base, batch.inputs))
