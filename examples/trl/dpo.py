@@ -37,7 +37,7 @@ def main(
         data: a JSONL file.
         adapter: directory of an adapter to begin with, such as one of supervised training.
         steps: of the optimizer.
-        learning_rate: of AdamW, falling linearly to 0.
+        learning_rate: learning rate of AdamW, falling linearly to 0.
         beta: what a nat of difference from the reference costs.
         output: where to save the adapter.
     """

@@ -38,8 +38,8 @@ def main(
         data: a JSONL file.
         word: an answer that holds it gets the reward 1, another one 0.
         steps: of the optimizer, of 32 answers, 8 to a prompt.
-        learning_rate: of AdamW, falling linearly to 0.
-        length: of an answer, in tokens, at most.
+        learning_rate: learning rate of AdamW, falling linearly to 0.
+        length: greatest number of tokens of an answer.
         output: where to save the adapter.
     """
     train(model, data, word, steps, learning_rate, length, output)

@@ -34,9 +34,9 @@ def main(
         data: a JSONL file.
         word: an answer that holds it gets the reward 1, another one 0.
         steps: of the optimizer, of 32 answers, 8 to a prompt.
-        learning_rate: of AdamW, falling linearly to 0.
-        length: of an answer, in tokens, at most.
-        name: of this run in the server.
+        learning_rate: learning rate of AdamW, falling linearly to 0.
+        length: greatest number of tokens of an answer.
+        name: name of this run in the server.
         versions: folder for the adapter of the current step.
         output: where to save the adapter.
     """

@@ -34,7 +34,7 @@ def main(
         model: directory or hub name of the base.
         data: a JSONL file.
         steps: of the optimizer.
-        learning_rate: of AdamW, falling linearly to 0.
+        learning_rate: learning rate of AdamW, falling linearly to 0.
         output: where to save the adapter, with its head.
     """
     be_quiet()

@@ -13,7 +13,7 @@ One base is in memory, frozen, with four small adapters:
 4. `distilled`: TRL's DistillationTrainer, a smaller edit that learns from the third.
 
 Rows hold messages, as the embedded questions do, which are the default. The end is a table of
-scores, and one batch in which each row answers with another adapter.
+scores and of answers.
 """
 
 import copy
@@ -64,11 +64,11 @@ def main(
         model: directory or hub name of the base, tiny-chat or smollm2.
         answers: a JSONL file of answers.
         pairs: a JSONL file of pairs of answers.
-        algorithm: of the reinforcement.
-        steps: of each of the four trainings.
-        learning_rate: of AdamW, falling linearly to 0.
-        length: of an answer, in tokens, at most.
-        questions: that are scored and answered in the end; by default embedded ones, unseen.
+        algorithm: algorithm of the reinforcement.
+        steps: numbers of steps of the four trainings.
+        learning_rate: learning rate of AdamW, falling linearly to 0.
+        length: greatest number of tokens of an answer.
+        questions: questions for the table, by default unseen embedded ones.
         output: folder of the adapters.
     """
     be_quiet()

@@ -40,7 +40,7 @@ def main(
         positions: of the edits.
         rank: of the edits.
         steps: of the optimizer.
-        learning_rate: of AdamW, falling linearly to 0.
+        learning_rate: learning rate of AdamW, falling linearly to 0.
         packing: several documents in a row; each is edited and perturbed as if it were alone.
         output: where to save the adapter.
         question: answered greedily.
