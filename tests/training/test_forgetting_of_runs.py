@@ -103,7 +103,7 @@ def test_the_report_has_a_part_on_it(run: Path) -> None:
     both = replace(read, scores=[*others, *measured])
     _, table = section_of(both).blocks
     assert [cell.text for cell in table.rows[0]][1:] == [
-        "neutral texts", "loss", "adapted", "24", "0.5 (0.25 to 0.75)",
+        "neutral texts", "loss", "adapted", "24", "0.500 (0.25 to 0.75)",
     ]  # fmt: skip
     assert len(scores(both).blocks[0].rows) == len(others)
 
